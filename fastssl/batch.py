@@ -1,0 +1,66 @@
+"""The one contract between loaders and augmentation: a batch is a set of windows into bytes.
+
+Every loader yields `ImageBatch`; `fastssl.augment` turns it into two views. Nothing is cropped, resized or padded
+before that, so each image is decoded once and travels as uint8 at its own size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class ImageBatch(NamedTuple):
+    """B images of any size, all tensors on one device (the training device when a loader yields it).
+
+    `pixels[offset[i] : offset[i] + height[i] * width[i] * 3]` is image i in H x W x 3 (RGB) order. Windows may
+    overlap or leave gaps: a batch may be windows into a whole data set.
+    """
+
+    pixels: Tensor  # (P,) uint8
+    offset: Tensor  # (B,) int64, where each image begins in pixels
+    height: Tensor  # (B,) int32, rows
+    width: Tensor  # (B,) int32, columns
+    index: Tensor  # (B,) int64, the sample's id in the data set: the key of its randomness
+    label: Tensor  # (B,) int64, class id; -1 where the data set has no classes
+
+    @property
+    def size(self) -> int:
+        """Number of images B (`len()` of a NamedTuple counts its fields)."""
+        return self.offset.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> ImageBatch:
+        """The same batch on another device."""
+        return ImageBatch(*(t.to(device, non_blocking=non_blocking) for t in self))
+
+    def image(self, i: int) -> Tensor:
+        """Image i as an (H, W, 3) uint8 view. Reads sizes on the host: for pictures and tests, not for the step."""
+        start, height, width = int(self.offset[i]), int(self.height[i]), int(self.width[i])
+        return self.pixels[start : start + height * width * 3].view(height, width, 3)
+
+
+def pack_images(images: Sequence[np.ndarray], index: Sequence[int], label: Sequence[int]) -> ImageBatch:
+    """Packs (H, W, 3) uint8 arrays of any sizes into one CPU batch, back to back in the order given.
+
+    Raises ValueError when an array is not (H, W, 3) uint8 or has no pixels.
+    """
+    for i, image in zip(index, images):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+            raise ValueError(f"image {i} must be (H, W, 3) uint8 with H, W >= 1, got {image.shape} {image.dtype}")
+    sizes = np.array([image.size for image in images], dtype=np.int64)
+    offset = np.concatenate([[0], np.cumsum(sizes)])
+    pixels = np.empty(int(offset[-1]), dtype=np.uint8)
+    for start, image in zip(offset, images):
+        pixels[start : start + image.size] = image.reshape(-1)
+    return ImageBatch(
+        pixels=torch.from_numpy(pixels),
+        offset=torch.from_numpy(offset[:-1].astype(np.int64)),
+        height=torch.tensor([image.shape[0] for image in images], dtype=torch.int32),
+        width=torch.tensor([image.shape[1] for image in images], dtype=torch.int32),
+        index=torch.tensor(list(index), dtype=torch.int64),
+        label=torch.tensor(list(label), dtype=torch.int64),
+    )

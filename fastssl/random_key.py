@@ -1,0 +1,76 @@
+"""Randomness as a pure function: one counter-based hash on int64 tensors, the same on CPU and GPU.
+
+    bits = philox(seed; index, epoch, stream, draw)
+
+No generator has a state, so results do not depend on the loader, the number of workers or of ranks, and a run
+resumed in the middle of an epoch needs nothing saved. The hash is Philox4x32-10 (Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3", SC 2011); `tl.philox` computes the same words inside a Triton kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Streams keep uses of one (seed, epoch, index) apart. Views are streams 0 and 1.
+STREAM_ORDER = 16  # the order of an epoch
+STREAM_SHUFFLE = 17  # the key shuffle of a step
+STREAM_STEP = 18  # torch's own generators, reseeded every step (dropout)
+STREAM_SYNTHETIC = 19  # synthetic images
+STREAM_QUEUE = 20  # the queue's initial rows
+
+_MASK = 0xFFFFFFFF
+_MULTIPLY = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10: four int64 tensors holding uint32 words to four such tensors; `seed` (64 bits) is the key."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        # int64 products wrap, which keeps the 64 bits of the unsigned product; masks take the words apart
+        product0, product1 = c0 * _MULTIPLY[0], c2 * _MULTIPLY[1]
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _MASK) ^ c1 ^ k0,
+            product1 & _MASK,
+            ((product0 >> 32) & _MASK) ^ c3 ^ k1,
+            product0 & _MASK,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def random_bits(seed: int, epoch: int, index: Tensor, stream: int, num: int) -> Tensor:
+    """`num` independent uint32 words for each sample, as int64 of shape (B, num).
+
+    seed: any int (its low 64 bits count); epoch in [0, 2^32); index: (B,) int64, non-negative; stream in [0, 2^16).
+    Word d of a sample depends on (seed, epoch, index, stream, d) alone, not on `num` or on the rest of the batch.
+    """
+    blocks = (num + 3) // 4
+    draw = torch.arange(blocks, device=index.device)
+    shape = (index.shape[0], blocks)
+    counter = (
+        (index & _MASK)[:, None].expand(shape),
+        (index >> 32)[:, None].expand(shape),
+        torch.full((1, 1), epoch & _MASK, device=index.device).expand(shape),
+        (draw | (stream << 16))[None, :].expand(shape),
+    )
+    return torch.stack(philox(counter, seed), dim=-1).reshape(index.shape[0], blocks * 4)[:, :num]
+
+
+def uniform(seed: int, epoch: int, index: Tensor, stream: int, num: int) -> Tensor:
+    """`num` float32 uniforms in [0, 1) for each sample, shape (B, num): the top 24 bits, so exact on every device."""
+    return (random_bits(seed, epoch, index, stream, num) >> 8).to(torch.float32) * 2.0**-24
+
+
+def permutation(seed: int, epoch: int, size: int, stream: int, device: torch.device | str = "cpu") -> Tensor:
+    """A permutation of range(size), int64, a function of (seed, epoch, stream): every rank computes the same one."""
+    words = random_bits(seed, epoch, torch.arange(size, device=device), stream, 2)
+    return torch.argsort((words[:, 0] << 31) | (words[:, 1] >> 1), stable=True)
+
+
+def derive_seed(seed: int, epoch: int, stream: int, index: int = 0) -> int:
+    """One 63-bit seed for a generator that is not ours (torch.manual_seed), from the same key."""
+    words = random_bits(seed, epoch, torch.tensor([index]), stream, 2)[0].tolist()
+    return (words[0] << 31) | (words[1] >> 1)
