@@ -9,6 +9,8 @@ numbers: as easy as 1, 2, 3", SC 2011); `tl.philox` computes the same words insi
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -19,13 +21,15 @@ STREAM_STEP = 18  # torch's own generators, reseeded every step (dropout)
 STREAM_SYNTHETIC = 19  # synthetic images
 STREAM_QUEUE = 20  # the queue's initial rows
 
+Word = TypeVar("Word", Tensor, int)
+
 _MASK = 0xFFFFFFFF
 _MULTIPLY = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four int64 tensors holding uint32 words to four such tensors; `seed` (64 bits) is the key."""
+def philox(counter: tuple[Word, Word, Word, Word], seed: int) -> tuple[Word, Word, Word, Word]:
+    """Philox4x32-10: four uint32 words, as int64 tensors or as ints, to four; `seed` (64 bits) is the key."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
@@ -72,5 +76,5 @@ def permutation(seed: int, epoch: int, size: int, stream: int, device: torch.dev
 
 def derive_seed(seed: int, epoch: int, stream: int, index: int = 0) -> int:
     """One 63-bit seed for a generator that is not ours (torch.manual_seed), from the same key."""
-    words = random_bits(seed, epoch, torch.tensor([index]), stream, 2)[0].tolist()
-    return (words[0] << 31) | (words[1] >> 1)
+    word0, word1, _, _ = philox((index & _MASK, index >> 32, epoch & _MASK, stream << 16), seed)
+    return (word0 << 31) | (word1 >> 1)

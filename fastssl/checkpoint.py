@@ -1,0 +1,123 @@
+"""Checkpoints that survive: written whole or not at all, checked before they are trusted.
+
+A checkpoint is a dict of tensors, numbers and strings: {format, step, config, model, optimizer, scaler, ...},
+read only with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+FORMAT = 1
+PARTS = ("format", "step", "config", "num_images", "model", "optimizer", "scaler")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, read or used here."""
+
+
+def save(state: dict, path: Path) -> None:
+    """Writes atomically: a kill or a full disk leaves the previous checkpoints as they were.
+
+    Raises CheckpointError when the disk refuses.
+    """
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        cause = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise CheckpointError(
+            f"could not write {path} ({cause}); earlier checkpoints are untouched: make room, then --resume auto"
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename last through a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load(path: Path) -> dict:
+    """Reads and checks a checkpoint: its bytes by their CRC, its parts by name. Tensors on the CPU.
+
+    Raises CheckpointError that says what is wrong with it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load itself would read flipped bits without a word
+        if damaged:
+            raise CheckpointError(f"{path} is damaged: {damaged} fails its checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no checkpoint {path}") from None
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0][:200]}") from error
+    if not isinstance(state, dict) or any(part not in state for part in PARTS):
+        raise CheckpointError(f"{path} is not a fastssl checkpoint: it lacks some of {', '.join(PARTS)}")
+    if state["format"] != FORMAT:
+        raise CheckpointError(f"{path} has format {state['format']}, this version reads {FORMAT}")
+    return state
+
+
+def name(step: int) -> str:
+    """File name of the checkpoint taken after `step` steps."""
+    return f"step_{step:09d}.pt"
+
+
+def saved_steps(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a folder by step, newest first."""
+    found = {int(m[1]): path for path in folder.glob("step_*.pt") if (m := re.fullmatch(r"step_(\d+)\.pt", path.name))}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def newest_good(folder: Path, report: list[str]) -> tuple[Path, dict] | None:
+    """The newest checkpoint that can be trusted; what was wrong with newer ones goes into `report`."""
+    for path in saved_steps(folder).values():
+        try:
+            return path, load(path)
+        except CheckpointError as error:
+            report.append(f"{error}; using the one before it")
+    return None
+
+
+def prune(folder: Path, keep_last: int, keep_multiple: int) -> None:
+    """Removes all but the newest `keep_last` checkpoints and those at a multiple of `keep_multiple` steps (0: none)."""
+    for step, path in list(saved_steps(folder).items())[keep_last:]:
+        if not keep_multiple or step % keep_multiple:
+            path.unlink(missing_ok=True)
+
+
+def fingerprint(state: dict) -> Iterator[tuple[str, object]]:
+    """Every leaf of a checkpoint by its path, in a fixed order: what two runs must agree on."""
+
+    def walk(prefix: str, value: object) -> Iterator[tuple[str, object]]:
+        if isinstance(value, dict):
+            for key in sorted(value, key=str):
+                yield from walk(f"{prefix}.{key}", value[key])
+        elif isinstance(value, (list, tuple)):
+            for i, item in enumerate(value):
+                yield from walk(f"{prefix}.{i}", item)
+        else:
+            yield prefix, value
+
+    yield from walk("", state)

@@ -1,0 +1,142 @@
+"""One process or many: everything that talks between ranks. On one process every call is a no-op.
+
+Ranks come from torchrun's environment. Keys are gathered in rank order; the key shuffle moves rows between ranks by
+a permutation of the global batch that every rank computes for itself, so nothing is broadcast.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Ranks(NamedTuple):
+    """Who we are among the processes of a run."""
+
+    rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+
+
+def start(device: str = "auto") -> Ranks:
+    """Joins the process group when torchrun's variables are set (NCCL on GPUs, gloo on CPUs) and picks the device.
+
+    Raises ValueError when CUDA is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this torch sees no GPU; run `fastssl doctor`, or use --device cpu")
+    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    target = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}")
+        torch.cuda.set_device(target)
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        # Host decisions (stop, resume) go through gloo beside NCCL, so that they never wait for the GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
+    return Ranks(rank, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), target)
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def broadcast_object(value: object, ranks: Ranks) -> object:
+    """Rank 0's value on every rank, through the host."""
+    if ranks.world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def gather_objects(value: object, ranks: Ranks) -> list:
+    """Every rank's value in rank order, through the host."""
+    if ranks.world_size == 1:
+        return [value]
+    values: list = [None] * ranks.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather_rows(x: Tensor, ranks: Ranks) -> Tensor:
+    """(B, ...) on each rank to (W * B, ...) in rank order. No gradient flows through it."""
+    if ranks.world_size == 1:
+        return x
+    result = x.new_empty(ranks.world_size * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(result, x.contiguous())
+    return result
+
+
+def shuffle_rows(x: Tensor, permutation: Tensor, ranks: Ranks) -> Tensor:
+    """Rows of the global batch by `permutation`: row j of the result, counted over ranks, is row permutation[j] of x.
+
+    x: (B, C, H, W) of any dtype on each rank, any memory format; permutation: (W * B,) int64 on the CPU, the same on
+    every rank. Each row travels once, to the rank that needs it (all-to-all).
+    """
+    size = x.shape[0]
+    mine = slice(ranks.rank * size, (ranks.rank + 1) * size)
+    if ranks.world_size == 1:
+        return x[to_device(permutation, x.device)]
+    send_order = torch.argsort(torch.argsort(permutation)[mine])  # my rows by the place they go to
+    send_to = torch.argsort(permutation)[mine][send_order] // size
+    source = permutation[mine] // size
+    send_counts = torch.bincount(send_to, minlength=ranks.world_size).tolist()
+    receive_counts = torch.bincount(source, minlength=ranks.world_size).tolist()
+
+    rows = x.permute(0, 2, 3, 1)[to_device(send_order, x.device)].contiguous()  # NHWC: channels_last moves as it lies
+    received = torch.empty_like(rows)
+    # bytes, since not every backend moves every dtype
+    dist.all_to_all_single(as_bytes(received), as_bytes(rows), receive_counts, send_counts)
+    arrived_at = torch.argsort(torch.argsort(source, stable=True))  # rows arrive by source rank, in order of place
+    return received[to_device(arrived_at, x.device)].permute(0, 3, 1, 2)
+
+
+def unshuffle_keys(k: Tensor, permutation: Tensor, ranks: Ranks) -> Tensor:
+    """Undoes `shuffle_rows` on the keys: shuffled (B, D) on each rank to all keys (W * B, D) in rank order."""
+    return gather_rows(k, ranks)[to_device(torch.argsort(permutation), k.device)]
+
+
+def to_device(index: Tensor, device: torch.device) -> Tensor:
+    """A small host tensor on the device, without waiting for it."""
+    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """(B, ...) contiguous as (B, bytes) uint8, the same memory."""
+    return x.view(x.shape[0], -1).view(torch.uint8)
+
+
+class StopSignal:
+    """Whether any rank was asked to stop, agreed on by all of them at the same step, without waiting.
+
+    The vote of one step is counted at the next, while the GPU works: hosts stay at most one step apart.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.asked = False
+        self.vote: tuple[dist.Work, Tensor] | None = None
+
+    def __call__(self) -> bool:
+        """Call once a step, on every rank."""
+        if self.ranks.world_size == 1:
+            return self.asked
+        agreed = False
+        if self.vote is not None:
+            work, ballot = self.vote
+            work.wait()
+            agreed = bool(ballot.item())  # a host tensor: no GPU waits
+        ballot = torch.tensor([int(self.asked)])
+        self.vote = (dist.all_reduce(ballot, dist.ReduceOp.MAX, async_op=True), ballot)
+        return agreed

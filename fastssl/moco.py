@@ -1,0 +1,54 @@
+"""MoCo's state: query and key encoders, the queue of past keys (He et al., arXiv 1911.05722).
+
+The order of a step is in `fastssl.train`; here are its parts, each of which changes this state in place.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.random_key import STREAM_QUEUE, derive_seed
+
+
+class MoCo(nn.Module):
+    """Owns encoder_q (trained), encoder_k (its moving average), the queue and its pointer."""
+
+    queue: Tensor  # (K, D) float32, unit rows
+    queue_ptr: Tensor  # (1,) int64, where the next key goes
+
+    def __init__(self, encoder_q: nn.Module, dim: int, queue_size: int, seed: int) -> None:
+        super().__init__()
+        self.encoder_q = encoder_q
+        self.encoder_k = copy.deepcopy(encoder_q).requires_grad_(False)
+        generator = torch.Generator().manual_seed(derive_seed(seed, 0, STREAM_QUEUE))
+        rows = torch.randn(queue_size, dim, generator=generator)
+        self.register_buffer("queue", nn.functional.normalize(rows, dim=1))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
+
+    @torch.no_grad()
+    def update_key_encoder(self, ema_momentum: float) -> None:
+        """theta_k <- m theta_k + (1 - m) theta_q, parameters only: batch norm's buffers are each encoder's own."""
+        theta_k, theta_q = list(self.encoder_k.parameters()), list(self.encoder_q.parameters())
+        torch._foreach_lerp_(theta_k, theta_q, 1.0 - ema_momentum)
+
+    @torch.no_grad()
+    def update_queue(self, keys: Tensor) -> None:
+        """Writes keys (n, D) at the pointer, around the end; of more than K keys the last K stay."""
+        queue_size, count = self.queue.shape[0], keys.shape[0]
+        if count > queue_size:
+            self.queue_ptr.add_(count - queue_size)
+            keys = keys[-queue_size:]
+        place = (self.queue_ptr + torch.arange(keys.shape[0], device=keys.device)) % queue_size
+        self.queue.index_copy_(0, place, keys.to(self.queue.dtype))
+        self.queue_ptr.add_(keys.shape[0]).remainder_(queue_size)
+
+
+def ema_momentum(step: int, base: float, total_steps: int, schedule: str = "constant") -> float:
+    """The key encoder's momentum at a step: constant, or rising to 1 with a cosine (Grill et al., arXiv 2006.07733)."""
+    if schedule == "constant":
+        return base
+    return 1.0 - (1.0 - base) * 0.5 * (1.0 + math.cos(math.pi * step / total_steps))

@@ -1,0 +1,78 @@
+"""The numbers of a run that follow from its configuration, its ranks and the size of its data set."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fastssl.config import Config
+from fastssl.distributed import Ranks
+from fastssl.moco import ema_momentum
+from fastssl.schedules import learning_rate
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Plan(NamedTuple):
+    """How long the run is, in optimiser steps, and with what values at each."""
+
+    config: Config
+    steps_per_epoch: int
+    total_steps: int  # of the schedules
+    stop: int  # where the run ends: total_steps, or --steps
+
+    def epoch(self, step: int) -> int:
+        return step // self.steps_per_epoch
+
+    def learning_rate(self, step: int) -> float:
+        o = self.config.optim
+        return learning_rate(
+            step,
+            base_lr=o.lr,
+            epochs=self.config.train.epochs,
+            steps_per_epoch=self.steps_per_epoch,
+            schedule=o.lr_schedule,
+            milestones=o.milestones,
+            drop=o.lr_drop,
+            warmup_epochs=o.warmup_epochs,
+        )
+
+    def ema_momentum(self, step: int) -> float:
+        return ema_momentum(step, self.config.moco.ema_momentum, self.total_steps, self.config.moco.ema_schedule)
+
+
+def make_plan(config: Config, batches_per_epoch: int) -> Plan:
+    """The plan of a run whose loader gives `batches_per_epoch` micro-batches an epoch on each rank.
+
+    Raises ValueError when an epoch has fewer of them than a step needs.
+    """
+    t, accumulate = config.train, config.optim.accumulate
+    steps_per_epoch = batches_per_epoch // accumulate
+    if steps_per_epoch == 0:
+        raise ValueError(f"the data set is smaller than one batch of {t.batch_size}: lower --batch-size")
+    total = t.epochs * steps_per_epoch
+    return Plan(config, steps_per_epoch, total, min(total, t.steps if t.steps is not None else total))
+
+
+def micro_batch_size(config: Config, ranks: Ranks) -> int:
+    """Images of one micro-batch on one rank. Raises ValueError when the batch does not divide evenly."""
+    parts = ranks.world_size * config.optim.accumulate
+    size, rest = divmod(config.train.batch_size, parts)
+    if rest or size == 0:
+        raise ValueError(
+            f"--batch-size {config.train.batch_size} must be a multiple of {parts} "
+            f"({ranks.world_size} processes x --accumulate {config.optim.accumulate})"
+        )
+    if size % config.model.bn_splits:
+        raise ValueError(f"the batch of one device, {size}, must be a multiple of --bn-splits {config.model.bn_splits}")
+    return size
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """fp32, bf16 or fp16 for `auto`: what the device computes fastest without harm."""
+    if precision != "auto":
+        return precision
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
