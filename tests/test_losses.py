@@ -1,0 +1,261 @@
+"""The loss against the published formulas in float64, at the unnormalised projection, and its refusals."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastssl.losses import KERNELS, LossConfig, check_loss_inputs, choose_kernel, moco_loss
+
+ALL_ON = {"contrast_weight": 0.7, "align_weight": 1.3, "uniform_weight": 0.9}
+CPU_KERNELS = ("auto", "reference")
+
+
+def make_projections(n, k, d, seed=0, peaked=False):
+    """(z_q, z_k, queue): float32 projections before normalisation and a unit-row queue, as training makes them."""
+    generator = torch.Generator().manual_seed(seed)
+    z_q = torch.randn(n, d, generator=generator) * 3
+    z_k = z_q + 2 * torch.randn(n, d, generator=generator)
+    queue = torch.randn(k, d, generator=generator)
+    if peaked:  # near-duplicates of queries, as instances seen again an epoch later
+        rows = torch.randperm(k, generator=generator)[: n // 2]
+        queue[rows] = z_q[: len(rows)] + 0.1 * torch.randn(len(rows), d, generator=generator)
+    return z_q, z_k, F.normalize(queue, dim=1)
+
+
+def published_terms(z_q, z_k, queue, config):
+    """Contrast, align and uniform in float64, written pair by pair from the papers, independent of the project."""
+    q, k, queue = (F.normalize(x.double(), dim=1) for x in (z_q, z_k, queue))
+    n = q.shape[0]
+    exponent = [(q[i] @ torch.stack([k[i], *queue]).T) / config.temperature for i in range(n)]
+    contrast = torch.stack([e.exp().sum().log() - e[0] for e in exponent]).mean()
+    align = torch.stack([torch.dist(q[i], k[i]) ** config.align_alpha for i in range(n)]).mean()
+    pairs = [((q[i] - queue) ** 2).sum(1) for i in range(n)]
+    if config.intra_batch:
+        i, j = torch.triu_indices(n, n, offset=1)
+        pairs.append(((q[i] - q[j]) ** 2).sum(1))
+    uniform = (-config.uniform_t * torch.cat(pairs)).exp().mean().log()
+    return contrast, align, uniform
+
+
+def loss_and_gradient(z_q, z_k, queue, config, kernel):
+    z_q = z_q.clone().requires_grad_()
+    loss = moco_loss(F.normalize(z_q, dim=1), F.normalize(z_k, dim=1), queue, config, kernel)
+    (gradient,) = torch.autograd.grad(loss.total, z_q)
+    return loss, gradient
+
+
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+@pytest.mark.parametrize("intra_batch", [True, False])
+@pytest.mark.parametrize("alpha", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("n", [1, 2, 8, 100])
+def test_matches_the_published_formulas_in_float64(n, alpha, intra_batch, kernel):
+    z_q, z_k, queue = make_projections(n, 777, 128, seed=n, peaked=True)
+    config = LossConfig(**ALL_ON, align_alpha=alpha, intra_batch=intra_batch)
+    truth_z = z_q.double().requires_grad_()
+    contrast, align, uniform = published_terms(truth_z, z_k, queue, config)
+    truth = 0.7 * contrast + 1.3 * align + 0.9 * uniform
+    (truth_gradient,) = torch.autograd.grad(truth, truth_z)
+
+    loss, gradient = loss_and_gradient(z_q, z_k, queue, config, kernel)
+    assert loss.total.dtype == torch.float32
+    for value, wanted in zip(loss[:4], (truth, contrast, align, uniform)):
+        assert abs(value.double() - wanted) <= 1e-6 * max(1.0, abs(wanted))
+    assert (gradient.double() - truth_gradient).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+@pytest.mark.parametrize("term", ["contrast", "align", "uniform"])
+def test_each_term_alone(term, kernel):
+    z_q, z_k, queue = make_projections(9, 131, 32)
+    weights = {f"{name}_weight": 2.5 * (name == term) for name in ("contrast", "align", "uniform")}
+    config = LossConfig(**weights)
+    truth_z = z_q.double().requires_grad_()
+    truth = 2.5 * published_terms(truth_z, z_k, queue, config)[["contrast", "align", "uniform"].index(term)]
+    (truth_gradient,) = torch.autograd.grad(truth, truth_z)
+    loss, gradient = loss_and_gradient(z_q, z_k, queue, config, kernel)
+    assert {name for name in ("contrast", "align", "uniform") if getattr(loss, name) is not None} == {term}
+    assert (loss.top1 is not None) == (loss.top5 is not None) == (term == "contrast")
+    torch.testing.assert_close(loss.total.double(), truth.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), truth_gradient, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (1, 7), (5, 33), (64, 1000)])
+def test_closed_forms_when_all_features_are_equal(n, k, kernel):
+    row = F.normalize(torch.ones(1, 64), dim=1)
+    q = row.expand(n, -1).contiguous().requires_grad_()
+    loss = moco_loss(q, row.expand(n, -1).contiguous(), row.expand(k, -1).contiguous(), LossConfig(**ALL_ON), kernel)
+    assert loss.contrast.item() == pytest.approx(math.log(k + 1), rel=1e-6)
+    assert loss.align.item() == pytest.approx(0, abs=1e-6)
+    assert loss.uniform.item() == pytest.approx(0, abs=2e-6)
+    assert loss.top1.item() == loss.top5.item() == 100  # no queue row is nearer than the key
+    loss.total.backward()
+    assert q.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+def test_antipodal_queue(kernel):
+    row = F.normalize(torch.arange(1.0, 33)[None], dim=1)
+    loss = moco_loss(row, row, -row.expand(9, -1).contiguous(), LossConfig(**ALL_ON, temperature=0.2), kernel)
+    assert loss.uniform.item() == pytest.approx(-4 * 3, rel=1e-6)  # d^2 = 4 for every pair
+    assert loss.contrast.item() == pytest.approx(9 * math.exp(-2 / 0.2), rel=1e-2)
+
+
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.5, 2.0, 3.0])
+def test_identical_pairs_have_a_defined_gradient(alpha, kernel):
+    z_q, z_k, queue = make_projections(4, 50, 32)
+    z_k[:2] = z_q[:2]
+    _, gradient = loss_and_gradient(z_q, z_k, queue, LossConfig(align_alpha=alpha, uniform_weight=0.0), kernel)
+    assert (gradient[:2] == 0).all()
+    assert gradient[2:].isfinite().all() and (gradient[2:] != 0).any()
+
+
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+def test_identical_queries_and_no_pairs_are_defined(kernel):
+    z_q, z_k, queue = make_projections(1, 50, 32)
+    loss, gradient = loss_and_gradient(z_q, z_k, queue, LossConfig(), kernel)
+    without, _ = loss_and_gradient(z_q, z_k, queue, LossConfig(intra_batch=False), kernel)
+    assert loss.total == without.total and gradient.isfinite().all()
+    loss, gradient = loss_and_gradient(z_q.expand(6, -1), z_k.expand(6, -1), queue, LossConfig(), kernel)
+    assert loss.total.isfinite() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+def test_accuracy_counts_queue_rows_nearer_than_the_key(kernel):
+    angle = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])  # the queue's distance from q, rising
+    queue = torch.zeros(6, 32)
+    queue[:, 0], queue[:, 1] = angle.cos(), angle.sin()
+    q = torch.zeros(4, 32)
+    q[:, 0] = 1
+    k = torch.zeros(4, 32)
+    key_angle = torch.tensor([0.05, 0.15, 0.45, 0.55])  # 0, 1, 4 and 5 queue rows are nearer
+    k[:, 0], k[:, 1] = key_angle.cos(), key_angle.sin()
+    loss = moco_loss(q, k, queue, LossConfig(contrast_weight=1.0), kernel)
+    assert (loss.top1.item(), loss.top5.item()) == (25.0, 75.0)
+    assert loss.top1.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+@pytest.mark.parametrize("queue_dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_queue_is_neither_changed_nor_needed_after_the_forward(queue_dtype, kernel):
+    z_q, z_k, queue = make_projections(12, 301, 64)
+    queue = queue.to(queue_dtype)
+    config = LossConfig(**ALL_ON)
+    _, wanted = loss_and_gradient(z_q, z_k, queue, config, kernel)
+    before, version = queue.clone(), queue._version
+    leaf = z_q.clone().requires_grad_()
+    loss = moco_loss(F.normalize(leaf, dim=1), F.normalize(z_k, dim=1), queue, config, kernel)
+    assert torch.equal(queue, before) and queue._version == version
+    queue.fill_(torch.nan)  # the step's enqueue comes before the backward
+    loss.total.backward()
+    assert torch.equal(leaf.grad, wanted)
+
+
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+def test_upstream_gradient_and_parts(kernel):
+    z_q, z_k, queue = make_projections(6, 75, 32)
+    config = LossConfig(**ALL_ON)
+    leaf = z_q.clone().requires_grad_()
+    loss = moco_loss(F.normalize(leaf, dim=1), F.normalize(z_k, dim=1), queue, config, kernel)
+    (of_total,) = torch.autograd.grad(-2.5 * loss.total, leaf, retain_graph=True)
+    parts = [torch.autograd.grad(part, leaf, retain_graph=True)[0] for part in loss[1:4]]
+    torch.testing.assert_close(
+        of_total, -2.5 * (0.7 * parts[0] + 1.3 * parts[1] + 0.9 * parts[2]), rtol=1e-5, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+def test_only_q_has_a_gradient(kernel):
+    z_q, z_k, queue = make_projections(3, 20, 32)
+    q, k, queue = (x.requires_grad_() for x in (F.normalize(z_q, dim=1), F.normalize(z_k, dim=1), queue))
+    moco_loss(q, k, queue, LossConfig(**ALL_ON), kernel).total.backward()
+    assert q.grad is not None and k.grad is None and queue.grad is None
+
+
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+def test_autocast_changes_nothing(kernel):
+    z_q, z_k, queue = make_projections(16, 200, 64)
+    plain, plain_gradient = loss_and_gradient(z_q, z_k, queue, LossConfig(**ALL_ON), kernel)
+    leaf = z_q.clone().requires_grad_()
+    q, k = F.normalize(leaf, dim=1), F.normalize(z_k, dim=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = moco_loss(q, k, queue, LossConfig(**ALL_ON), kernel)
+    cast.total.backward()
+    assert cast == plain and torch.equal(leaf.grad, plain_gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_queries_are_widened(dtype):
+    z_q, z_k, queue = make_projections(8, 90, 64)
+    q, k = F.normalize(z_q, dim=1).to(dtype).requires_grad_(), F.normalize(z_k, dim=1).to(dtype)
+    loss = moco_loss(q, k, queue, LossConfig(**ALL_ON))
+    wide = moco_loss(q.detach().float(), k.float(), queue, LossConfig(**ALL_ON))
+    assert loss.total.dtype == torch.float32 and loss.total == wide.total
+    loss.total.backward()
+    assert q.grad.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"align_alpha": -1.0}, "align_alpha"),
+        ({"uniform_t": 0.0}, "uniform_t"),
+        ({"uniform_t": 50.0}, "uniform_t"),
+        ({"uniform_weight": -1.0}, "uniform_weight"),
+        ({"contrast_weight": float("inf")}, "contrast_weight"),
+        ({"align_weight": 0.0, "uniform_weight": 0.0}, "positive weight"),
+    ],
+)
+def test_config_refuses_what_makes_no_sense(fields, named):
+    with pytest.raises(ValueError, match=named):
+        LossConfig(**fields)
+
+
+def unit(*shape, dtype=torch.float32):
+    return F.normalize(torch.randn(*shape), dim=1).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "queue", "words"),
+    [
+        (unit(4, 32), unit(4, 32), unit(9, 64), r"with the D of q.*\(4, 32\).*\(9, 64\)"),
+        (unit(4, 32), unit(5, 32), unit(9, 32), r"both be \(N, D\).*\(5, 32\)"),
+        (unit(4, 32)[0], unit(4, 32)[0], unit(9, 32), r"both be \(N, D\)"),
+        (unit(4, 32), unit(4, 32), unit(9, 32)[:0], r"at least one.*\(0, 32\)"),
+        (unit(4, 32)[:0], unit(4, 32)[:0], unit(9, 32), r"at least one.*\(0, 32\)"),
+        (unit(4, 32), unit(4, 32), unit(32, 9).T, r"queue is not contiguous.*\(9, 32\)"),
+        (unit(32, 4).T, unit(4, 32), unit(9, 32), r"q is not contiguous.*\(4, 32\)"),
+        (unit(4, 32), unit(4, 32), unit(9, 32).long(), r"queue must be a floating-point"),
+        (unit(4, 32), unit(4, 32), unit(9, 32).to("meta"), r"queue on meta.*one device"),
+    ],
+)
+def test_bad_tensors_are_refused_with_shapes_and_the_mend(q, k, queue, words):
+    with pytest.raises(ValueError, match=words):
+        moco_loss(q, k, queue, LossConfig())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_unit_rows_pass_the_value_check(dtype):
+    check_loss_inputs(unit(50, 128), unit(50, 128), unit(500, 128, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "queue"])
+@pytest.mark.parametrize("damage", [1.01, 0.0, float("nan"), float("inf")])
+def test_rows_that_are_not_unit_are_named(name, damage):
+    tensors = {"q": unit(4, 32), "k": unit(4, 32), "queue": unit(9, 32)}
+    tensors[name][2] *= damage
+    with pytest.raises(ValueError, match=rf"^1 of \d rows of {name} .*row 2 .*normalize"):
+        check_loss_inputs(**tensors)
+
+
+def test_unknown_kernel_is_refused():
+    with pytest.raises(ValueError, match="unknown loss kernel 'cuda': choose one of auto"):
+        choose_kernel(torch.device("cpu"), torch.float32, 128, "cuda")
+    assert KERNELS[0] == "auto"
