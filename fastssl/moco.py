@@ -6,7 +6,6 @@ The order of a step is in `fastssl.train`; here are its parts, each of which cha
 from __future__ import annotations
 
 import copy
-import math
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +44,3 @@ class MoCo(nn.Module):
         place = (self.queue_ptr + torch.arange(keys.shape[0], device=keys.device)) % queue_size
         self.queue.index_copy_(0, place, keys.to(self.queue.dtype))
         self.queue_ptr.add_(keys.shape[0]).remainder_(queue_size)
-
-
-def ema_momentum(step: int, base: float, total_steps: int, schedule: str = "constant") -> float:
-    """The key encoder's momentum at a step: constant, or rising to 1 with a cosine (Grill et al., arXiv 2006.07733)."""
-    if schedule == "constant":
-        return base
-    return 1.0 - (1.0 - base) * 0.5 * (1.0 + math.cos(math.pi * step / total_steps))

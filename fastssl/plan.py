@@ -8,8 +8,7 @@ import torch
 
 from fastssl.config import Config
 from fastssl.distributed import Ranks
-from fastssl.moco import ema_momentum
-from fastssl.schedules import learning_rate
+from fastssl.schedules import learning_rate, momentum_schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,7 +38,17 @@ class Plan(NamedTuple):
         )
 
     def ema_momentum(self, step: int) -> float:
-        return ema_momentum(step, self.config.moco.ema_momentum, self.total_steps, self.config.moco.ema_schedule)
+        m = self.config.moco
+        return momentum_schedule(step, momentum=m.ema_momentum, total_steps=self.total_steps, schedule=m.ema_schedule)
+
+    def ends_epoch(self, done: int, every: int) -> bool:
+        """Whether `done` steps are a multiple of `every` epochs (0: never)."""
+        return every > 0 and done % (every * self.steps_per_epoch) == 0
+
+    def saves_after(self, done: int) -> bool:
+        """Whether a checkpoint is due after `done` steps."""
+        every = self.config.train.save_every_steps
+        return self.ends_epoch(done, self.config.train.save_every_epochs) or (every is not None and done % every == 0)
 
 
 def make_plan(config: Config, batches_per_epoch: int) -> Plan:

@@ -1,4 +1,4 @@
-"""The folder of a run and what lands in it, and the clock that pauses while nothing is trained.
+"""The folder of a run and what lands in it, and the clock that stops while nothing is trained.
 
     config.yaml  environment.json  metrics.jsonl  tensorboard/  curves.png  views.png  checkpoints/
 
@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -24,89 +22,126 @@ from tqdm import tqdm
 from fastssl import checkpoint
 from fastssl.config import Config
 from fastssl.curves import draw_curves
+from fastssl.distributed import Ranks, broadcast_object, gather_objects
+from fastssl.environment import environment
+from fastssl.plan import Plan
 from fastssl.recipe import to_yaml
 
 TIMING = ("images_per_second", "seconds")  # the fields of metrics.jsonl in which equal runs differ
+SHOWN = ("loss", "contrast", "align", "uniform", "top1", "lr")  # beside the progress bar
+
+
+def choose_folder(config: Config, ranks: Ranks) -> Path:
+    """The run folder, the same on every rank: --output, or runs/<arch>-<date>-<time>.
+
+    Raises ValueError rather than mix a new run into the folder of an old one.
+    """
+    t = config.train
+    if t.output is None and t.resume == "auto":
+        raise ValueError("--resume auto needs --output: the folder of the run to go on with")
+    default = f"runs/{config.model.arch}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(broadcast_object(t.output or default, ranks))
+    saved = checkpoint.saved_steps(folder / "checkpoints")
+    if t.resume != "auto" and saved:
+        raise ValueError(
+            f"{folder} already holds a run, saved after step {max(saved)}: "
+            "add --resume auto to go on with it, or choose another --output"
+        )
+    return folder
 
 
 class Clock:
     """Seconds of training: evaluating, saving and drawing do not count."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.begin = time.perf_counter()
-        self.paused_for = 0.0
 
     def seconds(self) -> float:
-        return time.perf_counter() - self.begin - self.paused_for
+        return time.perf_counter() - self.begin
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # steps under way still count as training
         start = time.perf_counter()
         yield
-        self.paused_for += time.perf_counter() - start
+        self.begin += time.perf_counter() - start
 
 
 class Run:
-    """Writes metrics, curves and the progress bar of one run; owns its folder."""
+    """The record of one run: its folder, its progress bar, its clock."""
 
-    def __init__(self, folder: Path, config: Config, first: int, total: int, writes: bool) -> None:
-        self.folder, self.writes, self.total = folder, writes, total
-        self.clock = Clock()
-        self.images_per_step = config.train.batch_size
-        self.last_log = (first, 0.0)
-        if not writes:
+    def __init__(self, folder: Path, config: Config, plan: Plan, first: int, ranks: Ranks) -> None:
+        self.folder, self.config, self.plan, self.ranks = folder, config, plan, ranks
+        self.clock = Clock(ranks.device)
+        self.logged = (first, 0.0)
+        self.told = 0
+        self.writes = ranks.rank == 0
+        if not self.writes:
             return
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.yaml", to_yaml(config))
         write_text(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
         trim_metrics(folder / "metrics.jsonl", first)
-        self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # a line is written when it is whole
+        self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (open as long as the run)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
-        self.bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True, disable=None, smoothing=0.1)
+        self.bar = tqdm(total=plan.stop, initial=first, unit="step", dynamic_ncols=True, disable=None, smoothing=0.1)
 
     def say(self, text: str) -> None:
         """One line to the person, above the progress bar."""
         if self.writes:
             tqdm.write(text, file=sys.stderr)
 
+    def say_new(self, lines: Sequence[str]) -> None:
+        """Says those of a growing list that were not said yet, of every rank. Call on all ranks."""
+        news = gather_objects(list(lines[self.told :]), self.ranks)
+        self.told = len(lines)
+        for line in (line for rank in news for line in rank):
+            self.say(f"bad image: {line}")
+
     def advance(self) -> None:
         """One more step is done."""
         if self.writes:
             self.bar.update()
 
-    def log(self, step: int, values: dict[str, float], steps_per_epoch: int) -> None:
+    def log(self, step: int, values: dict[str, float]) -> None:
         """Records the values of a step, counted from 1, and the speed since the last record."""
         if not self.writes:
             return
-        last_step, last_seconds = self.last_log
-        seconds = self.clock.seconds()
-        speed = (step - last_step) * self.images_per_step / max(seconds - last_seconds, 1e-9)
-        self.last_log = (step, seconds)
-        self.record(step, {"epoch": round(step / steps_per_epoch, 4), **values}, speed, seconds)
-        shown = {k: f"{values[k]:.4g}" for k in ("loss", "contrast", "align", "uniform", "top1", "lr") if k in values}
+        (last_step, last_seconds), seconds = self.logged, self.clock.seconds()
+        self.logged = (step, seconds)
+        images = (step - last_step) * self.config.train.batch_size
+        speed = images / max(seconds - last_seconds, 1e-9)
+        self.record(step, values, {"images_per_second": round(speed, 2), "seconds": round(seconds, 3)})
+        shown = {key: f"{values[key]:.4g}" for key in SHOWN if key in values}
         self.bar.set_postfix({"images/s": f"{speed:.0f}", **shown})
-        if self.bar.disable:  # no terminal: plain lines
-            words = " ".join(f"{k} {v}" for k, v in shown.items())
-            left = (self.total - step) * self.images_per_step / speed
-            self.say(f"step {step}/{self.total} {words} images/s {speed:.0f} left {left / 60:.1f} min")
+        if self.bar.disable:  # not a terminal: plain lines
+            words = "  ".join(f"{key} {value}" for key, value in shown.items())
+            minutes = (self.plan.stop - step) * self.config.train.batch_size / speed / 60
+            self.say(f"step {step}/{self.plan.stop}  {words}  images/s {speed:.0f}  left {minutes:.1f} min")
 
-    def record(self, step: int, values: dict[str, float], speed: float | None = None, seconds: float = 0.0) -> None:
+    def record(self, step: int, values: dict[str, float], timing: dict[str, float] | None = None) -> None:
         """One line of metrics.jsonl and its TensorBoard points; timing fields come last."""
         if not self.writes:
             return
-        timing = {} if speed is None else {"images_per_second": round(speed, 2), "seconds": round(seconds, 3)}
-        self.metrics.write(json.dumps({"step": step, **values, **timing}) + "\n")
-        for key, value in {**values, **timing}.items():
-            if isinstance(value, (int, float)):
+        line = {"step": step, "epoch": round(step / self.plan.steps_per_epoch, 4), **values, **(timing or {})}
+        self.metrics.write(json.dumps(line) + "\n")
+        for key, value in line.items():
+            if key != "step":
                 self.board.add_scalar(key, value, step)
 
-    def draw(self) -> None:
-        """Brings curves.png up to date."""
-        if self.writes:
-            draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+    def save(self, step: int, state: dict) -> None:
+        """A checkpoint after `step` steps, the old ones pruned, the curves drawn."""
+        if not self.writes:
+            return
+        folder, t = self.folder / "checkpoints", self.config.train
+        checkpoint.save(state, folder / checkpoint.name(step))
+        checkpoint.prune(folder, t.keep_last, t.keep_every_epochs * self.plan.steps_per_epoch)
+        draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
 
     def close(self) -> None:
-        """Flushes and closes everything; the folder is complete afterwards."""
+        """Flushes and closes everything."""
         if self.writes:
             self.bar.close()
             self.metrics.close()
@@ -121,7 +156,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def trim_metrics(path: Path, first: int) -> None:
-    """Drops the lines after step `first`: a resumed run writes them again. A torn last line goes too."""
+    """Drops the lines after step `first`, which a resumed run writes again, and a torn last line."""
     if not path.exists():
         return
     kept = []
@@ -130,49 +165,3 @@ def trim_metrics(path: Path, first: int) -> None:
             if json.loads(line)["step"] <= first:
                 kept.append(line + "\n")
     write_text(path, "".join(kept))
-
-
-def default_folder(arch: str) -> Path:
-    """runs/<arch>-<date>-<time>."""
-    return Path("runs") / f"{arch}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def check_folder(folder: Path, resume: str) -> None:
-    """Refuses to mix a new run into the folder of an old one. Raises ValueError."""
-    saved = checkpoint.saved_steps(folder / "checkpoints")
-    if resume == "no" and saved:
-        raise ValueError(
-            f"{folder} holds a run saved at step {next(iter(saved))}: add --resume auto to go on, or choose another --output"
-        )
-
-
-def environment() -> dict[str, object]:
-    """What a number depends on besides the configuration: command, commit, versions, devices."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "command": sys.argv,
-        "commit": commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "gpus": gpus,
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def commit() -> str | None:
-    """The commit of the source that runs, with a + when files differ from it; None outside a git checkout."""
-    source = Path(__file__).resolve().parent.parent
-    if not (source / ".git").exists():
-        return None
-    git = ["git", "-C", str(source)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+" if changed else "")

@@ -5,45 +5,36 @@ file -> loader -> augment -> encoders q, k -> losses -> optimizer -> checkpoint 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from torch.nn.parallel import DistributedDataParallel
 
-from fastssl import checkpoint, distributed, flags
+from fastssl import checkpoint, distributed
 from fastssl.augment.policy import Policy, make_policy
+from fastssl.augment.preview import save_preview
 from fastssl.augment.views import make_views
 from fastssl.batch import ImageBatch
 from fastssl.command import PREEMPTED, run_command, stop_on_signals
 from fastssl.config import Config
-from fastssl.distributed import Ranks, StopSignal, shuffle_rows, unshuffle_keys
+from fastssl.distributed import Ranks, StopSignal, gather_objects, gather_rows, shuffle_rows, unshuffle_keys
+from fastssl.eval.online import make_probe
+from fastssl.flags import parse
 from fastssl.health import Health
 from fastssl.loaders.make import make_loader
-from fastssl.losses import moco_loss
-from fastssl.moco import MoCo
-from fastssl.models.batchnorm import convert_sync_batchnorm, split_batchnorm
-from fastssl.models.encoders import make_encoder
-from fastssl.optim import make_optimizer, set_lr
+from fastssl.losses import check_loss_inputs, moco_loss
+from fastssl.optim import set_lr
 from fastssl.plan import DTYPES, Plan, choose_precision, make_plan, micro_batch_size
 from fastssl.random_key import STREAM_SHUFFLE, STREAM_STEP, derive_seed, permutation
-from fastssl.run import Run
+from fastssl.resume import find_start, restore, state_of
+from fastssl.run import Run, choose_folder
+from fastssl.trainee import Trainee, compile_and_wrap, make_trainee
 
 TrainStep = Callable[[Sequence[ImageBatch], int], dict[str, Tensor]]
-RENAME = {"total": "loss"}
-
-
-class Trainee(NamedTuple):
-    """What a step changes: the model and its optimiser."""
-
-    moco: MoCo
-    encoder_q: nn.Module  # moco.encoder_q, or its DDP wrapper
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
 
 
 def make_train_step(
@@ -61,6 +52,7 @@ def make_train_step(
     parameters = [p for p in moco.encoder_q.parameters() if p.requires_grad]
     # a shuffle within one sub-batch changes nothing, nor does one under statistics over all ranks
     shuffles = not config.model.sync_bn and ranks.world_size * config.model.bn_splits > 1
+    unchecked = True
 
     def autocast() -> torch.autocast:
         return torch.autocast(ranks.device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -68,16 +60,14 @@ def make_train_step(
     @torch.no_grad()
     def encode_keys(view_k: Tensor, micro_step: int) -> Tensor:
         """All ranks' keys (W * B, D) in rank order, unit rows."""
-        if not shuffles:
-            with autocast():
-                z = moco.encoder_k(view_k)
-            return distributed.gather_rows(normalize(z.float(), dim=1), ranks)
-        order = permutation(seed, micro_step, ranks.world_size * view_k.shape[0], STREAM_SHUFFLE)
+        order = permutation(seed, micro_step, ranks.world_size * view_k.shape[0], STREAM_SHUFFLE) if shuffles else None
         with autocast():
-            z = moco.encoder_k(shuffle_rows(view_k, order, ranks))
-        return unshuffle_keys(normalize(z.float(), dim=1), order, ranks)
+            z = moco.encoder_k(view_k if order is None else shuffle_rows(view_k, order, ranks))
+        k = normalize(z.float(), dim=1)
+        return gather_rows(k, ranks) if order is None else unshuffle_keys(k, order, ranks)
 
     def train_step(micro_batches: Sequence[ImageBatch], step: int) -> dict[str, Tensor]:
+        nonlocal unchecked
         torch.manual_seed(derive_seed(seed, step, STREAM_STEP, ranks.rank))  # dropout: a function of the step
         set_lr(optimizer, plan.learning_rate(step))
         moco.update_key_encoder(plan.ema_momentum(step))
@@ -85,22 +75,24 @@ def make_train_step(
         for micro, batch in enumerate(micro_batches):
             view_q, view_k = make_views(batch, policy, config.augment.image_size, seed, plan.epoch(step), dtype)
             all_keys = encode_keys(view_k, step * accumulate + micro)
-            k = all_keys.chunk(ranks.world_size)[ranks.rank]  # (B, D)
             if ranks.world_size > 1:
                 encoder_q.require_backward_grad_sync = micro + 1 == accumulate
             with autocast():
                 z = encoder_q(view_q)
-            q = normalize(z.float(), dim=1)
+            q, k = normalize(z.float(), dim=1), all_keys.chunk(ranks.world_size)[ranks.rank]  # (B, D) each
+            if unchecked:
+                check_loss_inputs(q, k, moco.queue)  # waits for the device, once in a run
+                unchecked = False
             loss = moco_loss(q, k, moco.queue, config.loss, config.train.loss_kernel)
             scaler.scale(loss.total / accumulate).backward()
             keys.append(all_keys)
-            losses.append({RENAME.get(n, n): v.detach() for n, v in loss._asdict().items() if v is not None})
+            losses.append({name: value.detach() for name, value in loss._asdict().items() if value is not None})
         metrics = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
         metrics["feature_std"] = q.detach().std(dim=0, correction=0).norm()  # 1: spread out; 0: collapsed
-        health.update(step, metrics)
         if config.optim.clip_grad is not None:
             scaler.unscale_(optimizer)
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.optim.clip_grad)
+        health.update(step, metrics)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -108,3 +100,108 @@ def make_train_step(
         return metrics
 
     return train_step
+
+
+def pretrain(config: Config) -> int:
+    """A whole run. Returns the exit code: 0 when it is complete, PREEMPTED when a signal stopped it after saving."""
+    t, accumulate = config.train, config.optim.accumulate
+    make_deterministic(t.deterministic)
+    ranks = distributed.start(t.device)
+    stop = StopSignal(ranks)
+    stop_on_signals(stop)
+    folder = choose_folder(config, ranks)
+    loader = open_loader(config, ranks)
+    plan = make_plan(config, loader.batches_per_epoch)
+    policy = open_policy(config)
+
+    trainee = make_trainee(config, ranks)
+    start, notes = find_start(config, folder, ranks)
+    first = t.start_epoch * plan.steps_per_epoch
+    if start is not None:
+        first, changed = restore(start, trainee, config, loader.num_images)
+        notes += [f"going on from {start}, after {first} steps", *changed]
+    trainee = compile_and_wrap(config, trainee, ranks)
+    health = Health(ranks)
+    train_step = make_train_step(config, plan, trainee, policy, ranks, health)
+
+    run = Run(folder, config, plan, first, ranks)
+    probe, note = make_probe(config, loader, ranks)
+    for line in [*opening_lines(config, plan, loader, trainee, ranks), note, *notes]:
+        run.say(line)
+    if run.writes and not (folder / "views.png").exists():
+        save_preview(next(loader.eval_batches(8, limit=8)), policy, config.augment.image_size, t.seed, 0, folder / "views.png")
+
+    try:
+        for step, batches in zip(range(first, plan.stop), group(loader.batches(first * accumulate), accumulate)):
+            metrics = train_step(batches, step)
+            done, last, asked = step + 1, step + 1 == plan.stop, stop()
+            run.advance()
+            if done % t.log_every == 0 or last:
+                health.check(trainee.moco.encoder_q, ADVICE)
+                run.log(done, {**mean_over_ranks(metrics, ranks), "lr": plan.learning_rate(step)})
+                run.say_new(loader.bad_images)
+            if probe and plan.ends_epoch(done, config.eval.knn_every):
+                with run.clock.paused():
+                    run.record(done, {"knn": probe(trainee.moco.encoder_q.backbone)})
+            if asked or last or plan.saves_after(done):
+                with run.clock.paused():
+                    health.check(trainee.moco.encoder_q, ADVICE)
+                    run.save(done, state_of(trainee, done, config, loader.num_images))
+            if asked and not last:
+                run.say(f"stopped by a signal and saved after step {done}: go on with --resume auto --output {folder}")
+                return PREEMPTED
+        return 0
+    finally:
+        loader.close()
+        run.close()
+        distributed.stop()
+
+
+ADVICE = "lower --lr, add --warmup-epochs or --clip-grad, or use --precision bf16; checkpoints before it are good"
+
+
+def group(batches: Iterator[ImageBatch], size: int) -> Iterator[list[ImageBatch]]:
+    """Consecutive lists of `size` micro-batches."""
+    while True:
+        yield list(islice(batches, size))
+
+
+def mean_over_ranks(metrics: dict[str, Tensor], ranks: Ranks) -> dict[str, float]:
+    """The metrics of all ranks, averaged. Waits for the device."""
+    means = gather_rows(torch.stack(list(metrics.values())).float()[None], ranks).mean(dim=0)
+    return dict(zip(metrics, means.tolist()))
+
+
+def open_loader(config: Config, ranks: Ranks) -> Loader:
+    """This rank's loader of micro-batches."""
+    d = config.input
+    return make_loader(
+        d.loader,
+        config.data,
+        batch_size=micro_batch_size(config, ranks),
+        seed=config.train.seed,
+        device=ranks.device,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        workers=d.workers,
+        on_bad_image=d.on_bad_image,
+        synthetic_images=d.synthetic_images,
+        synthetic_size=d.synthetic_size,
+    )
+
+
+def make_deterministic(on: bool) -> None:
+    """Bitwise repeatable kernels, or the fastest ones."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.benchmark = not on
+
+
+def main(argv: Sequence[str]) -> int:
+    """`fastssl pretrain`."""
+    return pretrain(parse(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

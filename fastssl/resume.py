@@ -1,0 +1,83 @@
+"""From a run to a checkpoint and back: where a run begins, and what it must agree on with the one it goes on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastssl import checkpoint
+from fastssl.checkpoint import CheckpointError
+from fastssl.config import Config, flat
+from fastssl.distributed import Ranks, broadcast_object
+from fastssl.trainee import Trainee
+
+# Without these the weights do not fit; with the others changed the run goes on, but is no longer the uninterrupted one.
+SHAPES = ("arch", "head", "dim", "stem", "queue_size", "optimizer")
+# These may change freely: they do not touch a single weight.
+HARMLESS = {
+    "data", "loader", "workers", "output", "resume", "log_every", "save_every_epochs", "save_every_steps", "keep_last",
+    "keep_every_epochs", "knn_every", "knn_k", "knn_images", "eval_resize", "steps", "start_epoch", "on_bad_image",
+}  # fmt: skip
+
+
+def state_of(trainee: Trainee, step: int, config: Config, num_images: int) -> dict:
+    """The checkpoint after `step` steps: tensors, numbers, strings, lists and dicts only."""
+    return {
+        "format": checkpoint.FORMAT,
+        "step": step,
+        "config": {k: list(v) if isinstance(v, tuple) else v for k, v in flat(config).items()},
+        "num_images": num_images,
+        "model": trainee.moco.state_dict(),
+        "optimizer": trainee.optimizer.state_dict(),
+        "scaler": trainee.scaler.state_dict(),
+    }
+
+
+def find_start(config: Config, folder: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, the same on every rank, and what to tell the person about it.
+
+    Order: --resume PATH; --resume auto takes the newest good one of the run folder; otherwise a fresh start (None).
+    Raises CheckpointError when every checkpoint of the folder is damaged.
+    """
+    if config.train.resume == "no":
+        return None, []
+    if config.train.resume != "auto":
+        return Path(config.train.resume), []
+    notes: list[str] = []
+    found = None
+    if ranks.rank == 0:
+        found = checkpoint.newest_good(folder / "checkpoints", notes)
+    path, notes = broadcast_object((found and found[0], notes), ranks)
+    if path is None and notes:
+        raise CheckpointError(f"no checkpoint in {folder} can be used: {notes[-1]}")
+    return path, notes or ([] if path else [f"nothing to resume in {folder}: starting afresh"])
+
+
+def restore(path: Path, trainee: Trainee, config: Config, num_images: int) -> tuple[int, list[str]]:
+    """Loads a checkpoint into the run. Returns the steps already done and notes on settings that changed since.
+
+    Raises CheckpointError when it belongs to another model.
+    """
+    state = checkpoint.load(path)
+    then, now = state["config"], flat(config)
+    for key in SHAPES:
+        if then[key] != now[key]:
+            flag = "--" + key.replace("_", "-")
+            raise CheckpointError(
+                f"{path} was trained with {flag} {then[key]}, this run has {now[key]}: "
+                f"pass {flag} {then[key]}, or start in another --output"
+            )
+    try:
+        trainee.moco.load_state_dict(state["model"])
+        trainee.optimizer.load_state_dict(state["optimizer"])
+        trainee.scaler.load_state_dict(state["scaler"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} does not fit this model: {str(error).splitlines()[0]}") from error
+    changed = [k for k in now if k not in HARMLESS and k in then and then[k] != _plain(now[k])]
+    notes = [f"{k} is {now[k]}, was {then[k]}: the run goes on, but not as if it had never stopped" for k in changed]
+    if num_images != state["num_images"]:
+        notes.append(f"the data set has {num_images} images, had {state['num_images']}: the order of images differs")
+    return state["step"], notes
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value

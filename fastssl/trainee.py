@@ -1,0 +1,68 @@
+"""What a training step changes, built from the configuration: the MoCo model, its optimiser, its gradient scaler."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastssl.config import Config
+from fastssl.distributed import Ranks
+from fastssl.moco import MoCo
+from fastssl.models.batchnorm import convert_sync_batchnorm, split_batchnorm
+from fastssl.models.encoders import make_encoder
+from fastssl.optim import make_optimizer
+from fastssl.plan import choose_precision
+
+
+class Trainee(NamedTuple):
+    """State that training owns and checkpoints hold."""
+
+    moco: MoCo
+    encoder_q: nn.Module  # moco.encoder_q, or its DDP wrapper
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # does nothing unless the precision is fp16
+
+
+def make_trainee(config: Config, ranks: Ranks) -> Trainee:
+    """Fresh state on the device, the same on every rank: weights are a function of the seed."""
+    t, m, o = config.train, config.model, config.optim
+    torch.manual_seed(t.seed)
+    encoder = make_encoder(m.arch, head=m.head, dim=m.dim, stem=m.stem)
+    if m.bn_splits > 1:
+        split_batchnorm(encoder, m.bn_splits)
+    if m.sync_bn:
+        encoder = convert_sync_batchnorm(encoder, ranks.device)
+    moco = MoCo(encoder, m.dim, config.moco.queue_size, t.seed).to(ranks.device).train()
+    if t.channels_last:
+        moco.to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(
+        moco.encoder_q,
+        o.optimizer,
+        lr=o.lr,
+        momentum=o.momentum,
+        weight_decay=o.weight_decay,
+        exclude_norm_bias=o.exclude_norm_bias,
+    )
+    fp16 = choose_precision(t.precision, ranks.device) == "fp16"
+    return Trainee(moco, moco.encoder_q, optimizer, torch.amp.GradScaler(ranks.device.type, enabled=fp16))
+
+
+def compile_and_wrap(config: Config, trainee: Trainee, ranks: Ranks) -> Trainee:
+    """Compiles the encoders in place, so that weights keep their names, and wraps encoder_q in DDP.
+
+    The key encoder, the queue and batch norm's buffers stay outside DDP: it would overwrite them with rank 0's.
+    """
+    moco = trainee.moco
+    if config.train.compile == "on" or (config.train.compile == "auto" and ranks.device.type == "cuda"):
+        moco.encoder_q.compile()
+        moco.encoder_k.compile()
+    if ranks.world_size == 1:
+        return trainee
+    ids = [ranks.device] if ranks.device.type == "cuda" else None
+    wrapped = DistributedDataParallel(
+        moco.encoder_q, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+    return trainee._replace(encoder_q=wrapped)
