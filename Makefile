@@ -1,0 +1,103 @@
+# make          installs everything into .venv; quick and silent when nothing changed
+# make demo     pretrains and evaluates on images it draws itself: no data, no network, no GPU needed
+# make test     runs the tests
+# make lint     checks the style
+# make doctor   reports what works here and the command that mends each missing part
+# make clean    removes what these commands made, .venv too; never runs/
+#
+# make PYTHON=python3.12        uses another Python (3.10 to 3.13)
+# make demo ARGS="--data DIR"   passes arguments on; likewise make test ARGS="-k queue"
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+TEST_PROCESSES ?= auto
+
+.PHONY: all demo test lint doctor clean help
+.ONESHELL:
+.SHELLFLAGS := -euc
+
+all: $(INSTALLED)
+	@:
+
+demo: $(INSTALLED)
+	@$(BIN)/fastssl demo $(ARGS)
+
+test: $(INSTALLED)
+	@$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --maxprocesses 8 --dist worksteal tests $(ARGS)
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+doctor: $(INSTALLED)
+	@$(BIN)/fastssl doctor $(ARGS)
+
+clean:
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:
+	@sed -n '1,9s/^# \{0,1\}//p' Makefile
+
+$(INSTALLED): setup.py Makefile
+	@say() { echo "fastssl: $$*"; }
+	python=$(PYTHON)
+	if $(BIN)/python -m pip --version >/dev/null 2>&1; then python=$(BIN)/python; fi
+	version() { $$python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true; }
+	check_python() {
+	    case "$$(version)" in
+	        3.10|3.11|3.12|3.13) ;;
+	        "") say "cannot run $$python; install Python 3.10 to 3.13, or name one: make PYTHON=python3.12"; exit 1;;
+	        *) say "needs Python 3.10 to 3.13, and $$python is $$(version); name one: make PYTHON=python3.12"; exit 1;;
+	    esac
+	}
+	! command -v $$python >/dev/null || check_python
+
+	# FFCV's build wants pkg-config, libturbojpeg and OpenCV 4; FFCV and torch.compile want a C++ compiler and
+	# Python.h; Debian ships python3 without venv. All but Python and venv can be done without.
+	missing=
+	need() { missing="$$missing $$1"; }
+	if command -v $$python >/dev/null; then
+	    $$python -c 'import ensurepip, venv' 2>/dev/null || need python$$(version)-venv
+	    $$python -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null \
+	        || need python$$(version)-dev
+	else
+	    need python3; need python3-venv; need python3-dev
+	fi
+	command -v c++ >/dev/null || need g++
+	command -v pkg-config >/dev/null || need pkg-config
+	pkg-config --exists libturbojpeg 2>/dev/null || need libturbojpeg0-dev
+	pkg-config --exists opencv4 2>/dev/null || need libopencv-dev
+	if [ -n "$$missing" ]; then
+	    if [ "$$(id -u)" = 0 ]; then root=; elif [ -t 0 ]; then root=sudo; else root="sudo -n"; fi
+	    apt() { $$root env DEBIAN_FRONTEND=noninteractive apt-get -qq "$$@" >/dev/null; }
+	    failed=$$missing
+	    if command -v apt-get >/dev/null && { [ -z "$$root" ] || command -v sudo >/dev/null; }; then
+	        say "installing system packages:$$missing"
+	        failed=
+	        apt update || true
+	        for package in $$missing; do
+	            apt install -y --no-install-recommends $$package || failed="$$failed $$package"
+	        done
+	    fi
+	    [ -z "$$failed" ] || say "going on without system packages; for all features: sudo apt-get install$$failed && make -B"
+	fi
+
+	check_python
+	if [ $$python != $(BIN)/python ] && ! $$python -m venv --clear $(VENV) >/dev/null; then
+	    rm -rf $(VENV)
+	    say "$$python cannot make a virtual environment; try: sudo apt-get install python$$(version)-venv"
+	    exit 1
+	fi
+
+	pip="$(BIN)/python -m pip --disable-pip-version-check --quiet"
+	say "installing PyTorch and the rest into $(VENV): about 7 GB, a few minutes"
+	$$pip install --upgrade pip
+	$$pip install --editable '.[test]'
+	for extra in dali ffcv; do  # either may fail to build or to download: the rest works without
+	    $$pip install --editable ".[$$extra]" >$(VENV)/$$extra.log 2>&1 \
+	        || say "going on without $$extra (why: $(VENV)/$$extra.log; how to mend it: make doctor)"
+	done
+	touch $@

@@ -1,0 +1,90 @@
+"""What every test shares: warnings are errors, one thread a process, GPU tests skipped visibly, small fixtures."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the suite runs one process per core
+os.environ.setdefault("MPLBACKEND", "agg")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+NO_GPU = "needs a CUDA GPU"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU; skipped, and counted in the summary, without one")
+    config.addinivalue_line("filterwarnings", "error")
+    # What a library says about its own insides is not ours to mend; what it says about our calls names our module.
+    for category in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"):
+        config.addinivalue_line("filterwarnings", f"default::{category}:(?!fastssl|test|conftest|bench|ranks)")
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = [report.longrepr[2].removeprefix("Skipped: ") for report in skipped if isinstance(report.longrepr, tuple)]
+    for reason in sorted(set(reasons)):
+        terminalreporter.write_line(f"not run: {reasons.count(reason)} tests, {reason}")
+
+
+@pytest.fixture
+def nan_poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills what torch.empty and its kin return with NaN (integers: the largest), so that unwritten memory shows."""
+
+    def poison(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocate_poisoned(*args, **kwargs) -> torch.Tensor:
+            tensor = allocate(*args, **kwargs)
+            if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+                return tensor.fill_(float("nan"))
+            return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
+
+        return allocate_poisoned
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, poison(getattr(torch.Tensor, name)))
+
+
+@pytest.fixture(scope="session")
+def make_image_folder() -> Callable[..., Path]:
+    """`make_image_folder(root, splits={"train": 8, "val": 4}, classes=3, seed=0)` writes root/<split>/class<c>/<i>.jpg.
+
+    So many JPEGs a class; sides from 24 to 56, portrait and landscape; a colour of the class under noise.
+    """
+
+    def make(root: Path, splits: dict[str, int] | None = None, classes: int = 3, seed: int = 0) -> Path:
+        random = np.random.default_rng(seed)
+        for split, per_class in (splits or {"train": 8, "val": 4}).items():
+            for c in range(classes):
+                folder = root / split / f"class{c}"
+                folder.mkdir(parents=True)
+                for i in range(per_class):
+                    height, width = random.integers(24, 57, size=2)
+                    colour = np.array([80 * c, 200 - 60 * c, 120]) % 256
+                    pixels = np.clip(colour + random.normal(0, 30, (height, width, 3)), 0, 255).astype(np.uint8)
+                    Image.fromarray(pixels).save(folder / f"{i}.jpg", quality=90)
+        return root
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def image_folder(make_image_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train/ (24 JPEGs) and val/ (12), three classes; shared by the session, so only to be read."""
+    return make_image_folder(tmp_path_factory.mktemp("images"))

@@ -1,0 +1,95 @@
+"""Runs a function on several gloo ranks, each a spawned process, and returns what each rank returned."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+    """Calls `function(rank, world_size, *args)` on `world_size` ranks; returns their results in rank order.
+
+    The function must be importable (module level of a test file); the process group is up when it is called, the
+    variables of torchrun are set, torch uses one thread and warnings are errors. Raises RuntimeError with the
+    traceback of the first rank that failed, or when `timeout` seconds have passed; no process outlives the call.
+    """
+    context = multiprocessing.get_context("spawn")
+    results: dict[int, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+        port = _free_port()
+        processes = [
+            context.Process(target=_rank_main, args=(function, rank, world_size, folder, port, pipe, args), daemon=True)
+            for rank, (_, pipe) in enumerate(pipes)
+        ]
+        try:
+            for process, (_, sender) in zip(processes, pipes):
+                process.start()
+                sender.close()  # so that a rank that dies is seen as the end of its pipe
+            _collect({reader: rank for rank, (reader, _) in enumerate(pipes)}, results, time.monotonic() + timeout)
+        finally:
+            for process in processes:
+                if len(results) < world_size:
+                    process.kill()
+                process.join(timeout=30)
+    return [results[rank] for rank in range(world_size)]
+
+
+def _collect(waiting: dict[Connection, int], results: dict[int, Any], deadline: float) -> None:
+    while waiting:
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RuntimeError(f"ranks {sorted(waiting.values())} did not finish in time")
+        for reader in ready:
+            rank = waiting.pop(reader)
+            try:
+                ok, value = pickle.loads(reader.recv_bytes())
+            except EOFError:
+                raise RuntimeError(f"rank {rank} ended without a result") from None
+            if not ok:
+                raise RuntimeError(f"rank {rank} failed:\n{value}")
+            results[rank] = value
+
+
+def _rank_main(
+    function: Callable[..., Any], rank: int, world_size: int, folder: str, port: int, pipe: Connection, args: tuple
+) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    import torch
+    from torch import distributed
+
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=60),
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            message = True, function(rank, world_size, *args)
+        distributed.barrier()
+    except BaseException:
+        message = False, traceback.format_exc()
+    # plain pickle copies tensors; torch's own would hand over the memory of a process that is about to end
+    pipe.send_bytes(pickle.dumps(message))
+    distributed.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
