@@ -74,7 +74,7 @@ def convert(node: yaml.Node, hint: object, where: str) -> object:
     """A YAML node as the option's type; ValueError when it is not one."""
     origin, choices = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if node.value in ("", "null", "~"):
+        if node.value in ("", "null", "~") and not node.style:  # unquoted
             return None
         return convert(node, next(c for c in choices if c is not type(None)), where)
     if origin is tuple:

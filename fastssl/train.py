@@ -25,6 +25,7 @@ from fastssl.distributed import Ranks, StopSignal, gather_objects, gather_rows, 
 from fastssl.eval.online import make_probe
 from fastssl.flags import parse
 from fastssl.health import Health
+from fastssl.launch import launch_if_asked
 from fastssl.loaders.make import make_loader
 from fastssl.losses import check_loss_inputs, moco_loss
 from fastssl.optim import set_lr
@@ -200,7 +201,7 @@ def make_deterministic(on: bool) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """`fastssl pretrain`."""
-    return pretrain(parse(argv))
+    return pretrain(parse(launch_if_asked(argv, "fastssl.train")))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,175 @@
+"""The command line: defaults, recipes, flags, and the reference projects' own spelling of them."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from fastssl.config import Config, flat, replace
+from fastssl.flags import parse
+from fastssl.launch import launch_command, split_launch_flags
+from fastssl.losses import LossConfig
+from fastssl.recipe import RECIPES, load_recipe, option_types, to_yaml
+
+
+def test_option_names_are_unique_over_the_sections():
+    count = sum(len(dataclasses.fields(getattr(Config(), f.name))) for f in dataclasses.fields(Config) if f.name != "data")
+    assert len(flat(Config())) == count + 1
+
+
+def test_defaults_are_those_of_the_alignment_uniformity_paper_code():
+    c = Config()
+    assert (c.model.arch, c.model.dim, c.model.head) == ("resnet50", 128, "linear")
+    assert (c.moco.queue_size, c.moco.ema_momentum) == (65536, 0.999)
+    assert (c.optim.lr, c.optim.momentum, c.optim.weight_decay, c.optim.milestones) == (0.03, 0.9, 1e-4, (120, 160))
+    assert c.loss == LossConfig(0.0, 0.07, 3.0, 2.0, 1.0, 3.0, True)
+
+
+def test_reference_command_line_of_align_uniform_means_the_same():
+    line = (
+        "DATA -a resnet18 --lr 0.06 -b 128 --moco-k 4096 --moco-m 0.99 --moco-dim 64 --moco-align-w 2 "
+        "--moco-align-alpha 1 --moco-unif-w 0.5 --moco-unif-t 2 --moco-contr-w 0.1 --moco-contr-tau 0.2 "
+        "--moco-unif-no-intra-batch --mlp --aug-plus --cos --wd 5e-4 -j 3 -p 7 --schedule 10 20 --epochs 30 --seed 4"
+    )
+    c = parse(line.split())
+    assert c.loss == LossConfig(0.1, 0.2, 2.0, 1.0, 0.5, 2.0, False)
+    assert (c.model.arch, c.model.head, c.model.dim) == ("resnet18", "simple", 64)
+    assert (c.moco.queue_size, c.moco.ema_momentum) == (4096, 0.99)
+    assert (c.augment.policy, c.optim.lr_schedule, c.optim.milestones) == ("v2", "cosine", (10, 20))
+    assert (c.optim.lr, c.optim.weight_decay) == (0.06, 5e-4)
+    assert (c.train.batch_size, c.train.log_every, c.train.epochs, c.train.seed, c.input.workers) == (128, 7, 30, 4, 3)
+
+
+def test_reference_command_line_of_the_small_models_means_the_same():
+    line = (
+        "DATA -a mobilenet_v3_small --lr 0.06 --batch-size 512 -j 64 --epochs 800 --dist-url env:// --world-size 1 "
+        "--rank 0 --mlp wide --moco-t 0.1 --moco-k 65536 --aug-plus --cj 1. --grey-scale 0.5 --gaussian-blur 0.5 --cos "
+        "--ckpt-dir runs/x"
+    )
+    c = parse(split_launch_flags(line.split())[1])
+    assert c.loss == LossConfig(contrast_weight=1.0, temperature=0.1, align_weight=0.0, uniform_weight=0.0)
+    assert (c.augment.policy, c.augment.cj, c.augment.grey_scale, c.augment.gaussian_blur) == ("small", 1.0, 0.5, 0.5)
+    assert (c.model.head, c.optim.lr_schedule, c.train.output) == ("wide", "cosine", "runs/x")
+
+
+def test_flags_with_an_equals_sign_are_the_same_flags():
+    assert parse(["D", "--moco-t=0.2", "--mlp", "--lr=0.5"]) == parse(["D", "--moco-t", "0.2", "--mlp", "--lr", "0.5"])
+
+
+def test_compile_switches():
+    assert [parse(["D", *w]).train.compile for w in ([], ["--compile"], ["--no-compile"], ["--compile", "off"])] == [
+        "auto", "on", "off", "off",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["D", "--queue-sise", "5"], "--queue-size"),
+        (["D", "--epochs", "five"], "epochs"),
+        (["D", "--policy", "v3"], "v1"),
+        (["D", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["D", "--sync-bn", "--bn-splits", "2"], "contradict"),
+        (["D", "--ema-momentum", "1.5"], "--ema-momentum must lie in"),
+        (["D", "--temperature", "0"], "temperature must be"),
+    ],
+)
+def test_a_wrong_flag_is_an_error_that_names_the_mend(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(argv)
+    assert stop.value.code != 0
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = capsys.readouterr().out
+    for name in set(flat(Config())) - {"data"}:
+        assert "--" + name.replace("_", "-") in text, name
+
+
+def test_a_recipe_lies_between_defaults_and_flags(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("arch: resnet18\nlr: 5e-5\nmilestones: [3, 4]\ncompile: on\nresume: no\nclip_grad: null\n")
+    c = parse(["D", "--config", str(path), "--lr", "0.5"])
+    assert (c.model.arch, c.optim.lr, c.optim.milestones) == ("resnet18", 0.5, (3, 4))
+    assert (c.train.compile, c.train.resume, c.optim.clip_grad) == ("on", "no", None)
+    assert load_recipe(str(path)).optim.lr == 5e-5  # PyYAML reads 5e-5 as a string
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epoch: 5", ["line 1", "'epoch'", "did you mean 'epochs'"]),
+        ("arch: resnet18\nlr: fast", ["line 2", "lr must be a number", "'fast'"]),
+        ("epochs: 5.5", ["epochs must be a whole number"]),
+        ("policy: v4", ["policy must be one of v1, v2"]),
+        ("intra_batch: 2", ["must be true or false"]),
+        ("milestones: 3", ["milestones must be a list"]),
+        ("crop_scale: [0.1]", ["crop_scale must be a list"]),
+        ("lr: 1\nlr: 2", ["line 2", "twice"]),
+        ("- lr", ["option: value"]),
+        ("lr: [1", ["not valid YAML"]),
+        ("batch_size: 0", ["r.yaml", "--batch-size must be at least 1"]),
+        ("lr: {a: 1}", ["one value"]),
+    ],
+)
+def test_a_wrong_recipe_is_an_error_that_names_file_line_and_mend(tmp_path, text, words):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        load_recipe(str(path))
+    for word in ["r.yaml", *words]:
+        assert word in str(error.value)
+
+
+def test_an_unknown_recipe_lists_those_there_are():
+    with pytest.raises(ValueError, match="no recipe 'nothing'"):
+        load_recipe("nothing")
+
+
+def test_print_config_is_a_recipe_that_gives_the_run_back(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["D", "-a", "resnet34", "--lr", "3e-7", "--milestones", "1", "2", "--print-config"])
+    assert stop.value.code == 0
+    (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
+    again = load_recipe(str(tmp_path / "c.yaml"))
+    assert (again.data, again.model.arch, again.optim.lr, again.optim.milestones) == ("D", "resnet34", 3e-7, (1, 2))
+
+
+def test_yaml_round_trip_of_awkward_values(tmp_path):
+    config = replace(Config(), data="a: b", output="null", resume="no", clip_grad=None, crop_scale=(0.08, 1.0), lr=1e-12)
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert load_recipe(str(tmp_path / "c.yaml")) == config
+
+
+def test_shipped_recipes_load_and_repeat_no_default():
+    defaults = flat(Config())
+    for path in RECIPES.glob("*.yaml"):
+        config = flat(load_recipe(str(path)))
+        for key in yaml.safe_load(path.read_text()):
+            assert config[key] != defaults[key], f"{path.name}: {key} repeats the default"
+    assert set(option_types()) == set(defaults)
+
+
+def test_multiprocessing_distributed_becomes_torchrun(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    line = "DATA -b 128 --gpus 0 1 2 3 --multiprocessing-distributed --world-size 1 --rank 0 -a resnet18"
+    command = launch_command(line.split(), "fastssl.train")
+    assert command[1:] == [
+        "-m", "torch.distributed.run", "--nproc_per_node", "4", "--standalone", "-m", "fastssl.train",
+        "DATA", "-b", "128", "-a", "resnet18",
+    ]  # fmt: skip
+
+
+def test_two_nodes_keep_the_address_and_the_batch_of_a_node():
+    line = "DATA -b 128 --multiprocessing-distributed --world-size 2 --rank 1 --dist-url tcp://10.0.0.1:10001"
+    command = launch_command(line.split(), "fastssl.train")
+    joined = " ".join(command)
+    assert "--nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 10001" in joined
+    assert joined.endswith("-m fastssl.train DATA -b 256")
+
+
+def test_one_process_needs_no_launcher():
+    assert launch_command(["DATA", "--world-size", "1", "--rank", "0"], "fastssl.train") is None
