@@ -1,0 +1,103 @@
+"""Batch normalisation over part of the batch (split, one device) or over all ranks (SyncBN).
+
+MoCo wants keys and queries normalised by different statistics, or the task leaks through them (He et al., arXiv
+1911.05722, section 3.3). Several GPUs give that by themselves; on one device `split_batchnorm` makes s groups out of
+the batch, as if s devices held a share each.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class _SplitForward:
+    """Training forward of `splits` contiguous sub-batches, each normalised by its own mean and variance."""
+
+    splits: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.splits == 1:
+            return super().forward(x)
+        self._check_input_dim(x)
+        if x.shape[0] % self.splits:
+            raise ValueError(f"a batch of {x.shape[0]} cannot be split into {self.splits} equal parts (--bn-splits)")
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        parts = x.chunk(self.splits)
+        return torch.cat([self._normalise(part, i) for i, part in enumerate(parts)])
+
+    def _normalise(self, part: Tensor, i: int) -> Tensor:
+        # With these factors the updates in a row leave (1-m) running + m mean(statistics): every part weighs m/s.
+        factor = self.momentum / (self.splits - (self.splits - 1 - i) * self.momentum)
+        return F.batch_norm(part, self.running_mean, self.running_var, self.weight, self.bias, True, factor, self.eps)
+
+
+class SplitBatchNorm1d(_SplitForward, nn.BatchNorm1d):
+    """BatchNorm1d over (B/splits, C) or (B/splits, C, L) sub-batches; eval mode and state_dict are BatchNorm1d's."""
+
+
+class SplitBatchNorm2d(_SplitForward, nn.BatchNorm2d):
+    """BatchNorm2d over (B/splits, C, H, W) sub-batches; eval mode and state_dict are BatchNorm2d's."""
+
+
+_SPLIT_TYPES = {
+    nn.BatchNorm1d: SplitBatchNorm1d,
+    nn.BatchNorm2d: SplitBatchNorm2d,
+    SplitBatchNorm1d: SplitBatchNorm1d,
+    SplitBatchNorm2d: SplitBatchNorm2d,
+}
+
+
+def split_batchnorm(module: nn.Module, splits: int) -> None:
+    """Makes every BatchNorm1d/2d of `module` normalise `splits` contiguous sub-batches apart, in place.
+
+    One training forward moves the running statistics by the mean of the sub-batches' (unbiased variance) and counts
+    as one batch, so they are what the mean over `splits` separate devices would be. Parameters, buffers and their
+    names stay: checkpoints do not know about it, and splits=1 is plain batch normalisation again. A training batch
+    that `splits` does not divide is a ValueError.
+
+    Raises ValueError when splits < 1, when there is nothing to split, or for a layer that cannot be split.
+    """
+    if splits < 1:
+        raise ValueError(f"batch normalisation needs at least 1 split, got {splits}")
+    layers = _batchnorm_layers(module)
+    if splits == 1:
+        for layer in layers.values():
+            if isinstance(layer, _SplitForward):
+                layer.splits = 1
+        return
+    if not layers:
+        raise ValueError(f"this model has no batch normalisation to split: leave out --bn-splits {splits}")
+    for name, layer in layers.items():
+        if type(layer) not in _SPLIT_TYPES:
+            raise ValueError(f"cannot split the {type(layer).__name__} layer {name!r}: use --bn-splits 1")
+        if layer.track_running_stats and layer.momentum is None:
+            raise ValueError(f"cannot split layer {name!r}: its momentum is None (cumulative average), set a number")
+    for layer in layers.values():
+        # The same object with another forward: optimizers, hooks and names that refer to it stay valid.
+        layer.__class__ = _SPLIT_TYPES[type(layer)]
+        layer.splits = splits
+
+
+def check_sync_batchnorm(device: torch.device) -> None:
+    """Raises ValueError where torch has no SyncBatchNorm (everywhere but CUDA)."""
+    if device.type != "cuda":
+        raise ValueError(f"SyncBatchNorm needs CUDA and this run is on {device.type}: leave it out, or use --bn-splits")
+
+
+def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
+    """`module` with every BatchNorm replaced by SyncBatchNorm (statistics over all ranks), for training on `device`.
+
+    Raises ValueError when `device` is not CUDA, and when a layer has been split (a layer is one or the other).
+    """
+    check_sync_batchnorm(device)
+    if any(isinstance(layer, _SplitForward) and layer.splits > 1 for layer in _batchnorm_layers(module).values()):
+        raise ValueError("batch normalisation is either split or synchronised: choose --bn-splits or SyncBatchNorm")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+
+
+def _batchnorm_layers(module: nn.Module) -> dict[str, _BatchNorm]:
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)}

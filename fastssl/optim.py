@@ -1,0 +1,123 @@
+"""Optimizers by name: SGD, AdamW and LARS over a module's trainable parameters, none of which syncs with the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+NAMES = ("sgd", "adamw", "lars")
+
+
+def make_optimizer(
+    parameters: nn.Module | Iterable[tuple[str, nn.Parameter]],
+    name: str,
+    *,
+    lr: float,
+    weight_decay: float,
+    momentum: float = 0.9,
+    betas: tuple[float, float] = (0.9, 0.999),
+    exclude_norm_bias: bool = False,
+    trust_coefficient: float = 0.001,
+) -> Optimizer:
+    """An optimizer of `parameters` (a module, or its named parameters) that require a gradient.
+
+    `sgd` (momentum) and `adamw` (betas) run as one fused kernel on CUDA and on the CPU, as torch's multi-tensor
+    loops elsewhere. `lars` (momentum, trust_coefficient; You et al., arXiv 1708.03888) is timm's. Weight decay acts
+    on everything, as MoCo trains; `exclude_norm_bias` frees parameters of one dimension (biases, norm scales) from
+    it. LARS always frees those, from its layer-wise rate too, as SimCLR and BYOL do.
+
+    Raises ValueError for an unknown name, or when nothing requires a gradient.
+    """
+    named = parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters
+    trainable = [parameter for _, parameter in named if parameter.requires_grad]
+    if not trainable:
+        raise ValueError("nothing to optimise: no parameter requires a gradient")
+    if name not in NAMES:
+        raise ValueError(f"unknown optimizer {name!r}: choose {', '.join(NAMES)}")
+    groups = _make_groups(trainable, weight_decay, exclude_norm_bias or name == "lars")
+    if name == "lars":
+        return _make_lars(groups, lr=lr, momentum=momentum, trust_coeff=trust_coefficient)
+    # torch's other devices differ in what they fuse; None lets torch choose there.
+    fused = True if all(p.device.type in ("cuda", "cpu") for p in trainable) else None
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=fused)
+    optimizer.register_step_pre_hook(_zero_missing_momentum)
+    return optimizer
+
+
+def _make_groups(parameters: list[nn.Parameter], weight_decay: float, exclude_norm_bias: bool) -> list[dict[str, Any]]:
+    if not exclude_norm_bias:
+        return [{"params": parameters, "weight_decay": weight_decay}]
+    matrices = [p for p in parameters if p.ndim > 1]
+    vectors = [p for p in parameters if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _make_lars(groups: list[dict[str, Any]], **options: float) -> Optimizer:
+    from timm.optim import Lars  # seconds to import, and only here
+
+    # Without always_adapt timm leaves a group without weight decay at the plain rate: right for vectors only.
+    for group in groups:
+        group["always_adapt"] = group["params"][0].ndim > 1
+    return Lars(groups, **options)
+
+
+def _zero_missing_momentum(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Gives SGD zero momentum buffers before its first step.
+
+    torch's fused SGD allocates them uninitialised and writes them in the first step, unless the gradient scaler skips
+    that step: then memory's old contents became the momentum. From zeros the first step is the same, and safe.
+    """
+    for group in optimizer.param_groups:
+        if group["momentum"]:
+            for p in group["params"]:
+                if p.grad is not None and "momentum_buffer" not in optimizer.state[p]:
+                    optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Sets the learning rate of all parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def supports_scaler_without_sync(optimizer: Optimizer) -> bool:
+    """Whether torch's GradScaler can step it without waiting for the device (fused SGD and AdamW; not LARS)."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Restores momentum and step counts from `state`, such an optimizer's `state_dict()`, bit for bit.
+
+    Hyper-parameters (learning rate, weight decay, fused or not) stay those of `optimizer`: they belong to the
+    configuration and to this machine. Buffers take the memory format of their parameters.
+
+    Raises ValueError when `state` is of another kind of optimizer or of other parameters.
+    """
+    own, saved = optimizer.param_groups, state["param_groups"]
+    if [(len(g["params"]), "betas" in g) for g in own] != [(len(g["params"]), "betas" in g) for g in saved]:
+        raise ValueError("the saved optimizer state is of another optimizer or model: it groups parameters differently")
+    parameters = [p for group in own for p in group["params"]]
+    keys = [key for group in saved for key in group["params"]]
+    for key, p in zip(keys, parameters):
+        _check_shapes(state["state"].get(key, {}), p)
+    groups = [{**o, "params": s["params"]} for o, s in zip(own, saved)]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    # Fused kernels walk memory: a buffer laid out unlike its parameter would meet the wrong elements.
+    for p in parameters:
+        for name, value in optimizer.state.get(p, {}).items():
+            if torch.is_tensor(value) and value.shape == p.shape:
+                optimizer.state[p][name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+
+
+def _check_shapes(buffers: dict[str, Any], parameter: nn.Parameter) -> None:
+    for name, value in buffers.items():
+        if torch.is_tensor(value) and value.ndim and value.shape != parameter.shape:
+            shapes = f"{tuple(value.shape)} for a parameter of shape {tuple(parameter.shape)}"
+            raise ValueError(f"the saved optimizer state is of another model: its {name} has shape {shapes}")
