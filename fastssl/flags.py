@@ -1,6 +1,6 @@
 """The command line of a run: flags from the dataclasses, recipes from YAML, the reference projects' flags as aliases.
 
-    defaults (config.py)  <  --config RECIPE  <  flags
+defaults (config.py)  <  --config RECIPE  <  flags
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def launch_command(argv: Sequence[str], module: str) -> list[str] | None:
         address = urlparse(flags.dist_url)
         host, port = address.hostname, address.port
     if not host or not port:
-        raise ValueError(f"--dist-url {flags.dist_url} names no host and port: use tcp://HOST:PORT, the same on every node")
+        raise ValueError(f"--dist-url {flags.dist_url} names no host and port: use tcp://HOST:PORT")
     command += ["--nnodes", str(flags.world_size), "--node_rank", str(flags.rank)]
     command += ["--master_addr", str(host), "--master_port", str(port)]
     return [*command, "-m", module, *per_node_batch(rest, flags.world_size)]

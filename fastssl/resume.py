@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastssl import checkpoint
+from fastssl.build import Trainee
 from fastssl.checkpoint import CheckpointError
 from fastssl.config import Config, flat
 from fastssl.distributed import Ranks, broadcast_object
-from fastssl.trainee import Trainee
 
 # Without these the weights do not fit; with the others changed the run goes on, but is no longer the uninterrupted one.
 SHAPES = ("arch", "head", "dim", "stem", "queue_size", "optimizer")

@@ -14,27 +14,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fastssl import checkpoint, distributed
-from fastssl.augment.policy import Policy, make_policy
+from fastssl import distributed
+from fastssl.augment.policy import Policy
 from fastssl.augment.preview import save_preview
 from fastssl.augment.views import make_views
 from fastssl.batch import ImageBatch
+from fastssl.build import Trainee, compile_and_wrap, describe, make_trainee, open_loader, open_policy
 from fastssl.command import PREEMPTED, run_command, stop_on_signals
 from fastssl.config import Config
-from fastssl.distributed import Ranks, StopSignal, gather_objects, gather_rows, shuffle_rows, unshuffle_keys
+from fastssl.distributed import Ranks, StopSignal, gather_rows, shuffle_rows, unshuffle_keys
 from fastssl.eval.online import make_probe
 from fastssl.flags import parse
 from fastssl.health import Health
 from fastssl.launch import launch_if_asked
-from fastssl.loaders.make import make_loader
 from fastssl.losses import check_loss_inputs, moco_loss
 from fastssl.optim import set_lr
-from fastssl.plan import DTYPES, Plan, choose_precision, make_plan, micro_batch_size
+from fastssl.plan import DTYPES, Plan, choose_precision, make_plan
 from fastssl.random_key import STREAM_SHUFFLE, STREAM_STEP, derive_seed, permutation
 from fastssl.resume import find_start, restore, state_of
 from fastssl.run import Run, choose_folder
-from fastssl.trainee import Trainee, compile_and_wrap, make_trainee
 
+ADVICE = "lower --lr, add --warmup-epochs or --clip-grad; checkpoints taken before it are good"
 TrainStep = Callable[[Sequence[ImageBatch], int], dict[str, Tensor]]
 
 
@@ -127,10 +127,11 @@ def pretrain(config: Config) -> int:
 
     run = Run(folder, config, plan, first, ranks)
     probe, note = make_probe(config, loader, ranks)
-    for line in [*opening_lines(config, plan, loader, trainee, ranks), note, *notes]:
+    for line in [*describe(config, plan, loader, trainee, ranks), note, *notes]:
         run.say(line)
-    if run.writes and not (folder / "views.png").exists():
-        save_preview(next(loader.eval_batches(8, limit=8)), policy, config.augment.image_size, t.seed, 0, folder / "views.png")
+    picture = folder / "views.png"
+    if run.writes and not picture.exists():
+        save_preview(next(loader.eval_batches(8, limit=8)), policy, config.augment.image_size, t.seed, 0, picture)
 
     try:
         for step, batches in zip(range(first, plan.stop), group(loader.batches(first * accumulate), accumulate)):
@@ -158,9 +159,6 @@ def pretrain(config: Config) -> int:
         distributed.stop()
 
 
-ADVICE = "lower --lr, add --warmup-epochs or --clip-grad, or use --precision bf16; checkpoints before it are good"
-
-
 def group(batches: Iterator[ImageBatch], size: int) -> Iterator[list[ImageBatch]]:
     """Consecutive lists of `size` micro-batches."""
     while True:
@@ -171,24 +169,6 @@ def mean_over_ranks(metrics: dict[str, Tensor], ranks: Ranks) -> dict[str, float
     """The metrics of all ranks, averaged. Waits for the device."""
     means = gather_rows(torch.stack(list(metrics.values())).float()[None], ranks).mean(dim=0)
     return dict(zip(metrics, means.tolist()))
-
-
-def open_loader(config: Config, ranks: Ranks) -> Loader:
-    """This rank's loader of micro-batches."""
-    d = config.input
-    return make_loader(
-        d.loader,
-        config.data,
-        batch_size=micro_batch_size(config, ranks),
-        seed=config.train.seed,
-        device=ranks.device,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        workers=d.workers,
-        on_bad_image=d.on_bad_image,
-        synthetic_images=d.synthetic_images,
-        synthetic_size=d.synthetic_size,
-    )
 
 
 def make_deterministic(on: bool) -> None:

@@ -1,6 +1,5 @@
 """What ranks say to each other: rows in rank order, the key shuffle and its undoing, one decision to stop."""
 
-import pytest
 import torch
 from ranks import run_ranks
 
@@ -26,28 +25,27 @@ def exchange(rank, world_size, size, dtype_name):
         keys = unshuffle_keys(shuffled[:, :2, 0, 0].float(), order, ranks)
         assert torch.equal(keys[:, 1], torch.arange(total).float())
     assert torch.equal(gather_rows(numbers, ranks), torch.arange(total))
-    return True
-
-
-@pytest.mark.parametrize(("world_size", "size", "dtype"), [(2, 5, "float32"), (3, 4, "bfloat16"), (2, 1, "float16")])
-def test_shuffle_then_unshuffle_is_the_identity_over_ranks(world_size, size, dtype):
-    assert run_ranks(exchange, world_size, size, dtype) == [True] * world_size
-
-
-def test_shuffle_then_unshuffle_is_the_identity_on_one_process():
-    assert exchange(0, 1, 6, "float32")
 
 
 def vote(rank, world_size):
+    """The step at which each rank leaves when a signal reaches rank 1 alone in step 2."""
     stop = StopSignal(Ranks(rank, world_size, world_size, CPU))
-    stopped_at = None
     for step in range(6):
-        if step == 2 and rank == 1:
-            stop.asked = True  # a signal that reaches one rank alone
-        if stop() and stopped_at is None:
-            stopped_at = step
-    return stopped_at
+        stop.asked = stop.asked or (step == 2 and rank == 1)
+        if stop():
+            return step
+    return None
 
 
-def test_all_ranks_stop_at_the_same_step_when_one_is_asked():
-    assert run_ranks(vote, 3) == [3, 3, 3]
+def talk(rank, world_size):
+    for size, dtype in [(5, "float32"), (4, "bfloat16"), (1, "float16")]:
+        exchange(rank, world_size, size, dtype)
+    return vote(rank, world_size)
+
+
+def test_over_ranks_shuffle_then_unshuffle_is_the_identity_and_all_stop_at_the_same_step():
+    assert run_ranks(talk, 3) == [3, 3, 3]
+
+
+def test_on_one_process_shuffle_then_unshuffle_is_the_identity():
+    exchange(0, 1, 6, "float32")

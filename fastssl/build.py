@@ -1,4 +1,4 @@
-"""What a training step changes, built from the configuration: the MoCo model, its optimiser, its gradient scaler."""
+"""From the configuration to the parts of a run: loader, augmentation policy, model and optimiser."""
 
 from __future__ import annotations
 
@@ -8,13 +8,48 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastssl.augment.policy import Policy, make_policy
 from fastssl.config import Config
 from fastssl.distributed import Ranks
+from fastssl.loaders.make import Loader, make_loader
+from fastssl.losses import choose_kernel
 from fastssl.moco import MoCo
 from fastssl.models.batchnorm import convert_sync_batchnorm, split_batchnorm
 from fastssl.models.encoders import make_encoder
 from fastssl.optim import make_optimizer
-from fastssl.plan import choose_precision
+from fastssl.plan import Plan, choose_precision, micro_batch_size
+
+
+def open_loader(config: Config, ranks: Ranks) -> Loader:
+    """This rank's loader of micro-batches."""
+    d = config.input
+    return make_loader(
+        d.loader,
+        config.data,
+        batch_size=micro_batch_size(config, ranks),
+        seed=config.train.seed,
+        device=ranks.device,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        workers=d.workers,
+        on_bad_image=d.on_bad_image,
+        synthetic_images=d.synthetic_images,
+        synthetic_size=d.synthetic_size,
+    )
+
+
+def open_policy(config: Config) -> Policy:
+    """The augmentation policy with the options that change it."""
+    a = config.augment
+    return make_policy(
+        a.policy,
+        cj=a.cj,
+        grey_scale=a.grey_scale,
+        gaussian_blur=a.gaussian_blur,
+        crop_scale=a.crop_scale,
+        hide_and_seek=a.hide_and_seek,
+        hide_p=a.has_p,
+    )
 
 
 class Trainee(NamedTuple):
@@ -66,3 +101,19 @@ def compile_and_wrap(config: Config, trainee: Trainee, ranks: Ranks) -> Trainee:
         moco.encoder_q, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
     )
     return trainee._replace(encoder_q=wrapped)
+
+
+def describe(config: Config, plan: Plan, loader: Loader, trainee: Trainee, ranks: Ranks) -> list[str]:
+    """What a person wants to know before a long run: what was chosen, and why."""
+    t = config.train
+    encoder = trainee.moco.encoder_q
+    millions = sum(p.numel() for p in encoder.parameters()) / 1e6
+    kernel, why = choose_kernel(ranks.device, trainee.moco.queue.dtype, config.model.dim, t.loss_kernel)
+    classes = f" of {len(loader.class_names)} classes" if loader.class_names else ""
+    return [
+        f"{loader.num_images} images{classes}, loader {loader.name} ({loader.reason})",
+        f"{config.model.arch}, {config.model.head} head, {millions:.1f} M weights, {t.batch_size} images a step, "
+        f"{plan.steps_per_epoch} steps an epoch, {plan.stop} in all",
+        f"{ranks.world_size} x {ranks.device.type}, {choose_precision(t.precision, ranks.device)}, "
+        f"losses by {kernel} ({why})",
+    ]
