@@ -1,0 +1,145 @@
+"""The parameters of one view, image by image: pure functions of (seed, epoch, sample index, view, draw number).
+
+So they do not depend on the loader, the batch or the rank. The arithmetic is float64 sums, products, quotients and
+square roots of exact 24-bit uniforms, which IEEE rounds alike on every device; results are stored as float32 or int.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastssl.batch import ImageBatch
+from fastssl.random_key import uniform
+
+if TYPE_CHECKING:
+    from fastssl.augment.policy import Policy
+
+MAX_BLUR_SIGMA = 2.0  # pixels; the blur's taps are laid out for it
+
+# The number of each draw: word `draw` of the Philox stream `view` of (seed, epoch, index). A kernel repeats these.
+CROP_TRIES = 10
+DRAW_CROP_AREA = 0  # and the nine after it, one for each try
+DRAW_CROP_RATIO = 10  # and the nine after it
+DRAW_TOP, DRAW_LEFT, DRAW_FLIP = 20, 21, 22
+DRAW_JITTER, DRAW_ORDER = 23, 24
+DRAW_BRIGHTNESS, DRAW_CONTRAST, DRAW_SATURATION, DRAW_HUE = 25, 26, 27, 28
+DRAW_GREY, DRAW_BLUR, DRAW_SIGMA, DRAW_SOLARISE = 29, 30, 31, 32
+DRAW_HIDE_GRID, DRAW_HIDE_KEY = 33, 34
+NUM_DRAWS = 35
+HIDE_GRIDS = (14, 28, 56)  # pixels; and none
+
+# Factors are multiples of 2^-13: every product with a pixel difference is then exact in float32, fused or not.
+FACTOR_STEPS = 8192.0
+
+
+class ViewParams(NamedTuple):
+    """What happens to each image of a batch to make one view; all tensors (B,), on the batch's device."""
+
+    top: Tensor  # int32, the crop box in pixels of the image
+    left: Tensor  # int32
+    crop_height: Tensor  # int32, >= 1
+    crop_width: Tensor  # int32, >= 1
+    flip: Tensor  # bool
+    grey_before: Tensor  # bool, greyscale before the jitter
+    jitter: Tensor  # bool, the four factors below count only where it is true
+    order: Tensor  # int32 in [0, 24): which permutation of (brightness, contrast, saturation, hue), see color.py
+    brightness: Tensor  # float32 factor >= 0; 1 changes nothing
+    contrast: Tensor  # float32
+    saturation: Tensor  # float32
+    hue: Tensor  # float32 turns in [-0.5, 0.5]; 0 changes nothing
+    grey_after: Tensor  # bool, greyscale after the jitter
+    blur: Tensor  # bool
+    sigma: Tensor  # float32 pixels, in (0, MAX_BLUR_SIGMA]
+    solarise: Tensor  # bool
+    hide_grid: Tensor  # int32 side of the hidden cells in pixels; 0 hides nothing
+    hide_p: Tensor  # float32 probability of each cell
+    hide_key: Tensor  # int64 in [0, 2^24), the key of the cells' draws
+
+    def rows(self, selection: slice | Tensor) -> ViewParams:
+        """The parameters of some of the images."""
+        return ViewParams(*(t[selection] for t in self))
+
+
+def sample_params(policy: Policy, batch: ImageBatch, seed: int, epoch: int, view: int) -> ViewParams:
+    """Draws the parameters of view `view` (0 = q, 1 = k) of every image; a pure function, see the top of the file."""
+    u = uniform(seed, epoch, batch.index, view, NUM_DRAWS).double()  # (B, NUM_DRAWS)
+
+    def between(draw: int, low: float, high: float) -> Tensor:
+        return u[:, draw] * (high - low) + low
+
+    def factor(draw: int, strength: float) -> Tensor:
+        value = between(draw, max(0.0, 1.0 - strength), 1.0 + strength)
+        return (torch.round(value * FACTOR_STEPS) * (1 / FACTOR_STEPS)).float()
+
+    height, width = batch.height.double(), batch.width.double()
+    box = central_square(height, width) if policy.crop_scale is None else random_crop(policy, u, height, width)
+    top, left, crop_height, crop_width = (t.int() for t in box)
+    jitter, grey = u[:, DRAW_JITTER] < policy.jitter_p, u[:, DRAW_GREY] < policy.grey_p
+    nothing = torch.zeros_like(grey)
+    grid = (u[:, DRAW_HIDE_GRID] * 4).floor().int()  # 0, 1, 2, 3 -> 0, 14, 28, 56
+    return ViewParams(
+        top=top,
+        left=left,
+        crop_height=crop_height,
+        crop_width=crop_width,
+        flip=u[:, DRAW_FLIP] < policy.flip_p,
+        grey_before=grey if policy.grey_first else nothing,
+        jitter=jitter,
+        order=(u[:, DRAW_ORDER] * 24).floor().int(),
+        brightness=factor(DRAW_BRIGHTNESS, policy.brightness),
+        contrast=factor(DRAW_CONTRAST, policy.contrast),
+        saturation=factor(DRAW_SATURATION, policy.saturation),
+        hue=between(DRAW_HUE, -policy.hue, policy.hue).float(),
+        grey_after=nothing if policy.grey_first else grey,
+        blur=u[:, DRAW_BLUR] < policy.blur_p,
+        sigma=between(DRAW_SIGMA, *policy.blur_sigma).float(),
+        solarise=u[:, DRAW_SOLARISE] < policy.solarise_p,
+        hide_grid=(7 * (grid > 0).int() * policy.hide_and_seek) << grid,
+        hide_p=torch.full_like(u[:, 0], policy.hide_p, dtype=torch.float32),
+        hide_key=(u[:, DRAW_HIDE_KEY] * 2**24).long(),
+    )
+
+
+def exact_exp(x: Tensor) -> Tensor:
+    """e^x of float64 |x| <= 16 to 1e-13: Taylor series and squarings, so the same bits in any batch and on any device.
+
+    torch.exp rounds differently in the vector and in the scalar part of one and the same tensor.
+    """
+    x = x * 2.0**-6
+    power = torch.ones_like(x)
+    for n in range(12, 0, -1):
+        power = power * x * (1 / n) + 1
+    for _ in range(6):
+        power = power * power
+    return power
+
+
+def random_crop(policy: Policy, u: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """torchvision's RandomResizedCrop box (top, left, height, width), float64 integers: the first of ten tries that
+    fits, else the largest central crop within the range of ratios."""
+    (scale_low, scale_high), (low, high) = policy.crop_scale, policy.crop_ratio
+    crop_width = torch.where(width > height * high, torch.round(height * high), width).clamp(min=1)
+    crop_height = torch.where(width < height * low, torch.round(width * (1 / low)), height).clamp(min=1)
+    central = torch.ones_like(width, dtype=torch.bool)
+    for t in reversed(range(CROP_TRIES)):
+        side = (height * width * (u[:, DRAW_CROP_AREA + t] * (scale_high - scale_low) + scale_low)).sqrt()
+        log_ratio = u[:, DRAW_CROP_RATIO + t] * (math.log(high) - math.log(low)) + math.log(low)
+        root_ratio = exact_exp(log_ratio * 0.5)
+        w, h = torch.round(side * root_ratio), torch.round(side / root_ratio)
+        fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+        crop_width, crop_height = torch.where(fits, w, crop_width), torch.where(fits, h, crop_height)
+        central = central & ~fits
+    rows, columns = height - crop_height, width - crop_width
+    top = torch.where(central, rows * 0.5, u[:, DRAW_TOP] * (rows + 1)).floor()
+    left = torch.where(central, columns * 0.5, u[:, DRAW_LEFT] * (columns + 1)).floor()
+    return top, left, crop_height, crop_width
+
+
+def central_square(height: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The largest central square as (top, left, height, width), float64 integers."""
+    side = torch.minimum(height, width)
+    return ((height - side) * 0.5).floor(), ((width - side) * 0.5).floor(), side, side

@@ -1,0 +1,108 @@
+"""Which augmentations fire, how often and how strongly: policies as a table one can read."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+
+from fastssl.augment.params import MAX_BLUR_SIGMA, ViewParams, sample_params
+
+__all__ = ["POLICIES", "Policy", "ViewParams", "make_policy", "sample_params"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """One recipe for views. Probabilities end in `_p`; jitter strengths are torchvision's `ColorJitter` arguments."""
+
+    name: str
+    crop_scale: tuple[float, float] | None = (0.2, 1.0)  # area of the crop / area of the image; None: central square
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, log-uniform
+    flip_p: float = 0.5
+    jitter_p: float = 0.0
+    brightness: float = 0.0  # factor from U(max(0, 1 - b), 1 + b); contrast and saturation alike
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0  # shift from U(-h, h), in turns of the colour circle
+    grey_p: float = 0.0
+    grey_first: bool = False  # greyscale before the jitter instead of after it
+    blur_p: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the view, uniform
+    solarise_p: float = 0.0  # invert the values from 128 up
+    hide_and_seek: bool = False  # zero the cells of a grid of 14, 28 or 56 pixels, or of none
+    hide_p: float = 0.5  # of each cell
+
+
+def _jitter(strength: float, hue: float) -> dict[str, float]:
+    return {"brightness": strength, "contrast": strength, "saturation": strength, "hue": hue}
+
+
+# Order of the operations: crop, flip, (grey), jitter in each image's own order, grey, blur, solarise, normalise, hide.
+POLICIES = {
+    # MoCo v1's, the default of the align+uniform reference
+    "v1": Policy("v1", jitter_p=1.0, grey_first=True, grey_p=0.2, **_jitter(0.4, hue=0.4)),
+    # MoCo v2's
+    "v2": Policy("v2", jitter_p=0.8, grey_p=0.2, blur_p=0.5, **_jitter(0.4, hue=0.1)),
+    # the small-model reference's, at its colour strength cj = 1.5
+    "small": Policy("small", jitter_p=0.8, grey_p=0.5, blur_p=0.5, **_jitter(0.8 * 1.5, hue=0.5)),
+    # the centre of the image, untouched
+    "none": Policy("none", crop_scale=None, flip_p=0.0),
+}
+
+
+def make_policy(
+    name: str,
+    *,
+    cj: float | None = None,
+    grey_scale: float | None = None,
+    gaussian_blur: float | None = None,
+    crop_scale: tuple[float, float] = (0.2, 1.0),
+    **overrides: object,
+) -> Policy:
+    """The policy called `name` (v1, v2, small, none), with any field of `Policy` overridden by keyword.
+
+    cj: colour strength c of `small`: jitter (.8c, .8c, .8c, min(.5, .4c)). grey_scale and gaussian_blur: probabilities
+    of greyscale and blur. crop_scale: area range of the crop, any policy but `none`.
+    Raises ValueError for an unknown policy or field (naming the nearest) and for a value out of range.
+    """
+    if name not in POLICIES:
+        raise ValueError(f"unknown augmentation policy {name!r}{_nearest(name, POLICIES)}")
+    fields = {f.name for f in dataclasses.fields(Policy)} - {"name"}
+    for key in overrides:
+        if key not in fields:
+            raise ValueError(f"augmentation policy {name!r} has no setting {key!r}{_nearest(key, fields)}")
+    if cj is not None:
+        if name != "small":
+            raise ValueError(f"cj scales the policy 'small'; give {name!r} brightness, contrast, saturation and hue")
+        overrides = _jitter(0.8 * cj, hue=min(0.5, 0.4 * cj)) | overrides
+    named = {"grey_p": grey_scale, "blur_p": gaussian_blur}
+    if name != "none":
+        named["crop_scale"] = tuple(crop_scale)
+    elif tuple(crop_scale) != (0.2, 1.0):
+        raise ValueError("crop_scale has no meaning for the policy 'none', which keeps the centre of every image")
+    policy = dataclasses.replace(POLICIES[name], **({k: v for k, v in named.items() if v is not None} | overrides))
+    _check(policy)
+    return policy
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; choose from {', '.join(sorted(known))}"
+
+
+def _check(policy: Policy) -> None:
+    for f in dataclasses.fields(policy):
+        value = getattr(policy, f.name)
+        if f.name.endswith("_p") and not 0 <= value <= 1:
+            raise ValueError(f"augmentation setting {f.name} is a probability, so it must lie in [0, 1], got {value}")
+        if f.name in ("brightness", "contrast", "saturation") and not 0 <= value <= 3:
+            raise ValueError(f"augmentation setting {f.name} must lie in [0, 3], got {value}")
+    if not 0 <= policy.hue <= 0.5:
+        raise ValueError(f"augmentation setting hue must lie in [0, 0.5] turns, got {policy.hue}")
+    scale, ratio, sigma = policy.crop_scale, policy.crop_ratio, policy.blur_sigma
+    if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
+        raise ValueError(f"crop_scale must be two numbers with 0 < low <= high <= 1, got {scale}")
+    if not (len(ratio) == 2 and 0.01 <= ratio[0] <= ratio[1] <= 100):
+        raise ValueError(f"crop_ratio must be two numbers with 0.01 <= low <= high <= 100, got {ratio}")
+    if not (len(sigma) == 2 and 0 < sigma[0] <= sigma[1] <= MAX_BLUR_SIGMA):
+        raise ValueError(f"blur_sigma must be two numbers with 0 < low <= high <= {MAX_BLUR_SIGMA} pixels, got {sigma}")

@@ -1,0 +1,130 @@
+"""Antialiased bilinear resizing of windows of any size to S x S, as Pillow does it: two passes on bytes.
+
+`resample_reference` is Pillow's own fixed-point arithmetic, bit for bit, on whole batches and any device.
+`crop_resize` and `eval_resize` are what the views call: there on a GPU, and image by image in compiled loops (torch's
+uint8 path, at most 1 from Pillow; Pillow itself) on the CPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from fastssl.augment.params import ViewParams
+from fastssl.batch import ImageBatch
+
+PRECISION_BITS = 22  # Pillow's fixed point: 32 - 8 bits of a pixel - 2 for overshoot
+GATHER_BUDGET = 1 << 24  # intermediate bytes of one chunk of images
+
+
+class Axis(NamedTuple):
+    """How S outputs are read off one axis of a box in each image; tensors (C,)."""
+
+    start: Tensor  # int64, first pixel of the box in the image
+    length: Tensor  # int64, pixels in the box; the filter does not look beyond
+    scale: Tensor  # float64, pixels of the box per output
+    offset: Tensor  # float64, outputs before the first one kept (a centre crop of the resized box)
+
+    def rows(self, part: slice) -> Axis:
+        """The axis of some of the images."""
+        return Axis(*(t[part] for t in self))
+
+
+def crop_axes(params: ViewParams, size: int) -> tuple[Axis, Axis]:
+    """The two axes (vertical, horizontal) of `params`'s crop boxes resized to size x size."""
+    axes = []
+    for start, length in ((params.top, params.crop_height), (params.left, params.crop_width)):
+        scale = length.double() / torch.full_like(length, size)
+        axes.append(Axis(start.long(), length.long(), scale, torch.zeros_like(scale)))
+    return axes[0], axes[1]
+
+
+def eval_axes(batch: ImageBatch, size: int, resize: int) -> tuple[Axis, Axis]:
+    """The two axes of torchvision's Resize(resize) then CenterCrop(size) of whole images."""
+    short = torch.minimum(batch.height, batch.width).long()
+    axes = []
+    for length in (batch.height.long(), batch.width.long()):
+        resized = length * resize // short  # torchvision's int(resize * long / short); resize itself for the short side
+        offset = torch.round((resized - size).double() * 0.5)  # half to even, as Python's round
+        axes.append(Axis(torch.zeros_like(length), length, length.double() / resized.double(), offset))
+    return axes[0], axes[1]
+
+
+def axis_taps(axis: Axis, size: int, taps: int) -> tuple[Tensor, Tensor]:
+    """Pillow's bilinear filter: first pixel (C, S) int64 in the box, and weights (C, S, taps) int32 in 2^-22 steps."""
+    out = torch.arange(size, device=axis.start.device, dtype=torch.float64)
+    centre = (out + axis.offset[:, None] + 0.5) * axis.scale[:, None]
+    support = axis.scale.clamp(min=1)[:, None]
+    first = (centre - support + 0.5).trunc().clamp(min=0)
+    last = torch.minimum((centre + support + 0.5).trunc(), axis.length[:, None].double())
+    pixel = first[..., None] + torch.arange(taps, device=first.device)
+    weight = (1 - ((pixel - centre[..., None] + 0.5) / support[..., None]).abs()).clamp(min=0)
+    weight = weight * (pixel < last[..., None])
+    total = weight[..., 0]
+    for t in range(1, taps):  # one after the other, so that the sum has Pillow's bits whatever `taps`
+        total = total + weight[..., t]
+    return first.long(), (weight / total[..., None] * 2**PRECISION_BITS + 0.5).floor().int()
+
+
+def resample_reference(batch: ImageBatch, vertical: Axis, horizontal: Axis, size: int, max_side: int) -> Tensor:
+    """Resizes boxes to (C, 3, S, S) uint8 with Pillow's bits, for the C images of `batch`.
+
+    max_side: no box has more pixels along an axis (a bound known to the host, so that it need not wait for the device).
+    """
+    device = batch.pixels.device
+    taps = 2 * max(1, -(-max_side // size)) + 1
+    first, weight = axis_taps(horizontal, size, taps)
+    last = (horizontal.length - 1)[:, None]
+    row = torch.minimum(torch.arange(max_side, device=device), (vertical.length - 1)[:, None])
+    line = (
+        batch.offset[:, None] + ((vertical.start[:, None] + row) * batch.width[:, None] + horizontal.start[:, None]) * 3
+    )
+    channel = torch.arange(3, device=device)
+    rows = torch.full((batch.size, max_side, size, 3), 1 << (PRECISION_BITS - 1), dtype=torch.int32, device=device)
+    for t in range(taps):
+        column = torch.minimum(first + t, last) * 3
+        at = line[:, :, None, None] + column[:, None, :, None] + channel
+        rows += batch.pixels[at] * weight[:, None, :, t, None]
+    rows = (rows >> PRECISION_BITS).clamp_(0, 255)
+    first, weight = axis_taps(vertical, size, taps)
+    out = torch.full((batch.size, size, size, 3), 1 << (PRECISION_BITS - 1), dtype=torch.int32, device=device)
+    for t in range(taps):
+        at = torch.minimum(first + t, (vertical.length - 1)[:, None])[:, :, None, None].expand_as(out)
+        out += rows.gather(1, at) * weight[:, :, t, None, None]
+    return (out >> PRECISION_BITS).clamp_(0, 255).to(torch.uint8).permute(0, 3, 1, 2)
+
+
+def crop_resize(batch: ImageBatch, params: ViewParams, size: int, max_side: int) -> Tensor:
+    """The crop boxes of `params` resized to size x size: (C, 3, S, S) uint8 in any memory format."""
+    if batch.pixels.device.type != "cpu":
+        return resample_reference(batch, *crop_axes(params, size), size, max_side)
+    boxes = zip(*(t.tolist() for t in (params.top, params.left, params.crop_height, params.crop_width)))
+    views = []
+    for i, (top, left, height, width) in enumerate(boxes):
+        window = batch.image(i)[top : top + height, left : left + width].permute(2, 0, 1)[None]
+        views.append(interpolate(window, (size, size), mode="bilinear", antialias=True))
+    return torch.cat(views)
+
+
+def eval_resize(batch: ImageBatch, size: int, resize: int, max_side: int) -> Tensor:
+    """Whole images with the short side at `resize`, cut to their central size x size: (C, 3, S, S) uint8."""
+    vertical, horizontal = eval_axes(batch, size, resize)
+    if batch.pixels.device.type != "cpu":
+        return resample_reference(batch, vertical, horizontal, size, max_side)
+    views = []
+    for i in range(batch.size):
+        (y0, y1), (x0, x1) = (
+            (float(axis.offset[i] * axis.scale[i]), float((axis.offset[i] + size) * axis.scale[i]))
+            for axis in (vertical, horizontal)
+        )
+        # Pillow resizes a part of an image while its filter sees all of it, so only the part kept is computed
+        image = Image.fromarray(batch.image(i).numpy())
+        view = image.resize((size, size), Image.Resampling.BILINEAR, box=(x0, y0, x1, y1))
+        views.append(
+            torch.frombuffer(bytearray(view.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
+        )
+    return torch.stack(views)
