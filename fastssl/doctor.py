@@ -1,13 +1,11 @@
 """`fastssl doctor`: what this machine has, what is missing, and the exact command that mends it.
 
-Libraries are imported in processes of their own, so one that is broken (or crashes) is a line of the report. Exits
-with 0 when training can run, with 1 when something it requires is missing or broken.
+Exits with 0 when training can run, with 1 when something it requires is missing or broken.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import platform
@@ -17,28 +15,20 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-OK, ABSENT, BROKEN = "ok", "absent", "broken"  # only `broken` stops training
+from fastssl.probe import REQUIRED, probe
 
-REQUIRED = {  # module: what pip calls it
-    "torch": "torch",
-    "torchvision": "torchvision",
-    "numpy": "numpy",
-    "PIL": "pillow",
-    "tyro": "tyro",
-    "yaml": "PyYAML",
-    "tqdm": "tqdm",
-    "tensorboard": "tensorboard",
-    "matplotlib": "matplotlib",
-    "sklearn": "scikit-learn",
-    "safetensors": "safetensors",
-    "timm": "timm",
+OK, ABSENT, BROKEN = "ok", "absent", "broken"  # only `broken` stops training
+DEBIAN = {"libturbojpeg": "libturbojpeg0-dev", "opencv4": "libopencv-dev"}  # pkg-config's name: apt's
+LOADERS = {
+    "folder": ("torch", "PIL"),
+    "synthetic": ("torch",),
+    "resident": ("torch", "PIL"),
+    "beton": ("torch", "ffcv", "numba"),
+    "dali": ("torch", "nvidia.dali"),
 }
-OPTIONAL = ("triton", "numba", "ffcv", "nvidia.dali", "apex.optimizers")
-GROUPS = (tuple(REQUIRED), ("triton", "numba", "ffcv"), ("nvidia.dali",), ("apex.optimizers",))  # one process each
 PIP = f"{sys.executable} -m pip install"
 
 
@@ -51,47 +41,147 @@ class Row(NamedTuple):
     mend: str = ""
 
 
-def import_facts(module: str) -> dict[str, str]:
-    """Imports a module; its version and what else the report wants to know, or the error in one line."""
-    try:
-        imported = importlib.import_module(module)
-        facts = {"version": str(getattr(imported, "__version__", "found"))}
-        if module == "torch":
-            facts |= _torch_facts(imported)
-    except Exception as error:  # whatever a broken library raises is what the report is for
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        absent = isinstance(error, ModuleNotFoundError) and error.name == module.split(".")[0]
-        return {"absent": "not installed"} if absent else {"error": reason}
-    return facts
+def library_rows(facts: dict[str, dict[str, str]]) -> list[Row]:
+    """Required libraries: the three that matter by name, the rest on one line unless they are broken."""
+    rows, rest = [], []
+    for module, package in REQUIRED.items():
+        version = facts[module].get("version")
+        if version is None:
+            together = "--upgrade torch torchvision" if package in ("torch", "torchvision") else package
+            rows.append(Row(package, BROKEN, facts[module]["error"], f"{PIP} {together}"))
+        elif package in ("torch", "torchvision", "timm"):
+            rows.append(Row(package, OK, version))
+        else:
+            rest.append(f"{package} {version}")
+    return [*rows, Row("libraries", OK, ", ".join(rest))]
 
 
-def _torch_facts(torch) -> dict[str, str]:
-    facts = {"cuda": torch.version.cuda or "", "cudnn": str(torch.backends.cudnn.version() or "")}
-    if torch.cuda.is_available():
-        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        facts["gpus"] = "; ".join(f"{g.name}, {g.total_memory / 2**30:.0f} GiB, sm_{g.major}{g.minor}" for g in gpus)
-    return facts
+def gpu_rows(torch_facts: dict[str, str]) -> list[Row]:
+    """GPUs as torch sees them; a driver that torch cannot use is worth a line, no driver is a CPU machine."""
+    cuda = torch_facts.get("cuda")
+    if gpus := torch_facts.get("gpus"):
+        return [Row("GPU", OK, gpus), Row("CUDA", OK, f"{cuda}, cuDNN {torch_facts['cudnn']}")]
+    if not Path("/proc/driver/nvidia/version").exists():
+        return [Row("GPU", OK, "none (no NVIDIA driver): training runs on the CPU")]
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return [Row("GPU", ABSENT, "hidden by CUDA_VISIBLE_DEVICES", "unset CUDA_VISIBLE_DEVICES")]
+    if not cuda:
+        return [Row("GPU", ABSENT, "torch was built without CUDA", f"{PIP} --force-reinstall torch torchvision")]
+    older = f"{PIP} --force-reinstall --index-url https://download.pytorch.org/whl/cu126 torch torchvision"
+    return [Row("GPU", ABSENT, f"torch's CUDA {cuda} does not start: the driver may be too old for it", older)]
 
 
-def probe(groups: tuple[tuple[str, ...], ...] = GROUPS, timeout: float = 120) -> dict[str, dict[str, str]]:
-    """Facts of every module: each group is imported in a process of its own, all at once."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONWARNINGS": "ignore"}
-    children = []
-    for group in groups:
-        command = [sys.executable, "-m", "fastssl.doctor", "--import", *group]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-        children.append((group, subprocess.Popen(command, env=environment, **pipes)))
-    facts = {}
-    for group, child in children:
+def optional_rows(facts: dict[str, dict[str, str]]) -> list[Row]:
+    """Libraries fastssl can do without, and what each would bring."""
+    dali = "130" if facts["torch"].get("cuda", "").startswith("13") else "120"
+    apex = "# built from source: see https://github.com/NVIDIA/apex (PyPI's apex is another project)"
+    extras = [
+        ("triton", "triton", "fused GPU kernels", f"{PIP} triton"),
+        ("FFCV", "ffcv", "the .beton loader", f"{_apt_for_ffcv()}{PIP} ffcv numba"),
+        ("numba", "numba", "FFCV's pipelines", f"{PIP} --upgrade numba"),
+        ("DALI", "nvidia.dali", "decoding on the GPU", f"{PIP} nvidia-dali-cuda{dali}"),
+        ("NVIDIA apex", "apex.optimizers", "optional: torch's fused optimizers do the same", apex),
+    ]
+    rows = []
+    for name, module, purpose, mend in extras:
+        if version := facts[module].get("version"):
+            rows.append(Row(name, OK, version))
+        else:
+            rows.append(Row(name, ABSENT, f"{facts[module]['error']} ({purpose})", mend))
+    return rows
+
+
+def _apt_for_ffcv() -> str:
+    """The apt command for what FFCV's build misses, ready to stand before another command."""
+    if shutil.which("pkg-config") is None:
+        missing = ["pkg-config", *DEBIAN.values()]
+    else:
+        missing = [
+            package for name, package in DEBIAN.items() if subprocess.run(["pkg-config", "--exists", name]).returncode
+        ]
+    return f"sudo apt-get install -y {' '.join(missing)} && " if missing else ""
+
+
+def loader_row(facts: dict[str, dict[str, str]]) -> Row:
+    """The loaders of this version whose libraries can be imported."""
+    works = [name for name, needs in LOADERS.items() if all("version" in facts[module] for module in needs)]
+    there = [name for name in works if (Path(__file__).parent / "loaders" / f"{name}_loader.py").exists()]
+    return Row("loaders", OK, ", ".join(there))
+
+
+def compile_row() -> Row:
+    """torch.compile and Triton build small Python extensions at run time: builds one."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    mend = f"sudo apt-get install -y g++ python3.{sys.version_info.minor}-dev  # until then: --no-compile"
+    if compiler is None:
+        return Row("torch.compile", ABSENT, "no C++ compiler", mend)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("#include <Python.h>\n#include <vector>\n")
+        include = f"-I{sysconfig.get_path('include')}"
+        command = [*compiler.split(), "-shared", "-fPIC", include, str(source), "-o", str(source.with_suffix(".so"))]
         try:
-            output, ending = child.communicate(timeout=timeout)[0], f"the import ended Python with code {child.returncode}"
-        except subprocess.TimeoutExpired:
-            child.kill()
-            output, ending = child.communicate()[0], f"the import took over {timeout:.0f} s"
-        lines = [line[1:].split(" ", 1) for line in output.splitlines() if line.startswith("@")]
-        facts |= {module: {"error": ending} for module in group} | {module: json.loads(text) for module, text in lines}
-    return facts
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        except (OSError, subprocess.SubprocessError) as error:
+            reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[0]
+            return Row("torch.compile", ABSENT, f"{compiler} cannot build a Python extension: {reason}", mend)
+    return Row("torch.compile", OK, f"{compiler} builds Python extensions")
 
 
-def describe(facts: dict[str, str]) -> str:
-    return facts.get("version") or facts.get("error") or facts["absent"]
+def machine_rows() -> list[Row]:
+    """What the machine itself offers."""
+    gib = 2**30
+    version, where = platform.python_version(), sys.executable
+    python = Row("Python", OK, f"{version} ({where})")
+    if not (3, 10) <= sys.version_info[:2] <= (3, 13):
+        python = Row(
+            "Python", BROKEN, f"{version} ({where}); needs 3.10 to 3.13", "make clean && make PYTHON=python3.12"
+        )
+    rows = [python, Row("system", OK, platform.platform())]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gib
+    rows.append(Row("machine", OK, f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB memory"))
+    rows.append(Row("disk", OK, f"{shutil.disk_usage('.').free / gib:.0f} GiB free here"))
+    shm = shutil.disk_usage("/dev/shm").total / gib if Path("/dev/shm").exists() else 0.0
+    grow = "" if shm >= 1 else "sudo mount -o remount,size=8G /dev/shm  # in Docker: docker run --shm-size=8g"
+    rows.append(
+        Row("shared memory", ABSENT if grow else OK, f"{shm:.2f} GiB (loader processes hand batches over)", grow)
+    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    raise_limit = "" if soft >= 1024 else f"ulimit -n {hard}"
+    rows.append(Row("open files", ABSENT if raise_limit else OK, f"at most {soft}", raise_limit))
+    return rows
+
+
+def table(rows: list[Row], colour: bool) -> str:
+    """The report as text: a line for each row, and the mending command below what needs it."""
+    mark = {OK: "ok", ABSENT: "--", BROKEN: "!!"}
+    paint = {OK: "\033[32m{}\033[0m", ABSENT: "\033[33m{}\033[0m", BROKEN: "\033[31m{}\033[0m"}
+    width = max(len(row.name) for row in rows)
+    lines = []
+    for row in rows:
+        sign = paint[row.state].format(mark[row.state]) if colour else mark[row.state]
+        lines.append(f"{sign}  {row.name:<{width}}  {row.detail}")
+        if row.mend:
+            lines.append(f"    {'':<{width}}  -> {row.mend}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the report; returns 0 when training can run, 1 when something it requires is broken."""
+    parser = argparse.ArgumentParser(prog="fastssl doctor", description="What works here, and how to mend the rest.")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    arguments = parser.parse_args(argv)
+    facts = probe()
+    rows = [*machine_rows(), *library_rows(facts), *gpu_rows(facts["torch"]), compile_row()]
+    rows += [*optional_rows(facts), loader_row(facts)]
+    can_train = all(row.state != BROKEN for row in rows)
+    if arguments.json:
+        print(json.dumps({"can_train": can_train, "rows": [row._asdict() for row in rows]}, indent=2))
+    else:
+        print(table(rows, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+        print("Training can run." if can_train else "Training cannot run: mend what is marked !! first.")
+    return 0 if can_train else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

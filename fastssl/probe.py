@@ -1,0 +1,87 @@
+"""Which libraries can be imported: each group in a process of its own, so that a broken one is a fact, not a crash."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from types import ModuleType
+
+REQUIRED = {  # module: what pip calls it
+    "torch": "torch",
+    "torchvision": "torchvision",
+    "numpy": "numpy",
+    "PIL": "pillow",
+    "tyro": "tyro",
+    "yaml": "PyYAML",
+    "tqdm": "tqdm",
+    "tensorboard": "tensorboard",
+    "matplotlib": "matplotlib",
+    "sklearn": "scikit-learn",
+    "safetensors": "safetensors",
+    "timm": "timm",
+}
+GROUPS = (tuple(REQUIRED), ("triton", "numba", "ffcv"), ("nvidia.dali",), ("apex.optimizers",))  # one process each
+
+
+def import_facts(module: str) -> dict[str, str]:
+    """Imports a module: {"version": ...} and, for torch, what it sees of the GPUs; or {"error": one line}."""
+    try:
+        imported = importlib.import_module(module)
+        return {"version": _version(imported), **(_torch_facts(imported) if module == "torch" else {})}
+    except Exception as error:  # whatever a broken library raises is what the report is for
+        if isinstance(error, ModuleNotFoundError) and error.name in (module, module.split(".")[0]):
+            return {"error": "not installed"}
+        return {"error": " ".join(f"{type(error).__name__}: {error}".split())}
+
+
+def _version(module: ModuleType) -> str:
+    if module.__name__ == "ffcv":  # 1.0.2 calls itself 0.0.3rc1
+        return metadata.version("ffcv")
+    return str(getattr(module, "__version__", "found"))
+
+
+def _torch_facts(torch: ModuleType) -> dict[str, str]:
+    facts = {"cuda": torch.version.cuda or ""}
+    if torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        facts["gpus"] = "; ".join(f"{g.name}, {g.total_memory / 2**30:.0f} GiB, sm_{g.major}{g.minor}" for g in gpus)
+        facts["cudnn"] = str(torch.backends.cudnn.version())
+    return facts
+
+
+def probe(groups: Sequence[Sequence[str]] = GROUPS, timeout: float = 300) -> dict[str, dict[str, str]]:
+    """`import_facts` of every module; a group whose process crashes or takes over `timeout` seconds says so."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONWARNINGS": "ignore"}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "fastssl.probe", *group],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for group in groups
+    ]
+    facts = {}
+    for group, child in zip(groups, children):
+        try:
+            output, _ = child.communicate(timeout=timeout)
+            ending = f"importing it ended Python with code {child.returncode}"
+        except subprocess.TimeoutExpired:
+            child.kill()
+            output, _ = child.communicate()
+            ending = f"importing it took over {timeout:.0f} s"
+        facts |= {module: {"error": ending} for module in group}  # unless it came to print a line
+        lines = [line[1:].split(" ", 1) for line in output.splitlines() if line.startswith("@")]
+        facts |= {module: json.loads(text) for module, text in lines}
+    return facts
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(f"@{name} {json.dumps(import_facts(name))}", flush=True)
