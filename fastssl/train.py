@@ -27,7 +27,7 @@ from fastssl.eval.online import make_probe
 from fastssl.flags import parse
 from fastssl.health import Health
 from fastssl.launch import launch_if_asked
-from fastssl.losses import check_loss_inputs, moco_loss
+from fastssl.losses import MoCoLoss, check_loss_inputs, moco_loss
 from fastssl.optim import set_lr
 from fastssl.plan import DTYPES, Plan, choose_precision, make_plan
 from fastssl.random_key import STREAM_SHUFFLE, STREAM_STEP, derive_seed, permutation
@@ -87,7 +87,7 @@ def make_train_step(
             loss = moco_loss(q, k, moco.queue, config.loss, config.train.loss_kernel)
             scaler.scale(loss.total / accumulate).backward()
             keys.append(all_keys)
-            losses.append({name: value.detach() for name, value in loss._asdict().items() if value is not None})
+            losses.append(detach_terms(loss))
         metrics = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
         metrics["feature_std"] = q.detach().std(dim=0, correction=0).norm()  # 1: spread out; 0: collapsed
         if config.optim.clip_grad is not None:
@@ -101,6 +101,12 @@ def make_train_step(
         return metrics
 
     return train_step
+
+
+def detach_terms(loss: MoCoLoss) -> dict[str, Tensor]:
+    """The computed terms by name, the total under "loss"."""
+    terms = {"loss" if name == "total" else name: value for name, value in loss._asdict().items()}
+    return {name: value.detach() for name, value in terms.items() if value is not None}
 
 
 def pretrain(config: Config) -> int:
