@@ -12,7 +12,6 @@ from fastssl.models import list_architectures, list_heads, make_encoder, make_he
 # name -> (path of the classifier's last Linear, features), from torchvision's source
 CLASSIFIERS = {
     "resnet18": ("fc", 512),
-    "resnet50": ("fc", 2048),
     "mobilenet_v3_small": ("classifier.3", 1024),
     "mobilenet_v3_large": ("classifier.3", 1280),
     "efficientnet_b0": ("classifier.1", 1280),
@@ -80,8 +79,8 @@ def test_random_weights_are_torchvisions_own_for_the_same_seed():
 
 @pytest.mark.parametrize(
     "arch, feature_dim",
-    [("alexnet", 4096), ("convnext_tiny", 768), ("densenet121", 1024), ("efficientnet_v2_s", 1280), ("maxvit_t", 512),
-     ("mnasnet0_5", 1280), ("mobilenet_v2", 1280), ("swin_v2_t", 768), ("vgg11_bn", 4096), ("vit_b_16", 768)],
+    [("alexnet", 4096), ("convnext_tiny", 768), ("mnasnet0_5", 1280), ("mobilenet_v2", 1280),
+     ("swin_v2_t", 768), ("vgg11_bn", 4096), ("vit_b_16", 768)],
 )  # fmt: skip
 def test_every_family_gives_up_its_last_linear(arch, feature_dim):
     with torch.device("meta"):
@@ -155,14 +154,14 @@ def test_dropout_head_drops_half_of_the_rectified_hidden_units():
     assert abs(kept[rectified > 0].float().mean() - 0.5) < 0.02
 
 
-# family -> stride of the whole backbone before and after; measured on a 64-pixel image
+# how much larger the last map becomes, on a 64-pixel image
 @pytest.mark.parametrize(
     "arch, gain",
     [("resnet18", 4), ("resnext50_32x4d", 4), ("densenet121", 4), ("shufflenet_v2_x0_5", 4), ("mobilenet_v2", 2),
      ("mobilenet_v3_small", 2), ("efficientnet_b0", 2), ("mnasnet0_5", 2), ("regnet_y_400mf", 2)],
 )  # fmt: skip
 def test_cifar_stem_keeps_the_resolution(arch, gain):
-    def largest_and_smallest_map(stem):
+    def first_and_last_map(stem):
         model = make_encoder(arch, stem=stem).eval()
         sizes = []
         for module in model.modules():
@@ -172,8 +171,8 @@ def test_cifar_stem_keeps_the_resolution(arch, gain):
             model(torch.randn(1, 3, 64, 64))
         return sizes[0], min(s for s in sizes if s > 1)
 
-    first, last = largest_and_smallest_map("imagenet")
-    cifar_first, cifar_last = largest_and_smallest_map("cifar")
+    first, last = first_and_last_map("imagenet")
+    cifar_first, cifar_last = first_and_last_map("cifar")
     assert (first, cifar_first) == (32, 64)
     assert cifar_last == gain * last
 

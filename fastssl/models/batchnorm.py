@@ -74,7 +74,7 @@ def split_batchnorm(module: nn.Module, splits: int) -> None:
     for name, layer in layers.items():
         if type(layer) not in _SPLIT_TYPES:
             raise ValueError(f"cannot split the {type(layer).__name__} layer {name!r}: use --bn-splits 1")
-        if layer.track_running_stats and layer.momentum is None:
+        if layer.momentum is None:
             raise ValueError(f"cannot split layer {name!r}: its momentum is None (cumulative average), set a number")
     for layer in layers.values():
         # The same object with another forward: optimizers, hooks and names that refer to it stay valid.
