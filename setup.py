@@ -30,7 +30,7 @@ REQUIRES = [
     "matplotlib>=3.8",  # curves and views
     "scikit-learn>=1.3",  # t-SNE, reference k-NN
     "safetensors>=0.4",  # safe weight export
-    "timm>=1.0",  # exact architecture variants
+    "timm>=1.0.15",  # exact architecture variants
 ]
 EXTRAS = {
     "ffcv": ["ffcv>=1.0.2", "numba>=0.59"],  # builds from source: needs pkg-config, libturbojpeg, OpenCV 4 headers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -94,13 +95,18 @@ def compile_and_wrap(config: Config, trainee: Trainee, ranks: Ranks) -> Trainee:
     if config.train.compile == "on" or (config.train.compile == "auto" and ranks.device.type == "cuda"):
         moco.encoder_q.compile()
         moco.encoder_k.compile()
-    if ranks.world_size == 1:
-        return trainee
-    ids = [ranks.device] if ranks.device.type == "cuda" else None
-    wrapped = DistributedDataParallel(
-        moco.encoder_q, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    return trainee if ranks.world_size == 1 else trainee._replace(encoder_q=wrap_ddp(moco.encoder_q, ranks.device))
+
+
+def wrap_ddp(module: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """DDP that averages gradients and leaves each rank its own buffers."""
+    renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # torch 2.15
+    return DistributedDataParallel(
+        module,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},
     )
-    return trainee._replace(encoder_q=wrapped)
 
 
 def describe(config: Config, plan: Plan, loader: Loader, trainee: Trainee, ranks: Ranks) -> list[str]:

@@ -9,6 +9,7 @@ from fastssl.build import Trainee
 from fastssl.checkpoint import CheckpointError
 from fastssl.config import Config, flat
 from fastssl.distributed import Ranks, broadcast_object
+from fastssl.optim import load_optimizer_state
 
 # Without these the weights do not fit; with the others changed the run goes on, but is no longer the uninterrupted one.
 SHAPES = ("arch", "head", "dim", "stem", "queue_size", "optimizer")
@@ -68,7 +69,7 @@ def restore(path: Path, trainee: Trainee, config: Config, num_images: int) -> tu
             )
     try:
         trainee.moco.load_state_dict(state["model"])
-        trainee.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(trainee.optimizer, state["optimizer"])
         trainee.scaler.load_state_dict(state["scaler"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} does not fit this model: {str(error).splitlines()[0]}") from error
