@@ -1,0 +1,187 @@
+"""Find image files and decode one robustly: to (H, W, 3) uint8 RGB, or to a `BadImage` that says why not."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+MAX_PIXELS = 89_478_485  # 256 MB of RGB; where Pillow, too, begins to suspect a decompression bomb
+
+Image.init()  # here, because Pillow loads its plugins at the first unknown file, which is not safe in threads
+# Named one by one: Pillow would start Ghostscript for an EPS file
+_FORMATS = [f for f in ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM") if f in Image.OPEN]
+_ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
+_ORIENTATION = 0x0112  # EXIF tag
+_SPLITS = ("train", "val", "valid", "validation", "test", "dev", "eval")
+
+
+class BadImage(ValueError):
+    """An image file that cannot be decoded; `path` and `reason` are strings, `str()` joins them."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class ImageFolder(NamedTuple):
+    """A listing of image files in an order that is the same on every machine."""
+
+    root: str  # the folder the paths start from
+    paths: list[str]  # relative to root, "/" between parts, sorted part by part
+    labels: np.ndarray  # (n,) int64, -1 everywhere when there are no classes
+    class_names: list[str]  # sorted; empty for a flat folder
+
+    def path(self, i: int) -> str:
+        """The whole path of file i."""
+        return os.path.join(self.root, self.paths[i])
+
+
+def find_images(root: str | os.PathLike, class_names: Sequence[str] | None = None) -> ImageFolder:
+    """Lists the images of `root/train/<class>/*`, of `root/<class>/*`, or of a flat folder.
+
+    Folders are searched to any depth and links are followed; the class is the first folder below the base. A base
+    that itself holds images is flat: it has no classes, and images in folders below it count too. Files are chosen by
+    extension alone and hidden ones (`.name`) are left out. `class_names` numbers the labels by a list made elsewhere
+    (an evaluation split by its training split's).
+    Raises ValueError when there is no folder, no image, or a class that is not in `class_names`.
+    """
+    root = os.fspath(root)
+    if not os.path.isdir(root):
+        what = "is a file, not a folder" if os.path.exists(root) else "does not exist"
+        raise ValueError(f"{root} {what}: give a folder that holds images, <class>/ folders or train/<class>/ folders")
+    base = os.path.join(root, "train") if _has_train_split(root) else root
+    try:
+        paths = sorted(_walk(base), key=lambda path: path.split("/"))
+    except OSError as error:
+        raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+    if not paths:
+        raise ValueError(
+            f"{base} holds no images ({_inventory(base)}): give a folder that holds images, <class>/ folders or "
+            f"train/<class>/ folders, with files named {' '.join(EXTENSIONS)}"
+        )
+    tops = [path.split("/", 1)[0] if "/" in path else None for path in paths]
+    if None in tops:
+        return ImageFolder(base, paths, np.full(len(paths), -1, dtype=np.int64), [])
+    names = list(class_names) if class_names else sorted(set(tops))
+    number = {name: i for i, name in enumerate(names)}
+    if unknown := sorted(set(tops) - set(names)):
+        raise ValueError(
+            f"{base} has a folder {unknown[0]!r} that is not among the {len(names)} classes of the other split"
+        )
+    return ImageFolder(base, paths, np.array([number[top] for top in tops], dtype=np.int64), names)
+
+
+def decode_image(source: str | os.PathLike | bytes, name: str | None = None) -> np.ndarray:
+    """Decodes one image, given as a path or as the bytes of a file, to an (H, W, 3) uint8 RGB array.
+
+    The content decides the format, not the name. Greyscale is repeated over the channels, 16-bit samples keep their
+    high byte, transparency is laid over white, EXIF orientation is applied, an animation gives its first frame.
+    Raises BadImage (with `name`, or the path) when the file cannot be read, is no image, is cut short, or has more
+    than MAX_PIXELS pixels.
+    """
+    name = name or ("<bytes>" if isinstance(source, bytes) else os.fspath(source))
+    try:
+        data = source if isinstance(source, bytes) else _read(source)
+        if not data:
+            raise BadImage(name, "the file is empty")
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadImage(name, f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+            return np.array(_to_rgb(image))
+    except (BadImage, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        raise BadImage(name, f"not an image in a known format ({', '.join(_FORMATS)})") from None
+    except Exception as error:  # a damaged file can make a decoder raise anything
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise BadImage(name, reason or type(error).__name__) from error
+
+
+def _read(path: str | os.PathLike) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF says nothing about the pixels
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any opened image, turned upright, in mode RGB."""
+    image.load()
+    if _orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        return _from_16_bit(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range")
+    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image.convert("RGBA"))
+        image = white
+    return image.convert("RGB")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """16-bit greyscale to RGB by the high byte, as Pillow does for 16-bit colour; `convert` would clip at 255."""
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise ValueError("32-bit pixels have no agreed range")
+    return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+
+
+def _has_train_split(root: str) -> bool:
+    """Is root/train the training split? Not where it is one class among others (as in CIFAR-100)."""
+    if not os.path.isdir(os.path.join(root, "train")):
+        return False
+    if not _holds_images(os.path.join(root, "train")):
+        return True
+    others = [os.path.join(root, name) for name in os.listdir(root) if name not in _SPLITS]
+    return not any(os.path.isdir(path) and _holds_images(path) for path in others)
+
+
+def _holds_images(folder: str) -> bool:
+    return any(map(_is_image_name, os.listdir(folder)))
+
+
+def _is_image_name(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(EXTENSIONS)
+
+
+def _walk(folder: str, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
+    """Relative paths of the images in a folder and below; a link back to a folder above is not followed."""
+    status = os.stat(folder)
+    if (status.st_dev, status.st_ino) in above:
+        return
+    above = above | {(status.st_dev, status.st_ino)}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _walk(entry.path, f"{prefix}{entry.name}/", above)
+            elif _is_image_name(entry.name):
+                yield prefix + entry.name
+
+
+def _inventory(folder: str) -> str:
+    """What a folder without images holds instead, in a few words."""
+    found = Counter(os.path.splitext(name)[1] or "no-extension" for _, _, names in os.walk(folder) for name in names)
+    folders = sum(len(names) for _, names, _ in os.walk(folder))
+    if not found and not folders:
+        return "it is empty"
+    kinds = [f"{count} {kind} file{'s' * (count > 1)}" for kind, count in found.most_common(3)]
+    return "found " + ", ".join(kinds + [f"{folders} folder{'s' * (folders > 1)}"] * (folders > 0))

@@ -1,0 +1,137 @@
+"""Images from a folder of files: each decoded once, whole, at its own size, by threads.
+
+Threads, not processes: Pillow decodes without the GIL, and a decoded photograph costs more to send between processes
+than two cores gain.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastssl.batch import ImageBatch, pack_images
+from fastssl.data_prep.images import BadImage, decode_image, find_images
+from fastssl.loaders.order import count_batches, eval_shares, train_shares
+from fastssl.loaders.prefetch import Prefetcher
+
+_AHEAD = 2  # batches being decoded at once: workers never wait for the slowest image of one batch
+_CHUNK = 16  # images per task at most: large enough that handing tasks out costs nothing
+_MAX_BAD_RUN = 1000  # unreadable files in a row after which the data set, not a file, is broken
+
+Decoded = tuple[np.ndarray, int, int]  # pixels (H, W, 3) uint8, index, label
+
+
+class FolderLoader:
+    """Loader over `root/train/<class>/*`, `root/<class>/*` or a flat folder; the contract is `make.Loader`.
+
+    on_bad_image: "skip" gives the place of an unreadable image to the next readable one in file order (pixels and
+    label are the replacement's; `index`, and so its augmentation, stay the place's own) and lists it in `bad_images`;
+    "error" raises ValueError. An evaluation leaves unreadable images out instead.
+    Raises ValueError when the folder holds no images or fewer than one global batch.
+    """
+
+    def __init__(
+        self,
+        data: str | os.PathLike,
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int | None = None,
+        on_bad_image: str = "skip",
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        self.folder = find_images(data, class_names)
+        self.num_images = len(self.folder.paths)
+        self.class_names = self.folder.class_names
+        self.batches_per_epoch = count_batches(self.num_images, batch_size, world_size)
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.workers = workers or default_workers()
+        self.on_bad_image = on_bad_image
+        self._bad: dict[int, BadImage] = {}
+        self._prefetcher = Prefetcher(device)
+
+    @property
+    def bad_images(self) -> list[str]:
+        """The unreadable images met so far, "path: reason", in file order."""
+        return [str(error) for _, error in sorted(self._bad.items())]
+
+    def batches(self, first: int = 0) -> Iterator[ImageBatch]:
+        """Batch first, first + 1, ... of this rank without end, each of `batch_size` images."""
+        shares = train_shares(self.num_images, self.batch_size, self.seed, self.rank, self.world_size, first)
+        return self._prefetcher.iterate(self._decode_batches(shares, self._load_replacing))
+
+    def eval_batches(
+        self, batch_size: int, rank: int = 0, world_size: int = 1, limit: int | None = None
+    ) -> Iterator[ImageBatch]:
+        """This rank's contiguous part of all images (or of `limit` evenly spread ones) in file order, tail included."""
+        shares = eval_shares(self.num_images, batch_size, rank, world_size, limit)
+        return self._prefetcher.iterate(self._decode_batches(shares, self._load_or_leave_out))
+
+    def close(self) -> None:
+        """Ends all threads; iterators still in use raise."""
+        self._prefetcher.close()
+
+    def _decode_batches(self, shares: Iterator[Tensor], load: Callable[[int], Decoded | None]) -> Iterator[ImageBatch]:
+        """Packed CPU batches in the order of `shares`, however the threads finish; `load` maps an index to Decoded."""
+
+        def load_chunk(chunk: list[int]) -> list[Decoded]:
+            return [decoded for i in chunk if (decoded := load(i)) is not None]
+
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="fastssl-decode")
+        ahead: deque[list[Future]] = deque()
+        try:
+            for share in itertools.chain(shares, [None] * _AHEAD):
+                if share is not None:
+                    ahead.append([pool.submit(load_chunk, chunk) for chunk in self._chunks(share)])
+                if len(ahead) > _AHEAD or (share is None and ahead):
+                    decoded = [image for future in ahead.popleft() for image in future.result()]
+                    if decoded:
+                        yield pack_images(*zip(*decoded))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _chunks(self, share: Tensor) -> list[list[int]]:
+        size = max(1, min(_CHUNK, len(share) // (2 * self.workers)))
+        return [chunk.tolist() for chunk in share.split(size)]
+
+    def _decode(self, index: int) -> np.ndarray | None:
+        """The pixels of file `index`, or None, and an entry in `_bad`, when it cannot be decoded."""
+        if index in self._bad:
+            return None
+        try:
+            return decode_image(self.folder.path(index))
+        except BadImage as error:
+            if self.on_bad_image == "error":
+                raise ValueError(
+                    f"cannot decode {error}; mend the file, or let --on-bad-image skip pass over it"
+                ) from error
+            self._bad[index] = error
+            return None
+
+    def _load_or_leave_out(self, index: int) -> Decoded | None:
+        pixels = self._decode(index)
+        return None if pixels is None else (pixels, index, int(self.folder.labels[index]))
+
+    def _load_replacing(self, index: int) -> Decoded:
+        tries = min(self.num_images, _MAX_BAD_RUN)
+        for i in range(index, index + tries):
+            i %= self.num_images
+            if (pixels := self._decode(i)) is not None:
+                return pixels, index, int(self.folder.labels[i])
+        raise ValueError(f"{tries} image files in a row cannot be decoded, beginning with {self._bad[index]}")
+
+
+def default_workers() -> int:
+    """Cores this process may use, shared with the other ranks on the machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

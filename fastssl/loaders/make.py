@@ -1,0 +1,95 @@
+"""Loaders by name, and the contract they share."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+
+from fastssl.batch import ImageBatch
+
+LOADERS = ("folder", "synthetic")
+
+
+class Loader(Protocol):
+    """What every loader gives: the same images in the same order for the same seed, as ImageBatch on the device.
+
+    `batches(first)` is endless; batch b belongs to epoch b // batches_per_epoch, ranks take disjoint shares
+    (`order.py`), and starting at `first` gives exactly what the uninterrupted iterator gives from there. Dropping or
+    closing an iterator ends its threads; what fails in them is raised in the reader.
+    """
+
+    name: str  # which loader this is
+    reason: str  # why it was chosen, one clause
+    num_images: int
+    batches_per_epoch: int
+    class_names: list[str]  # empty when the data set has no classes
+    bad_images: list[str]  # "path: reason" of the unreadable images met so far
+
+    def batches(self, first: int = 0) -> Iterator[ImageBatch]: ...
+
+    def eval_batches(
+        self, batch_size: int, rank: int = 0, world_size: int = 1, limit: int | None = None
+    ) -> Iterator[ImageBatch]: ...
+
+    def close(self) -> None: ...
+
+
+def make_loader(
+    name: str,
+    data: str | os.PathLike | None,
+    *,
+    batch_size: int,
+    seed: int,
+    device: torch.device | str,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int | None = None,
+    on_bad_image: str = "skip",
+    class_names: Sequence[str] | None = None,
+    synthetic_images: int = 2048,
+    synthetic_size: int = 256,
+) -> Loader:
+    """The loader `name` ("auto" chooses by `data`) over `data`; `batch_size` is per rank (1 will do for evaluation).
+
+    workers: decoding threads, None for this process's share of the cores. on_bad_image: "skip" or "error".
+    Raises ValueError for an unknown name or option, for data the loader cannot read, and when the data set is smaller
+    than one global batch.
+    """
+    name, reason = choose_loader(name, data)
+    if on_bad_image not in ("skip", "error"):
+        raise ValueError(f"on_bad_image must be 'skip' or 'error', got {on_bad_image!r}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"a loader needs at least 1 worker, got {workers}")
+    shared = dict(batch_size=batch_size, seed=seed, device=device, rank=rank, world_size=world_size)
+    if name == "synthetic":
+        from fastssl.loaders.synthetic_loader import SyntheticLoader
+
+        loader = SyntheticLoader(num_images=synthetic_images, size=synthetic_size, **shared)
+    else:
+        from fastssl.loaders.folder_loader import FolderLoader
+
+        loader = FolderLoader(data, workers=workers, on_bad_image=on_bad_image, class_names=class_names, **shared)
+    loader.name, loader.reason = name, reason
+    return loader
+
+
+def choose_loader(name: str, data: str | os.PathLike | None) -> tuple[str, str]:
+    """The loader's own name and why it was chosen. Raises ValueError for an unknown name or missing data."""
+    if name not in ("auto", *LOADERS):
+        near = difflib.get_close_matches(name, ("auto", *LOADERS), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown loader {name!r}: {hint}choose from auto, {', '.join(LOADERS)}")
+    if name == "synthetic":
+        return name, "asked for; no files are read"
+    if not data:
+        raise ValueError("no data set was given: name an image folder, or choose the loader 'synthetic'")
+    if name != "auto":
+        return name, "asked for"
+    if os.path.isdir(data):
+        return "folder", f"{os.fspath(data)} is a folder of image files"
+    what = "is a file, and no loader reads it" if os.path.exists(data) else "does not exist"
+    raise ValueError(f"{os.fspath(data)} {what}: give a folder that holds images, <class>/ or train/<class>/ folders")
