@@ -1,0 +1,113 @@
+"""A run that is killed and resumed is, bit for bit, the run that was never stopped."""
+
+import hashlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastssl import checkpoint
+from fastssl.command import FAILED, PREEMPTED
+from fastssl.run import TIMING
+
+FLAGS = (
+    "-a resnet18 --head dropout --image-size 32 -b 8 --accumulate 2 --bn-splits 2 --queue-size 37 --dim 16 "
+    "--policy v2 --cos --warmup-epochs 1 --clip-grad 5 --epochs 8 --log-every 1 --knn-every 2 --deterministic "
+    "--device cpu --seed 5 --keep-last 2 --save-every-epochs 3"
+).split()
+
+
+def start(data: Path, output: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "fastssl.train", str(data), *FLAGS, "--output", str(output), *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen, code: int) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    return output
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl without the fields that tell the time."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 over every tensor and number of the newest checkpoint."""
+    sha = hashlib.sha256()
+    path = next(iter(checkpoint.saved_steps(folder / "checkpoints").values()))
+    for name, value in checkpoint.fingerprint(checkpoint.load(path)):
+        if not name.startswith(".config."):
+            sha.update(name.encode())
+            sha.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())
+    return sha.hexdigest()
+
+
+def kill_at(process: subprocess.Popen, folder: Path, step: int, signum: int) -> None:
+    """Sends the signal once `step` is in the log."""
+    while process.poll() is None:
+        if (folder / "metrics.jsonl").exists() and any(line["step"] >= step for line in metrics(folder)):
+            process.send_signal(signum)
+            return
+        time.sleep(0.01)
+    raise AssertionError(process.communicate()[0])
+
+
+@pytest.fixture(scope="module")
+def data(make_image_folder, tmp_path_factory):
+    return make_image_folder(tmp_path_factory.mktemp("resume"), {"train": 11, "val": 4})
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    finish(start(data, folder), 0)
+    return folder
+
+
+def test_killed_twice_in_the_middle_of_an_epoch_and_resumed(data, uninterrupted, tmp_path):
+    folder = tmp_path / "killed"
+    total = metrics(uninterrupted)[-1]["step"]
+    assert total == 32  # 33 images: 4 steps an epoch, one image dropped
+    first, second = sorted(random.SystemRandom().sample(range(2, total - 6), 2))
+    process = start(data, folder)
+    kill_at(process, folder, first, signal.SIGTERM)
+    assert "go on with --resume auto" in finish(process, PREEMPTED)
+    process = start(data, folder, "--resume", "auto")
+    kill_at(process, folder, max(second, metrics(folder)[-1]["step"] + 1), signal.SIGUSR1)
+    finish(process, PREEMPTED)
+    text = finish(start(data, folder, "--resume", "auto"), 0)
+    assert "going on from" in text
+    assert metrics(folder) == metrics(uninterrupted), (first, second)
+    assert digest(folder) == digest(uninterrupted), (first, second)
+
+
+def test_killed_without_warning_and_the_newest_checkpoint_damaged(data, uninterrupted, tmp_path):
+    """kill -9 after lines that no checkpoint covers, then a torn newest file: the one before it is used."""
+    folder = tmp_path / "torn"
+    process = start(data, folder, "--save-every-steps", "5")
+    kill_at(process, folder, 18, signal.SIGKILL)
+    finish(process, -signal.SIGKILL)
+    newest, older = list(checkpoint.saved_steps(folder / "checkpoints").items())[:2]
+    newest[1].write_bytes(newest[1].read_bytes()[:-5000])
+    text = finish(start(data, folder, "--resume", "auto"), 0)
+    assert f"{newest[1].name} is damaged" in text and older[1].name in text
+    assert metrics(folder) == metrics(uninterrupted)
+    assert digest(folder) == digest(uninterrupted)
+
+
+def test_a_finished_run_resumes_to_nothing_and_an_old_folder_is_not_overwritten(data, uninterrupted):
+    before = digest(uninterrupted)
+    text = finish(start(data, uninterrupted), FAILED)
+    assert "already holds a run, saved after step 32: add --resume auto" in text
+    text = finish(start(data, uninterrupted, "--resume", "auto", "-a", "resnet34"), FAILED)
+    assert "was trained with --arch resnet18, this run has resnet34" in text
+    assert digest(uninterrupted) == before
