@@ -1,0 +1,71 @@
+"""Features of images that are not augmented: backbone in eval mode, resize and centre crop."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from fastssl.augment.views import make_eval_view
+from fastssl.batch import ImageBatch
+from fastssl.distributed import Ranks, gather_objects, gather_rows
+
+
+@torch.inference_mode()
+def extract_features(
+    backbone: nn.Module,
+    batches: Iterable[ImageBatch],
+    *,
+    size: int,
+    resize: int,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    store: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(features (n, C) float32, labels (n,) int64) of all images of `batches`, in their order.
+
+    size, resize: the centre crop and the short side before it, in pixels. dtype: of the computation (autocast unless
+    float32). store: where features are kept, by default `device`. With several ranks, each passes its share of the
+    images; `gather_features` joins what they get. Both tensors are empty, (0, 0) and (0,), when there are no images.
+    """
+    device = torch.device(device)
+    store = device if store is None else torch.device(store)
+    features, labels = [], []
+    with eval_mode(backbone), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        for batch in batches:
+            view = make_eval_view(batch.to(device), size, resize, dtype)  # (B, 3, S, S)
+            features.append(backbone(view).float().to(store))
+            labels.append(batch.label.to(store))
+    if not features:
+        return torch.empty(0, 0, device=store), torch.empty(0, dtype=torch.int64, device=store)
+    return torch.cat(features), torch.cat(labels)
+
+
+def gather_features(features: Tensor, labels: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """All ranks' (n, C) features and (n,) labels in rank order, on every rank; ranks may hold different numbers n."""
+    if ranks.world_size == 1:
+        return features, labels
+    shapes = gather_objects(tuple(features.shape), ranks)
+    rows, width = max(n for n, _ in shapes), max(c for _, c in shapes)
+    padded = pad(features, (0, width - features.shape[1], 0, rows - features.shape[0]))
+    all_features = gather_rows(padded, ranks).chunk(ranks.world_size)
+    all_labels = gather_rows(pad(labels, (0, rows - labels.shape[0])), ranks).chunk(ranks.world_size)
+    return (
+        torch.cat([part[:n] for part, (n, _) in zip(all_features, shapes)]),
+        torch.cat([part[:n] for part, (n, _) in zip(all_labels, shapes)]),
+    )
+
+
+@contextlib.contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode within; every submodule's own mode afterwards."""
+    training = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in training.items():
+            part.training = mode
