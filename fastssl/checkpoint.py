@@ -90,11 +90,12 @@ def saved_steps(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
-def newest_good(folder: Path, report: list[str]) -> tuple[Path, dict] | None:
-    """The newest checkpoint that can be trusted; what was wrong with newer ones goes into `report`."""
+def newest_good(folder: Path, report: list[str]) -> Path | None:
+    """The newest checkpoint that can be trusted; what is wrong with newer ones goes into `report`."""
     for path in saved_steps(folder).values():
         try:
-            return path, load(path)
+            load(path)
+            return path
         except CheckpointError as error:
             report.append(f"{error}; using the one before it")
     return None

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastssl.command import NOT_FINITE
 from fastssl.distributed import Ranks, gather_objects
 
 
 class NonFiniteLoss(ValueError):
     """The loss became NaN or infinite; nothing was saved since."""
+
+    exit_code = NOT_FINITE
 
 
 class Health:

@@ -10,6 +10,7 @@ from fastssl.checkpoint import CheckpointError
 from fastssl.config import Config, flat
 from fastssl.distributed import Ranks, broadcast_object
 from fastssl.optim import load_optimizer_state
+from fastssl.plan import Plan
 
 # Without these the weights do not fit; with the others changed the run goes on, but is no longer the uninterrupted one.
 SHAPES = ("arch", "head", "dim", "stem", "queue_size", "optimizer")
@@ -33,24 +34,36 @@ def state_of(trainee: Trainee, step: int, config: Config, num_images: int) -> di
     }
 
 
-def find_start(config: Config, folder: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, the same on every rank, and what to tell the person about it.
+def start_or_resume(
+    config: Config, plan: Plan, trainee: Trainee, folder: Path, num_images: int, ranks: Ranks
+) -> tuple[int, list[str]]:
+    """Steps already done, with their state loaded into `trainee`, and what to tell the person about it.
 
-    Order: --resume PATH; --resume auto takes the newest good one of the run folder; otherwise a fresh start (None).
-    Raises CheckpointError when every checkpoint of the folder is damaged.
+    --resume PATH takes that checkpoint; --resume auto the newest good one of the run folder; otherwise, or when there
+    is none, the run starts afresh. Raises CheckpointError when a checkpoint cannot be used, or none of several.
     """
-    if config.train.resume == "no":
+    path, notes = find_checkpoint(config.train.resume, folder, ranks)
+    if path is None:
+        return config.train.start_epoch * plan.steps_per_epoch, notes
+    first, changed = restore(path, trainee, config, num_images)
+    complete = " (the run is complete)" if first >= plan.stop else ""
+    return first, [*notes, f"going on from {path}, after {first} steps{complete}", *changed]
+
+
+def find_checkpoint(resume: str, folder: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, the same on every rank, and notes about those that were passed over."""
+    if resume == "no":
         return None, []
-    if config.train.resume != "auto":
-        return Path(config.train.resume), []
+    if resume != "auto":
+        return Path(resume), []
     notes: list[str] = []
-    found = None
+    path = None
     if ranks.rank == 0:
-        found = checkpoint.newest_good(folder / "checkpoints", notes)
-    path, notes = broadcast_object((found and found[0], notes), ranks)
+        path = checkpoint.newest_good(folder / "checkpoints", notes)
+    path, notes = broadcast_object((path, notes), ranks)
     if path is None and notes:
         raise CheckpointError(f"no checkpoint in {folder} can be used: {notes[-1]}")
-    return path, notes or ([] if path else [f"nothing to resume in {folder}: starting afresh"])
+    return path, notes if path else [f"nothing to resume in {folder}: starting afresh"]
 
 
 def restore(path: Path, trainee: Trainee, config: Config, num_images: int) -> tuple[int, list[str]]:

@@ -20,10 +20,13 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from fastssl import checkpoint
+from fastssl.augment.policy import Policy
+from fastssl.augment.preview import save_preview
 from fastssl.config import Config
 from fastssl.curves import draw_curves
 from fastssl.distributed import Ranks, broadcast_object, gather_objects
 from fastssl.environment import environment
+from fastssl.loaders.make import Loader
 from fastssl.plan import Plan
 from fastssl.recipe import to_yaml
 
@@ -92,6 +95,18 @@ class Run:
         """One line to the person, above the progress bar."""
         if self.writes:
             tqdm.write(text, file=sys.stderr)
+
+    def say_all(self, lines: Sequence[str]) -> None:
+        """Several lines to the person."""
+        for line in lines:
+            self.say(line)
+
+    def preview(self, loader: Loader, policy: Policy) -> None:
+        """views.png: eight images over the data set, each with its two views of epoch 0."""
+        path = self.folder / "views.png"
+        if self.writes and not path.exists():
+            batch = next(loader.eval_batches(8, limit=8))
+            save_preview(batch, policy, self.config.augment.image_size, self.config.train.seed, 0, path)
 
     def say_new(self, lines: Sequence[str]) -> None:
         """Says those of a growing list that were not said yet, of every rank. Call on all ranks."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,6 @@ from torch.nn.functional import normalize
 
 from fastssl import distributed
 from fastssl.augment.policy import Policy
-from fastssl.augment.preview import save_preview
 from fastssl.augment.views import make_views
 from fastssl.batch import ImageBatch
 from fastssl.build import Trainee, compile_and_wrap, describe, make_trainee, open_loader, open_policy
@@ -27,11 +28,12 @@ from fastssl.eval.online import make_probe
 from fastssl.flags import parse
 from fastssl.health import Health
 from fastssl.launch import launch_if_asked
+from fastssl.loaders.make import Loader
 from fastssl.losses import MoCoLoss, check_loss_inputs, moco_loss
 from fastssl.optim import set_lr
 from fastssl.plan import DTYPES, Plan, choose_precision, make_plan
 from fastssl.random_key import STREAM_SHUFFLE, STREAM_STEP, derive_seed, permutation
-from fastssl.resume import find_start, restore, state_of
+from fastssl.resume import start_or_resume, state_of
 from fastssl.run import Run, choose_folder
 
 ADVICE = "lower --lr, add --warmup-epochs or --clip-grad; checkpoints taken before it are good"
@@ -111,58 +113,54 @@ def detach_terms(loss: MoCoLoss) -> dict[str, Tensor]:
 
 def pretrain(config: Config) -> int:
     """A whole run. Returns the exit code: 0 when it is complete, PREEMPTED when a signal stopped it after saving."""
+    make_deterministic(config.train.deterministic)
+    ranks = distributed.start(config.train.device)
+    try:
+        folder = choose_folder(config, ranks)
+        with closing(open_loader(config, ranks)) as loader:
+            return train(config, loader, folder, ranks)
+    finally:
+        distributed.stop()
+
+
+def train(config: Config, loader: Loader, folder: Path, ranks: Ranks) -> int:
+    """Builds, resumes, and runs the loop over the steps that are left."""
     t, accumulate = config.train, config.optim.accumulate
-    make_deterministic(t.deterministic)
-    ranks = distributed.start(t.device)
     stop = StopSignal(ranks)
     stop_on_signals(stop)
-    folder = choose_folder(config, ranks)
-    loader = open_loader(config, ranks)
     plan = make_plan(config, loader.batches_per_epoch)
     policy = open_policy(config)
-
     trainee = make_trainee(config, ranks)
-    start, notes = find_start(config, folder, ranks)
-    first = t.start_epoch * plan.steps_per_epoch
-    if start is not None:
-        first, changed = restore(start, trainee, config, loader.num_images)
-        notes += [f"going on from {start}, after {first} steps", *changed]
+    first, notes = start_or_resume(config, plan, trainee, folder, loader.num_images, ranks)
     trainee = compile_and_wrap(config, trainee, ranks)
-    health = Health(ranks)
+    encoder, health = trainee.moco.encoder_q, Health(ranks)
     train_step = make_train_step(config, plan, trainee, policy, ranks, health)
-
-    run = Run(folder, config, plan, first, ranks)
     probe, note = make_probe(config, loader, ranks)
-    for line in [*describe(config, plan, loader, trainee, ranks), note, *notes]:
-        run.say(line)
-    picture = folder / "views.png"
-    if run.writes and not picture.exists():
-        save_preview(next(loader.eval_batches(8, limit=8)), policy, config.augment.image_size, t.seed, 0, picture)
 
-    try:
+    with closing(Run(folder, config, plan, first, ranks)) as run:
+        run.say_all([*describe(config, plan, loader, trainee, ranks), note, *notes])
+        run.preview(loader, policy)
         for step, batches in zip(range(first, plan.stop), group(loader.batches(first * accumulate), accumulate)):
             metrics = train_step(batches, step)
             done, last, asked = step + 1, step + 1 == plan.stop, stop()
             run.advance()
             if done % t.log_every == 0 or last:
-                health.check(trainee.moco.encoder_q, ADVICE)
+                health.check(encoder, ADVICE)
                 run.log(done, {**mean_over_ranks(metrics, ranks), "lr": plan.learning_rate(step)})
                 run.say_new(loader.bad_images)
-            if probe and plan.ends_epoch(done, config.eval.knn_every):
+            if probe and (plan.ends_epoch(done, config.eval.knn_every) or last):
                 with run.clock.paused():
-                    run.record(done, {"knn": probe(trainee.moco.encoder_q.backbone)})
+                    run.record(done, {"knn": probe(encoder.backbone)})
             if asked or last or plan.saves_after(done):
                 with run.clock.paused():
-                    health.check(trainee.moco.encoder_q, ADVICE)
+                    health.check(encoder, ADVICE)
                     run.save(done, state_of(trainee, done, config, loader.num_images))
             if asked and not last:
-                run.say(f"stopped by a signal and saved after step {done}: go on with --resume auto --output {folder}")
+                run.say_all(
+                    [f"saved after step {done}, stopped by a signal: go on with --resume auto --output {folder}"]
+                )
                 return PREEMPTED
-        return 0
-    finally:
-        loader.close()
-        run.close()
-        distributed.stop()
+    return 0
 
 
 def group(batches: Iterator[ImageBatch], size: int) -> Iterator[list[ImageBatch]]:

@@ -80,7 +80,7 @@ def test_killed_twice_in_the_middle_of_an_epoch_and_resumed(data, uninterrupted,
     first, second = sorted(random.SystemRandom().sample(range(2, total - 6), 2))
     process = start(data, folder)
     kill_at(process, folder, first, signal.SIGTERM)
-    assert "go on with --resume auto" in finish(process, PREEMPTED)
+    assert "go on: --resume auto" in finish(process, PREEMPTED)
     process = start(data, folder, "--resume", "auto")
     kill_at(process, folder, max(second, metrics(folder)[-1]["step"] + 1), signal.SIGUSR1)
     finish(process, PREEMPTED)

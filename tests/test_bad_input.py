@@ -1,0 +1,156 @@
+"""Bad input gets one clear sentence and a non-zero exit where the run cannot go on; nothing is lost."""
+
+import json
+import resource
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastssl import checkpoint, train
+from fastssl.command import FAILED, NOT_FINITE, USAGE, run_command
+
+FLAGS = "-a resnet18 --image-size 32 -b 4 --queue-size 16 --dim 8 --epochs 1 --knn-every 0 --device cpu --log-every 1"
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    """`run(data, *flags)` -> (exit code, what was said), in this process, with its signal handlers put back."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    monkeypatch.chdir(tmp_path)
+
+    def pretrain(data, *flags):
+        argv = [str(data), *FLAGS.split(), "--output", str(tmp_path / "run"), *flags]
+        try:
+            code = run_command(train.main, argv)
+        except SystemExit as stop:  # the command line itself is wrong
+            code = stop.code
+        return code, capsys.readouterr().err
+
+    yield pretrain
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+@pytest.fixture
+def data(make_image_folder, tmp_path):
+    return make_image_folder(tmp_path / "data", {"train": 4}, classes=2)
+
+
+def one_sentence(text):
+    """The error line; there is no traceback beside it."""
+    (line,) = [line for line in text.splitlines() if line.startswith("fastssl: error: ")]
+    assert "Traceback" not in text
+    return line
+
+
+def test_missing_empty_and_imageless_folders(run, tmp_path):
+    code, text = run(tmp_path / "nowhere")
+    assert code == FAILED and "does not exist" in one_sentence(text)
+    (tmp_path / "empty").mkdir()
+    code, text = run(tmp_path / "empty")
+    assert code == FAILED and "empty" in one_sentence(text)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "readme.txt").write_text("no image")
+    code, text = run(tmp_path / "notes")
+    assert code == FAILED and "no image" in one_sentence(text)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_data_at_all(run):
+    assert "no data set" in one_sentence(run("")[1])
+
+
+def test_a_batch_larger_than_the_data_set(run, data):
+    code, text = run(data, "-b", "64")
+    line = one_sentence(text)
+    assert code == FAILED and "8 images" in line and "64" in line
+
+
+def test_a_batch_that_does_not_divide(run, data):
+    code, text = run(data, "--accumulate", "3")
+    assert code == USAGE and "must be a multiple of --accumulate 3" in " ".join(text.split())
+    assert "--bn-splits 3" in one_sentence(run(data, "--bn-splits", "3")[1])
+
+
+def test_an_unknown_architecture_is_answered_with_the_nearest(run, data):
+    code, text = run(data, "-a", "resnet19")
+    assert code == FAILED and "resnet18" in one_sentence(text)
+
+
+def test_cuda_where_there_is_none(run, data):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert "sees no GPU" in one_sentence(run(data, "--device", "cuda")[1])
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def test_a_truncated_jpeg_is_named_counted_and_skipped(run, data, tmp_path):
+    truncate(data / "train" / "class1" / "2.jpg")
+    code, text = run(data, "--epochs", "2")
+    assert code == 0
+    assert text.count("bad image: ") == 1 and "class1/2.jpg" in text
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_truncated_jpeg_stops_the_run_when_asked_to(run, data):
+    truncate(data / "train" / "class1" / "2.jpg")
+    code, text = run(data, "--on-bad-image", "error")
+    assert code == FAILED and "class1/2.jpg" in one_sentence(text)
+
+
+def test_odd_images_train(run, data, tmp_path):
+    """Greyscale, CMYK, 16-bit, EXIF-rotated: all usual in ImageNet-like folders."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 30, 4), dtype=np.uint8)
+    folder = data / "train" / "class0"
+    Image.fromarray(noise[..., 0]).save(folder / "grey.jpg")
+    Image.fromarray(noise, "CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(noise[..., 0].astype(np.uint16) * 257).save(folder / "deep.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(noise[..., :3]).save(folder / "rotated.jpg", exif=exif)
+    code, text = run(data, "-b", "12")
+    assert code == 0 and "bad image" not in text
+
+
+def test_a_full_disk_stops_the_run_and_the_previous_checkpoint_survives(run, data, tmp_path):
+    code, _ = run(data)
+    assert code == 0
+    (good,) = checkpoint.saved_steps(tmp_path / "run" / "checkpoints").values()
+    before = good.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))  # the kernel refuses to write further
+    try:
+        code, text = run(data, "--epochs", "2", "--resume", "auto")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert code == FAILED and "earlier checkpoints are untouched: make room" in one_sentence(text)
+    assert good.read_bytes() == before and checkpoint.load(good)["step"] == 2
+    code, _ = run(data, "--epochs", "2", "--resume", "auto")
+    assert code == 0 and max(checkpoint.saved_steps(tmp_path / "run" / "checkpoints")) == 4
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(run, data, tmp_path):
+    code, _ = run(data)
+    (good,) = checkpoint.saved_steps(tmp_path / "run" / "checkpoints").values()
+    code, text = run(data, "--epochs", "3", "--resume", "auto", "--lr", "1e30")
+    line = one_sentence(text)
+    assert code == NOT_FINITE and "the loss is not finite at step" in line and "lower --lr" in line
+    assert list(checkpoint.saved_steps(tmp_path / "run" / "checkpoints").values()) == [good]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+def test_a_file_that_is_no_checkpoint(run, data, tmp_path):
+    (tmp_path / "x.pt").write_bytes(b"not a checkpoint")
+    code, text = run(data, "--resume", str(tmp_path / "x.pt"))
+    assert code == FAILED and "x.pt is damaged or no checkpoint" in one_sentence(text)
+    code, text = run(data, "--resume", "auto")  # an empty folder is a fresh start, and said so
+    assert code == 0 and "starting afresh" in text
