@@ -29,22 +29,26 @@ def gaussian_taps(sigma: Tensor) -> Tensor:
     return (torch.cat([2**14 - 2 * steps.sum(dim=1, keepdim=True), steps], dim=1) * 2.0**-14).float()
 
 
-def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """x (C, 3, S, S) float32 whole numbers, sigma (C,) float32 in (0, MAX_BLUR_SIGMA] -> the same, blurred, rounded."""
-    taps = gaussian_taps(sigma)
+def update_blur(x: Tensor, taps: Tensor) -> None:
+    """Blurs x (C, 3, S, S), float32 whole numbers, by the taps (C, BLUR_RADIUS + 1) of `gaussian_taps`; rounds."""
+    size = x.shape[-1]
     # on the CPU the reach is read from the taps; elsewhere that would make the host wait
-    radius = BLUR_RADIUS if x.device.type != "cpu" else int((taps > 0).any(dim=0).sum()) - 1
-    taps = taps.view(-1, BLUR_RADIUS + 1, 1, 1, 1)
-    x = _blur_axis(x, taps, radius, dim=3).mul_(4).round_()
-    return _blur_axis(x, taps, radius, dim=2).mul_(0.25).round_()
+    radius = BLUR_RADIUS if x.device.type != "cpu" else int((taps != 0).any(dim=0).sum()) - 1
+    stride = size + 2 * radius
+    for plane in x.unbind(1):
+        # flat, so that a shift by a column or by a row is a plain offset; what wraps around lands in the margins
+        flat = pad(plane, (radius, radius, radius, radius), mode="replicate").flatten(1)
+        flat = _blur_flat(flat, taps, radius, 1).mul_(4).round_()
+        flat = _blur_flat(flat, taps, radius, stride).mul_(0.25).round_()
+        plane.copy_(flat.view(-1, stride, stride)[:, :size, :size])
 
 
-def _blur_axis(x: Tensor, taps: Tensor, radius: int, dim: int) -> Tensor:
-    size = x.shape[dim]
-    margin = (radius, radius, 0, 0) if dim == 3 else (0, 0, radius, radius)
-    padded = pad(x, margin, mode="replicate")
-    out = x * taps[:, 0]
+def _blur_flat(flat: Tensor, taps: Tensor, radius: int, step: int) -> Tensor:
+    """out[i] = sum over k of taps[|k|] * flat[i + (radius + k) * step], the same length with an unset tail."""
+    length = flat.shape[1] - 2 * radius * step
+    padded = torch.zeros_like(flat)
+    out = torch.mul(flat[:, radius * step : radius * step + length], taps[:, 0:1], out=padded[:, :length])
     for k in range(1, radius + 1):
-        out.addcmul_(padded.narrow(dim, radius - k, size), taps[:, k])
-        out.addcmul_(padded.narrow(dim, radius + k, size), taps[:, k])
-    return out
+        for start in ((radius - k) * step, (radius + k) * step):
+            out.addcmul_(flat[:, start : start + length], taps[:, k : k + 1])
+    return padded

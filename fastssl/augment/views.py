@@ -13,9 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastssl.augment.blur import gaussian_blur
-from fastssl.augment.color import apply_jitter, apply_where, luma, solarise
+from fastssl.augment.blur import gaussian_taps, update_blur
+from fastssl.augment.color import update_greyscale, update_solarise
 from fastssl.augment.hide import hide_cells
+from fastssl.augment.jitter import apply_jitter, apply_where, jitter_plan
 from fastssl.augment.params import ViewParams, sample_params
 from fastssl.augment.policy import Policy
 from fastssl.augment.resample import crop_resize, eval_resize
@@ -56,13 +57,20 @@ def make_view(
     if max_side is None:
         max_side = int(torch.maximum(params.crop_height, params.crop_width).max()) if batch.size else 1
     out = _empty_view(batch, size, dtype)
+    plan, taps = jitter_plan(params), gaussian_taps(params.sigma)
     for part in _chunks(batch, size, max_side):
         p = params.rows(part)
         x = crop_resize(_images(batch, part), p, size, max_side).to(
             torch.float32, memory_format=torch.contiguous_format
         )
-        x = _apply_colour(apply_where(p.flip, x, _flip), p)
-        out[part] = hide_cells(_normalise(x), p.hide_grid, p.hide_p, p.hide_key).to(dtype)
+        x = apply_where(p.flip, x, _update_flip)
+        x = apply_where(p.grey_before, x, update_greyscale)
+        x = apply_jitter(x, plan[part], p)
+        x = apply_where(p.grey_after, x, update_greyscale)
+        x = apply_where(p.blur, x, update_blur, taps[part])
+        x = apply_where(p.solarise, x, update_solarise)
+        _update_normalise(x)
+        out[part] = hide_cells(x, p.hide_grid, p.hide_p, p.hide_key).to(dtype)
     return out
 
 
@@ -84,30 +92,19 @@ def make_eval_view(
     out = _empty_view(batch, size, dtype)
     for part in _chunks(batch, size, max_side):
         x = eval_resize(_images(batch, part), size, resize, max_side)
-        out[part] = _normalise(x.to(torch.float32, memory_format=torch.contiguous_format)).to(dtype)
+        x = x.to(torch.float32, memory_format=torch.contiguous_format)
+        _update_normalise(x)
+        out[part] = x.to(dtype)
     return out
 
 
-def _apply_colour(x: Tensor, p: ViewParams) -> Tensor:
-    x = apply_where(p.grey_before, x, _greyscale)
-    x = apply_jitter(x, p)
-    x = apply_where(p.grey_after, x, _greyscale)
-    x = apply_where(p.blur, x, gaussian_blur, p.sigma)
-    return apply_where(p.solarise, x, solarise)
+def _update_flip(x: Tensor) -> None:
+    x.copy_(x.flip(3))
 
 
-def _flip(x: Tensor) -> Tensor:
-    return x.flip(3)
-
-
-def _greyscale(x: Tensor) -> Tensor:
-    return luma(x).expand(x.shape)
-
-
-def _normalise(x: Tensor) -> Tensor:
-    for channel, (mean, std) in enumerate(zip(MEAN, STD)):
-        x[:, channel].sub_(255 * mean).mul_(1 / (255 * std))
-    return x
+def _update_normalise(x: Tensor) -> None:
+    for plane, mean, std in zip(x.unbind(1), MEAN, STD):
+        plane.sub_(255 * mean).mul_(1 / (255 * std))
 
 
 def _check_size(size: int) -> None:

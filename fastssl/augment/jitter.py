@@ -1,0 +1,65 @@
+"""Who gets which operation: masks per image, and the four jitter operations in each image's own order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastssl.augment.color import update_brightness, update_contrast, update_hue, update_saturation
+from fastssl.augment.params import ViewParams
+
+# the numbers that `ViewParams.order` permutes, with the value that changes nothing
+OPERATIONS = (
+    (update_brightness, "brightness", 1.0),
+    (update_contrast, "contrast", 1.0),
+    (update_saturation, "saturation", 1.0),
+    (update_hue, "hue", 0.0),
+)
+
+
+def jitter_order(order: Tensor) -> Tensor:
+    """order (C,) in [0, 24) -> (C, 4): row n is the n-th of itertools.permutations(range(4)), without a table."""
+    first, rest = order // 6, order % 6
+    second = rest // 2
+    second = second + (second >= first)
+    third = rest % 2
+    third = third + (third >= torch.minimum(first, second))
+    third = third + (third >= torch.maximum(first, second))
+    return torch.stack([first, second, third, 6 - first - second - third], dim=1)
+
+
+def jitter_plan(params: ViewParams) -> Tensor:
+    """(B, 4, 4) bool: does image b get operation n at position p of its order?"""
+    changes = torch.stack([getattr(params, name) != identity for _, name, identity in OPERATIONS], dim=1)
+    number = torch.arange(4, device=changes.device, dtype=params.order.dtype)
+    return (params.jitter[:, None] & changes)[:, None, :] & (jitter_order(params.order)[:, :, None] == number)
+
+
+def apply_jitter(x: Tensor, plan: Tensor, params: ViewParams) -> Tensor:
+    """Brightness, contrast, saturation and hue as `plan` (C, 4, 4) has them, on x (C, 3, S, S)."""
+    for position in range(4):
+        for number, (update, name, _) in enumerate(OPERATIONS):
+            x = apply_where(plan[:, position, number], x, update, getattr(params, name))
+    return x
+
+
+def apply_where(mask: Tensor, x: Tensor, update: Callable[..., None], *params: Tensor) -> Tensor:
+    """x after `update(x, *params)` of the images where `mask` (C,) is true; may overwrite x.
+
+    On the CPU only those images are computed; elsewhere all are, for to choose them the host would have to wait.
+    """
+    if x.device.type != "cpu":
+        changed = x.clone()
+        update(changed, *params)
+        return torch.where(mask.view(-1, 1, 1, 1), changed, x)
+    chosen = [i for i, chosen in enumerate(mask.tolist()) if chosen]
+    if len(chosen) == len(mask):
+        update(x, *params)
+    elif chosen:
+        rows = torch.tensor(chosen)
+        part = x[rows]
+        update(part, *(p[rows] for p in params))
+        x[rows] = part
+    return x
