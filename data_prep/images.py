@@ -27,7 +27,8 @@ class BadImage(ValueError):
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)
-        self.path, self.reason = path, reason
+        self.path = path.encode("utf-8", "backslashreplace").decode()  # a name that is not UTF-8 must still print
+        self.reason = reason
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
@@ -59,8 +60,8 @@ def find_images(root: str | os.PathLike, class_names: Sequence[str] | None = Non
     if not os.path.isdir(root):
         what = "is a file, not a folder" if os.path.exists(root) else "does not exist"
         raise ValueError(f"{root} {what}: give a folder that holds images, <class>/ folders or train/<class>/ folders")
-    base = os.path.join(root, "train") if _has_train_split(root) else root
     try:
+        base = os.path.join(root, "train") if _has_train_split(root) else root
         paths = sorted(_walk(base), key=lambda path: path.split("/"))
     except OSError as error:
         raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
@@ -132,7 +133,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image.convert("RGBA"))
         image = white
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # converting would copy
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:

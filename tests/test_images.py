@@ -211,6 +211,18 @@ def test_missing_file_and_dangling_link(tmp_path):
             decode_image(path)
 
 
+def test_a_name_that_is_not_utf_8_can_be_read_and_printed(tmp_path):
+    folder = os.fsencode(tmp_path)
+    for name, data in ((b"caf\xe9.png", encode(Image.fromarray(picture()), "PNG")), (b"bad\xe9.png", b"junk")):
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(data)
+    listing = find_images(tmp_path)
+    np.testing.assert_array_equal(decode_image(listing.path(1)), picture())
+    with pytest.raises(BadImage) as info:
+        decode_image(listing.path(0))
+    assert r"bad\udce9.png: not an image" in str(info.value).encode("utf-8").decode()
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_random_damage_never_escapes_as_another_error(seed):
     random = np.random.default_rng(seed)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from fastssl.data_prep import images
-from fastssl.loaders import folder_loader
+from fastssl.loaders import folder_loader, prefetch
 from fastssl.loaders.make import choose_loader, make_loader
 from fastssl.loaders.synthetic_loader import render_images
 from fastssl.random_key import permutation
@@ -277,11 +277,20 @@ def test_a_reader_of_a_closed_loader_gets_an_error_not_silence(good_folder):
     next(batches)
     loader.close()
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match="closed while its batches were being read"):
+    with pytest.raises(RuntimeError, match="the loader was closed"):
         take(batches, 5)
     assert time.monotonic() - start < 5
 
 
+def test_a_dead_producer_is_an_error_not_a_wait(good_folder, monkeypatch):
+    monkeypatch.setattr(prefetch.Prefetcher, "_produce", lambda *_: None)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="its thread died"):
+        next(make_loader("folder", good_folder, batch_size=4, seed=0, device="cpu").batches())
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc to measure memory")
 def test_memory_does_not_grow_over_epochs(good_folder):
     def resident():
         with open("/proc/self/statm") as file:

@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 
 from fastssl.batch import ImageBatch
+from fastssl.loaders.folder_loader import FolderLoader
+from fastssl.loaders.synthetic_loader import SyntheticLoader
 
 LOADERS = ("folder", "synthetic")
 
@@ -66,12 +68,8 @@ def make_loader(
         raise ValueError(f"a loader needs at least 1 worker, got {workers}")
     shared = dict(batch_size=batch_size, seed=seed, device=device, rank=rank, world_size=world_size)
     if name == "synthetic":
-        from fastssl.loaders.synthetic_loader import SyntheticLoader
-
         loader = SyntheticLoader(num_images=synthetic_images, size=synthetic_size, **shared)
     else:
-        from fastssl.loaders.folder_loader import FolderLoader
-
         loader = FolderLoader(data, workers=workers, on_bad_image=on_bad_image, class_names=class_names, **shared)
     loader.name, loader.reason = name, reason
     return loader

@@ -57,6 +57,7 @@ def train_shares(
 
     Each is (batch_size,) int64. Raises ValueError as `count_batches`.
     """
+    assert first >= 0
     steps = count_batches(num_images, batch_size, world_size)
     first_epoch, first_step = divmod(first, steps)
     for epoch in itertools.count(first_epoch):

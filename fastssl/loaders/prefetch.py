@@ -72,7 +72,9 @@ class Prefetcher:
                 item = ready.get(timeout=_PATIENCE)
             except queue.Empty:
                 if not thread.is_alive() and ready.empty():
-                    raise RuntimeError("the loader was closed while its batches were being read") from None
+                    raise RuntimeError(
+                        "the loader was closed, or its thread died, while its batches were read"
+                    ) from None
                 continue
             if isinstance(item, BaseException):
                 raise item
