@@ -57,13 +57,13 @@ class FolderLoader:
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.workers = workers or default_workers()
         self.on_bad_image = on_bad_image
-        self._bad: dict[int, BadImage] = {}
+        self._bad: dict[int, str] = {}  # not the errors: their tracebacks would keep the files' bytes
         self._prefetcher = Prefetcher(device)
 
     @property
     def bad_images(self) -> list[str]:
         """The unreadable images met so far, "path: reason", in file order."""
-        return [str(error) for _, error in sorted(self._bad.items())]
+        return [message for _, message in sorted(self._bad.copy().items())]
 
     def batches(self, first: int = 0) -> Iterator[ImageBatch]:
         """Batch first, first + 1, ... of this rank without end, each of `batch_size` images."""
@@ -115,7 +115,7 @@ class FolderLoader:
                 raise ValueError(
                     f"cannot decode {error}; mend the file, or let --on-bad-image skip pass over it"
                 ) from error
-            self._bad[index] = error
+            self._bad[index] = str(error)
             return None
 
     def _load_or_leave_out(self, index: int) -> Decoded | None:
