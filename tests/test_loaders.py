@@ -213,7 +213,7 @@ def test_bad_images_are_named_and_replaced_by_the_next_readable(bad_folder):
     for batch in take(loader.batches(), 3):
         first_pixels = {int(i): int(batch.image(n)[0, 0, 0]) for n, i in enumerate(batch.index)}
         assert first_pixels == {i: i for i in range(12)} | {3: 5, 4: 5, 11: 0}
-    bad = loader.bad_images
+    bad = sorted(loader.bad_images)
     assert [message.split(":")[0] for message in bad] == [str(bad_folder / f"{i:03d}.png") for i in (3, 4, 11)]
     assert bad[0].endswith("the file is empty") and "not an image" in bad[2]
     assert loader.class_names == [] and set(batch.label.tolist()) == {-1}
@@ -233,6 +233,17 @@ def test_bad_images_are_left_out_of_an_evaluation(bad_folder):
     batches = list(loader.eval_batches(2))
     assert torch.cat([batch.index for batch in batches]).tolist() == [0, 1, 2, 5, 6, 7, 8, 9, 10]
     assert len(loader.bad_images) == 3
+
+
+def test_the_list_of_bad_images_grows_at_its_end(bad_folder):
+    loader = make_loader("folder", bad_folder, batch_size=1, seed=0, device="cpu", workers=4)
+    batches, last = loader.batches(), []
+    for _ in range(24):
+        next(batches)
+        now = loader.bad_images
+        assert now[: len(last)] == last
+        last = now
+    assert len(last) == 3
 
 
 def test_bad_image_can_stop_the_run(bad_folder):

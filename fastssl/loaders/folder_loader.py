@@ -62,8 +62,8 @@ class FolderLoader:
 
     @property
     def bad_images(self) -> list[str]:
-        """The unreadable images met so far, "path: reason", in file order."""
-        return [message for _, message in sorted(self._bad.copy().items())]
+        """The unreadable images met so far, "path: reason": a list that only grows at its end."""
+        return list(self._bad.copy().values())
 
     def batches(self, first: int = 0) -> Iterator[ImageBatch]:
         """Batch first, first + 1, ... of this rank without end, each of `batch_size` images."""

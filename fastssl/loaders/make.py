@@ -29,7 +29,7 @@ class Loader(Protocol):
     num_images: int
     batches_per_epoch: int
     class_names: list[str]  # empty when the data set has no classes
-    bad_images: list[str]  # "path: reason" of the unreadable images met so far
+    bad_images: list[str]  # "path: reason" of the unreadable images met so far; grows at its end
 
     def batches(self, first: int = 0) -> Iterator[ImageBatch]: ...
 
