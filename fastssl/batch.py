@@ -64,3 +64,8 @@ def pack_images(images: Sequence[np.ndarray], index: Sequence[int], label: Seque
         index=torch.tensor(list(index), dtype=torch.int64),
         label=torch.tensor(list(label), dtype=torch.int64),
     )
+
+
+def split_batch(batch: ImageBatch, parts: int) -> list[ImageBatch]:
+    """`parts` batches of consecutive images, windows into the same bytes."""
+    return [ImageBatch(batch.pixels, *rest) for rest in zip(*(t.chunk(parts) for t in batch[1:]))]

@@ -18,16 +18,16 @@ from fastssl.moco import MoCo
 from fastssl.models.batchnorm import convert_sync_batchnorm, split_batchnorm
 from fastssl.models.encoders import make_encoder
 from fastssl.optim import make_optimizer
-from fastssl.plan import Plan, choose_precision, micro_batch_size
+from fastssl.plan import Plan, choose_precision, rank_batch_size
 
 
 def open_loader(config: Config, ranks: Ranks) -> Loader:
-    """This rank's loader of micro-batches."""
+    """This rank's loader."""
     d = config.input
     return make_loader(
         d.loader,
         config.data,
-        batch_size=micro_batch_size(config, ranks),
+        batch_size=rank_batch_size(config, ranks),
         seed=config.train.seed,
         device=ranks.device,
         rank=ranks.rank,

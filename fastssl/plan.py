@@ -51,21 +51,15 @@ class Plan(NamedTuple):
         return self.ends_epoch(done, self.config.train.save_every_epochs) or (every is not None and done % every == 0)
 
 
-def make_plan(config: Config, batches_per_epoch: int) -> Plan:
-    """The plan of a run whose loader gives `batches_per_epoch` micro-batches an epoch on each rank.
-
-    Raises ValueError when an epoch has fewer of them than a step needs.
-    """
-    t, accumulate = config.train, config.optim.accumulate
-    steps_per_epoch = batches_per_epoch // accumulate
-    if steps_per_epoch == 0:
-        raise ValueError(f"the data set is smaller than one batch of {t.batch_size}: lower --batch-size")
+def make_plan(config: Config, steps_per_epoch: int) -> Plan:
+    """The plan of a run whose loader gives so many batches an epoch."""
+    t = config.train
     total = t.epochs * steps_per_epoch
-    return Plan(config, steps_per_epoch, total, min(total, t.steps if t.steps is not None else total))
+    return Plan(config, steps_per_epoch, total, total if t.steps is None else min(total, t.steps))
 
 
-def micro_batch_size(config: Config, ranks: Ranks) -> int:
-    """Images of one micro-batch on one rank. Raises ValueError when the batch does not divide evenly."""
+def rank_batch_size(config: Config, ranks: Ranks) -> int:
+    """Images of a step on one rank. Raises ValueError when the batch does not divide evenly."""
     parts = ranks.world_size * config.optim.accumulate
     size, rest = divmod(config.train.batch_size, parts)
     if rest or size == 0:
@@ -75,7 +69,7 @@ def micro_batch_size(config: Config, ranks: Ranks) -> int:
         )
     if size % config.model.bn_splits:
         raise ValueError(f"the batch of one device, {size}, must be a multiple of --bn-splits {config.model.bn_splits}")
-    return size
+    return size * config.optim.accumulate
 
 
 def choose_precision(precision: str, device: torch.device) -> str:

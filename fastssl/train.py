@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from torch.nn.functional import normalize
 from fastssl import distributed
 from fastssl.augment.policy import Policy
 from fastssl.augment.views import make_views
-from fastssl.batch import ImageBatch
+from fastssl.batch import ImageBatch, split_batch
 from fastssl.build import Trainee, compile_and_wrap, describe, make_trainee, open_loader, open_policy
 from fastssl.command import PREEMPTED, run_command, stop_on_signals
 from fastssl.config import Config
@@ -37,17 +36,17 @@ from fastssl.resume import start_or_resume, state_of
 from fastssl.run import Run, choose_folder
 
 ADVICE = "lower --lr, add --warmup-epochs or --clip-grad; checkpoints taken before it are good"
-TrainStep = Callable[[Sequence[ImageBatch], int], dict[str, Tensor]]
+TrainStep = Callable[[ImageBatch, int], dict[str, Tensor]]
 
 
 def make_train_step(
     config: Config, plan: Plan, trainee: Trainee, policy: Policy, ranks: Ranks, health: Health
 ) -> TrainStep:
-    """The only definition of a training step, `train_step(micro_batches, step) -> metrics`.
+    """The only definition of a training step, `train_step(batch, step) -> metrics`.
 
-    The order is the paper's: EMA, keys, losses against the queue as it was, optimiser, enqueue. `micro_batches` are
-    this rank's `--accumulate` batches of step `step` (from 0); metrics are 0-dim tensors on the device. Nothing in it
-    waits for the device.
+    The order is the paper's: EMA, keys, losses against the queue as it was, optimiser, enqueue. `batch` is this rank's
+    share of step `step` (from 0), taken in --accumulate parts; metrics are 0-dim tensors on the device. Nothing in it
+    waits for the device, but for the check of the inputs at the first call.
     """
     moco, encoder_q, optimizer, scaler = trainee
     seed, accumulate = config.train.seed, config.optim.accumulate
@@ -69,14 +68,14 @@ def make_train_step(
         k = normalize(z.float(), dim=1)
         return gather_rows(k, ranks) if order is None else unshuffle_keys(k, order, ranks)
 
-    def train_step(micro_batches: Sequence[ImageBatch], step: int) -> dict[str, Tensor]:
+    def train_step(batch: ImageBatch, step: int) -> dict[str, Tensor]:
         nonlocal unchecked
         torch.manual_seed(derive_seed(seed, step, STREAM_STEP, ranks.rank))  # dropout: a function of the step
         set_lr(optimizer, plan.learning_rate(step))
         moco.update_key_encoder(plan.ema_momentum(step))
         keys, losses = [], []
-        for micro, batch in enumerate(micro_batches):
-            view_q, view_k = make_views(batch, policy, config.augment.image_size, seed, plan.epoch(step), dtype)
+        for micro, part in enumerate(split_batch(batch, accumulate)):
+            view_q, view_k = make_views(part, policy, config.augment.image_size, seed, plan.epoch(step), dtype)
             all_keys = encode_keys(view_k, step * accumulate + micro)
             if ranks.world_size > 1:
                 encoder_q.require_backward_grad_sync = micro + 1 == accumulate
@@ -99,10 +98,15 @@ def make_train_step(
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        moco.update_queue(torch.cat(keys))
+        moco.update_queue(in_rank_order(keys, ranks.world_size))
         return metrics
 
     return train_step
+
+
+def in_rank_order(keys: list[Tensor], world_size: int) -> Tensor:
+    """Keys of each micro-batch, (W * B, D) in rank order, as those of one batch: rank by rank, then part by part."""
+    return torch.stack(keys).unflatten(1, (world_size, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def detach_terms(loss: MoCoLoss) -> dict[str, Tensor]:
@@ -125,7 +129,7 @@ def pretrain(config: Config) -> int:
 
 def train(config: Config, loader: Loader, folder: Path, ranks: Ranks) -> int:
     """Builds, resumes, and runs the loop over the steps that are left."""
-    t, accumulate = config.train, config.optim.accumulate
+    t = config.train
     stop = StopSignal(ranks)
     stop_on_signals(stop)
     plan = make_plan(config, loader.batches_per_epoch)
@@ -140,8 +144,8 @@ def train(config: Config, loader: Loader, folder: Path, ranks: Ranks) -> int:
     with closing(Run(folder, config, plan, first, ranks)) as run:
         run.say_all([*describe(config, plan, loader, trainee, ranks), note, *notes])
         run.preview(loader, policy)
-        for step, batches in zip(range(first, plan.stop), group(loader.batches(first * accumulate), accumulate)):
-            metrics = train_step(batches, step)
+        for step, batch in zip(range(first, plan.stop), loader.batches(first)):
+            metrics = train_step(batch, step)
             done, last, asked = step + 1, step + 1 == plan.stop, stop()
             run.advance()
             if done % t.log_every == 0 or last:
@@ -161,12 +165,6 @@ def train(config: Config, loader: Loader, folder: Path, ranks: Ranks) -> int:
                 )
                 return PREEMPTED
     return 0
-
-
-def group(batches: Iterator[ImageBatch], size: int) -> Iterator[list[ImageBatch]]:
-    """Consecutive lists of `size` micro-batches."""
-    while True:
-        yield list(islice(batches, size))
 
 
 def mean_over_ranks(metrics: dict[str, Tensor], ranks: Ranks) -> dict[str, float]:

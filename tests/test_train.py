@@ -22,7 +22,7 @@ from fastssl.models.batchnorm import split_batchnorm
 from fastssl.optim import make_optimizer
 from fastssl.plan import Plan
 from fastssl.random_key import STREAM_SHUFFLE, permutation
-from fastssl.train import make_train_step
+from fastssl.train import in_rank_order, make_train_step
 
 DIM, SIZE, STEPS, LR, WD, M, T = 8, 16, 3, 0.5, 1e-3, 0.9, 0.2
 POLICY = make_policy("v2")
@@ -126,7 +126,7 @@ def rederive(config, world_size):
 
 def run_steps(rank, world_size, config):
     trainee, train_step, _ = make_step(config, rank, world_size)
-    metrics = [train_step([share(step, rank, world_size)], step) for step in range(STEPS)]
+    metrics = [train_step(share(step, rank, world_size), step) for step in range(STEPS)]
     return {k: v.numpy() for k, v in trainee.moco.state_dict().items()}, [float(m["loss"]) for m in metrics]
 
 
@@ -158,7 +158,7 @@ def one_step(rank, world_size, config):
     trainee.optimizer.register_step_pre_hook(
         lambda *_: grads.extend(p.grad.clone().numpy() for p in trainee.moco.encoder_q.parameters())
     )
-    metrics = train_step([share(0, rank, world_size)], 0)
+    metrics = train_step(share(0, rank, world_size), 0)
     buffers = {k: v.numpy() for k, v in trainee.moco.named_buffers() if "running" in k}
     return float(metrics["loss"]), grads, buffers
 
@@ -195,10 +195,7 @@ def test_accumulation_equals_one_large_batch_where_nothing_depends_on_the_batch(
         trainee, train_step, _ = make_step(replace(config, accumulate=accumulate))
         trainee.moco.eval()  # batch norm by its running statistics
         for step in range(STEPS):
-            arrays, index = images(step)
-            size = 8 // accumulate
-            parts = [slice(i * size, (i + 1) * size) for i in range(accumulate)]
-            metrics = train_step([pack_images(arrays[p], index[p], [0] * size) for p in parts], step)
+            metrics = train_step(share(step, 0, 1), step)
         return trainee.moco.state_dict(), float(metrics["loss"])
 
     (one, loss_one), (four, loss_four) = run(1), run(4)
@@ -211,7 +208,7 @@ def test_gradient_clipping_bounds_the_update():
     config = make_config(clip_grad=1e-3, weight_decay=0.0)
     trainee, train_step, _ = make_step(config)
     before = [p.detach().clone() for p in trainee.moco.encoder_q.parameters()]
-    metrics = train_step([share(0, 0, 1)], 0)
+    metrics = train_step(share(0, 0, 1), 0)
     after = [p.detach() for p in trainee.moco.encoder_q.parameters()]
     moved = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(after, before)))
     assert float(metrics["grad_norm"]) > 1e-3
@@ -230,10 +227,10 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step_and_terms():
             with torch.no_grad():
                 trainee.moco.encoder_q[0].weight[0, 0, 0, 0] = float("nan")
         if step < 2:
-            train_step([share(step, 0, 1)], step)
+            train_step(share(step, 0, 1), step)
             health.check(trainee.moco.encoder_q, "advice")
         else:
-            train_step([share(step, 0, 1)], step)
+            train_step(share(step, 0, 1), step)
     with pytest.raises(NonFiniteLoss, match=r"not finite at step 3 .*loss nan.*0\.weight.*; advice"):
         health.check(trainee.moco.encoder_q, "advice")
 
@@ -242,7 +239,7 @@ def test_inputs_that_are_not_unit_rows_are_refused_at_the_first_step():
     trainee, train_step, _ = make_step(make_config())
     trainee.moco.queue.mul_(2)
     with pytest.raises(ValueError, match=r"queue.* not unit vectors"):
-        train_step([share(0, 0, 1)], 0)
+        train_step(share(0, 0, 1), 0)
 
 
 @pytest.mark.gpu
@@ -256,11 +253,11 @@ def test_a_step_never_waits_for_the_device():
     trainee = Trainee(moco, moco.encoder_q, optimizer, torch.amp.GradScaler("cuda"))
     train_step = make_train_step(config, Plan(config, 2, 8, 8), trainee, POLICY, ranks, Health(ranks))
     batches = [share(step, 0, 1).to("cuda") for step in range(3)]
-    train_step([batches[0]], 0)  # the first step checks its inputs and builds the optimiser's state
+    train_step(batches[0], 0)  # the first step checks its inputs and builds the optimiser's state
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in (1, 2):
-            train_step([batches[step]], step)
+            train_step(batches[step], step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -270,8 +267,14 @@ def test_compiled_encoders_train_alike(compile_backend):
     trainee, train_step, _ = make_step(make_config())
     trainee.moco.encoder_q.compile(backend=compile_backend, fullgraph=True)
     trainee.moco.encoder_k.compile(backend=compile_backend, fullgraph=True)
-    metrics = [float(train_step([share(step, 0, 1)], step)["loss"]) for step in range(STEPS)]
+    metrics = [float(train_step(share(step, 0, 1), step)["loss"]) for step in range(STEPS)]
     np.testing.assert_allclose(metrics, run_steps(0, 1, make_config())[1], rtol=1e-5)
     before = [p.detach().clone() for p in trainee.moco.encoder_k.parameters()]
-    train_step([share(3, 0, 1)], 3)  # the moving average moves under compile too
+    train_step(share(3, 0, 1), 3)  # the moving average moves under compile too
     assert any(not torch.equal(a, b) for a, b in zip(trainee.moco.encoder_k.parameters(), before))
+
+
+def test_accumulated_keys_enter_the_queue_as_those_of_one_batch():
+    """2 ranks, 3 images each, in 3 parts: part p holds image p of rank 0, then of rank 1."""
+    parts = [torch.tensor([[p], [10 + p]]) for p in range(3)]
+    assert in_rank_order(parts, 2).flatten().tolist() == [0, 1, 2, 10, 11, 12]
