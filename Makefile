@@ -92,12 +92,12 @@ $(INSTALLED): setup.py Makefile
 	    exit 1
 	fi
 
-	pip="$(BIN)/python -m pip --disable-pip-version-check --quiet"
+	log=$(VENV)/pip.log
+	pip() { $(BIN)/python -m pip --disable-pip-version-check install "$$@" >>$$log 2>&1; }
 	say "installing PyTorch and the rest into $(VENV): about 7 GB, a few minutes"
-	$$pip install --upgrade pip
-	$$pip install --editable '.[test]'
+	pip --upgrade pip || true
+	pip --editable '.[test]' || { tail -n 20 $$log; say "pip failed; all it said is in $$log"; exit 1; }
 	for extra in dali ffcv; do  # either may fail to build or to download: the rest works without
-	    $$pip install --editable ".[$$extra]" >$(VENV)/$$extra.log 2>&1 \
-	        || say "going on without $$extra (why: $(VENV)/$$extra.log; how to mend it: make doctor)"
+	    pip --editable ".[$$extra]" || say "going on without $$extra (why: $$log; how to mend it: make doctor)"
 	done
 	touch $@

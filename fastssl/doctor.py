@@ -53,7 +53,7 @@ def library_rows(facts: dict[str, dict[str, str]]) -> list[Row]:
             rows.append(Row(package, OK, version))
         else:
             rest.append(f"{package} {version}")
-    return [*rows, Row("libraries", OK, ", ".join(rest))]
+    return [*rows, Row("libraries", OK, ", ".join(rest))] if rest else rows
 
 
 def gpu_rows(torch_facts: dict[str, str]) -> list[Row]:
@@ -106,7 +106,7 @@ def loader_row(facts: dict[str, dict[str, str]]) -> Row:
     """The loaders of this version whose libraries can be imported."""
     works = [name for name, needs in LOADERS.items() if all("version" in facts[module] for module in needs)]
     there = [name for name in works if (Path(__file__).parent / "loaders" / f"{name}_loader.py").exists()]
-    return Row("loaders", OK, ", ".join(there))
+    return Row("loaders", OK, ", ".join(there)) if there else Row("loaders", ABSENT, "none")
 
 
 def compile_row() -> Row:

@@ -27,9 +27,12 @@ LIBRARIES = {  # besides the standard library and fastssl below them
     "data_prep": {"torch", "torchvision", "numpy", "PIL", "ffcv", "tqdm"},
 }
 LONGEST_FILE = 200
-LONGER_FILES: dict[str, int] = {}  # file: its own limit, with the reason as a comment
-LONGEST_FUNCTION = 40
+LONGEST_FUNCTION = 40  # without its docstring and the functions inside it
 LONGEST_KERNEL = 80
+LONGER = {  # each with its reason
+    "fastssl/config.py": 240,  # every option, its default and its comment stand in one place
+    "fastssl/train.py: pretrain": 60,  # the loop is flat and in order
+}
 
 
 @cache
@@ -65,9 +68,16 @@ def product_modules() -> dict[str, str]:
 
 
 def imported_names(name: str) -> set[str]:
-    """Dotted names a file imports anywhere, also inside functions; `from a import b` gives a.b."""
+    """Dotted names a file imports anywhere, also inside functions; `from a import b` gives a.b.
+
+    Not those below `if TYPE_CHECKING`, which are never carried out.
+    """
+    tests = [node for node in ast.walk(syntax(name)) if isinstance(node, ast.If)]
+    never = {id(inner) for node in tests if ast.unparse(node.test) == "TYPE_CHECKING" for inner in ast.walk(node)}
     names = set()
     for node in ast.walk(syntax(name)):
+        if id(node) in never:
+            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -134,20 +144,22 @@ def test_the_linked_folders_are_links_without_init():
         assert (ROOT / "fastssl" / folder).readlink() == Path("..", folder)
 
 
+def own_lines(function: ast.FunctionDef) -> int:
+    """Lines of a function without its docstring and without the functions inside it."""
+    docstring = [function.body[0]] if ast.get_docstring(function) else []
+    inner = [node for statement in function.body for node in ast.walk(statement) if isinstance(node, ast.FunctionDef)]
+    without = {line for node in [*docstring, *inner] for line in range(node.lineno, node.end_lineno + 1)}
+    return function.end_lineno - function.lineno + 1 - len(without)
+
+
 def test_files_and_functions_are_short():
-    long = []
+    lengths = []  # (what, lines, limit)
     for name in product_modules().values():
-        lines = len((ROOT / name).read_text("utf-8").splitlines())
-        if lines > LONGER_FILES.get(name, LONGEST_FILE):
-            long.append(f"{name}: {lines} lines")
+        lengths.append((name, len((ROOT / name).read_text("utf-8").splitlines()), LONGEST_FILE))
         limit = LONGEST_KERNEL if name.startswith("kernels/") else LONGEST_FUNCTION
-        for node in ast.walk(syntax(name)):
-            if isinstance(node, ast.FunctionDef):
-                docstring = node.body[0] if ast.get_docstring(node) else None
-                words = docstring.end_lineno - docstring.lineno + 1 if docstring else 0
-                if (length := node.end_lineno - node.lineno + 1 - words) > limit:
-                    long.append(f"{name}: {node.name} has {length} lines")
-    assert not long
+        functions = [node for node in ast.walk(syntax(name)) if isinstance(node, ast.FunctionDef)]
+        lengths += [(f"{name}: {node.name}", own_lines(node), limit) for node in functions]
+    assert not [f"{what}: {lines} lines" for what, lines, limit in lengths if lines > LONGER.get(what, limit)]
 
 
 def calls(name: str) -> list[tuple[str, dict[str, object]]]:

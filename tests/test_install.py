@@ -86,9 +86,11 @@ def test_the_wheel_works_without_the_clone(clone, wheel, tmp_path):
     assert where.strip() == str(tmp_path / "site")
 
 
-def test_the_clone_works_without_installing(clone):
-    modules = modules_of(expected_files(clone))
-    assert run(sys.executable, "-c", IMPORT_ALL, *modules, cwd=clone, PYTHONPATH="").strip() == str(clone)
+def test_the_links_work_in_a_clone_that_is_not_installed(clone):
+    linked = [
+        name for name in modules_of(expected_files(clone)) if name.split(".")[1:2] in (["kernels"], ["data_prep"])
+    ]
+    assert run(sys.executable, "-c", IMPORT_ALL, *linked, cwd=clone, PYTHONPATH="").strip() == str(clone)
 
 
 def test_a_wheel_from_the_sdist_is_the_same(clone, wheel, tmp_path):
