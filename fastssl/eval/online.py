@@ -1,0 +1,120 @@
+"""The k-NN probe that a training run asks every few epochs, off the clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.batch import ImageBatch
+from fastssl.config import Config
+from fastssl.distributed import Ranks, gather_objects
+from fastssl.eval.features import extract_features, gather_features
+from fastssl.eval.knn import knn_hits, to_rep_space
+from fastssl.loaders.make import Loader, make_loader
+from fastssl.plan import DTYPES, choose_precision
+from fastssl.random_key import random_bits
+
+Probe = Callable[[nn.Module], float]
+HELD_OUT = ("val", "valid", "validation", "test")  # folders beside train/; the first one there is taken
+ASKED_OF_TRAIN = 5  # without one, one training image in so many is asked, and left out of the bank
+STREAM_HELD_OUT = 22  # of random_key: which images those are
+_FEWEST = 50  # images among which the hash is sure to choose some
+_BATCH = 256
+
+
+def make_probe(config: Config, loader: Loader, ranks: Ranks) -> tuple[Probe | None, str]:
+    """(probe, one sentence that says what it does); the probe is None where there is nothing to ask.
+
+    `probe(backbone)` is the percentage of held-out images whose --knn-k nearest training images, by unit-length
+    features, vote for their class. Call it on all ranks: each asks its share, and all get the same number.
+    """
+    if config.eval.knn_every == 0:
+        return None, "no k-NN probe: --knn-every is 0"
+    if not loader.class_names:
+        return None, "no k-NN probe: these images have no classes, it needs a folder for each"
+    held_out, found = open_held_out(config, loader, ranks.device)
+    images = min(loader.num_images, config.eval.knn_images)
+    if held_out is None and images < _FEWEST:
+        return None, f"no k-NN probe: {found}, and {images} training images are too few to keep some out"
+
+    def share(part: Loader) -> Iterator[ImageBatch]:
+        return part.eval_batches(_BATCH, ranks.rank, ranks.world_size, config.eval.knn_images)
+
+    def probe(backbone: nn.Module) -> float:
+        if held_out is not None:
+            return knn_percent(backbone, share(loader), share(held_out), config, ranks)
+        bank, queries = (keep_asked(share(loader), asked) for asked in (False, True))
+        return knn_percent(backbone, bank, queries, config, ranks)
+
+    what = f"asks the images of {found}"
+    if held_out is None:
+        what = f"asks about one training image in {ASKED_OF_TRAIN} and votes among the others, since {found}"
+    return probe, f"k-NN probe every {config.eval.knn_every} epochs and at the end: it {what}"
+
+
+def open_held_out(config: Config, loader: Loader, device: torch.device) -> tuple[Loader | None, str]:
+    """A loader of the split beside the training images and its folder, or None and why it cannot serve."""
+    data = Path(config.data)
+    train = data if data.name == "train" else data / "train"
+    folder = next((train.parent / name for name in HELD_OUT if (train.parent / name).is_dir()), None)
+    if loader.name != "folder" or not train.is_dir() or folder is None:
+        return None, f"there is no folder {', '.join(HELD_OUT[:-1])} or {HELD_OUT[-1]} beside train"
+    shared = {"workers": config.input.workers, "on_bad_image": config.input.on_bad_image}
+    try:
+        held_out = make_loader(
+            "folder", folder, batch_size=1, seed=0, device=device, class_names=loader.class_names, **shared
+        )
+    except ValueError as error:
+        return None, str(error)
+    if not held_out.class_names:
+        return None, f"{folder} has no class folders"
+    if next(held_out.eval_batches(_BATCH, limit=_BATCH), None) is None:
+        return None, f"no image of {folder} can be read"
+    return held_out, str(folder)
+
+
+def keep_asked(batches: Iterable[ImageBatch], asked: bool) -> Iterator[ImageBatch]:
+    """The images that a hash of their index chooses to be asked, one in ASKED_OF_TRAIN, or all the others."""
+    for batch in batches:
+        chosen = random_bits(0, 0, batch.index, STREAM_HELD_OUT, 1)[:, 0] % ASKED_OF_TRAIN == 0
+        rows = (chosen == asked).nonzero()[:, 0]
+        if len(rows):
+            yield ImageBatch(batch.pixels, *(t[rows] for t in batch[1:]))
+
+
+def knn_percent(
+    backbone: nn.Module, bank: Iterable[ImageBatch], queries: Iterable[ImageBatch], config: Config, ranks: Ranks
+) -> float:
+    """Percentage of all ranks' queries that the --knn-k nearest of all ranks' bank images classify correctly."""
+    dtype = DTYPES[choose_precision(config.train.precision, ranks.device)]
+
+    def features_of(batches: Iterable[ImageBatch]) -> tuple[Tensor, Tensor]:
+        features, labels = extract_features(
+            backbone,
+            batches,
+            size=config.augment.image_size,
+            resize=eval_resize(config),
+            device=ranks.device,
+            dtype=dtype,
+        )
+        return to_rep_space(features, "norm"), labels
+
+    bank_features, bank_labels = gather_features(*features_of(bank), ranks)
+    query_features, query_labels = features_of(queries)
+    k = min(config.eval.knn_k, len(bank_features))
+    hits = 0
+    if len(query_features):
+        hits = knn_hits(bank_features, bank_labels, query_features, query_labels, [k])[k]
+    counts = gather_objects((hits, len(query_features)), ranks)
+    return 100 * sum(hit for hit, _ in counts) / sum(asked for _, asked in counts)
+
+
+def eval_resize(config: Config) -> int:
+    """Short side of an image before the centre crop: 256 for 224 and in proportion; none with the CIFAR stem."""
+    if config.eval.eval_resize is not None:
+        return config.eval.eval_resize
+    size = config.augment.image_size
+    return size if config.model.stem == "cifar" else round(size * 256 / 224)

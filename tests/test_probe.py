@@ -1,0 +1,187 @@
+"""Features in order and in eval mode, and the k-NN probe of a run: what is asked, what is said, ranks agree."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+from torch.nn.functional import normalize
+
+from fastssl.augment.views import make_eval_view
+from fastssl.batch import pack_images
+from fastssl.config import Config, replace
+from fastssl.distributed import Ranks
+from fastssl.eval.features import extract_features, gather_features
+from fastssl.eval.online import eval_resize, keep_asked, make_probe
+from fastssl.loaders.make import make_loader
+
+ALONE = Ranks(0, 1, 1, torch.device("cpu"))
+
+
+class ColourBackbone(nn.Module):
+    """Mean colour, after batch norm and dropout, which eval mode makes the identity."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.dropout = nn.BatchNorm2d(3), nn.Dropout(0.5)
+
+    def forward(self, images):
+        return self.dropout(self.norm(images)).mean((2, 3))
+
+
+def make_batches(sizes=(3, 2), first=0):
+    random = np.random.default_rng(0)
+    for size in sizes:
+        images = [random.integers(0, 256, (20, 30 + i, 3), dtype=np.uint8) for i in range(size)]
+        yield pack_images(images, range(first, first + size), [7 + i for i in range(size)])
+        first += size
+
+
+def config_of(data, **values):
+    return replace(Config(data=str(data)), image_size=16, knn_k=3, **values)
+
+
+def open_loader(config, ranks=ALONE):
+    return make_loader(config.input.loader, config.data, batch_size=1, seed=0, device="cpu", synthetic_images=200,
+                       synthetic_size=16, rank=ranks.rank, world_size=ranks.world_size)  # fmt: skip
+
+
+def test_features_are_those_of_eval_mode_in_order():
+    backbone = ColourBackbone()
+    backbone.dropout.eval()  # a part that its owner has frozen stays so
+    features, labels = extract_features(backbone, make_batches(), size=12, resize=16, device="cpu")
+    views = torch.cat([make_eval_view(batch, 12, 16) for batch in make_batches()])
+    torch.testing.assert_close(features, views.mean((2, 3)) / (1 + 1e-5) ** 0.5)
+    assert labels.tolist() == [7, 8, 9, 7, 8]
+    assert features.dtype == torch.float32
+    assert backbone.training and backbone.norm.training and not backbone.dropout.training
+    assert backbone.norm.num_batches_tracked == 0
+
+
+def test_lower_precision_still_gives_float32():
+    full, _ = extract_features(nn.Flatten(), make_batches(), size=4, resize=8, device="cpu")
+    low, _ = extract_features(nn.Flatten(), make_batches(), size=4, resize=8, device="cpu", dtype=torch.bfloat16)
+    assert low.dtype == torch.float32 and not torch.equal(full, low)
+    torch.testing.assert_close(full, low, rtol=2**-8, atol=2**-8)
+
+
+def test_no_images_no_features():
+    features, labels = extract_features(nn.Flatten(), [], size=4, resize=8, device="cpu")
+    assert features.shape == (0, 0) and labels.shape == (0,)
+
+
+def gather_uneven(rank, world_size):
+    ranks = Ranks(rank, world_size, world_size, torch.device("cpu"))
+    rows = [3, 0, 1][rank]
+    features = torch.full((rows, 2 if rows else 0), float(rank))
+    return gather_features(features, torch.full((rows,), rank), ranks)
+
+
+def test_ranks_may_hold_different_numbers_of_features():
+    for features, labels in run_ranks(gather_uneven, 3):
+        assert features.tolist() == [[0.0, 0.0]] * 3 + [[2.0, 2.0]]
+        assert labels.tolist() == [0, 0, 0, 2]
+
+
+def probe_slowly(config, bank, queries):
+    """Percentage by NumPy in float64, and its sanity: neighbours by cosine, k = 3."""
+    bank_features, queries_features = (
+        normalize(torch.cat([make_eval_view(b, 16, eval_resize(config)) for b in part]).mean((2, 3)).double())
+        for part in (bank, queries)
+    )
+    bank_labels, labels = (torch.cat([b.label for b in part]).numpy() for part in (bank, queries))
+    nearest = np.argsort(-(queries_features @ bank_features.T).numpy(), axis=1)[:, :3]
+    return 100 * np.mean([np.bincount(bank_labels[row]).argmax() == y for row, y in zip(nearest, labels)])
+
+
+@pytest.mark.parametrize("ends_in_train", [False, True])
+def test_probe_asks_the_held_out_split(image_folder, ends_in_train):
+    config = config_of(image_folder / "train" if ends_in_train else image_folder)
+    probe, note = make_probe(config, open_loader(config), ALONE)
+    assert note == f"k-NN probe every 10 epochs and at the end: it asks the images of {image_folder / 'val'}"
+    bank = list(make_loader("folder", image_folder / "train", batch_size=1, seed=0, device="cpu").eval_batches(5))
+    queries = list(make_loader("folder", image_folder / "val", batch_size=1, seed=0, device="cpu").eval_batches(5))
+    assert probe(ColourBackbone()) == pytest.approx(probe_slowly(config, bank, queries))
+
+
+def test_probe_without_a_held_out_split_keeps_the_asked_out_of_the_bank(make_image_folder, tmp_path):
+    config = config_of(make_image_folder(tmp_path, {"train": 30}))
+    probe, note = make_probe(config, open_loader(config), ALONE)
+    assert "asks about one training image in 5" in note and "no folder val" in note
+    every = list(open_loader(config).eval_batches(7))
+    bank, asked = list(keep_asked(every, False)), list(keep_asked(every, True))
+    indices = [torch.cat([b.index for b in part]).tolist() for part in (bank, asked)]
+    assert sorted(sum(indices, [])) == list(range(90))
+    assert 8 <= len(indices[1]) <= 30
+    assert probe(ColourBackbone()) == pytest.approx(probe_slowly(config, bank, asked))
+
+
+def test_probe_limits_what_it_reads(image_folder):
+    config = config_of(image_folder, knn_images=6)
+    probe, _ = make_probe(config, open_loader(config), ALONE)
+    sizes = []
+    probe(nn.Sequential(ColourBackbone(), CountRows(sizes)))
+    assert sizes == [6, 6]
+
+
+class CountRows(nn.Module):
+    def __init__(self, sizes):
+        super().__init__()
+        self.sizes = sizes
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        return x
+
+
+def probe_all(rank, world_size, folders):
+    ranks = Ranks(rank, world_size, world_size, torch.device("cpu"))
+    configs = [config_of(folder) for folder in folders]
+    return [make_probe(config, open_loader(config, ranks), ranks)[0](ColourBackbone()) for config in configs]
+
+
+def test_two_ranks_get_the_number_of_one(make_image_folder, tmp_path):
+    with_val = make_image_folder(tmp_path / "a", {"train": 8, "val": 3})
+    without = make_image_folder(tmp_path / "b", {"train": 25})
+    truth = probe_all(0, 1, [with_val, without])
+    assert run_ranks(probe_all, 2, [with_val, without]) == [truth, truth]
+
+
+def test_no_probe_says_why(make_image_folder, tmp_path):
+    data = make_image_folder(tmp_path / "small", {"train": 8})
+    off, flat = config_of(data, knn_every=0), config_of(data / "train" / "class0")
+    assert make_probe(off, open_loader(off), ALONE) == (None, "no k-NN probe: --knn-every is 0")
+    assert make_probe(flat, open_loader(flat), ALONE)[1].startswith("no k-NN probe: these images have no classes")
+    few = config_of(data)
+    assert make_probe(few, open_loader(few), ALONE)[1].endswith("24 training images are too few to keep some out")
+
+
+def test_a_held_out_split_that_cannot_serve_is_named(make_image_folder, tmp_path):
+    data = make_image_folder(tmp_path, {"train": 20, "val": 2})
+    config = config_of(data)
+    (data / "val" / "class1").rename(data / "val" / "other")
+    assert "a folder 'other' that is not among" in make_probe(config, open_loader(config), ALONE)[1]
+    for image in data.glob("val/*/*"):
+        image.write_bytes(b"not an image")
+    (data / "val" / "other").rename(data / "val" / "class1")
+    assert f"no image of {data / 'val'} can be read" in make_probe(config, open_loader(config), ALONE)[1]
+    shutil.rmtree(data / "val")
+    shutil.copytree(data / "train" / "class0", data / "val")
+    assert f"{data / 'val'} has no class folders" in make_probe(config, open_loader(config), ALONE)[1]
+
+
+def test_synthetic_images_have_a_probe():
+    config = config_of("", loader="synthetic")
+    probe, note = make_probe(config, open_loader(config), ALONE)
+    assert "one training image in 5" in note
+    assert 0 <= probe(ColourBackbone()) <= 100
+
+
+def test_short_side_before_the_crop():
+    config = Config()
+    assert eval_resize(config) == 256
+    assert eval_resize(replace(config, image_size=112)) == 128
+    assert eval_resize(replace(config, image_size=32, stem="cifar")) == 32
+    assert eval_resize(replace(config, eval_resize=300)) == 300
