@@ -7,6 +7,8 @@ The edge pixel is repeated beyond the border, as in Pillow.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -35,20 +37,22 @@ def update_blur(x: Tensor, taps: Tensor) -> None:
     # on the CPU the reach is read from the taps; elsewhere that would make the host wait
     radius = BLUR_RADIUS if x.device.type != "cpu" else int((taps != 0).any(dim=0).sum()) - 1
     stride = size + 2 * radius
+    columns = taps[:, : radius + 1].split(1, dim=1)
     for plane in x.unbind(1):
         # flat, so that a shift by a column or by a row is a plain offset; what wraps around lands in the margins
         flat = pad(plane, (radius, radius, radius, radius), mode="replicate").flatten(1)
-        flat = _blur_flat(flat, taps, radius, 1).mul_(4).round_()
-        flat = _blur_flat(flat, taps, radius, stride).mul_(0.25).round_()
+        flat = _blur_flat(flat, columns, 1).mul_(4).round_()
+        flat = _blur_flat(flat, columns, stride).mul_(0.25).round_()
         plane.copy_(flat.view(-1, stride, stride)[:, :size, :size])
 
 
-def _blur_flat(flat: Tensor, taps: Tensor, radius: int, step: int) -> Tensor:
-    """out[i] = sum over k of taps[|k|] * flat[i + (radius + k) * step], the same length with an unset tail."""
+def _blur_flat(flat: Tensor, columns: Sequence[Tensor], step: int) -> Tensor:
+    """out[i] = sum over k of columns[|k|] * flat[i + (radius + k) * step]; the last 2 * radius * step are not set."""
+    radius = len(columns) - 1
     length = flat.shape[1] - 2 * radius * step
-    padded = torch.zeros_like(flat)
-    out = torch.mul(flat[:, radius * step : radius * step + length], taps[:, 0:1], out=padded[:, :length])
+    whole = torch.empty_like(flat)
+    out = torch.mul(flat.narrow(1, radius * step, length), columns[0], out=whole.narrow(1, 0, length))
     for k in range(1, radius + 1):
-        for start in ((radius - k) * step, (radius + k) * step):
-            out.addcmul_(flat[:, start : start + length], taps[:, k : k + 1])
-    return padded
+        out.addcmul_(flat.narrow(1, (radius - k) * step, length), columns[k])
+        out.addcmul_(flat.narrow(1, (radius + k) * step, length), columns[k])
+    return whole

@@ -59,9 +59,9 @@ class ViewParams(NamedTuple):
     hide_p: Tensor  # float32 probability of each cell
     hide_key: Tensor  # int64 in [0, 2^24), the key of the cells' draws
 
-    def rows(self, selection: slice | Tensor) -> ViewParams:
-        """The parameters of some of the images."""
-        return ViewParams(*(t[selection] for t in self))
+    def split(self, count: int) -> list[ViewParams]:
+        """The parameters of `count` images after another."""
+        return [ViewParams(*part) for part in zip(*(t.split(count) for t in self))]
 
 
 def sample_params(policy: Policy, batch: ImageBatch, seed: int, epoch: int, view: int) -> ViewParams:
@@ -124,15 +124,15 @@ def random_crop(policy: Policy, u: Tensor, height: Tensor, width: Tensor) -> tup
     (scale_low, scale_high), (low, high) = policy.crop_scale, policy.crop_ratio
     crop_width = torch.where(width > height * high, torch.round(height * high), width).clamp(min=1)
     crop_height = torch.where(width < height * low, torch.round(width * (1 / low)), height).clamp(min=1)
-    central = torch.ones_like(width, dtype=torch.bool)
+    area = u[:, DRAW_CROP_AREA : DRAW_CROP_AREA + CROP_TRIES] * (scale_high - scale_low) + scale_low
+    log_ratio = u[:, DRAW_CROP_RATIO : DRAW_CROP_RATIO + CROP_TRIES] * (math.log(high) - math.log(low)) + math.log(low)
+    side, root_ratio = ((height * width)[:, None] * area).sqrt(), exact_exp(log_ratio * 0.5)
+    w, h = torch.round(side * root_ratio), torch.round(side / root_ratio)  # (B, CROP_TRIES)
+    fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
     for t in reversed(range(CROP_TRIES)):
-        side = (height * width * (u[:, DRAW_CROP_AREA + t] * (scale_high - scale_low) + scale_low)).sqrt()
-        log_ratio = u[:, DRAW_CROP_RATIO + t] * (math.log(high) - math.log(low)) + math.log(low)
-        root_ratio = exact_exp(log_ratio * 0.5)
-        w, h = torch.round(side * root_ratio), torch.round(side / root_ratio)
-        fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-        crop_width, crop_height = torch.where(fits, w, crop_width), torch.where(fits, h, crop_height)
-        central = central & ~fits
+        crop_width = torch.where(fits[:, t], w[:, t], crop_width)
+        crop_height = torch.where(fits[:, t], h[:, t], crop_height)
+    central = ~fits.any(dim=1)
     rows, columns = height - crop_height, width - crop_width
     top = torch.where(central, rows * 0.5, u[:, DRAW_TOP] * (rows + 1)).floor()
     left = torch.where(central, columns * 0.5, u[:, DRAW_LEFT] * (columns + 1)).floor()

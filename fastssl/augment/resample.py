@@ -99,15 +99,17 @@ def resample_reference(batch: ImageBatch, vertical: Axis, horizontal: Axis, size
 
 
 def crop_resize(batch: ImageBatch, params: ViewParams, size: int, max_side: int) -> Tensor:
-    """The crop boxes of `params` resized to size x size: (C, 3, S, S) uint8 in any memory format."""
+    """The crop boxes of `params` resized to size x size, and flipped: (C, 3, S, S) uint8 in any memory format."""
     if batch.pixels.device.type != "cpu":
-        return resample_reference(batch, *crop_axes(params, size), size, max_side)
-    boxes = zip(*(t.tolist() for t in (params.top, params.left, params.crop_height, params.crop_width)))
+        x = resample_reference(batch, *crop_axes(params, size), size, max_side)
+        return torch.where(params.flip.view(-1, 1, 1, 1), x.flip(3), x)
+    boxes = zip(*(t.tolist() for t in (params.top, params.left, params.crop_height, params.crop_width, params.flip)))
     views = []
-    for i, (top, left, height, width) in enumerate(boxes):
+    for i, (top, left, height, width, flip) in enumerate(boxes):
         window = batch.image(i)[top : top + height, left : left + width].permute(2, 0, 1)[None]
-        views.append(interpolate(window, (size, size), mode="bilinear", antialias=True))
-    return torch.cat(views)
+        view = interpolate(window, (size, size), mode="bilinear", antialias=True)
+        views.append(view.flip(3) if flip else view)
+    return views[0] if len(views) == 1 else torch.cat(views)
 
 
 def eval_resize(batch: ImageBatch, size: int, resize: int, max_side: int) -> Tensor:

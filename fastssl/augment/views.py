@@ -8,14 +8,12 @@ On a GPU nothing waits for the device when `max_side` is given.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from fastssl.augment.blur import gaussian_taps, update_blur
 from fastssl.augment.color import update_greyscale, update_solarise
-from fastssl.augment.hide import hide_cells
+from fastssl.augment.hide import update_hide
 from fastssl.augment.jitter import apply_jitter, apply_where, jitter_plan
 from fastssl.augment.params import ViewParams, sample_params
 from fastssl.augment.policy import Policy
@@ -25,8 +23,10 @@ from fastssl.batch import ImageBatch
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0..1
 STD = (0.229, 0.224, 0.225)
 
-CPU_CHUNK = 150_000  # pixels x channels in flight: one 224-pixel view, so that every operation stays in the L2 cache
-GPU_CHUNK = 1 << 28  # the same, of the intermediate image whose rows are not yet resized
+# How many pixels of views go through the chain together: what stays in a core's L2 cache; what stays small beside a
+# GPU's memory (counted before the rows are resized)
+CPU_PIXELS = 50_000
+GPU_PIXELS = 1 << 26
 
 
 def make_views(
@@ -57,20 +57,18 @@ def make_view(
     if max_side is None:
         max_side = int(torch.maximum(params.crop_height, params.crop_width).max()) if batch.size else 1
     out = _empty_view(batch, size, dtype)
-    plan, taps = jitter_plan(params), gaussian_taps(params.sigma)
-    for part in _chunks(batch, size, max_side):
-        p = params.rows(part)
-        x = crop_resize(_images(batch, part), p, size, max_side).to(
-            torch.float32, memory_format=torch.contiguous_format
-        )
-        x = apply_where(p.flip, x, _update_flip)
+    step = _images_at_once(batch, size, max_side)
+    parts = zip(params.split(step), jitter_plan(params).split(step), gaussian_taps(params.sigma).split(step))
+    for images, view, (p, plan, taps) in zip(_split(batch, step), out.split(step), parts):
+        x = _to_planes(crop_resize(images, p, size, max_side))
         x = apply_where(p.grey_before, x, update_greyscale)
-        x = apply_jitter(x, plan[part], p)
+        x = apply_jitter(x, plan, p)
         x = apply_where(p.grey_after, x, update_greyscale)
-        x = apply_where(p.blur, x, update_blur, taps[part])
+        x = apply_where(p.blur, x, update_blur, taps)
         x = apply_where(p.solarise, x, update_solarise)
         _update_normalise(x)
-        out[part] = hide_cells(x, p.hide_grid, p.hide_p, p.hide_key).to(dtype)
+        x = apply_where(p.hide_grid > 0, x, update_hide, p.hide_grid, p.hide_p, p.hide_key)
+        view.copy_(x)
     return out
 
 
@@ -90,16 +88,16 @@ def make_eval_view(
     if max_side is None:
         max_side = int(torch.maximum(batch.height, batch.width).max()) if batch.size else 1
     out = _empty_view(batch, size, dtype)
-    for part in _chunks(batch, size, max_side):
-        x = eval_resize(_images(batch, part), size, resize, max_side)
-        x = x.to(torch.float32, memory_format=torch.contiguous_format)
+    step = _images_at_once(batch, size, max_side)
+    for images, view in zip(_split(batch, step), out.split(step)):
+        x = _to_planes(eval_resize(images, size, resize, max_side))
         _update_normalise(x)
-        out[part] = x.to(dtype)
+        view.copy_(x)
     return out
 
 
-def _update_flip(x: Tensor) -> None:
-    x.copy_(x.flip(3))
+def _to_planes(x: Tensor) -> Tensor:
+    return x.to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def _update_normalise(x: Tensor) -> None:
@@ -117,14 +115,11 @@ def _empty_view(batch: ImageBatch, size: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=batch.pixels.device, memory_format=torch.channels_last)
 
 
-def _images(batch: ImageBatch, part: slice) -> ImageBatch:
-    return ImageBatch(batch.pixels, *(t[part] for t in batch[1:]))
+def _split(batch: ImageBatch, count: int) -> list[ImageBatch]:
+    return [ImageBatch(batch.pixels, *part) for part in zip(*(t.split(count) for t in batch[1:]))]
 
 
-def _chunks(batch: ImageBatch, size: int, max_side: int) -> Iterator[slice]:
+def _images_at_once(batch: ImageBatch, size: int, max_side: int) -> int:
     if batch.pixels.device.type == "cpu":
-        step = max(1, CPU_CHUNK // (3 * size * size))
-    else:
-        step = max(1, GPU_CHUNK // (3 * size * max(size, max_side)))
-    for start in range(0, batch.size, step):
-        yield slice(start, start + step)
+        return max(1, CPU_PIXELS // size**2)
+    return max(1, GPU_PIXELS // (size * max(size, max_side)))
