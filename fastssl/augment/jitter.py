@@ -39,9 +39,9 @@ def jitter_plan(params: ViewParams) -> Tensor:
 
 def apply_jitter(x: Tensor, plan: Tensor, params: ViewParams) -> Tensor:
     """Brightness, contrast, saturation and hue as `plan` (C, 4, 4) has them, on x (C, 3, S, S)."""
-    for position in range(4):
-        for number, (update, name, _) in enumerate(OPERATIONS):
-            x = apply_where(plan[:, position, number], x, update, getattr(params, name))
+    for masks in plan.unbind(1):
+        for mask, (update, name, _) in zip(masks.unbind(1), OPERATIONS):
+            x = apply_where(mask, x, update, getattr(params, name))
     return x
 
 
@@ -54,12 +54,14 @@ def apply_where(mask: Tensor, x: Tensor, update: Callable[..., None], *params: T
         changed = x.clone()
         update(changed, *params)
         return torch.where(mask.view(-1, 1, 1, 1), changed, x)
-    chosen = [i for i, chosen in enumerate(mask.tolist()) if chosen]
-    if len(chosen) == len(mask):
+    fires = mask.tolist()
+    if True not in fires:
+        return x
+    if False not in fires:
         update(x, *params)
-    elif chosen:
-        rows = torch.tensor(chosen)
-        part = x[rows]
-        update(part, *(p[rows] for p in params))
-        x[rows] = part
+        return x
+    rows = mask.nonzero()[:, 0]
+    part = x[rows]
+    update(part, *(p[rows] for p in params))
+    x[rows] = part
     return x
