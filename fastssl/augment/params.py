@@ -28,9 +28,9 @@ DRAW_TOP, DRAW_LEFT, DRAW_FLIP = 20, 21, 22
 DRAW_JITTER, DRAW_ORDER = 23, 24
 DRAW_BRIGHTNESS, DRAW_CONTRAST, DRAW_SATURATION, DRAW_HUE = 25, 26, 27, 28
 DRAW_GREY, DRAW_BLUR, DRAW_SIGMA, DRAW_SOLARISE = 29, 30, 31, 32
-DRAW_HIDE_GRID, DRAW_HIDE_KEY = 33, 34
+DRAW_HIDE_CELLS, DRAW_HIDE_KEY = 33, 34
 NUM_DRAWS = 35
-HIDE_GRIDS = (14, 28, 56)  # pixels; and none
+MAX_HIDE_CELLS = 16
 
 # Factors are multiples of 2^-13: every product with a pixel difference is then exact in float32, fused or not.
 FACTOR_STEPS = 8192.0
@@ -55,7 +55,7 @@ class ViewParams(NamedTuple):
     blur: Tensor  # bool
     sigma: Tensor  # float32 pixels, in (0, MAX_BLUR_SIGMA]
     solarise: Tensor  # bool
-    hide_grid: Tensor  # int32 side of the hidden cells in pixels; 0 hides nothing
+    hide_cells: Tensor  # int32 cells along a side of the hide-and-seek grid: 16, 8, 4; 0 hides nothing
     hide_p: Tensor  # float32 probability of each cell
     hide_key: Tensor  # int64 in [0, 2^24), the key of the cells' draws
 
@@ -80,7 +80,7 @@ def sample_params(policy: Policy, batch: ImageBatch, seed: int, epoch: int, view
     top, left, crop_height, crop_width = (t.int() for t in box)
     jitter, grey = u[:, DRAW_JITTER] < policy.jitter_p, u[:, DRAW_GREY] < policy.grey_p
     nothing = torch.zeros_like(grey)
-    grid = (u[:, DRAW_HIDE_GRID] * 4).floor().int()  # 0, 1, 2, 3 -> 0, 14, 28, 56
+    grid = (u[:, DRAW_HIDE_CELLS] * 4).floor().int()  # 0, 1, 2, 3 -> 0, 16, 8, 4 cells
     return ViewParams(
         top=top,
         left=left,
@@ -98,7 +98,7 @@ def sample_params(policy: Policy, batch: ImageBatch, seed: int, epoch: int, view
         blur=u[:, DRAW_BLUR] < policy.blur_p,
         sigma=between(DRAW_SIGMA, *policy.blur_sigma).float(),
         solarise=u[:, DRAW_SOLARISE] < policy.solarise_p,
-        hide_grid=(7 * (grid > 0).int() * policy.hide_and_seek) << grid,
+        hide_cells=((grid > 0).int() * policy.hide_and_seek * (2 * MAX_HIDE_CELLS)) >> grid,
         hide_p=torch.full_like(u[:, 0], policy.hide_p, dtype=torch.float32),
         hide_key=(u[:, DRAW_HIDE_KEY] * 2**24).long(),
     )

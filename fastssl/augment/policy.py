@@ -29,7 +29,7 @@ class Policy:
     blur_p: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the view, uniform
     solarise_p: float = 0.0  # invert the values from 128 up
-    hide_and_seek: bool = False  # zero the cells of a grid of 14, 28 or 56 pixels, or of none
+    hide_and_seek: bool = False  # zero cells of a grid of no, 16 x 16, 8 x 8 or 4 x 4 cells (14, 28, 56 of 224 pixels)
     hide_p: float = 0.5  # of each cell
 
 
@@ -86,7 +86,7 @@ def make_policy(
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; choose from {', '.join(sorted(known))}"
 
 

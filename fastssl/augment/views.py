@@ -67,7 +67,7 @@ def make_view(
         x = apply_where(p.blur, x, update_blur, taps)
         x = apply_where(p.solarise, x, update_solarise)
         _update_normalise(x)
-        x = apply_where(p.hide_grid > 0, x, update_hide, p.hide_grid, p.hide_p, p.hide_key)
+        x = apply_where(p.hide_cells > 0, x, update_hide, p.hide_cells, p.hide_p, p.hide_key)
         view.copy_(x)
     return out
 

@@ -1,0 +1,92 @@
+"""A picture of what the encoder will see: each original beside its two views, with what was done to them."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from fastssl.augment.jitter import OPERATIONS, jitter_order
+from fastssl.augment.params import ViewParams, sample_params
+from fastssl.augment.policy import Policy
+from fastssl.augment.views import MEAN, STD, make_view
+from fastssl.batch import ImageBatch
+
+TILE, GAP, TEXT = 224, 8, 40  # pixels: a picture's side, the space around it, the room for two lines below it
+COLUMNS = 2  # images side by side, three pictures each
+
+
+def save_preview(
+    batch: ImageBatch, policy: Policy, size: int, seed: int, epoch: int, path: str | os.PathLike[str], count: int = 8
+) -> None:
+    """Writes a PNG of the first `count` images: original with the two crop boxes, view_q, view_k, as training has them.
+
+    The file appears whole or not at all. Raises ValueError for an empty batch.
+    """
+    if batch.size == 0:
+        raise ValueError("a preview needs at least one image, got an empty batch")
+    batch = ImageBatch(batch.pixels, *(t[:count] for t in batch[1:])).to("cpu")
+    params = [sample_params(policy, batch, seed, epoch, view) for view in (0, 1)]
+    views = [_to_bytes(make_view(batch, p, size)) for p in params]
+    rows = -(-batch.size // COLUMNS)
+    columns = min(batch.size, COLUMNS)
+    sheet = Image.new("RGB", (columns * (3 * (TILE + GAP) + GAP), rows * (TILE + TEXT) + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i in range(batch.size):
+        left, top = (i % COLUMNS) * (3 * (TILE + GAP) + GAP) + GAP, (i // COLUMNS) * (TILE + TEXT) + GAP
+        height, width = batch.image(i).shape[:2]
+        tiles = [(_original(batch, params, i), f"image {int(batch.index[i])}, {width} x {height}")]
+        tiles += [(Image.fromarray(v[i]), f"{n}: {describe(p, i)}") for n, v, p in zip("qk", views, params)]
+        for column, (tile, text) in enumerate(tiles):
+            at = left + column * (TILE + GAP)
+            tile.thumbnail((TILE, TILE))
+            tile = tile if max(tile.size) == TILE else _enlarge(tile)
+            sheet.paste(tile, (at, top))
+            draw.text((at, top + TILE + 2), "\n".join(textwrap.wrap(text, 38)[:2]), fill="black")
+    partial = f"{os.fspath(path)}.{os.getpid()}.partial"
+    try:
+        sheet.save(partial, format="PNG")
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+
+
+def describe(params: ViewParams, i: int) -> str:
+    """What `params` does to image i, in words and in order."""
+    steps = ["flip"] * bool(params.flip[i]) + ["grey"] * bool(params.grey_before[i])
+    if params.jitter[i]:
+        for number in jitter_order(params.order[i : i + 1])[0].tolist():
+            _, name, identity = OPERATIONS[number]
+            value = float(getattr(params, name)[i])
+            if value != identity:
+                steps.append(f"{name[:3]} {value:.2f}")
+    steps += ["grey"] * bool(params.grey_after[i])
+    steps += [f"blur {float(params.sigma[i]):.1f}"] * bool(params.blur[i])
+    steps += ["solarise"] * bool(params.solarise[i]) + [f"hide {int(params.hide_cells[i])}"] * bool(
+        params.hide_cells[i]
+    )
+    return ", ".join(steps) or "crop"
+
+
+def _to_bytes(view: torch.Tensor) -> np.ndarray:
+    pixels = view.permute(0, 2, 3, 1) * torch.tensor(STD) + torch.tensor(MEAN)
+    return pixels.mul(255).round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def _original(batch: ImageBatch, params: list[ViewParams], i: int) -> Image.Image:
+    image = Image.fromarray(batch.image(i).numpy()).copy()
+    draw, line = ImageDraw.Draw(image), max(1, max(image.size) // 150)
+    for p, colour in zip(params, ("red", "deepskyblue")):
+        top, left = int(p.top[i]), int(p.left[i])
+        box = (left, top, left + int(p.crop_width[i]) - 1, top + int(p.crop_height[i]) - 1)
+        draw.rectangle(box, outline=colour, width=line)
+    return image
+
+
+def _enlarge(tile: Image.Image) -> Image.Image:
+    scale = TILE / max(tile.size)
+    return tile.resize([max(1, round(side * scale)) for side in tile.size], Image.Resampling.NEAREST)
