@@ -26,12 +26,11 @@ def run(*command, cwd, **environment):
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A copy of what git tracks or would track, links kept; building in the real one would leave files behind."""
+    """A copy of what git tracks, links kept; building in the real one would leave files behind."""
     if not (ROOT / ".git").exists():
         pytest.skip("needs a git clone")
     folder = tmp_path_factory.mktemp("clone")
-    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
-    for name in listed:
+    for name in run("git", "ls-files", cwd=ROOT).splitlines():
         source, target = ROOT / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_symlink():
