@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from fastssl.probe import REQUIRED, probe
+from fastssl.imports import REQUIRED, try_imports
 
 OK, ABSENT, BROKEN = "ok", "absent", "broken"  # only `broken` stops training
 DEBIAN = {"libturbojpeg": "libturbojpeg0-dev", "opencv4": "libopencv-dev"}  # pkg-config's name: apt's
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastssl doctor", description="What works here, and how to mend the rest.")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     arguments = parser.parse_args(argv)
-    facts = probe()
+    facts = try_imports()
     rows = [*machine_rows(), *library_rows(facts), *gpu_rows(facts["torch"]), compile_row()]
     rows += [*optional_rows(facts), loader_row(facts)]
     can_train = all(row.state != BROKEN for row in rows)

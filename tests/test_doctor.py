@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastssl import doctor, probe
+from fastssl import doctor, imports
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,7 +29,7 @@ def run_doctor(tmp_path, fakes=(), path=None, arguments=("--json",)):
 
 
 # Everything heavy is faked, so that a report takes a second.
-LIGHT = {name: "__version__ = '9.9'" for name in (*probe.REQUIRED, "triton", "numba", "nvidia", "apex")}
+LIGHT = {name: "__version__ = '9.9'" for name in (*imports.REQUIRED, "triton", "numba", "nvidia", "apex")}
 LIGHT["torch"] = """
 __version__ = "9.9"
 class version: cuda = "13.0"
@@ -84,7 +84,7 @@ def test_a_broken_required_library_is_named_and_stops_training(tmp_path, fakes, 
 def test_an_import_that_hangs_is_reported(tmp_path, monkeypatch):
     (tmp_path / "sleeper.py").write_text("import time; time.sleep(60)")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert probe.probe([["json", "sleeper"]], timeout=2)["sleeper"] == {"error": "importing it took over 2 s"}
+    assert imports.try_imports([["json", "sleeper"]], timeout=2)["sleeper"] == {"error": "importing it took over 2 s"}
 
 
 def test_this_machine(tmp_path):
@@ -113,7 +113,7 @@ def test_required_libraries_and_commands_agree_with_setup_py():
     text = (ROOT / "setup.py").read_text()
     required = text[text.index("REQUIRES = [") : text.index("]\nEXTRAS")]
     names = set(re.findall(r'^    "([A-Za-z-]+)', required, re.MULTILINE)) - {"triton"}
-    assert names == set(probe.REQUIRED.values())
+    assert names == set(imports.REQUIRED.values())
 
 
 def test_colours_mark_the_state():

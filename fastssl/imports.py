@@ -54,12 +54,12 @@ def _torch_facts(torch: ModuleType) -> dict[str, str]:
     return facts
 
 
-def probe(groups: Sequence[Sequence[str]] = GROUPS, timeout: float = 300) -> dict[str, dict[str, str]]:
+def try_imports(groups: Sequence[Sequence[str]] = GROUPS, timeout: float = 300) -> dict[str, dict[str, str]]:
     """`import_facts` of every module; a group whose process crashes or takes over `timeout` seconds says so."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONWARNINGS": "ignore"}
     children = [
         subprocess.Popen(
-            [sys.executable, "-m", "fastssl.probe", *group],
+            [sys.executable, "-m", "fastssl.imports", *group],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
