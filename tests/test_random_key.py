@@ -39,8 +39,8 @@ def test_words_are_philox_of_the_documented_counter() -> None:
 
     index, seed, epoch, stream = (5 << 32) + 77, 2**63 + 12345, 9, 3
     words = random_bits(seed, epoch, torch.tensor([index]), stream, 10)[0].tolist()
-    expected = [reference([77, 5, epoch, d | stream << 16], [seed & ONES, seed >> 32]) for d in range(3)]
-    assert words == sum(expected, [])[:10]
+    blocks = [reference([77, 5, epoch, d | stream << 16], [seed & ONES, seed >> 32]) for d in range(3)]
+    assert words == [word for block in blocks for word in block][:10]
 
 
 def test_words_do_not_depend_on_the_batch_or_on_how_many_are_drawn() -> None:
@@ -84,9 +84,9 @@ def test_permutations_are_permutations(size: int) -> None:
 
 
 def test_every_permutation_of_four_is_as_likely() -> None:
-    keys = [tuple(permutation(0, epoch, 4, 16).tolist()) for epoch in range(4800)]
+    keys = [tuple(permutation(0, epoch, 4, 16).tolist()) for epoch in range(1920)]
     counts = np.unique(np.array(keys), axis=0, return_counts=True)[1]
-    assert len(counts) == 24 and np.abs(counts - 200).max() < 4.5 * 200**0.5
+    assert len(counts) == 24 and np.abs(counts - 80).max() < 4.5 * 80**0.5
 
 
 def test_derived_seeds_differ() -> None:

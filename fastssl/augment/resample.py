@@ -1,14 +1,17 @@
 """Antialiased bilinear resizing of windows of any size to S x S, as Pillow does it: two passes on bytes.
 
-`resample_reference` is Pillow's own fixed-point arithmetic, bit for bit, on whole batches and any device.
-`crop_resize` and `eval_resize` are what the views call: there on a GPU, and image by image in compiled loops (torch's
-uint8 path, at most 1 from Pillow; Pillow itself) on the CPU.
+`resample_reference` has Pillow's own fixed-point bits, on whole batches and any device. (Pillow 13 sometimes takes the
+vertical pass first, which moves some pixels by 1.) `crop_resize` and `eval_resize` are what the views call: on a GPU
+they are `resample_reference`, on the CPU compiled loops image by image: torch's uint8 path, at most 1 from Pillow, and
+Pillow itself.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -18,7 +21,7 @@ from fastssl.augment.params import ViewParams
 from fastssl.batch import ImageBatch
 
 PRECISION_BITS = 22  # Pillow's fixed point: 32 - 8 bits of a pixel - 2 for overshoot
-GATHER_BUDGET = 1 << 24  # intermediate bytes of one chunk of images
+NEEDLE = 8  # long side / short side from where an image is not resized whole only to be cut
 
 
 class Axis(NamedTuple):
@@ -29,9 +32,9 @@ class Axis(NamedTuple):
     scale: Tensor  # float64, pixels of the box per output
     offset: Tensor  # float64, outputs before the first one kept (a centre crop of the resized box)
 
-    def rows(self, part: slice) -> Axis:
-        """The axis of some of the images."""
-        return Axis(*(t[part] for t in self))
+    def of(self, i: int) -> Axis:
+        """The axis of image i alone."""
+        return Axis(*(t[i : i + 1] for t in self))
 
 
 def crop_axes(params: ViewParams, size: int) -> tuple[Axis, Axis]:
@@ -76,7 +79,10 @@ def resample_reference(batch: ImageBatch, vertical: Axis, horizontal: Axis, size
     max_side: no box has more pixels along an axis (a bound known to the host, so that it need not wait for the device).
     """
     device = batch.pixels.device
-    taps = 2 * max(1, -(-max_side // size)) + 1
+    max_scale = max_side / size
+    if device.type == "cpu":
+        max_scale = float(torch.maximum(vertical.scale, horizontal.scale).max())
+    taps = 2 * math.ceil(max(1.0, max_scale)) + 1
     first, weight = axis_taps(horizontal, size, taps)
     last = (horizontal.length - 1)[:, None]
     row = torch.minimum(torch.arange(max_side, device=device), (vertical.length - 1)[:, None])
@@ -114,19 +120,18 @@ def crop_resize(batch: ImageBatch, params: ViewParams, size: int, max_side: int)
 
 def eval_resize(batch: ImageBatch, size: int, resize: int, max_side: int) -> Tensor:
     """Whole images with the short side at `resize`, cut to their central size x size: (C, 3, S, S) uint8."""
-    vertical, horizontal = eval_axes(batch, size, resize)
+    axes = eval_axes(batch, size, resize)
     if batch.pixels.device.type != "cpu":
-        return resample_reference(batch, vertical, horizontal, size, max_side)
-    views = []
+        return resample_reference(batch, *axes, size, max_side)
+    out = torch.empty((batch.size, 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last)
     for i in range(batch.size):
-        (y0, y1), (x0, x1) = (
-            (float(axis.offset[i] * axis.scale[i]), float((axis.offset[i] + size) * axis.scale[i]))
-            for axis in (vertical, horizontal)
-        )
-        # Pillow resizes a part of an image while its filter sees all of it, so only the part kept is computed
-        image = Image.fromarray(batch.image(i).numpy())
-        view = image.resize((size, size), Image.Resampling.BILINEAR, box=(x0, y0, x1, y1))
-        views.append(
-            torch.frombuffer(bytearray(view.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
-        )
-    return torch.stack(views)
+        height, width = (round(float(axis.length[i] / axis.scale[i])) for axis in axes)
+        if max(height, width) > NEEDLE * resize:
+            alone = ImageBatch(batch.pixels, *(t[i : i + 1] for t in batch[1:]))
+            out[i] = resample_reference(alone, axes[0].of(i), axes[1].of(i), size, max_side)[0]
+        else:
+            top, left = (int(axis.offset[i]) for axis in axes)
+            image = Image.fromarray(batch.image(i).numpy()).resize((width, height), Image.Resampling.BILINEAR)
+            view = image.crop((left, top, left + size, top + size))
+            out[i] = torch.from_numpy(np.array(view)).permute(2, 0, 1)
+    return out

@@ -54,9 +54,11 @@ def make_view(
     knows a bound; without it a GPU batch waits once for the device, to read it. Raises ValueError for size < 1.
     """
     _check_size(size)
-    if max_side is None:
-        max_side = int(torch.maximum(params.crop_height, params.crop_width).max()) if batch.size else 1
     out = _empty_view(batch, size, dtype)
+    if batch.size == 0:
+        return out
+    if max_side is None:
+        max_side = int(torch.maximum(params.crop_height, params.crop_width).max())
     step = _images_at_once(batch, size, max_side)
     parts = zip(params.split(step), jitter_plan(params).split(step), gaussian_taps(params.sigma).split(step))
     for images, view, (p, plan, taps) in zip(_split(batch, step), out.split(step), parts):
@@ -85,9 +87,11 @@ def make_eval_view(
         raise ValueError(
             f"an evaluation view of {size} pixels needs its short side resized to at least that, got {resize}"
         )
-    if max_side is None:
-        max_side = int(torch.maximum(batch.height, batch.width).max()) if batch.size else 1
     out = _empty_view(batch, size, dtype)
+    if batch.size == 0:
+        return out
+    if max_side is None:
+        max_side = int(torch.maximum(batch.height, batch.width).max())
     step = _images_at_once(batch, size, max_side)
     for images, view in zip(_split(batch, step), out.split(step)):
         x = _to_planes(eval_resize(images, size, resize, max_side))
