@@ -6,7 +6,7 @@ before that, so each image is decoded once and travels as uint8 at its own size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ class ImageBatch(NamedTuple):
     width: Tensor  # (B,) int32, columns
     index: Tensor  # (B,) int64, the sample's id in the data set: the key of its randomness
     label: Tensor  # (B,) int64, class id; -1 where the data set has no classes
+    max_side: int  # no image has more rows or columns: known to the host, so that sizing a launch need not wait
 
     @property
     def size(self) -> int:
@@ -35,7 +36,15 @@ class ImageBatch(NamedTuple):
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ImageBatch:
         """The same batch on another device."""
-        return ImageBatch(*(t.to(device, non_blocking=non_blocking) for t in self))
+        return self.apply(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> ImageBatch:
+        """The batch with `function` applied to each of its tensors."""
+        return ImageBatch(*(function(tensor) for tensor in self[:-1]), self.max_side)
+
+    def select(self, rows: Tensor | slice) -> ImageBatch:
+        """Some of the images, by index, mask or slice: windows into the same bytes."""
+        return ImageBatch(self.pixels, *(tensor[rows] for tensor in self[1:-1]), self.max_side)
 
     def image(self, i: int) -> Tensor:
         """Image i as an (H, W, 3) uint8 view. Reads sizes on the host: for pictures and tests, not for the step."""
@@ -63,9 +72,11 @@ def pack_images(images: Sequence[np.ndarray], index: Sequence[int], label: Seque
         width=torch.tensor([image.shape[1] for image in images], dtype=torch.int32),
         index=torch.tensor(list(index), dtype=torch.int64),
         label=torch.tensor(list(label), dtype=torch.int64),
+        max_side=max((max(image.shape[:2]) for image in images), default=1),
     )
 
 
 def split_batch(batch: ImageBatch, parts: int) -> list[ImageBatch]:
-    """`parts` batches of consecutive images, windows into the same bytes."""
-    return [ImageBatch(batch.pixels, *rest) for rest in zip(*(t.chunk(parts) for t in batch[1:]))]
+    """`parts` batches of consecutive images; the batch's size must be a multiple of it."""
+    size = batch.size // parts
+    return [batch.select(slice(i * size, (i + 1) * size)) for i in range(parts)]

@@ -28,7 +28,7 @@ def save_preview(
     """
     if batch.size == 0:
         raise ValueError("a preview needs at least one image, got an empty batch")
-    batch = ImageBatch(batch.pixels, *(t[:count] for t in batch[1:])).to("cpu")
+    batch = batch.select(slice(count)).to("cpu")
     params = [sample_params(policy, batch, seed, epoch, view) for view in (0, 1)]
     views = [_to_bytes(make_view(batch, p, size)) for p in params]
     rows = -(-batch.size // COLUMNS)

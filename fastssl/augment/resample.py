@@ -73,12 +73,9 @@ def axis_taps(axis: Axis, size: int, taps: int) -> tuple[Tensor, Tensor]:
     return first.long(), (weight / total[..., None] * 2**PRECISION_BITS + 0.5).floor().int()
 
 
-def resample_reference(batch: ImageBatch, vertical: Axis, horizontal: Axis, size: int, max_side: int) -> Tensor:
-    """Resizes boxes to (C, 3, S, S) uint8 with Pillow's bits, for the C images of `batch`.
-
-    max_side: no box has more pixels along an axis (a bound known to the host, so that it need not wait for the device).
-    """
-    device = batch.pixels.device
+def resample_reference(batch: ImageBatch, vertical: Axis, horizontal: Axis, size: int) -> Tensor:
+    """Resizes boxes to (C, 3, S, S) uint8 with Pillow's bits, for the C images of `batch`."""
+    device, max_side = batch.pixels.device, batch.max_side  # no box has more pixels along an axis
     max_scale = max_side / size
     if device.type == "cpu":
         max_scale = float(torch.maximum(vertical.scale, horizontal.scale).max())
@@ -104,10 +101,10 @@ def resample_reference(batch: ImageBatch, vertical: Axis, horizontal: Axis, size
     return (out >> PRECISION_BITS).clamp_(0, 255).to(torch.uint8).permute(0, 3, 1, 2)
 
 
-def crop_resize(batch: ImageBatch, params: ViewParams, size: int, max_side: int) -> Tensor:
+def crop_resize(batch: ImageBatch, params: ViewParams, size: int) -> Tensor:
     """The crop boxes of `params` resized to size x size, and flipped: (C, 3, S, S) uint8 in any memory format."""
     if batch.pixels.device.type != "cpu":
-        x = resample_reference(batch, *crop_axes(params, size), size, max_side)
+        x = resample_reference(batch, *crop_axes(params, size), size)
         return torch.where(params.flip.view(-1, 1, 1, 1), x.flip(3), x)
     boxes = zip(*(t.tolist() for t in (params.top, params.left, params.crop_height, params.crop_width, params.flip)))
     views = []
@@ -118,17 +115,17 @@ def crop_resize(batch: ImageBatch, params: ViewParams, size: int, max_side: int)
     return views[0] if len(views) == 1 else torch.cat(views)
 
 
-def eval_resize(batch: ImageBatch, size: int, resize: int, max_side: int) -> Tensor:
+def eval_resize(batch: ImageBatch, size: int, resize: int) -> Tensor:
     """Whole images with the short side at `resize`, cut to their central size x size: (C, 3, S, S) uint8."""
     axes = eval_axes(batch, size, resize)
     if batch.pixels.device.type != "cpu":
-        return resample_reference(batch, *axes, size, max_side)
+        return resample_reference(batch, *axes, size)
     out = torch.empty((batch.size, 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last)
     for i in range(batch.size):
         height, width = (round(float(axis.length[i] / axis.scale[i])) for axis in axes)
         if max(height, width) > NEEDLE * resize:
-            alone = ImageBatch(batch.pixels, *(t[i : i + 1] for t in batch[1:]))
-            out[i] = resample_reference(alone, axes[0].of(i), axes[1].of(i), size, max_side)[0]
+            alone = batch.select(slice(i, i + 1))
+            out[i] = resample_reference(alone, axes[0].of(i), axes[1].of(i), size)[0]
         else:
             top, left = (int(axis.offset[i]) for axis in axes)
             image = Image.fromarray(batch.image(i).numpy()).resize((width, height), Image.Resampling.BILINEAR)

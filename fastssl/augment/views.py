@@ -3,7 +3,7 @@
 This is the plain PyTorch chain: the path of the CPU, and the truth any faster kernel is held to. Between operations
 pixels are whole numbers 0..255, as in the Pillow pipelines it reproduces. The result for an image has the same bits
 in whatever batch it sits, for any number of threads: all sums over pixels or taps are exact (see color.py, blur.py).
-On a GPU nothing waits for the device when `max_side` is given.
+On a GPU nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -36,33 +36,27 @@ def make_views(
     seed: int,
     epoch: int,
     dtype: torch.dtype = torch.float32,
-    max_side: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(view_q, view_k) of `batch` under `policy`: two independent draws of parameters, then `make_view`."""
     view_q, view_k = (
-        make_view(batch, sample_params(policy, batch, seed, epoch, view), size, dtype, max_side) for view in (0, 1)
+        make_view(batch, sample_params(policy, batch, seed, epoch, view), size, dtype) for view in (0, 1)
     )
     return view_q, view_k
 
 
-def make_view(
-    batch: ImageBatch, params: ViewParams, size: int, dtype: torch.dtype = torch.float32, max_side: int | None = None
-) -> Tensor:
+def make_view(batch: ImageBatch, params: ViewParams, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """One view of every image: (B, 3, size, size), channels_last, normalised with ImageNet's mean and deviation.
 
-    params: from `sample_params`, on the batch's device. max_side: the longest side of any crop box where the host
-    knows a bound; without it a GPU batch waits once for the device, to read it. Raises ValueError for size < 1.
+    params: from `sample_params`, on the batch's device. Raises ValueError for size < 1.
     """
     _check_size(size)
     out = _empty_view(batch, size, dtype)
     if batch.size == 0:
         return out
-    if max_side is None:
-        max_side = int(torch.maximum(params.crop_height, params.crop_width).max())
-    step = _images_at_once(batch, size, max_side)
+    step = _images_at_once(batch, size)
     parts = zip(params.split(step), jitter_plan(params).split(step), gaussian_taps(params.sigma).split(step))
     for images, view, (p, plan, taps) in zip(_split(batch, step), out.split(step), parts):
-        x = _to_planes(crop_resize(images, p, size, max_side))
+        x = _to_planes(crop_resize(images, p, size))
         x = apply_where(p.grey_before, x, update_greyscale)
         x = apply_jitter(x, plan, p)
         x = apply_where(p.grey_after, x, update_greyscale)
@@ -74,12 +68,10 @@ def make_view(
     return out
 
 
-def make_eval_view(
-    batch: ImageBatch, size: int, resize: int, dtype: torch.dtype = torch.float32, max_side: int | None = None
-) -> Tensor:
+def make_eval_view(batch: ImageBatch, size: int, resize: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Short side to `resize` pixels, centre crop of `size`, normalised: (B, 3, size, size), channels_last.
 
-    torchvision's Resize and CenterCrop on Pillow images, to 1/255. max_side: as in `make_view`, of whole images.
+    torchvision's Resize and CenterCrop on Pillow images, to 1/255.
     Raises ValueError for size < 1 and for resize < size, where the crop would not lie inside the image.
     """
     _check_size(size)
@@ -90,11 +82,9 @@ def make_eval_view(
     out = _empty_view(batch, size, dtype)
     if batch.size == 0:
         return out
-    if max_side is None:
-        max_side = int(torch.maximum(batch.height, batch.width).max())
-    step = _images_at_once(batch, size, max_side)
+    step = _images_at_once(batch, size)
     for images, view in zip(_split(batch, step), out.split(step)):
-        x = _to_planes(eval_resize(images, size, resize, max_side))
+        x = _to_planes(eval_resize(images, size, resize))
         _update_normalise(x)
         view.copy_(x)
     return out
@@ -120,10 +110,10 @@ def _empty_view(batch: ImageBatch, size: int, dtype: torch.dtype) -> Tensor:
 
 
 def _split(batch: ImageBatch, count: int) -> list[ImageBatch]:
-    return [ImageBatch(batch.pixels, *part) for part in zip(*(t.split(count) for t in batch[1:]))]
+    return [batch.select(slice(start, start + count)) for start in range(0, batch.size, count)]
 
 
-def _images_at_once(batch: ImageBatch, size: int, max_side: int) -> int:
+def _images_at_once(batch: ImageBatch, size: int) -> int:
     if batch.pixels.device.type == "cpu":
         return max(1, CPU_PIXELS // size**2)
-    return max(1, GPU_PIXELS // (size * max(size, max_side)))
+    return max(1, GPU_PIXELS // (size * max(size, batch.max_side)))

@@ -82,7 +82,7 @@ def keep_asked(batches: Iterable[ImageBatch], asked: bool) -> Iterator[ImageBatc
         chosen = random_bits(0, 0, batch.index, STREAM_HELD_OUT, 1)[:, 0] % ASKED_OF_TRAIN == 0
         rows = (chosen == asked).nonzero()[:, 0]
         if len(rows):
-            yield ImageBatch(batch.pixels, *(t[rows] for t in batch[1:]))
+            yield batch.select(rows)
 
 
 def knn_percent(

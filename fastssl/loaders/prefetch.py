@@ -88,7 +88,7 @@ class Prefetcher:
         if stream is None:
             return batch.to(self.device), None
         with torch.cuda.stream(stream):
-            pinned = ImageBatch(*(t.pin_memory() for t in batch))
+            pinned = batch.apply(torch.Tensor.pin_memory)
             return pinned.to(self.device, non_blocking=True), stream.record_event()
 
     def _receive(self, batch: ImageBatch, copied: torch.cuda.Event | None) -> ImageBatch:
@@ -96,8 +96,8 @@ class Prefetcher:
         if copied is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(copied)
-            for t in batch:
-                t.record_stream(stream)
+            for tensor in batch[:-1]:
+                tensor.record_stream(stream)
         return batch
 
 

@@ -62,7 +62,8 @@ class SyntheticLoader:
 
     def _windows(self, index: Tensor) -> ImageBatch:
         side = torch.full_like(index, self.size, dtype=torch.int32)
-        return ImageBatch(self._pixels, index * (self.size * self.size * 3), side, side, index, index % _NUM_CLASSES)
+        offset = index * (self.size * self.size * 3)
+        return ImageBatch(self._pixels, offset, side, side, index, index % _NUM_CLASSES, self.size)
 
 
 def render_images(num_images: int, size: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
