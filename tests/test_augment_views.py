@@ -14,7 +14,7 @@ from photos import SIZES, photo_batch, render_photo
 from PIL import Image
 from test_augment_ops import true_gaussian
 
-from fastssl.augment import views
+from fastssl.augment import jitter, views
 from fastssl.augment.params import ViewParams
 from fastssl.augment.policy import POLICIES, make_policy, sample_params
 from fastssl.augment.preview import describe, save_preview
@@ -277,19 +277,41 @@ def test_preview_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest
     assert [(f.name, f.read_bytes()) for f in tmp_path.iterdir()] == [("views.png", b"before")]
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("size", [32, 96])
-def test_a_gpu_gives_the_same_bits(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU, made to take the resampler that both have."""
-    batch, policy = photo_batch(), make_policy("small", **EVERYTHING)
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the CPU take the code a GPU takes: the batched resampler, every operation on every image."""
 
     def resample_then_flip(images: ImageBatch, p: ViewParams, size: int) -> torch.Tensor:
         x = resample_reference(images, *crop_axes(p, size), size)
         return torch.where(p.flip.view(-1, 1, 1, 1), x.flip(3), x)
 
-    on_gpu = make_views(batch.to("cuda"), policy, size, 0, 0)
     monkeypatch.setattr(views, "crop_resize", resample_then_flip)
-    for cpu, gpu in zip(make_views(batch, policy, size, 0, 0), on_gpu):
+    for module in (views, jitter):
+        monkeypatch.setattr(module, "apply_where", jitter.apply_everywhere)
+
+
+def test_operations_on_every_image_leave_the_others_alone(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, policy = photo_batch(), make_policy("small", **EVERYTHING)
+    everywhere = make_views(batch, policy, 32, 0, 0)
+    for module in (views, jitter):
+        monkeypatch.setattr(module, "apply_where", jitter.apply_chosen)
+    for a, b in zip(everywhere, make_views(batch, policy, 32, 0, 0)):
+        assert torch.equal(a, b)
+
+
+def test_both_resamplers_give_the_same_views_but_for_a_byte_here_and_there(request: pytest.FixtureRequest) -> None:
+    batch, policy = photo_batch(), make_policy("v2", **EVERYTHING)
+    fast = [in_bytes(view) for view in make_views(batch, policy, 48, 0, 0)]
+    request.getfixturevalue("as_on_a_gpu")
+    for a, b in zip(fast, [in_bytes(view) for view in make_views(batch, policy, 48, 0, 0)]):
+        assert np.abs(a - b).mean() < 0.05 and (np.abs(a - b) > 1.01).mean() < 0.002
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [32, 96])
+def test_a_gpu_gives_the_same_bits(size: int, as_on_a_gpu: None) -> None:
+    batch, policy = photo_batch(), make_policy("small", **EVERYTHING)
+    for cpu, gpu in zip(make_views(batch, policy, size, 0, 0), make_views(batch.to("cuda"), policy, size, 0, 0)):
         assert torch.equal(cpu, gpu.cpu())
 
 

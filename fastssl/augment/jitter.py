@@ -46,14 +46,21 @@ def apply_jitter(x: Tensor, plan: Tensor, params: ViewParams) -> Tensor:
 
 
 def apply_where(mask: Tensor, x: Tensor, update: Callable[..., None], *params: Tensor) -> Tensor:
-    """x after `update(x, *params)` of the images where `mask` (C,) is true; may overwrite x.
+    """x after `update(x, *params)` of the images where `mask` (C,) is true; may overwrite x."""
+    if x.device.type == "cpu":
+        return apply_chosen(mask, x, update, *params)
+    return apply_everywhere(mask, x, update, *params)
 
-    On the CPU only those images are computed; elsewhere all are, for to choose them the host would have to wait.
-    """
-    if x.device.type != "cpu":
-        changed = x.clone()
-        update(changed, *params)
-        return torch.where(mask.view(-1, 1, 1, 1), changed, x)
+
+def apply_everywhere(mask: Tensor, x: Tensor, update: Callable[..., None], *params: Tensor) -> Tensor:
+    """`apply_where` that computes all images, for to choose among them the host would have to wait for the device."""
+    changed = x.clone()
+    update(changed, *params)
+    return torch.where(mask.view(-1, 1, 1, 1), changed, x)
+
+
+def apply_chosen(mask: Tensor, x: Tensor, update: Callable[..., None], *params: Tensor) -> Tensor:
+    """`apply_where` that computes those images only."""
     fires = mask.tolist()
     if True not in fires:
         return x

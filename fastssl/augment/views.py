@@ -23,11 +23,11 @@ from fastssl.batch import ImageBatch
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0..1
 STD = (0.229, 0.224, 0.225)
 
-# How many views go through the chain together. On a CPU, those from 144 pixels up one by one, so that a channel stays in
-# a core's L2 cache; smaller ones in company, for there the calls cost more than the memory (both measured). On a GPU,
-# what stays small beside its memory, counted before the rows are resized.
+# How many views go through the chain together. On a CPU, from 144 pixels up one by one, so that a channel stays in a
+# core's L2 cache; smaller ones in company, for there the calls cost more than the memory (both measured). On a GPU as
+# many as stay small beside its memory, counted before the rows are resized.
 CPU_PIXELS, CPU_ALONE = 250_000, 144
-GPU_PIXELS = 1 << 26
+GPU_PIXELS = 1 << 24
 
 
 def make_views(
