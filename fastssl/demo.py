@@ -1,0 +1,177 @@
+"""`fastssl demo`: the whole chain in minutes. Draws images, pretrains an encoder on them, measures what it learnt.
+
+No data, no network and no GPU needed. `--data DIR` takes an image folder instead.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+import tyro
+from torch import nn
+
+from fastssl import checkpoint, distributed
+from fastssl.build import make_trainee, open_loader
+from fastssl.command import run_command
+from fastssl.config import Config, replace
+from fastssl.demo_images import write_demo_images
+from fastssl.eval.online import make_probe
+from fastssl.loaders.make import make_loader
+from fastssl.run import write_text
+from fastssl.train import pretrain
+
+IMAGES_SEEN = 36_000  # what two CPU cores train on in three minutes
+# Small pictures and few steps want settings of their own; everything else is the default.
+SETTINGS = {
+    "arch": "resnet18",
+    "head": "simple",
+    "image_size": 32,
+    "eval_resize": 32,
+    "crop_scale": (0.4, 1.0),
+    "grey_scale": 0.4,
+    "queue_size": 2048,
+    "ema_momentum": 0.99,
+    "bn_splits": 4,
+    "align_weight": 1.0,
+    "uniform_t": 2.0,
+    "lr": 0.06,
+    "lr_schedule": "cosine",
+    "knn_images": 2000,
+    "compile": "off",  # compiling takes longer than this run on a GPU
+    "keep_last": 1,
+}
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Draw images, pretrain a ResNet-18 on them, and compare it with raw pixels and with an untrained one."""
+
+    data: str | None = None
+    """Folder of images to use instead: train/<class>/* and val/<class>/*, or <class>/*, or a flat folder."""
+    output: str | None = None
+    """Folder for all it makes; by default runs/demo, or runs/demo-2 and so on. An unfinished one is gone on with."""
+    seed: int = 0
+    """The images, the first weights, the order and the augmentation are functions of it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU if there is one."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """`fastssl demo`."""
+    return demo(tyro.cli(DemoOptions, prog="fastssl demo", args=list(argv)))
+
+
+def demo(options: DemoOptions, images: tuple[int, int] = (3000, 500), images_seen: int = IMAGES_SEEN) -> int:
+    """The demo with `images` pictures drawn for (train, val). Returns the exit code."""
+    folder = Path(options.output) if options.output else free_folder(Path("runs"))
+    data = options.data or draw_images(folder / "images", options.seed, images)
+    config = make_demo_config(options, folder, data, images_seen)
+    before, _ = measure(config, saved=None)
+    if code := pretrain(config):
+        return code
+    result = summarise(config, folder, before)
+    write_text(folder / "demo.json", json.dumps(result, indent=1) + "\n")
+    print(as_table(result))
+    return 0
+
+
+def free_folder(parent: Path) -> Path:
+    """parent/demo, or the first of demo-2, demo-3, ... that is not there."""
+    names = (parent / ("demo" if i == 1 else f"demo-{i}") for i in count(1))
+    return next(path for path in names if not path.exists())
+
+
+def draw_images(folder: Path, seed: int, images: tuple[int, int]) -> str:
+    """Draws the images unless they are there."""
+    if not folder.exists():
+        print(f"drawing {sum(images)} images into {folder}", file=sys.stderr)
+        write_demo_images(folder, seed, *images)
+    return str(folder)
+
+
+def make_demo_config(options: DemoOptions, folder: Path, data: str, images_seen: int) -> Config:
+    """The settings of the run: as many epochs, or part of one, as make `images_seen` images."""
+    num_images = make_loader("folder", data, batch_size=1, seed=0, device="cpu").num_images
+    batch = min(BATCH, num_images // SETTINGS["bn_splits"] * SETTINGS["bn_splits"])
+    if batch == 0:
+        raise ValueError(f"{data} holds {num_images} images: the demo needs at least {SETTINGS['bn_splits']}")
+    steps = max(1, images_seen // batch)
+    epochs = max(1, round(steps / (num_images // batch)))
+    return replace(
+        Config(data=data),
+        **SETTINGS,
+        batch_size=batch,
+        epochs=epochs,
+        steps=steps,
+        knn_every=max(1, epochs // 4),
+        log_every=min(20, steps),
+        output=str(folder),
+        resume="auto" if checkpoint.saved_steps(folder / "checkpoints") else "no",
+        seed=options.seed,
+        device=options.device,
+    )
+
+
+def measure(config: Config, saved: Path | None) -> tuple[dict[str, float], str]:
+    """k-NN accuracy in percent by name (none without classes), and one sentence on how it is measured.
+
+    Of raw pixels and the untrained encoder, or of the encoder in the checkpoint `saved`.
+    """
+    ranks = distributed.start(config.train.device)
+    with closing(open_loader(config, ranks)) as loader:
+        probe, note = make_probe(config, loader, ranks)
+        if probe is None:
+            return {}, note
+        moco, arch = make_trainee(config, ranks).moco, config.model.arch
+        if saved is None:
+            return {"raw pixels": probe(nn.Flatten()), f"untrained {arch}": probe(moco.encoder_q.backbone)}, note
+        moco.load_state_dict(checkpoint.load(saved)["model"])
+        return {f"pretrained {arch}": probe(moco.encoder_q.backbone)}, note
+
+
+def summarise(config: Config, folder: Path, before: dict[str, float]) -> dict:
+    """What demo.json holds."""
+    saved = next(iter(checkpoint.saved_steps(folder / "checkpoints").values()))
+    after, note = measure(config, saved)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
+    return {
+        "knn_percent": {name: round(value, 2) for name, value in (before | after).items()},
+        "measured": note,
+        "images_seen": config.train.steps * config.train.batch_size,
+        "images_per_second": round(median(speeds), 1),
+        "seed": config.train.seed,
+        "data": config.data,
+        "curves": str(folder / "curves.png"),
+        "views": str(folder / "views.png"),
+        "checkpoint": str(saved),
+    }
+
+
+def as_table(result: dict) -> str:
+    """The result for a person to read."""
+    knn = [f"  {name:<22}{value:5.1f} %" for name, value in result["knn_percent"].items()]
+    seen, speed = result["images_seen"], result["images_per_second"]
+    return "\n".join(
+        [
+            "",
+            "k-NN accuracy" if knn else result["measured"],
+            *knn,
+            "",
+            f"  {'trained on':<12}{seen:,} images, {speed:,.0f} images/s",
+            *(f"  {name:<12}{result[name]}" for name in ("curves", "views", "checkpoint")),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))
