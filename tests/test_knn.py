@@ -5,7 +5,8 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from fastssl.eval.knn import find_nearest, knn_accuracy, knn_hits, odd_ks, to_rep_space, vote
+from fastssl.eval.knn import knn_accuracy, knn_hits, odd_ks, to_rep_space, vote
+from fastssl.eval.nearest import find_nearest
 
 KS = odd_ks(21)
 

@@ -39,9 +39,7 @@ def make_views(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """(view_q, view_k) of `batch` under `policy`: two independent draws of parameters, then `make_view`."""
-    view_q, view_k = (
-        make_view(batch, sample_params(policy, batch, seed, epoch, view), size, dtype) for view in (0, 1)
-    )
+    view_q, view_k = (make_view(batch, sample_params(policy, batch, seed, epoch, view), size, dtype) for view in (0, 1))
     return view_q, view_k
 
 

@@ -1,0 +1,113 @@
+"""The nearest rows of a feature bank, exactly, in bounded memory.
+
+Shapes: N queries, M bank rows, C feature dimensions, K neighbours.
+
+Blocks of bank rows stream past the queries, and of each block's distances only the nearest survive: memory is one
+block, whatever M. Matrix products in float32 nominate a few neighbours too many; their distances are then computed
+again in float64 from the differences, so neither block sizes nor the device change who is nearest. Equal distances go
+to the smaller bank index.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_SPARE = 16  # nominated beyond K: float32 noise may swap neighbours at the border
+_MEASURED_AT_ONCE = 1 << 22  # float64 differences
+_FLOAT32_NOISE = 1.2e-7
+
+
+@torch.no_grad()
+def find_nearest(bank: Tensor, queries: Tensor, k: int, bank_chunk: int = 8192) -> tuple[Tensor, Tensor]:
+    """The k nearest rows of `bank` (M, C) for every row of `queries` (N, C).
+
+    Returns squared distances (N, k) float64, ascending, and indices (N, k); equal distances are in order of index.
+    Raises ValueError when the bank has fewer than k rows.
+    """
+    if not 1 <= k <= len(bank):
+        raise ValueError(f"k = {k} neighbours from a bank of {len(bank)} images: choose k from 1 to {len(bank)}")
+    centre = _mean(bank, bank_chunk, queries.device)  # distances around the origin lose fewer digits
+    q = queries.double() - centre
+    nominated, index, largest = _nominate(bank, q.float(), centre, min(k + _SPARE, len(bank)), bank_chunk)
+    distance, index = _measure(bank, queries, index)
+    if index.shape[1] < len(bank):
+        # a row that was not nominated lies at least this far away
+        beyond = nominated[:, -1] - _FLOAT32_NOISE * (8 + math.sqrt(bank.shape[1])) * (q.square().sum(1) + largest)
+        unsure = distance[:, k - 1] >= beyond
+        if bool(unsure.any()):  # many equal distances
+            nearest = _nominate_double(bank, q[unsure], centre, index.shape[1], bank_chunk)
+            distance[unsure], index[unsure] = _measure(bank, queries[unsure], nearest)
+    return distance[:, :k], index[:, :k]
+
+
+def _nominate(bank: Tensor, q: Tensor, centre: Tensor, num: int, bank_chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `num` nearest by float32 matrix products: distances ascending, indices, and the bank's largest |row|^2."""
+    q_square = q.square().sum(1, keepdim=True)
+    best, best_index = q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64, device=q.device)
+    largest = q.new_zeros(())
+    with _full_float32(q.device):
+        for start, b in _blocks(bank, bank_chunk, q.device):
+            b = (b - centre).float()
+            b_square = b.square().sum(1)
+            largest = torch.maximum(largest, b_square.max())
+            distance = torch.addmm(b_square, q, b.T, alpha=-2).add_(q_square)  # (N, bank_chunk)
+            values, index = distance.topk(min(num, len(b)), largest=False)
+            best, best_index = torch.cat([best, values], 1), torch.cat([best_index, index + start], 1)
+            best, order = best.topk(min(num, best.shape[1]), largest=False)
+            best_index = best_index.gather(1, order)
+    return best, best_index, largest
+
+
+def _nominate_double(bank: Tensor, q: Tensor, centre: Tensor, num: int, bank_chunk: int) -> Tensor:
+    """Indices (N, num) of the nearest in float64; those equal to float32 precision by index. Slower, any ties."""
+    best = torch.empty(len(q), 0, dtype=torch.int64, device=q.device)
+    for start, b in _blocks(bank, bank_chunk, q.device):
+        b = b - centre
+        distance = torch.addmm(b.square().sum(1), q, b.T, alpha=-2).add_(q.square().sum(1, keepdim=True))
+        # the bits of a non-negative float sort as an integer, so one key holds the distance and the index
+        bits = distance.clamp_(min=0).float().view(torch.int32).long()
+        key = (bits << 32) | torch.arange(start, start + len(b), device=q.device)
+        best = torch.cat([best, key.topk(min(num, len(b)), largest=False).values], 1)
+        best = best.topk(min(num, best.shape[1]), largest=False).values
+    return best & 0xFFFFFFFF
+
+
+def _measure(bank: Tensor, queries: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Float64 squared distances of each query to its rows `index` (N, k), and `index`, both sorted by them."""
+    index = index.sort(dim=1).values
+    rows = max(1, _MEASURED_AT_ONCE // (index.shape[1] * queries.shape[1]))
+    distance = torch.cat(
+        [
+            (bank[i.to(bank.device)].to(q.device).double() - q.double()[:, None]).square_().sum(-1)
+            for q, i in zip(queries.split(rows), index.split(rows))
+        ]
+    )
+    distance, order = distance.sort(dim=1, stable=True)
+    return distance, index.gather(1, order)
+
+
+def _mean(bank: Tensor, bank_chunk: int, device: torch.device) -> Tensor:
+    return sum(b.sum(0) for _, b in _blocks(bank, bank_chunk, device)) / len(bank)
+
+
+def _blocks(bank: Tensor, bank_chunk: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows in float64 on `device`) of consecutive blocks of the bank."""
+    for start in range(0, len(bank), bank_chunk):
+        yield start, bank[start : start + bank_chunk].to(device).double()
+
+
+@contextlib.contextmanager
+def _full_float32(device: torch.device) -> Iterator[None]:
+    """No TF32 and no autocast."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
