@@ -56,35 +56,41 @@ def update_saturation(x: Tensor, factor: Tensor) -> None:
 
 def update_hue(x: Tensor, turns: Tensor) -> None:
     """Turns the hue by `turns` (C,) of the circle, through Pillow's HSV of 256 levels each, as torchvision does."""
-    hue, chroma, value = _hue_chroma_value(x)
+    hue, chroma, value, spare = _hue_chroma_value(x)
     hue.add_((turns * 255).trunc_().view(-1, 1, 1))  # torchvision's int(turns * 255)
-    hue.sub_((hue * (1 / 256)).floor_(), alpha=256)  # bytes wrap at 256, though 255 is the whole circle
-    saturation = chroma.mul_(255).div_(value.clamp(min=1)).floor_()
+    hue.sub_(torch.mul(hue, 1 / 256, out=spare).floor_(), alpha=256)  # bytes wrap at 256, though 255 is the circle
+    saturation = chroma.mul_(255).div_(torch.clamp(value, min=1, out=spare)).floor_()
     # channel = round(value - value * saturation * below), below = how far from its own sectors the hue is, 0..1:
     # with value * saturation on 255^2 and below on 42.5 steps, a numerator exact in float32 over SECTOR_UNIT
     scaled = saturation.mul_(value)
     base = value.mul_(SECTOR_UNIT).add_(scaled, alpha=42.5)
     unit = x.new_full((), SECTOR_UNIT)  # as a tensor: a GPU multiplies by the reciprocal of a number instead
     for plane, centre in zip(x.unbind(1), (127.5, 85.0, 170.0)):
-        distance = (hue - centre).abs_()  # levels from the hue where this channel is highest
+        distance = torch.sub(hue, centre, out=spare).abs_()  # levels from the hue where this channel is highest
         if centre == 127.5:
             distance.neg_().add_(127.5)  # for red from where it is lowest: the circle closes at 0 = 255
         torch.addcmul(base, distance.clamp_(42.5, 85), scaled, value=-1, out=plane).div_(unit).round_()
 
 
-def _hue_chroma_value(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(C, 3, S, S) -> hue in whole levels of 1/255 turn, max - min, and max; each (C, S, S)."""
+def _hue_chroma_value(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(C, 3, S, S) -> hue in whole levels of 1/255 turn, max - min, max, and room to work in; each (C, S, S).
+
+    Planes are used again once they are spent, while they are still in the cache.
+    """
     red, green, blue = x.unbind(1)
     high, low = torch.maximum(green, blue), torch.minimum(green, blue)
-    value, second = torch.maximum(red, high), torch.minimum(red, high)
-    chroma = value - torch.minimum(red, low)
-    # 1 where the comparison holds and else 0; arithmetic on these is far quicker than torch.where
-    blue_above_green, red_not_highest = (blue - green).clamp_(0, 1), (value - red).clamp_(0, 1)
-    # 6 chroma * hue = |second - low + chroma * sector|, sector = 0, -6 (red highest), -2 (green), 4 (blue)
-    sector = blue_above_green.mul_(-6)
-    sector.addcmul_(red_not_highest, torch.add(x.new_full((), -2.0), sector, alpha=-2))
-    hue = second.sub_(low).addcmul_(sector, chroma).abs_().mul_(42.5)
-    return hue.div_(chroma.clamp(min=1)).floor_(), chroma, value
+    value = torch.maximum(red, high)
+    # sector = 0, -6 (red is highest, blue above green), -2 (green) or 4 (blue), from comparisons that give 1 or 0:
+    # arithmetic on these is far quicker than torch.where
+    sector = (blue - green).clamp_(0, 1).mul_(-6)
+    red_not_highest = (value - red).clamp_(0, 1)
+    spare = torch.add(x.new_full((), -2.0), sector, alpha=-2)
+    sector.addcmul_(red_not_highest, spare)
+    # 6 chroma * hue = |second - low + chroma * sector|
+    hue = torch.minimum(red, high, out=high).sub_(low)
+    chroma = torch.sub(value, torch.minimum(red, low, out=low), out=low)
+    hue.addcmul_(sector, chroma).abs_().mul_(42.5)
+    return hue.div_(torch.clamp(chroma, min=1, out=spare)).floor_(), chroma, value, spare
 
 
 def update_solarise(x: Tensor) -> None:
