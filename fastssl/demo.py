@@ -28,6 +28,7 @@ from fastssl.loaders.make import make_loader
 from fastssl.run import write_text
 from fastssl.train import pretrain
 
+IMAGES = 3000, 500  # to draw, for training and held out
 IMAGES_SEEN = 36_000  # what two CPU cores train on in three minutes
 # Small pictures and few steps want settings of their own; everything else is the default.
 SETTINGS = {
@@ -70,11 +71,11 @@ def main(argv: Sequence[str]) -> int:
     return demo(tyro.cli(DemoOptions, prog="fastssl demo", args=list(argv)))
 
 
-def demo(options: DemoOptions, images: tuple[int, int] = (3000, 500), images_seen: int = IMAGES_SEEN) -> int:
-    """The demo with `images` pictures drawn for (train, val). Returns the exit code."""
+def demo(options: DemoOptions) -> int:
+    """All of it, in order. Returns the exit code."""
     folder = Path(options.output) if options.output else free_folder(Path("runs"))
-    data = options.data or draw_images(folder / "images", options.seed, images)
-    config = make_demo_config(options, folder, data, images_seen)
+    data = options.data or draw_images(folder / "images", options.seed)
+    config = make_demo_config(options, folder, data)
     before, _ = measure(config, saved=None)
     if code := pretrain(config):
         return code
@@ -90,21 +91,21 @@ def free_folder(parent: Path) -> Path:
     return next(path for path in names if not path.exists())
 
 
-def draw_images(folder: Path, seed: int, images: tuple[int, int]) -> str:
+def draw_images(folder: Path, seed: int) -> str:
     """Draws the images unless they are there."""
     if not folder.exists():
-        print(f"drawing {sum(images)} images into {folder}", file=sys.stderr)
-        write_demo_images(folder, seed, *images)
+        print(f"drawing {sum(IMAGES)} images into {folder}", file=sys.stderr)
+        write_demo_images(folder, seed, *IMAGES)
     return str(folder)
 
 
-def make_demo_config(options: DemoOptions, folder: Path, data: str, images_seen: int) -> Config:
-    """The settings of the run: as many epochs, or part of one, as make `images_seen` images."""
+def make_demo_config(options: DemoOptions, folder: Path, data: str) -> Config:
+    """The settings of the run: as many epochs, or part of one, as make IMAGES_SEEN images."""
     num_images = make_loader("folder", data, batch_size=1, seed=0, device="cpu").num_images
     batch = min(BATCH, num_images // SETTINGS["bn_splits"] * SETTINGS["bn_splits"])
     if batch == 0:
         raise ValueError(f"{data} holds {num_images} images: the demo needs at least {SETTINGS['bn_splits']}")
-    steps = max(1, images_seen // batch)
+    steps = max(1, IMAGES_SEEN // batch)
     epochs = max(1, round(steps / (num_images // batch)))
     return replace(
         Config(data=data),

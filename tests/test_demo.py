@@ -1,0 +1,113 @@
+"""The demo: pictures that only shape tells apart, and the chain from drawing to the table."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+
+from fastssl import demo
+from fastssl.cli import main
+from fastssl.demo import free_folder
+from fastssl.demo_images import SHAPES, draw_picture, write_demo_images
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    labels = np.arange(1000) % len(SHAPES)
+    names = list(SHAPES)
+    return np.stack([draw_picture(names[c], np.random.default_rng(i), 32) for i, c in enumerate(labels)]), labels
+
+
+def test_shapes_cover_equal_areas_around_their_centre():
+    assert len(SHAPES) == 10
+    for name, outline in SHAPES.items():
+        points = np.stack(np.meshgrid(*[np.linspace(-1.5, 1.5, 200)] * 2), axis=-1).reshape(-1, 2)
+        inside = points[contains(outline, points)]
+        assert len(inside) * (3 / 199) ** 2 == pytest.approx(1, abs=0.03), name
+        np.testing.assert_allclose(inside.mean(axis=0), 0, atol=0.02, err_msg=name)
+
+
+def contains(outline, points):
+    """Even-odd rule: how often a ray to the right crosses the outline."""
+    crossings = np.zeros(len(points), dtype=int)
+    for (x0, y0), (x1, y1) in zip(outline, np.roll(outline, -1, axis=0)):
+        if y0 != y1:
+            spans = (points[:, 1] < max(y0, y1)) & (points[:, 1] >= min(y0, y1))
+            crossings += spans & (x0 + (points[:, 1] - y0) / (y1 - y0) * (x1 - x0) > points[:, 0])
+    return crossings % 2 == 1
+
+
+def test_colour_and_brightness_do_not_tell_the_class(pictures):
+    images, labels = pictures
+    x = images.astype(float) / 255
+    features = np.concatenate([x.mean((1, 2)), x.std((1, 2)), x.min((1, 2)), x.max((1, 2))], axis=1)
+    features = (features - features.mean(0)) / features.std(0)
+    model = LogisticRegression(max_iter=1000).fit(features[:700], labels[:700])
+    assert model.score(features[700:], labels[700:]) < 0.2  # chance is 0.1
+
+
+def test_pictures_are_a_function_of_the_seed(tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        write_demo_images(tmp_path / name, seed, train=20, val=10, size=16)
+    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.jpg"))
+    assert len(files) == 30 and len({f.parent for f in files}) == 20
+    contents = {name: [(tmp_path / name / f).read_bytes() for f in files] for name in "abc"}
+    assert contents["a"] == contents["b"]
+    assert len({*contents["a"], *contents["c"]}) == 60  # and no picture is another's, of either split
+    with Image.open(tmp_path / "a" / files[0]) as picture:
+        assert picture.size == (16, 16)
+    assert not (tmp_path / "a.partial").exists()
+
+
+def small_demo(monkeypatch, *argv):
+    monkeypatch.setattr(demo, "IMAGES", (80, 40))
+    monkeypatch.setattr(demo, "IMAGES_SEEN", 128)
+    return main(["demo", "--device", "cpu", *map(str, argv)])
+
+
+def test_from_nothing_to_the_table_and_again(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "out"
+    assert small_demo(monkeypatch, "--output", folder) == 0
+    table = capsys.readouterr().out
+    result = json.loads((folder / "demo.json").read_text())
+    assert list(result["knn_percent"]) == ["raw pixels", "untrained resnet18", "pretrained resnet18"]
+    for name, value in result["knn_percent"].items():
+        assert 0 <= value <= 100 and f"{name:<22}{value:5.1f} %" in table
+    for name in ("curves", "views", "checkpoint"):
+        assert result[name] in table and (tmp_path / result[name]).stat().st_size > 0
+    assert result["images_per_second"] > 0 and result["images_seen"] == 128
+
+    recorded = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if "knn" in line]
+    assert result["knn_percent"]["pretrained resnet18"] == pytest.approx(recorded[-1]["knn"], abs=0.01)
+
+    drawn = {p: p.stat().st_mtime_ns for p in folder.rglob("*.jpg")}
+    assert len(drawn) == 120
+    assert small_demo(monkeypatch, "--output", folder) == 0
+    assert drawn == {p: p.stat().st_mtime_ns for p in folder.rglob("*.jpg")}
+    assert "the run is complete" in capsys.readouterr().err
+    assert json.loads((folder / "demo.json").read_text())["knn_percent"] == result["knn_percent"]
+
+
+def test_an_image_folder_of_ones_own(tmp_path, image_folder, monkeypatch, capsys):
+    flat = tmp_path / "flat"
+    shutil.copytree(image_folder / "train" / "class0", flat)
+    assert small_demo(monkeypatch, "--data", flat, "--output", tmp_path / "out") == 0
+    assert "these images have no classes" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "demo.json").read_text())["knn_percent"] == {}
+    assert len(list(flat.iterdir())) == 8  # nothing was written there
+
+    for image in sorted(flat.iterdir())[2:]:
+        image.unlink()
+    assert small_demo(monkeypatch, "--data", flat, "--output", tmp_path / "few") == 1
+    assert "holds 2 images: the demo needs at least" in capsys.readouterr().err
+
+
+def test_a_new_folder_each_time(tmp_path):
+    names = []
+    for _ in range(3):
+        names.append(free_folder(tmp_path).name)
+        free_folder(tmp_path).mkdir()
+    assert names == ["demo", "demo-2", "demo-3"]
