@@ -20,6 +20,8 @@ STREAM_SHUFFLE = 17  # the key shuffle of a step
 STREAM_STEP = 18  # torch's own generators, reseeded every step (dropout)
 STREAM_SYNTHETIC = 19  # synthetic images
 STREAM_QUEUE = 20  # the queue's initial rows
+STREAM_DEMO = 21  # the demo's pictures
+STREAM_HELD_OUT = 22  # which training images a probe asks where there is no held-out split
 
 Word = TypeVar("Word", Tensor, int)
 

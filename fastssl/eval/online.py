@@ -15,12 +15,11 @@ from fastssl.eval.features import extract_features, gather_features
 from fastssl.eval.knn import knn_hits, to_rep_space
 from fastssl.loaders.make import Loader, make_loader
 from fastssl.plan import DTYPES, choose_precision
-from fastssl.random_key import random_bits
+from fastssl.random_key import STREAM_HELD_OUT, random_bits
 
 Probe = Callable[[nn.Module], float]
 HELD_OUT = ("val", "valid", "validation", "test")  # folders beside train/; the first one there is taken
 ASKED_OF_TRAIN = 5  # without one, one training image in so many is asked, and left out of the bank
-STREAM_HELD_OUT = 22  # of random_key: which images those are
 _FEWEST = 50  # images among which the hash is sure to choose some
 _BATCH = 256
 
