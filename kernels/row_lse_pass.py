@@ -144,7 +144,7 @@ def pass_over_queue(
         BLOCK_N=blocks.block_n,
         BLOCK_K=blocks.block_k,
         WIDEN_WEIGHTS=widen,
-        PRECISION=dot_precision(),
+        PRECISION="tf32" if widen else dot_precision(),  # TF32 holds float16 values exactly
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
     )
@@ -185,5 +185,5 @@ def weight_factors(scale: float, dtype: torch.dtype, widen: bool) -> tuple[float
 
 
 def dot_precision() -> str:
-    """How float32 operands are multiplied: TF32 if the user allowed it to PyTorch, else three TF32 products."""
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """How float32 operands are multiplied: TF32 if the user has allowed it to PyTorch, else in full."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
