@@ -49,7 +49,8 @@ def uniform_reference(q_ND: Tensor, queue_KD: Tensor, t: float, intra_batch: boo
     """
     distance2 = (2 - 2 * (q_ND @ queue_KD.T)).flatten()
     if intra_batch:
-        distance2 = torch.cat([distance2, torch.pdist(q_ND).square()])
+        wide_ND = q_ND.to(torch.promote_types(q_ND.dtype, torch.float32))  # pdist has no 16-bit kernel
+        distance2 = torch.cat([distance2, torch.pdist(wide_ND).square().to(q_ND.dtype)])
     return distance2.mul(-t).exp().mean().log()
 
 

@@ -1,4 +1,10 @@
-"""Block sizes of the pass over the queue: a literal table, so that every rank and run compiles the same kernel."""
+"""Block sizes of the pass over the queue: a literal table, so that every rank and run compiles the same kernel.
+
+Chosen from what the compiler makes of each candidate (`python -m fastssl.bench.compile_loss`): the largest tiles that
+spill no register, two programs to a multiprocessor where they fit, so that one computes exponentials while the other
+keeps the tensor cores busy. `python -m fastssl.bench.sweep_loss` measures the candidates on the GPU at hand and prints
+lines for this table; the ones below are not yet from a sweep.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +16,7 @@ DIMS = (32, 64, 128, 256)  # the feature dimensions the table knows
 
 
 class Blocks(NamedTuple):
-    """How one program of the kernel is cut and how many of them share a multiprocessor."""
+    """How one program of the kernel is cut, and how many programs share a multiprocessor."""
 
     block_n: int  # rows of x held by a program
     block_k: int  # rows of the queue per tile
@@ -19,15 +25,94 @@ class Blocks(NamedTuple):
     programs_per_sm: int
 
 
+# (family, bytes per element, number of scales) -> D -> blocks. Family 80 also serves the GPUs with 99 KB of shared
+# memory (8.6, 8.9, 12.x): every entry fits there.
+TABLE = {
+    (80, 2, 1): {
+        32: Blocks(128, 64, 4, 3, 2),
+        64: Blocks(128, 64, 4, 3, 2),
+        128: Blocks(128, 64, 8, 3, 1),
+        256: Blocks(64, 32, 4, 2, 2),
+    },
+    (80, 2, 2): {
+        32: Blocks(64, 64, 4, 3, 3),
+        64: Blocks(64, 64, 4, 3, 2),
+        128: Blocks(64, 32, 4, 3, 2),
+        256: Blocks(64, 32, 8, 2, 1),
+    },
+    (80, 4, 1): {
+        32: Blocks(64, 32, 4, 3, 4),
+        64: Blocks(64, 32, 8, 2, 1),
+        128: Blocks(32, 32, 8, 2, 2),
+        256: Blocks(32, 32, 8, 2, 1),
+    },
+    (80, 4, 2): {
+        32: Blocks(64, 32, 4, 3, 2),
+        64: Blocks(64, 32, 8, 2, 1),
+        128: Blocks(64, 32, 8, 2, 1),
+        256: Blocks(32, 16, 8, 2, 1),
+    },
+    (90, 2, 1): {
+        32: Blocks(128, 64, 4, 3, 2),
+        64: Blocks(128, 128, 4, 3, 2),
+        128: Blocks(64, 128, 4, 3, 2),
+        256: Blocks(128, 64, 8, 2, 1),
+    },
+    (90, 2, 2): {
+        32: Blocks(128, 64, 4, 3, 2),
+        64: Blocks(64, 64, 4, 3, 3),
+        128: Blocks(64, 64, 4, 3, 2),
+        256: Blocks(64, 32, 8, 2, 1),
+    },
+    (90, 4, 1): {
+        32: Blocks(64, 64, 4, 3, 3),
+        64: Blocks(64, 64, 8, 3, 1),
+        128: Blocks(64, 32, 8, 2, 1),
+        256: Blocks(32, 32, 8, 2, 2),
+    },
+    (90, 4, 2): {
+        32: Blocks(64, 32, 4, 3, 2),
+        64: Blocks(64, 32, 8, 2, 1),
+        128: Blocks(64, 32, 8, 2, 1),
+        256: Blocks(32, 16, 8, 2, 1),
+    },
+    (100, 2, 1): {
+        32: Blocks(64, 64, 4, 3, 3),
+        64: Blocks(64, 64, 4, 3, 3),
+        128: Blocks(128, 128, 8, 3, 1),
+        256: Blocks(128, 64, 8, 2, 1),
+    },
+    (100, 2, 2): {
+        32: Blocks(64, 64, 4, 3, 3),
+        64: Blocks(64, 64, 4, 3, 3),
+        128: Blocks(128, 64, 8, 3, 1),
+        256: Blocks(64, 32, 8, 2, 1),
+    },
+    (100, 4, 1): {
+        32: Blocks(64, 64, 4, 3, 3),
+        64: Blocks(64, 64, 8, 3, 1),
+        128: Blocks(64, 32, 8, 2, 2),
+        256: Blocks(32, 32, 8, 2, 2),
+    },
+    (100, 4, 2): {
+        32: Blocks(64, 32, 4, 3, 2),
+        64: Blocks(64, 32, 8, 2, 1),
+        128: Blocks(64, 32, 8, 2, 1),
+        256: Blocks(32, 16, 8, 2, 1),
+    },
+}
+
+
 def table_blocks(arch: int, dim: int, scales: int, itemsize: int) -> Blocks:
-    return Blocks(64, 64, 4, 3, 1)
+    """The table's entry for a compute capability times ten (90 for an H200), D, 1 or 2 scales, bytes per element."""
+    family = {9: 90, 10: 100}.get(arch // 10, 80)
+    return TABLE[family, itemsize, scales][dim]
 
 
 def find_blocks(device: torch.device, dim: int, scales: int, itemsize: int) -> tuple[Blocks, int]:
-    """The blocks for a kernel on this device and its number of multiprocessors (the interpreter plays one of 4)."""
+    """The blocks for a kernel on this device, and its number of multiprocessors (the interpreter plays four)."""
     if device.type != "cuda":
         return table_blocks(80, dim, scales, itemsize), 4
     properties = torch.cuda.get_device_properties(device)
-    return table_blocks(
-        properties.major * 10 + properties.minor, dim, scales, itemsize
-    ), properties.multi_processor_count
+    arch = properties.major * 10 + properties.minor
+    return table_blocks(arch, dim, scales, itemsize), properties.multi_processor_count

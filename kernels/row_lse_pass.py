@@ -10,6 +10,7 @@ Shapes: N = rows of x, K = rows of y (the queue), D = feature dimension, C = sca
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,7 +22,15 @@ from torch.library import wrap_triton
 
 from .row_lse_blocks import Blocks, find_blocks
 
-_FP16_MAX_SCALE = 22.0  # beyond, the weights of ordinary rows leave float16's range
+_FP16_MAX_SCALE = 10.0  # 2^15 exp(-2 * 10) is still a normal number in float16
+
+
+@triton.jit
+def _as_operand(weight, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """The weight as the tensor cores take it, so that sums and products are of the same numbers."""
+    if dtype == tl.float32 and PRECISION == "tf32":
+        weight = (weight.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # TF32 drops 13 bits
+    return weight.to(dtype)
 
 
 @triton.jit
@@ -82,13 +91,13 @@ def _pass_over_queue(
         if COUNT_ABOVE:
             above += tl.sum((dot > positive[:, None]).to(tl.int32), 1)
         values = y.to(tl.float32) if WIDEN_WEIGHTS else y
-        weight = tl.exp2(tl.fma(dot, scale0, -shift0))
-        sum0 += tl.sum(weight, 1)
-        mean0 = tl.dot(weight.to(values.dtype), values, mean0, input_precision=PRECISION)
+        weight = _as_operand(tl.exp2(tl.fma(dot, scale0, -shift0)), values.dtype, PRECISION)
+        sum0 += tl.sum(weight.to(tl.float32), 1)
+        mean0 = tl.dot(weight, values, mean0, input_precision=PRECISION)
         if C == 2:
-            weight = tl.exp2(tl.fma(dot, scale1, -shift1))
-            sum1 += tl.sum(weight, 1)
-            mean1 = tl.dot(weight.to(values.dtype), values, mean1, input_precision=PRECISION)
+            weight = _as_operand(tl.exp2(tl.fma(dot, scale1, -shift1)), values.dtype, PRECISION)
+            sum1 += tl.sum(weight.to(tl.float32), 1)
+            mean1 = tl.dot(weight, values, mean1, input_precision=PRECISION)
 
     row = part * C * N + n
     tl.store(sum_ptr + row, sum0, mask=n < N)
@@ -169,7 +178,7 @@ def split_queue(num: int, num_keys: int, blocks: Blocks, multiprocessors: int) -
 
 
 def weights_need_float32(scales: Sequence[float], dtype: torch.dtype) -> bool:
-    """Whether the second product takes its operands in float32 because the weights would leave float16's range."""
+    """Whether the second product takes its operands in float32 because weights could leave float16's range."""
     return dtype == torch.float16 and max(scales) > _FP16_MAX_SCALE
 
 
@@ -177,11 +186,17 @@ def weight_factors(scale: float, dtype: torch.dtype, widen: bool) -> tuple[float
     """(a, b) with weight = exp2(a dot - b) = exp(scale (dot - 1)) up to a factor that keeps it in range.
 
     |dot| <= 1 for unit rows. In float32 and bfloat16 the weight lies between exp(-87) and exp(75); float16 weights end
-    at 2^15, so that those of ordinary rows stay normal numbers.
+    at 2^15, so that those of ordinary rows stay normal numbers. Both numbers are float32 values, as the kernel takes
+    them, so that who undoes the shift undoes it exactly.
     """
+    factor = _float32(scale / math.log(2))
     if dtype == torch.float16 and not widen:
-        return scale / math.log(2), scale / math.log(2) - 15
-    return scale / math.log(2), min(scale, 87 - scale) / math.log(2)
+        return factor, _float32(factor - 15)
+    return factor, min(factor, _float32(87 / math.log(2) - factor))
+
+
+def _float32(number: float) -> float:
+    return struct.unpack("f", struct.pack("f", number))[0]
 
 
 def dot_precision() -> str:

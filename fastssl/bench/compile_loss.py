@@ -26,9 +26,7 @@ from fastssl.kernels.row_lse_blocks import Blocks, table_blocks
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
-def compile_pass(
-    arch: int, dtype: str, dim: int, scales: int, blocks: Blocks, options0={}, **flags: object
-) -> dict[str, object]:
+def compile_pass(arch: int, dtype: str, dim: int, scales: int, blocks: Blocks, **flags: object) -> dict[str, object]:
     """Compiles one variant of `row_lse`'s pass over the queue; arch is the compute capability times ten."""
     constants = {
         "D": dim,
@@ -49,7 +47,7 @@ def compile_pass(
     types |= dict.fromkeys(("scale0", "shift0", "scale1", "shift1"), "fp32")
     aligned = [i for i, kind in enumerate(types.values()) if kind[0] == "*" or kind == "i32"]
     source = ASTSource(_pass_over_queue, types, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages} | options0
+    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     report = {"arch": arch, "dtype": dtype, "dim": dim, "scales": scales, **blocks._asdict()}
     return report | _assemble(compiled.asm["ptx"], arch) | {"shared": compiled.metadata.shared}
