@@ -54,12 +54,12 @@ TABLE = {
     },
     (90, 2, 1): {
         32: Blocks(128, 64, 4, 3, 2),
-        64: Blocks(128, 128, 4, 3, 2),
+        64: Blocks(128, 64, 4, 3, 2),
         128: Blocks(64, 128, 4, 3, 2),
         256: Blocks(128, 64, 8, 2, 1),
     },
     (90, 2, 2): {
-        32: Blocks(128, 64, 4, 3, 2),
+        32: Blocks(64, 64, 4, 3, 3),
         64: Blocks(64, 64, 4, 3, 3),
         128: Blocks(64, 64, 4, 3, 2),
         256: Blocks(64, 32, 8, 2, 1),
@@ -105,14 +105,23 @@ TABLE = {
 
 def table_blocks(arch: int, dim: int, scales: int, itemsize: int) -> Blocks:
     """The table's entry for a compute capability times ten (90 for an H200), D, 1 or 2 scales, bytes per element."""
-    family = {9: 90, 10: 100}.get(arch // 10, 80)
-    return TABLE[family, itemsize, scales][dim]
+    return TABLE[family(arch), itemsize, scales][dim]
+
+
+def family(arch: int) -> int:
+    """The table's device family of a compute capability times ten."""
+    return {9: 90, 10: 100}.get(arch // 10, 80)
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability times ten; the interpreter plays an 8.0."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
 
 
 def find_blocks(device: torch.device, dim: int, scales: int, itemsize: int) -> tuple[Blocks, int]:
     """The blocks for a kernel on this device, and its number of multiprocessors (the interpreter plays four)."""
-    if device.type != "cuda":
-        return table_blocks(80, dim, scales, itemsize), 4
-    properties = torch.cuda.get_device_properties(device)
-    arch = properties.major * 10 + properties.minor
-    return table_blocks(arch, dim, scales, itemsize), properties.multi_processor_count
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return table_blocks(capability(device), dim, scales, itemsize), multiprocessors

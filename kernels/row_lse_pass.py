@@ -127,7 +127,7 @@ def pass_over_queue(
     """
     assert x_ND.dtype == y_KD.dtype
     (num, dim), num_keys, count = x_ND.shape, y_KD.shape[0], len(scales)
-    blocks, multiprocessors = find_blocks(x_ND.device, dim, count, y_KD.element_size())
+    blocks, multiprocessors = find_blocks(x_ND.device, dim, count, 4 if widen else y_KD.element_size())
     parts, keys_per_part = split_queue(num, num_keys, blocks, multiprocessors)
     factors = [weight_factors(scale, y_KD.dtype, widen) for scale in scales]
     sum_PCN = x_ND.new_empty(parts, count, num, dtype=torch.float32)
