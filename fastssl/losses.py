@@ -10,9 +10,7 @@ value and gradient (derivation in `kernels/README.md`); `kernels/queue_loss.py` 
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.kernels.reference import align_reference, contrast_reference, uniform_reference
-from fastssl.kernels.row_lse_blocks import DIMS
-from fastssl.kernels.row_lse_tiled import MAX_SCALE, row_lse_tiled
+from fastssl.kernels.row_lse_tiled import row_lse_tiled
+from fastssl.loss_checks import check_loss_inputs, check_shapes, choose_kernel
 
-KERNELS = ("auto", "triton", "tiled", "reference")
+__all__ = ["LossConfig", "MoCoLoss", "check_loss_inputs", "choose_kernel", "moco_loss"]
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,8 @@ def moco_loss(q: Tensor, k: Tensor, queue: Tensor, config: LossConfig, kernel: s
     check_shapes(q, k, queue)
     # float64 is for checking gradients, on the paths in plain PyTorch
     dtype = torch.float64 if q.dtype == torch.float64 else queue.dtype
-    max_scale = max(1 / config.temperature if config.contrast_weight else 0.0, 2 * config.uniform_t)
-    name, _ = choose_kernel(q.device, dtype, q.shape[1], kernel, max_scale)
+    temperature = config.temperature if config.contrast_weight else None
+    name, _ = choose_kernel(q.device, dtype, q.shape[1], kernel, temperature)
     with torch.autocast(q.device.type, enabled=False):
         q, k, queue = _widen(q), _widen(k.detach()), queue.detach()
         if name == "triton" and (config.contrast_weight or config.uniform_weight):
@@ -91,88 +89,6 @@ def moco_loss(q: Tensor, k: Tensor, queue: Tensor, config: LossConfig, kernel: s
             # autograd of the plain formulas keeps the queue for the backward, so it keeps a copy
             return _mix_terms(_reference_terms(q, k, queue.to(q.dtype, copy=True), config), config, q.dtype)
         return _mix_terms(_tiled_terms(q, k, queue, config), config, q.dtype)
-
-
-@torch.compiler.assume_constant_result
-def choose_kernel(
-    device: torch.device, dtype: torch.dtype, dim: int, requested: str = "auto", max_scale: float = 0.0
-) -> tuple[str, str]:
-    """The implementation a loss on this device runs with, and why in a few words.
-
-    dtype: the queue's; dim: the feature dimension D; max_scale: the larger of 1 / temperature and 2 uniform_t.
-    Raises ValueError when the one requested cannot run.
-    """
-    if requested not in KERNELS:
-        raise ValueError(f"unknown loss kernel {requested!r}: choose one of {', '.join(KERNELS)}")
-    if requested == "reference":
-        return requested, "requested"
-    too_sharp = f"1 / temperature or 2 uniform_t is {max_scale:.4g}, above {MAX_SCALE:g}: sums would leave float32"
-    obstacle = _triton_obstacle(device, dtype, dim)
-    if requested == "auto":
-        if max_scale > MAX_SCALE:
-            return "reference", too_sharp
-        if device.type == "cpu":  # where Triton may run too, interpreted, for tests
-            return "tiled", "no CUDA device"
-        return ("triton", f"{device.type} and D = {dim} suit it") if obstacle is None else ("tiled", obstacle)
-    if max_scale > MAX_SCALE:
-        raise ValueError(f"the {requested} loss kernel cannot run ({too_sharp}): take --loss-kernel auto")
-    if requested == "triton" and obstacle is not None:
-        raise ValueError(f"the triton loss kernel cannot run ({obstacle}): take --loss-kernel auto")
-    return requested, "requested"
-
-
-def _triton_obstacle(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
-    """Why the Triton kernel cannot run, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "no CUDA device"
-    if device.type not in ("cpu", "cuda"):
-        return f"no kernel for {device.type}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
-    if dim not in DIMS:
-        return f"D = {dim} is not one of {', '.join(map(str, DIMS))}"
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"no kernel for {dtype}"
-    return None
-
-
-def check_shapes(q: Tensor, k: Tensor, queue: Tensor) -> None:
-    """Raises ValueError, with the shapes and the mend, when the loss cannot take these tensors. Reads no values."""
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, queue {tuple(queue.shape)}"
-    if q.dim() != 2 or k.shape != q.shape:
-        raise ValueError(f"q and k must both be (N, D), one row per image, got {shapes}")
-    if queue.dim() != 2 or queue.shape[1] != q.shape[1]:
-        raise ValueError(f"the queue must be (K, D), one key per row, with the D of q, got {shapes}")
-    if 0 in q.shape or queue.shape[0] == 0:
-        raise ValueError(f"the loss needs at least one query and one row in the queue, got {shapes}")
-    for name, tensor in (("q", q), ("k", k), ("queue", queue)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype}: convert it with .float()")
-        if tensor.device != q.device:
-            raise ValueError(f"q is on {q.device} but {name} on {tensor.device}: move both to one device ({shapes})")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} is not contiguous: store its rows one after another, .contiguous() ({shapes})")
-
-
-def check_loss_inputs(q: Tensor, k: Tensor, queue: Tensor) -> None:
-    """Raises ValueError when shapes do not fit or rows are not unit vectors, which every kernel relies on.
-
-    Reads values on the host: for the first step and for debugging, not for every step.
-    """
-    check_shapes(q, k, queue)
-    for name, tensor in (("q", q), ("k", k), ("queue", queue)):
-        # rounding D elements moves a norm by at most half a unit in the last place; 4 leave room for the normalise
-        tolerance = max(4 * torch.finfo(tensor.dtype).eps, 1e-4)
-        norm = torch.linalg.vector_norm(tensor.detach(), dim=1, dtype=torch.promote_types(tensor.dtype, torch.float32))
-        bad = (~((norm - 1).abs() <= tolerance)).nonzero()  # "not <=" so that NaN counts as bad
-        if len(bad):
-            row = int(bad[0])
-            raise ValueError(
-                f"{len(bad)} of {len(norm)} rows of {name} {tuple(tensor.shape)} are not unit vectors (row {row} has "
-                f"norm {norm[row]:.4g}): pass it through torch.nn.functional.normalize(..., dim=1) in float32"
-            )
 
 
 def _widen(tensor: Tensor) -> Tensor:
@@ -193,9 +109,8 @@ def _reference_terms(q_ND: Tensor, k_ND: Tensor, queue_KD: Tensor, config: LossC
 
 def _tiled_terms(q_ND: Tensor, k_ND: Tensor, queue_KD: Tensor, config: LossConfig) -> dict[str, Tensor]:
     """The terms as algebra over row-wise log-sum-exps; rows are added up in float64, which costs nothing at (N,)."""
-    scales = [1 / config.temperature] * (config.contrast_weight > 0) + [2 * config.uniform_t] * (
-        config.uniform_weight > 0
-    )
+    scales = [1 / config.temperature] if config.contrast_weight else []
+    scales += [2 * config.uniform_t] if config.uniform_weight else []
     terms = {"align": align_reference(q_ND, k_ND, config.align_alpha)} if config.align_weight else {}
     if not scales:
         return terms

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from .row_lse_blocks import DIMS
-from .row_lse_pass import pass_over_queue, weights_need_float32
+from .row_lse_pass import on_device_of, pass_over_queue
+from .row_lse_plan import weights_need_float32
 from .row_lse_tiled import MAX_SCALE, SCHEMA, fake_row_lse, row_lse_gradient, save_for_gradient
 
 
@@ -91,29 +92,30 @@ def row_lse(
     assert dim in DIMS and y_KD.shape[1] == dim and count in (1, 2) and max(scales) <= MAX_SCALE
     widen = weights_need_float32(scales, y_KD.dtype)
     x_ND = x_ND.to(y_KD.dtype)  # cast here: in the kernel it would keep x out of shared memory
-    sum_PCN, mean_PCND, above_PN, offsets = pass_over_queue(x_ND, y_KD, scales, positive_N, exclude_self, widen)
-    lse_CN = x_ND.new_empty(count, num, dtype=torch.float32)
-    mean_CND = x_ND.new_empty(count, num, dim, dtype=torch.float32)
-    above_N = x_ND.new_empty(above_PN.shape[1], dtype=torch.int32)
-    rows = rows_per_program(x_ND)
-    wrap_triton(_add_parts)[(triton.cdiv(count * num, rows),)](
-        sum_PCN,
-        mean_PCND,
-        above_PN,
-        lse_CN,
-        mean_CND,
-        above_N,
-        num,
-        sum_PCN.shape[0],
-        offsets[0],
-        offsets[-1],
-        D=dim,
-        C=count,
-        COUNT_ABOVE=positive_N is not None,
-        BLOCK_R=rows,
-        BLOCK_P=16,
-        num_warps=4,
-    )
+    with on_device_of(x_ND):
+        sum_PCN, mean_PCND, above_PN, offsets = pass_over_queue(x_ND, y_KD, scales, positive_N, exclude_self, widen)
+        lse_CN = x_ND.new_empty(count, num, dtype=torch.float32)
+        mean_CND = x_ND.new_empty(count, num, dim, dtype=torch.float32)
+        above_N = x_ND.new_empty(above_PN.shape[1], dtype=torch.int32)
+        rows = rows_per_program(x_ND)
+        wrap_triton(_add_parts)[(triton.cdiv(count * num, rows),)](
+            sum_PCN,
+            mean_PCND,
+            above_PN,
+            lse_CN,
+            mean_CND,
+            above_N,
+            num,
+            sum_PCN.shape[0],
+            offsets[0],
+            offsets[-1],
+            D=dim,
+            C=count,
+            COUNT_ABOVE=positive_N is not None,
+            BLOCK_R=rows,
+            BLOCK_P=16,
+            num_warps=4,
+        )
     return lse_CN, mean_CND, above_N
 
 

@@ -10,8 +10,8 @@ Shapes: N = rows of x, K = rows of y (the queue), D = feature dimension, C = sca
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -20,9 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .row_lse_blocks import Blocks, find_blocks
-
-_FP16_MAX_SCALE = 10.0  # 2^15 exp(-2 * 10) is still a normal number in float16
+from .row_lse_blocks import find_blocks
+from .row_lse_plan import dot_precision, split_queue, weight_factors
 
 
 @triton.jit
@@ -128,7 +127,7 @@ def pass_over_queue(
     assert x_ND.dtype == y_KD.dtype
     (num, dim), num_keys, count = x_ND.shape, y_KD.shape[0], len(scales)
     blocks, multiprocessors = find_blocks(x_ND.device, dim, count, 4 if widen else y_KD.element_size())
-    parts, keys_per_part = split_queue(num, num_keys, blocks, multiprocessors)
+    parts, keys_per_part = split_queue(int(num), int(num_keys), blocks, multiprocessors)
     factors = [weight_factors(scale, y_KD.dtype, widen) for scale in scales]
     sum_PCN = x_ND.new_empty(parts, count, num, dtype=torch.float32)
     mean_PCND = x_ND.new_empty(parts, count, num, dim, dtype=torch.float32)
@@ -161,44 +160,6 @@ def pass_over_queue(
     return QueuePass(sum_PCN, mean_PCND, above_PN, offsets)
 
 
-def split_queue(num: int, num_keys: int, blocks: Blocks, multiprocessors: int) -> tuple[int, int]:
-    """How many parts the queue is cut into, and keys per part (a multiple of the tile), to fill the device.
-
-    The fewest parts among those with the least work on the busiest multiprocessor, a program's start and end counted
-    as one tile.
-    """
-    row_blocks, tiles = triton.cdiv(num, blocks.block_n), triton.cdiv(num_keys, blocks.block_k)
-    places = multiprocessors * blocks.programs_per_sm
-    parts = min(
-        range(1, min(tiles, places) + 1),
-        key=lambda parts: triton.cdiv(row_blocks * parts, places) * (triton.cdiv(tiles, parts) + 1),
-    )
-    tiles_per_part = triton.cdiv(tiles, parts)
-    return triton.cdiv(tiles, tiles_per_part), tiles_per_part * blocks.block_k
-
-
-def weights_need_float32(scales: Sequence[float], dtype: torch.dtype) -> bool:
-    """Whether the second product takes its operands in float32 because weights could leave float16's range."""
-    return dtype == torch.float16 and max(scales) > _FP16_MAX_SCALE
-
-
-def weight_factors(scale: float, dtype: torch.dtype, widen: bool) -> tuple[float, float]:
-    """(a, b) with weight = exp2(a dot - b) = exp(scale (dot - 1)) up to a factor that keeps it in range.
-
-    |dot| <= 1 for unit rows. In float32 and bfloat16 the weight lies between exp(-87) and exp(75); float16 weights end
-    at 2^15, so that those of ordinary rows stay normal numbers. Both numbers are float32 values, as the kernel takes
-    them, so that who undoes the shift undoes it exactly.
-    """
-    factor = _float32(scale / math.log(2))
-    if dtype == torch.float16 and not widen:
-        return factor, _float32(factor - 15)
-    return factor, min(factor, _float32(87 / math.log(2) - factor))
-
-
-def _float32(number: float) -> float:
-    return struct.unpack("f", struct.pack("f", number))[0]
-
-
-def dot_precision() -> str:
-    """How float32 operands are multiplied: TF32 if the user has allowed it to PyTorch, else in full."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def on_device_of(tensor: Tensor) -> AbstractContextManager:
+    """Launches go to the current GPU, so make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -369,17 +369,18 @@ def test_choice_of_kernel_is_explained(monkeypatch):
     assert choose_kernel(CUDA, torch.bfloat16, 128)[0] == "triton"
     assert choose_kernel(CUDA, torch.bfloat16, 100) == ("tiled", "D = 100 is not one of 32, 64, 128, 256")
     assert choose_kernel(CUDA, torch.float64, 128) == ("tiled", "no kernel for torch.float64")
-    name, why = choose_kernel(CUDA, torch.float32, 128, max_scale=100.0)
-    assert name == "reference" and "100, above 75" in why
+    assert choose_kernel(CUDA, torch.float32, 128, "auto", 0.01) == ("reference", "temperature 0.01 is below 1/75")
+    assert choose_kernel(CUDA, torch.float32, 128, "tiled", 0.07) == ("tiled", "requested")
     assert choose_kernel(CUDA, torch.float32, 128, "reference") == ("reference", "requested")
-    for requested, device, dim, scale, words in [
-        ("cuda", CPU, 128, 0.0, "unknown loss kernel 'cuda': choose one of auto"),
-        ("triton", CPU, 128, 0.0, "cannot run .no CUDA device.: take --loss-kernel auto"),
-        ("triton", CUDA, 96, 0.0, "cannot run .D = 96 is not one of"),
-        ("triton", CUDA, 128, 100.0, "cannot run .1 / temperature or 2 uniform_t is 100"),
+    for requested, device, dim, temperature, words in [
+        ("cuda", CPU, 128, None, "unknown loss kernel 'cuda': choose one of auto"),
+        ("triton", CPU, 128, None, "cannot run .no CUDA device.: take --loss-kernel auto"),
+        ("triton", CUDA, 96, 0.07, "cannot run .D = 96 is not one of"),
+        ("triton", CUDA, 128, 0.01, "triton loss kernel cannot run .temperature 0.01 is below 1/75"),
+        ("tiled", CPU, 128, 0.01, "tiled loss kernel cannot run .temperature 0.01 is below 1/75"),
     ]:
         with pytest.raises(ValueError, match=words):
-            choose_kernel(device, torch.float32, dim, requested, scale)
+            choose_kernel(device, torch.float32, dim, requested, temperature)
 
 
 def test_sharp_temperature_takes_the_plain_formulas():
