@@ -44,6 +44,7 @@ def row_lse_tiled(
     lse_CN = x_ND.new_empty(count, num, dtype=dtype)
     mean_CND = x_ND.new_empty(count, num, dim, dtype=dtype)
     above_N = x_ND.new_zeros(0 if positive_N is None else num, dtype=torch.int32)
+    buffers = x_ND.new_empty(2, min(num, _TILE_N), min(y_KD.shape[0], _TILE_K), dtype=dtype)
     for first in range(0, num, _TILE_N):
         rows = slice(first, first + _TILE_N)
         x_nD = x_ND[rows].to(dtype)
@@ -51,14 +52,14 @@ def row_lse_tiled(
         mean_CnD = mean_CND[:, rows].zero_()
         for start in range(0, y_KD.shape[0], _TILE_K):
             y_kD = y_KD[start : start + _TILE_K].to(dtype)
-            dot_nk = x_nD @ y_kD.T
-            work_nk = torch.empty_like(dot_nk) if count > 1 or positive_N is not None else None
+            dot_nk, work_nk = buffers[:, : len(x_nD), : len(y_kD)]
+            torch.mm(x_nD, y_kD.T, out=dot_nk)
             if positive_N is not None:  # as 0.0 and 1.0: booleans are slow to make and to add
                 above_N[rows] += torch.gt(dot_nk, positive_N[rows, None], out=work_nk).sum(1).to(torch.int32)
             if exclude_self:
                 dot_nk.diagonal(offset=first - start).fill_(-torch.inf)
             for c, scale in enumerate(scales):
-                weight_nk = torch.mul(dot_nk, scale, out=work_nk if c + 1 < count else dot_nk).exp_()
+                weight_nk = torch.mul(dot_nk, scale, out=work_nk).exp_()
                 sum_Cn[c] += weight_nk.sum(1)
                 mean_CnD[c].addmm_(weight_nk, y_kD)
         mean_CnD /= sum_Cn[:, :, None]

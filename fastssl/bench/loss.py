@@ -88,6 +88,7 @@ def measure(
 ) -> dict[str, object]:
     """One line of the result: seconds, extra bytes and percent of the floor of each contestant."""
     config = TERMS[terms]
+    torch.compiler.reset()  # every shape is compiled anew
     contestants = make_contestants(num, queue_size, dim, config, device, compiled)
     ceilings = make_ceilings(device)
     extra = {name: peak_extra_bytes(function, device) for name, function in contestants.items()}
