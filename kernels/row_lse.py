@@ -81,7 +81,7 @@ def row_lse(
 
         lse[c, i] = log sum_j exp(scales[c] (x_i . y_j - 1))
         mean[c, i] = sum_j softmax_j(scales[c] x_i . y_j) y_j, so that d lse[c, i] / d x_i = scales[c] mean[c, i]
-        above[i] = how many j have x_i . y_j > positive_i
+        above[i] = how many j have x_i . y_j > positive_i + TIE
 
     x_ND, y_KD: unit rows, contiguous, float32, float16 or bfloat16; x is rounded to the dtype of y for the tensor
     cores, sums are float32. D in DIMS; scales: in (0, MAX_SCALE]; positive_N: (N,) float32 or None (then above is

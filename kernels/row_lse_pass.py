@@ -22,6 +22,9 @@ from torch.library import wrap_triton
 
 from .row_lse_blocks import find_blocks
 from .row_lse_plan import dot_precision, split_queue, weight_factors
+from .row_lse_tiled import TIE
+
+_TIE = tl.constexpr(TIE)
 
 
 @triton.jit
@@ -71,7 +74,7 @@ def _pass_over_queue(
         sum1 = tl.zeros([BLOCK_N], tl.float32)
         mean1 = tl.zeros([BLOCK_N, D], tl.float32)
     if COUNT_ABOVE:
-        positive = tl.load(positive_ptr + n, mask=n < N, other=0.0)
+        threshold = tl.load(positive_ptr + n, mask=n < N, other=0.0) + _TIE
         above = tl.zeros([BLOCK_N], tl.int32)
 
     k = tl.arange(0, BLOCK_K)
@@ -88,7 +91,7 @@ def _pass_over_queue(
         if not EVEN_K:
             dot = tl.where(k[None, :] < K - start, dot, -float("inf"))
         if COUNT_ABOVE:
-            above += tl.sum((dot > positive[:, None]).to(tl.int32), 1)
+            above += tl.sum((dot > threshold[:, None]).to(tl.int32), 1)
         values = y.to(tl.float32) if WIDEN_WEIGHTS else y
         weight = _as_operand(tl.exp2(tl.fma(dot, scale0, -shift0)), values.dtype, PRECISION)
         sum0 += tl.sum(weight.to(tl.float32), 1)

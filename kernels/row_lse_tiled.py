@@ -18,7 +18,8 @@ SCHEMA = (
     " -> (Tensor, Tensor, Tensor)"
 )
 MAX_SCALE = 75.0  # exp(scale) summed over any queue, and exp(-scale), stay inside float32
-_TILE_N, _TILE_K = 256, 4096  # 4 MB of dot products: they stay in cache, and threads meet seldom
+TIE = 1e-6  # a row counts as above another only beyond rounding
+_TILE_N, _TILE_FLOATS = 256, 2**21  # 8 MB of dot products: they stay in cache, and threads meet seldom
 
 
 @torch.library.custom_op("fastssl::row_lse_tiled", mutates_args=(), schema=SCHEMA)
@@ -33,7 +34,7 @@ def row_lse_tiled(
 
         lse[c, i] = log sum_j exp(scales[c] (x_i . y_j - 1))
         mean[c, i] = sum_j softmax_j(scales[c] x_i . y_j) y_j, so that d lse[c, i] / d x_i = scales[c] mean[c, i]
-        above[i] = how many j have x_i . y_j > positive_i
+        above[i] = how many j have x_i . y_j > positive_i + TIE
 
     x_ND, y_KD: unit rows, any float dtype; positive_N: (N,) or None (then above is empty); scales: at most MAX_SCALE;
     exclude_self: leaves out j = i, for y = x. Returns lse (C, N) and mean (C, N, D) in float32 (float64 for float64 x),
@@ -44,22 +45,26 @@ def row_lse_tiled(
     lse_CN = x_ND.new_empty(count, num, dtype=dtype)
     mean_CND = x_ND.new_empty(count, num, dim, dtype=dtype)
     above_N = x_ND.new_zeros(0 if positive_N is None else num, dtype=torch.int32)
-    buffers = x_ND.new_empty(2, min(num, _TILE_N), min(y_KD.shape[0], _TILE_K), dtype=dtype)
+    num_buffers = 1 if count == 1 and positive_N is None else 2
+    tile_k = min(y_KD.shape[0], _TILE_FLOATS // _TILE_N // num_buffers)
+    buffers = x_ND.new_empty(num_buffers, min(num, _TILE_N), tile_k, dtype=dtype)
     for first in range(0, num, _TILE_N):
         rows = slice(first, first + _TILE_N)
-        x_nD = x_ND[rows].to(dtype)
+        x_nD = x_ND[rows].to(dtype) * scales[0]
         sum_Cn = x_nD.new_zeros(count, len(x_nD))
         mean_CnD = mean_CND[:, rows].zero_()
-        for start in range(0, y_KD.shape[0], _TILE_K):
-            y_kD = y_KD[start : start + _TILE_K].to(dtype)
-            dot_nk, work_nk = buffers[:, : len(x_nD), : len(y_kD)]
-            torch.mm(x_nD, y_kD.T, out=dot_nk)
+        for start in range(0, y_KD.shape[0], tile_k):
+            y_kD = y_KD[start : start + tile_k].to(dtype)
+            logit_nk, *work_nk = buffers[:, : len(x_nD), : len(y_kD)]
+            torch.mm(x_nD, y_kD.T, out=logit_nk)
             if positive_N is not None:  # as 0.0 and 1.0: booleans are slow to make and to add
-                above_N[rows] += torch.gt(dot_nk, positive_N[rows, None], out=work_nk).sum(1).to(torch.int32)
+                threshold_n = (positive_N[rows, None] + TIE) * scales[0]
+                above_N[rows] += torch.gt(logit_nk, threshold_n, out=work_nk[0]).sum(1).to(torch.int32)
             if exclude_self:
-                dot_nk.diagonal(offset=first - start).fill_(-torch.inf)
-            for c, scale in enumerate(scales):
-                weight_nk = torch.mul(dot_nk, scale, out=work_nk).exp_()
+                logit_nk.diagonal(offset=first - start).fill_(-torch.inf)
+            for c in reversed(range(count)):
+                ratio = scales[c] / scales[0]
+                weight_nk = (torch.mul(logit_nk, ratio, out=work_nk[0]) if c else logit_nk).exp_()
                 sum_Cn[c] += weight_nk.sum(1)
                 mean_CnD[c].addmm_(weight_nk, y_kD)
         mean_CnD /= sum_Cn[:, :, None]

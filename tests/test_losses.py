@@ -92,7 +92,7 @@ def test_each_term_alone(term, kernel):
 @pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (1, 7), (5, 33), (64, 1000)])
 def test_closed_forms_when_all_features_are_equal(n, k, kernel):
-    row = F.normalize(torch.ones(1, 64, device=device_of(kernel)), dim=1)
+    row = F.normalize(torch.arange(1.0, 65, device=device_of(kernel))[None], dim=1)
     q = row.expand(n, -1).contiguous().requires_grad_()
     loss = moco_loss(q, row.expand(n, -1).contiguous(), row.expand(k, -1).contiguous(), LossConfig(**ALL_ON), kernel)
     assert loss.contrast.item() == pytest.approx(math.log(k + 1), rel=1e-6)
