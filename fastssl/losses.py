@@ -4,7 +4,8 @@
 
 Shapes: N = queries of this rank, K = rows of the queue, D = feature dimension. Rows are unit vectors; the queue is
 the one before this step's keys enter it; only q receives a gradient. The published formulas stand in
-`kernels/reference.py`, the algebra that reduces them to one pass over the queue in `kernels/README.md`.
+`kernels/reference.py`. `_tiled_terms` reduces them to row-wise log-sum-exps, so that one pass over the queue yields
+value and gradient (derivation in `kernels/README.md`); `kernels/queue_loss.py` does all of it in Triton.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.kernels.reference import align_reference, contrast_reference, uniform_reference
+from fastssl.kernels.row_lse_tiled import row_lse_tiled
+from fastssl.loss_checks import check_loss_inputs, check_shapes, choose_kernel
 
-KERNELS = ("auto", "triton", "reference")
+__all__ = ["LossConfig", "MoCoLoss", "check_loss_inputs", "choose_kernel", "moco_loss"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,10 @@ class LossConfig:
 
 
 class MoCoLoss(NamedTuple):
-    """The loss and its parts, 0-dim tensors on the device; a part that was not computed (weight 0) is None."""
+    """The loss and its parts, 0-dim tensors on the device.
+
+    Parts are detached (they may be kept for a log without keeping the graph), and None where the weight is 0.
+    """
 
     total: Tensor  # the weighted mix, to call backward on
     contrast: Tensor | None
@@ -70,58 +77,18 @@ def moco_loss(q: Tensor, k: Tensor, queue: Tensor, config: LossConfig, kernel: s
     Raises ValueError when shapes, devices or layouts do not fit (no host sync; `check_loss_inputs` looks at values).
     """
     check_shapes(q, k, queue)
-    choose_kernel(q.device, queue.dtype, q.shape[1], kernel)
+    # float64 is for checking gradients, on the paths in plain PyTorch
+    dtype = torch.float64 if q.dtype == torch.float64 else queue.dtype
+    temperature = config.temperature if config.contrast_weight else None
+    name, _ = choose_kernel(q.device, dtype, q.shape[1], kernel, temperature)
     with torch.autocast(q.device.type, enabled=False):
         q, k, queue = _widen(q), _widen(k.detach()), queue.detach()
-        # autograd of the plain formula keeps the queue for the backward, so it keeps a copy
-        return _mix_terms(_reference_terms(q, k, queue.to(q.dtype, copy=True), config), config)
-
-
-def choose_kernel(device: torch.device, dtype: torch.dtype, dim: int, requested: str = "auto") -> tuple[str, str]:
-    """The implementation a loss on this device runs with, and why in a few words.
-
-    dtype: the queue's; dim: the feature dimension D. Raises ValueError when the one requested cannot run.
-    """
-    if requested not in KERNELS:
-        raise ValueError(f"unknown loss kernel {requested!r}: choose one of {', '.join(KERNELS)}")
-    return "reference", "the only one yet"
-
-
-def check_shapes(q: Tensor, k: Tensor, queue: Tensor) -> None:
-    """Raises ValueError, with the shapes and the mend, when the loss cannot take these tensors. Reads no values."""
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, queue {tuple(queue.shape)}"
-    if q.dim() != 2 or k.shape != q.shape:
-        raise ValueError(f"q and k must both be (N, D), one row per image, got {shapes}")
-    if queue.dim() != 2 or queue.shape[1] != q.shape[1]:
-        raise ValueError(f"the queue must be (K, D), one key per row, with the D of q, got {shapes}")
-    if 0 in q.shape or queue.shape[0] == 0:
-        raise ValueError(f"the loss needs at least one query and one row in the queue, got {shapes}")
-    for name, tensor in (("q", q), ("k", k), ("queue", queue)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype}: convert it with .float()")
-        if tensor.device != q.device:
-            raise ValueError(f"q is on {q.device} but {name} on {tensor.device}: move both to one device ({shapes})")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} is not contiguous: store its rows one after another, .contiguous() ({shapes})")
-
-
-def check_loss_inputs(q: Tensor, k: Tensor, queue: Tensor) -> None:
-    """Raises ValueError when shapes do not fit or rows are not unit vectors, which every kernel relies on.
-
-    Reads values on the host: for the first step and for debugging, not for every step.
-    """
-    check_shapes(q, k, queue)
-    for name, tensor in (("q", q), ("k", k), ("queue", queue)):
-        # rounding D elements moves a norm by at most half a unit in the last place; 4 leave room for the normalise
-        tolerance = max(4 * torch.finfo(tensor.dtype).eps, 1e-4)
-        norm = torch.linalg.vector_norm(tensor.detach(), dim=1, dtype=torch.promote_types(tensor.dtype, torch.float32))
-        bad = (~((norm - 1).abs() <= tolerance)).nonzero()  # "not <=" so that NaN counts as bad
-        if len(bad):
-            row = int(bad[0])
-            raise ValueError(
-                f"{len(bad)} of {len(norm)} rows of {name} {tuple(tensor.shape)} are not unit vectors (row {row} has "
-                f"norm {norm[row]:.4g}): pass it through torch.nn.functional.normalize(..., dim=1) in float32"
-            )
+        if name == "triton" and (config.contrast_weight or config.uniform_weight):
+            return _triton_loss(q, k, queue, config)
+        if name == "reference":
+            # autograd of the plain formulas keeps the queue for the backward, so it keeps a copy
+            return _mix_terms(_reference_terms(q, k, queue.to(q.dtype, copy=True), config), config, q.dtype)
+        return _mix_terms(_tiled_terms(q, k, queue, config), config, q.dtype)
 
 
 def _widen(tensor: Tensor) -> Tensor:
@@ -140,12 +107,55 @@ def _reference_terms(q_ND: Tensor, k_ND: Tensor, queue_KD: Tensor, config: LossC
     return terms
 
 
+def _tiled_terms(q_ND: Tensor, k_ND: Tensor, queue_KD: Tensor, config: LossConfig) -> dict[str, Tensor]:
+    """The terms as algebra over row-wise log-sum-exps; rows are added up in float64, which costs nothing at (N,)."""
+    scales = [1 / config.temperature] if config.contrast_weight else []
+    scales += [2 * config.uniform_t] if config.uniform_weight else []
+    terms = {"align": align_reference(q_ND, k_ND, config.align_alpha)} if config.align_weight else {}
+    if not scales:
+        return terms
+    positive_N = (q_ND * k_ND).sum(1)
+    counted_N = positive_N.detach() if config.contrast_weight else None
+    lse_CN, _, above_N = row_lse_tiled(q_ND, queue_KD, scales, counted_N)
+    if config.contrast_weight:
+        # logaddexp(lse, key) - key, all relative to the logit of an identical pair
+        terms["contrast"] = F.softplus(lse_CN[0].double() - (positive_N.double() - 1) / config.temperature).mean()
+        terms |= _accuracy(above_N)
+    if config.uniform_weight:
+        terms["uniform"] = _pool_pairs(lse_CN[-1], q_ND, queue_KD.shape[0], config)
+    return terms
+
+
+def _pool_pairs(lse_N: Tensor, q_ND: Tensor, queue_size: int, config: LossConfig) -> Tensor:
+    """log of the mean of exp(-t d^2) over the pairs with the queue (their log-sum-exps given) and inside the batch."""
+    num = q_ND.shape[0]
+    log_sum, pairs = torch.logsumexp(lse_N.double(), 0), num * queue_size
+    if config.intra_batch and num > 1:
+        inside_N = row_lse_tiled(q_ND, q_ND.detach(), [2 * config.uniform_t], None, exclude_self=True)[0][0]
+        inside = torch.logsumexp(inside_N.double(), 0) - math.log(2)  # every pair stands in two rows
+        # each query has had the gradient of its own row alone; by symmetry the other rows give as much again
+        inside = 2 * inside - inside.detach()
+        log_sum, pairs = torch.logaddexp(log_sum, inside), pairs + num * (num - 1) / 2
+    return log_sum - math.log(pairs)
+
+
+def _triton_loss(q_ND: Tensor, k_ND: Tensor, queue_KD: Tensor, config: LossConfig) -> MoCoLoss:
+    from fastssl.kernels.queue_loss import queue_loss  # only here: it needs Triton
+
+    c = config
+    weights = (c.contrast_weight, c.temperature, c.align_weight, c.align_alpha, c.uniform_weight, c.uniform_t)
+    total, parts, *_ = queue_loss(q_ND, k_ND, queue_KD, *weights, c.intra_batch)
+    computed = (c.contrast_weight, c.align_weight, c.uniform_weight, c.contrast_weight, c.contrast_weight)
+    return MoCoLoss(total, *(part if weight else None for part, weight in zip(parts.unbind(), computed)))
+
+
 def _accuracy(above_N: Tensor) -> dict[str, Tensor]:
     """Percent of queries whose key is among the nearest 1 and 5, from how many queue rows are nearer than the key."""
     return {"top1": 100 * (above_N < 1).float().mean(), "top5": 100 * (above_N < 5).float().mean()}
 
 
-def _mix_terms(terms: dict[str, Tensor], config: LossConfig) -> MoCoLoss:
+def _mix_terms(terms: dict[str, Tensor], config: LossConfig, dtype: torch.dtype) -> MoCoLoss:
     names = [name for name in ("contrast", "align", "uniform") if name in terms]
     total = sum(getattr(config, f"{name}_weight") * terms[name] for name in names)
-    return MoCoLoss(total, *(terms.get(name) for name in MoCoLoss._fields[1:]))
+    parts = {name: term.detach().to(dtype) for name, term in terms.items()}
+    return MoCoLoss(total.to(dtype), *(parts.get(name) for name in MoCoLoss._fields[1:]))

@@ -13,17 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .row_lse_tiled import TIE
+
 
 def contrast_reference(q_ND: Tensor, k_ND: Tensor, queue_KD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """InfoNCE against the queue (MoCo, arXiv 1911.05722, Eq. 1): cross entropy of [q.k | q.queue] / temperature.
 
-    Returns the mean loss () and, for each query, how many queue rows are nearer to it than its key: above (N,) int64.
+    Returns the mean loss () and, for each query, how many queue rows are nearer to it than its key, beyond rounding:
+    above (N,) int64.
     """
     positive_N = (q_ND * k_ND).sum(1)
     negative_NK = q_ND @ queue_KD.T
     logits = torch.cat([positive_N[:, None], negative_NK], dim=1) / temperature  # (N, 1 + K)
     target = torch.zeros(q_ND.shape[0], dtype=torch.int64, device=q_ND.device)
-    above_N = (negative_NK > positive_N[:, None]).sum(1)
+    above_N = (negative_NK > positive_N[:, None] + TIE).sum(1)
     return F.cross_entropy(logits, target), above_N
 
 
@@ -49,7 +52,8 @@ def uniform_reference(q_ND: Tensor, queue_KD: Tensor, t: float, intra_batch: boo
     """
     distance2 = (2 - 2 * (q_ND @ queue_KD.T)).flatten()
     if intra_batch:
-        distance2 = torch.cat([distance2, torch.pdist(q_ND).square()])
+        wide_ND = q_ND.to(torch.promote_types(q_ND.dtype, torch.float32))  # pdist has no 16-bit kernel
+        distance2 = torch.cat([distance2, torch.pdist(wide_ND).square().to(q_ND.dtype)])
     return distance2.mul(-t).exp().mean().log()
 
 
@@ -64,7 +68,7 @@ def row_lse_reference(
     dot_NK = x_ND @ y_KD.T
     above_N = dot_NK.new_empty(0, dtype=torch.int32)
     if positive_N is not None:
-        above_N = (dot_NK > positive_N[:, None]).sum(1, dtype=torch.int32)
+        above_N = (dot_NK > positive_N[:, None] + TIE).sum(1, dtype=torch.int32)
     if exclude_self:
         dot_NK = dot_NK.masked_fill(torch.eye(*dot_NK.shape, dtype=torch.bool, device=dot_NK.device), -torch.inf)
     logits_CNK = torch.stack([scale * (dot_NK - 1) for scale in scales])

@@ -1,0 +1,1 @@
+"""Measurements: one file per stage, run through `bench_throughput.py`."""

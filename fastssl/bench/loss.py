@@ -1,0 +1,152 @@
+"""`bench_throughput.py loss`: the loss with its gradient, ours beside the published formulas, eager and compiled.
+
+Every line is one batch size and one queue size: forward and gradient at q of the weighted mix. The floor is what the
+matrix products and the bytes of the queue take at the ceilings measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastssl.bench.timing import Function, peak_extra_bytes, time_in_turn
+from fastssl.environment import environment
+from fastssl.kernels.reference import align_reference, contrast_reference, uniform_reference
+from fastssl.losses import LossConfig, choose_kernel, moco_loss
+
+TERMS = {
+    "all": LossConfig(contrast_weight=1.0),
+    "align-uniform": LossConfig(),
+    "contrast": LossConfig(contrast_weight=1.0, align_weight=0.0, uniform_weight=0.0),
+}
+
+
+def published_loss(q: Tensor, k: Tensor, queue: Tensor, config: LossConfig) -> Tensor:
+    """The weighted mix by the plain formulas, every tensor in the dtype it comes in."""
+    total = 0.0
+    if config.contrast_weight:
+        total += config.contrast_weight * contrast_reference(q, k, queue, config.temperature)[0]
+    if config.align_weight:
+        total += config.align_weight * align_reference(q, k, config.align_alpha)
+    if config.uniform_weight:
+        total += config.uniform_weight * uniform_reference(q, queue, config.uniform_t, config.intra_batch)
+    return total
+
+
+def our_loss(q: Tensor, k: Tensor, queue: Tensor, config: LossConfig) -> Tensor:
+    return moco_loss(q, k, queue, config).total
+
+
+def make_contestants(
+    num: int, queue_size: int, dim: int, config: LossConfig, device: torch.device, compiled: bool
+) -> dict[str, Function]:
+    """Name -> a call that computes the loss and its gradient at q."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, queue = (
+        F.normalize(torch.randn(rows, dim, generator=generator), dim=1).to(device) for rows in (num, num, queue_size)
+    )
+
+    def contestant(loss: Callable[..., Tensor], dtype: torch.dtype, queue_dtype: torch.dtype) -> Function:
+        leaf, key, rows = q.to(dtype, copy=True).requires_grad_(), k.to(dtype), queue.to(queue_dtype)
+        return lambda: torch.autograd.grad(loss(leaf, key, rows, config), leaf)
+
+    single, low = torch.float32, torch.bfloat16
+    compiled_loss = torch.compile(published_loss, fullgraph=True, dynamic=False)
+    contestants = {"eager float32": contestant(published_loss, single, single)}
+    if compiled:
+        contestants["compiled float32"] = contestant(compiled_loss, single, single)
+    if compiled and device.type == "cuda":
+        contestants["compiled bfloat16"] = contestant(compiled_loss, low, low)
+    contestants["ours, float32 queue"] = contestant(our_loss, single, single)
+    if device.type == "cuda":
+        contestants["ours, bfloat16 queue"] = contestant(our_loss, single, low)
+    return contestants
+
+
+def make_ceilings(device: torch.device) -> dict[str, tuple[Function, float]]:
+    """Name -> a call, and the work it does: operations of a large matrix product, bytes of a large copy."""
+    on_gpu = device.type == "cuda"
+    size, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    source = torch.empty(2**30 if on_gpu else 2**27, dtype=torch.uint8, device=device).zero_()
+    target = torch.empty_like(source)
+    copy = partial(target.copy_, source)
+    return {"matmul": (partial(torch.mm, a, b), 2.0 * size**3), "copy": (copy, 2.0 * source.numel())}
+
+
+def measure(
+    num: int, queue_size: int, dim: int, terms: str, device: torch.device, rounds: int, compiled: bool
+) -> dict[str, object]:
+    """One line of the result: seconds, extra bytes and percent of the floor of each contestant."""
+    config = TERMS[terms]
+    torch.compiler.reset()  # every shape is compiled anew
+    contestants = make_contestants(num, queue_size, dim, config, device, compiled)
+    ceilings = make_ceilings(device)
+    extra = {name: peak_extra_bytes(function, device) for name, function in contestants.items()}
+    timings = time_in_turn(contestants | {name: f for name, (f, _) in ceilings.items()}, device, rounds)
+    per_second = {name: work / timings.pop(name).median for name, (_, work) in ceilings.items()}
+    products = 1 + (config.contrast_weight > 0) + (config.uniform_weight > 0)
+    pairs = num * queue_size + (num * num if config.uniform_weight and config.intra_batch else 0)
+    itemsize = 2 if device.type == "cuda" else 4
+    floor = max(
+        2 * pairs * dim * products / per_second["matmul"],
+        (queue_size * itemsize + 3 * num * 4) * dim / per_second["copy"],
+    )
+    return {
+        "num": num,
+        "queue_size": queue_size,
+        "dim": dim,
+        "terms": terms,
+        "seconds": {name: timing._asdict() for name, timing in timings.items()},
+        "extra_bytes": extra,
+        "percent_of_floor": {name: 100 * floor / timing.median for name, timing in timings.items()},
+        "floor_seconds": floor,
+        "matmul_per_second": per_second["matmul"],
+        "copy_bytes_per_second": per_second["copy"],
+    }
+
+
+def print_line(line: dict[str, object]) -> None:
+    print(f"N = {line['num']}, K = {line['queue_size']}, D = {line['dim']}, {line['terms']} terms:", end=" ")
+    print(f"floor {line['floor_seconds'] * 1e3:.3f} ms")
+    eager = line["seconds"]["eager float32"]["median"]
+    for name, timing in line["seconds"].items():
+        spread = f"{timing['low'] * 1e3:.3f} to {timing['high'] * 1e3:.3f}"
+        print(
+            f"  {name:22} {timing['median'] * 1e3:9.3f} ms ({spread}), {eager / timing['median']:5.1f} x eager, "
+            f"{line['percent_of_floor'][name]:5.1f} % of the floor, {line['extra_bytes'][name] / 2**20:8.1f} MiB extra",
+            flush=True,
+        )
+
+
+def main(argv: list[str]) -> None:
+    """Measures, prints and writes JSON with device, versions and commit."""
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog="bench_throughput.py loss", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--num", type=int, nargs="+", default=[256, 512, 1024, 4096] if cuda else [256, 512])
+    parser.add_argument("--queue-size", type=int, nargs="+", default=[4096, 16384, 65536])
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--terms", choices=TERMS, nargs="+", default=["all"])
+    parser.add_argument("--rounds", type=int, default=30 if cuda else 7)
+    parser.add_argument("--no-compiled", action="store_true", help="leave torch.compile of the formulas out")
+    parser.add_argument("--output", type=Path, help="where to write the JSON")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    lines = []
+    for terms, num, queue_size in product(args.terms, args.num, args.queue_size):
+        lines.append(measure(num, queue_size, args.dim, terms, device, args.rounds, not args.no_compiled))
+        print_line(lines[-1])
+    kernel = choose_kernel(device, torch.bfloat16 if device.type == "cuda" else torch.float32, args.dim)
+    result = {"environment": environment(), "kernel": kernel, "terms": {t: asdict(TERMS[t]) for t in args.terms}}
+    if args.output:
+        args.output.write_text(json.dumps(result | {"lines": lines}, indent=1) + "\n")

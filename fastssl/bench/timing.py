@@ -1,0 +1,95 @@
+"""Clocks for comparisons: functions timed in turn within one process, so that they share its weather.
+
+On a GPU each function is captured as a CUDA graph and its replays are timed with events: launch costs of Python are
+not counted, for anyone. On a CPU the wall clock is read around each call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+Function = Callable[[], object]
+
+
+class Timing(NamedTuple):
+    """Seconds of one call: median, and the spread as tenth and ninetieth percentile, over so many rounds."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+
+def time_in_turn(functions: dict[str, Function], device: torch.device, rounds: int) -> dict[str, Timing]:
+    """Times every function once per round, `rounds` times, starting each round with another one."""
+    clocks = {name: _gpu_clock(f) if device.type == "cuda" else _cpu_clock(f) for name, f in functions.items()}
+    names = list(clocks)
+    seconds = {name: [] for name in names}
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            seconds[name].append(clocks[name]())
+    return {name: _summarise(measured) for name, measured in seconds.items()}
+
+
+def peak_extra_bytes(function: Function, device: torch.device) -> int:
+    """The most memory held by tensors during one call, beyond what was held before it."""
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held, peak = 0, 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def _summarise(seconds: list[float]) -> Timing:
+    low, median, high = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.1, 0.5, 0.9]).double())
+    return Timing(median.item(), low.item(), high.item(), len(seconds))
+
+
+def _cpu_clock(function: Function) -> Callable[[], float]:
+    def read() -> float:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+    read()  # the first call allocates and compiles
+    return read
+
+
+def _gpu_clock(function: Function) -> Callable[[], float]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+
+    def read(replays: int) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / replays
+
+    read(3)
+    replays = max(1, int(2e-3 / read(1)))  # at least two milliseconds between the events
+    return lambda: read(replays)

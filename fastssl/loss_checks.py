@@ -1,0 +1,102 @@
+"""What the loss accepts, and which implementation runs it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from fastssl.kernels.row_lse_blocks import DIMS
+from fastssl.kernels.row_lse_tiled import MAX_SCALE
+
+KERNELS = ("auto", "triton", "tiled", "reference")
+
+
+@torch.compiler.assume_constant_result
+def choose_kernel(
+    device: torch.device,
+    dtype: torch.dtype,
+    dim: int,
+    requested: str = "auto",
+    temperature: float | None = None,
+) -> tuple[str, str]:
+    """The implementation a loss on this device runs with, and why in a few words.
+
+    dtype: the queue's; dim: the feature dimension D; temperature: of the contrastive term, None without one. All but
+    "reference" rely on exp(1 / temperature) in float32. Raises ValueError when the one requested cannot run.
+    """
+    if requested not in KERNELS:
+        raise ValueError(f"unknown loss kernel {requested!r}: choose one of {', '.join(KERNELS)}")
+    if requested == "reference":
+        return requested, "requested"
+    if temperature is not None and temperature < 1 / MAX_SCALE:
+        reason = f"temperature {temperature:g} is below 1/{MAX_SCALE:g}"
+        if requested != "auto":
+            raise ValueError(f"the {requested} loss kernel cannot run ({reason}): take --loss-kernel auto")
+        return "reference", reason
+    if requested == "tiled":
+        return requested, "requested"
+    obstacle = _triton_obstacle(device, dtype, dim)
+    if requested == "auto" and device.type == "cpu":  # where Triton may run too, interpreted, for tests
+        return "tiled", "no CUDA device"
+    if requested == "auto":
+        return ("triton", f"{device.type} and D = {dim} suit it") if obstacle is None else ("tiled", obstacle)
+    if obstacle is not None:
+        raise ValueError(f"the triton loss kernel cannot run ({obstacle}): take --loss-kernel auto")
+    return requested, "requested"
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
+    """Why the Triton kernel cannot run, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "no CUDA device"
+    if device.type not in ("cpu", "cuda"):
+        return f"no kernel for {device.type}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    if dim not in DIMS:
+        return f"D = {dim} is not one of {', '.join(map(str, DIMS))}"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"no kernel for {dtype}"
+    return None
+
+
+def check_shapes(q: Tensor, k: Tensor, queue: Tensor) -> None:
+    """Raises ValueError, with the shapes and the mend, when the loss cannot take these tensors. Reads no values."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, queue {tuple(queue.shape)}"
+    if q.dim() != 2 or k.shape != q.shape:
+        raise ValueError(f"q and k must both be (N, D), one row per image, got {shapes}")
+    if queue.dim() != 2 or queue.shape[1] != q.shape[1]:
+        raise ValueError(f"the queue must be (K, D), one key per row, with the D of q, got {shapes}")
+    if 0 in q.shape or queue.shape[0] == 0:
+        raise ValueError(f"the loss needs at least one query and one row in the queue, got {shapes}")
+    for name, tensor in (("q", q), ("k", k), ("queue", queue)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype}: convert it with .float()")
+        if tensor.device != q.device:
+            raise ValueError(f"q is on {q.device} but {name} on {tensor.device}: move both to one device ({shapes})")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} is not contiguous: store its rows one after another, .contiguous() ({shapes})")
+
+
+def check_loss_inputs(q: Tensor, k: Tensor, queue: Tensor) -> None:
+    """Raises ValueError when shapes do not fit or rows are not unit vectors, which every kernel relies on.
+
+    Reads values on the host: for the first step and for debugging, not for every step.
+    """
+    check_shapes(q, k, queue)
+    for name, tensor in (("q", q), ("k", k), ("queue", queue)):
+        # rounding D elements moves a norm by at most half a unit in the last place; 4 leave room for the normalise
+        tolerance = max(4 * torch.finfo(tensor.dtype).eps, 1e-4)
+        norm = torch.linalg.vector_norm(tensor.detach(), dim=1, dtype=torch.promote_types(tensor.dtype, torch.float32))
+        bad = (~((norm - 1).abs() <= tolerance)).nonzero()  # "not <=" so that NaN counts as bad
+        if len(bad):
+            row = int(bad[0])
+            raise ValueError(
+                f"{len(bad)} of {len(norm)} rows of {name} {tuple(tensor.shape)} are not unit vectors (row {row} has "
+                f"norm {norm[row]:.4g}): pass it through torch.nn.functional.normalize(..., dim=1) in float32"
+            )

@@ -1,0 +1,221 @@
+"""The Triton kernels: through the interpreter on a CPU (float32, float16), compiled on a GPU (bfloat16 too).
+
+The tolerance is the dtype's own: the kernel may be at most twice as wrong as plain PyTorch in the same dtype.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastssl.bench.loss import published_loss
+from fastssl.kernels.reference import row_lse_reference
+from fastssl.kernels.row_lse import row_lse
+from fastssl.kernels.row_lse_blocks import DIMS, Blocks, find_blocks, table_blocks
+from fastssl.kernels.row_lse_plan import split_queue, weight_factors, weights_need_float32
+from fastssl.kernels.row_lse_tiled import MAX_SCALE, row_lse_tiled
+from fastssl.losses import LossConfig, moco_loss
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
+]  # the interpreter's bf16 is wrong
+SHAPES = [
+    (1, 1, 32),
+    (2, 1, 64),
+    (7, 13, 32),
+    (31, 1009, 64),
+    "above blocks 32",
+    "above blocks 128",
+    "above blocks 256",
+]
+
+
+def shape_of(shape, scales):
+    """(N, K, D); one row above the block sizes of that D where asked for."""
+    if isinstance(shape, tuple):
+        return shape
+    dim = int(shape.split()[-1])
+    blocks, _ = find_blocks(torch.device(DEVICE), dim, scales, 2)
+    return blocks.block_n + 1, blocks.block_k + 1, dim
+
+
+def make_rows(n, k, d, dtype, peaked=False, seed=0):
+    """(z, queue): float32 projections on the device, and unit rows in `dtype`, some near-duplicates of z if peaked."""
+    generator = torch.Generator().manual_seed(seed)
+    z = 3 * torch.randn(n, d, generator=generator)
+    queue = torch.randn(k, d, generator=generator)
+    if peaked:
+        rows = torch.randperm(k, generator=generator)[: max(1, min(n, k) // 2)]
+        queue[rows] = z[: len(rows)] + 0.05 * torch.randn(len(rows), d, generator=generator)
+    return z.to(DEVICE), F.normalize(queue, dim=1).to(DEVICE, dtype)
+
+
+def assert_at_most_twice_as_wrong(found, plain, truth):
+    for ours, theirs, exact in zip(found, plain, truth, strict=True):
+        assert ours.isfinite().all()
+        allowed = 2 * (theirs.double() - exact).abs().max() + 1e-6 * max(1, exact.abs().max())
+        assert (ours.double() - exact).abs().max() <= allowed
+
+
+def lse_and_gradient(function, z, queue, scales, dtype):
+    """lse (C, N) and the gradient at z of a sum of it with weights other than 1, with q in `dtype`."""
+    z = z.detach().requires_grad_()
+    lse = function(F.normalize(z, dim=1).to(dtype), queue, scales)[0]
+    weights = torch.linspace(-1.0, 2.0, lse.numel(), device=lse.device).view_as(lse)
+    (gradient,) = torch.autograd.grad((lse.to(torch.promote_types(lse.dtype, torch.float32)) * weights).sum(), z)
+    return lse.detach(), gradient
+
+
+@pytest.mark.parametrize("peaked", [False, True])
+@pytest.mark.parametrize("scales", [[6.0], [20.0, 6.0]], ids=["one", "both"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_row_lse_is_at_most_twice_as_wrong_as_plain(dtype, shape, scales, peaked, nan_poisoned_empty):
+    z, queue = make_rows(*shape_of(shape, len(scales)), dtype, peaked)
+    found = lse_and_gradient(row_lse, z, queue, scales, torch.float32)
+    plain = lse_and_gradient(row_lse_reference, z, queue, scales, dtype)
+    truth = lse_and_gradient(row_lse_reference, z.double(), queue.double(), scales, torch.float64)
+    assert_at_most_twice_as_wrong(found, plain, truth)
+
+
+@pytest.mark.parametrize("scale", [0.5, 6.0, 13.0, 22.0, 40.0, MAX_SCALE])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_allowed_scale_stays_in_range(dtype, scale):
+    """The worst queues for a fixed shift: all rows opposite to the query, all equal to it, and ordinary ones."""
+    row = F.normalize(torch.arange(1.0, 33, device=DEVICE)[None], dim=1)
+    _, ordinary = make_rows(1, 40, 32, torch.float32)
+    for queue in (-row.expand(40, -1), row.expand(40, -1), ordinary):
+        queue = queue.to(dtype).contiguous()
+        lse, mean, _ = row_lse(row, queue, [scale])
+        truth, truth_mean, _ = row_lse_reference(row.double(), queue.double(), [scale])
+        roundoff = torch.finfo(dtype).eps
+        assert (lse - truth).abs().max() <= 1e-6 * max(1, scale) + scale * roundoff
+        assert (mean - truth_mean).abs().max() <= 1e-6 + 4 * max(1, scale) * roundoff
+
+
+@pytest.mark.parametrize("implementation", [row_lse, row_lse_tiled], ids=["triton", "tiled"])
+def test_rows_can_leave_themselves_out(implementation):
+    z, _ = make_rows(141, 1, 32, torch.float32)
+    x = F.normalize(z, dim=1)
+    x[3] = x[77]  # an equal row is not the row itself
+    lse, mean, _ = implementation(x, x, [6.0], None, True)
+    for i in (0, 3, 77, 140):
+        others = torch.cat([x[:i], x[i + 1 :]]).double()
+        logits = 6 * (others @ x[i].double() - 1)
+        assert lse[0, i].item() == pytest.approx(torch.logsumexp(logits, 0).item(), abs=1e-5)
+        torch.testing.assert_close(mean[0, i].double(), torch.softmax(logits, 0) @ others, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", [row_lse, row_lse_tiled], ids=["triton", "tiled"])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (5, 300), (141, 67)])
+def test_rows_above_the_positive_are_counted(n, k, implementation):
+    z, queue = make_rows(n, k, 32, torch.float32)
+    x = F.normalize(z, dim=1)
+    positive = torch.linspace(-0.3, 0.3, n, device=DEVICE)
+    above = implementation(x, queue, [14.0], positive)[2]
+    assert above.tolist() == [(queue @ x[i] > positive[i]).sum().item() for i in range(n)]
+
+
+def test_same_bits_every_time():
+    z, queue = make_rows(5, 300, 64, torch.float32)
+    first, again = (row_lse(F.normalize(z, dim=1), queue, [14.0, 6.0]) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own doing
+@pytest.mark.parametrize("implementation", [row_lse, row_lse_tiled], ids=["triton", "tiled"])
+def test_opcheck(implementation):
+    z, queue = make_rows(9, 50, 32, torch.float32)
+    x = F.normalize(z, dim=1).requires_grad_()
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if implementation is row_lse and DEVICE == "cpu":
+        tests.pop()  # the compiler cannot trace an interpreted kernel
+    for arguments in (
+        (x, queue, [6.0]),
+        (x, queue, [14.0, 6.0], torch.rand(9, device=DEVICE)),
+        (x, x.detach(), [6.0], None, True),
+    ):
+        torch.library.opcheck(implementation, arguments, test_utils=tests)
+
+
+def plain_loss(z, z_k, queue, config):
+    """The weighted mix by the plain formulas, every tensor in the queue's dtype."""
+    q, k = (F.normalize(x, dim=1).to(queue.dtype) for x in (z, z_k))
+    return published_loss(q, k, queue, config)
+
+
+MIXES = {
+    "contrast": {"contrast_weight": 1.0, "align_weight": 0.0, "uniform_weight": 0.0},
+    "uniform": {"align_weight": 0.0},
+    "uniform, queue only": {"align_weight": 0.0, "intra_batch": False},
+    "align and uniform": {"align_alpha": 1.5},
+    "all": {"contrast_weight": 0.7, "align_weight": 1.3, "uniform_weight": 0.9},
+}
+
+
+@pytest.mark.parametrize("peaked", [False, True])
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_loss_is_at_most_twice_as_wrong_as_plain(dtype, mix, peaked, nan_poisoned_empty):
+    config = LossConfig(**MIXES[mix], temperature=0.05)
+
+    def evaluate(loss_of, z, *others):
+        """The loss and its gradient at z times an upstream gradient, in one float64 vector."""
+        z = z.detach().requires_grad_()
+        loss = loss_of(z, *others, config)
+        (gradient,) = torch.autograd.grad(-1.7 * loss, z)
+        return torch.cat([loss.detach()[None].double(), gradient.flatten().double()])
+
+    def ours(z, z_k, queue, config):
+        return moco_loss(F.normalize(z, dim=1), F.normalize(z_k, dim=1), queue, config, "triton").total
+
+    our_errors, plain_errors = [], []  # for several inputs: a single value may be right by luck
+    for seed in range(4):
+        z, queue = make_rows(19, 67, 32, dtype, peaked, seed)
+        z_k = z + make_rows(19, 1, 32, dtype, seed=seed + 100)[0]
+        truth = evaluate(plain_loss, z.double(), z_k.double(), queue.double())
+        found = evaluate(ours, z, z_k, queue)
+        assert found.isfinite().all()
+        our_errors.append((found - truth).abs())
+        plain_errors.append((evaluate(plain_loss, z, z_k, queue) - truth).abs())
+    for part in (slice(0, 1), slice(1, None)):  # the value, the gradient
+        ours_worst, plain_worst = (max(error[part].max() for error in errors) for errors in (our_errors, plain_errors))
+        assert ours_worst <= 2 * plain_worst + 1e-6
+
+
+def test_parts_cover_the_queue_and_fill_the_device():
+    blocks = Blocks(128, 64, 8, 3, 2)
+    for num, num_keys in [(1, 1), (1, 64), (256, 65536), (1024, 65537), (4096, 4096), (100_000, 777)]:
+        parts, keys_per_part = split_queue(num, num_keys, blocks, 132)
+        assert (parts - 1) * keys_per_part < num_keys <= parts * keys_per_part
+        assert keys_per_part % blocks.block_k == 0
+    assert split_queue(256, 65536, blocks, 132)[0] * 2 >= 0.95 * 264  # two row blocks
+    assert split_queue(100_000, 65536, blocks, 132)[0] == 1  # rows alone fill the device
+
+
+@pytest.mark.parametrize("scale", [0.1, 6.0, 22.0, MAX_SCALE])
+def test_weights_stay_in_range(scale):
+    for dtype, largest in (
+        (torch.float32, 2.0**127 / 2**17),
+        (torch.bfloat16, 2.0**127 / 2**17),
+        (torch.float16, 65504 / 1.5),
+    ):
+        if weights_need_float32([scale], dtype):
+            continue
+        factor, shift = weight_factors(scale, dtype, widen=False)
+        assert 2 ** (factor - shift) <= largest
+        assert dtype == torch.float16 or 2 ** (-factor - shift) >= 2.0**-126
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+def test_table_knows_every_device_family(arch, dim):
+    for scales in (1, 2):
+        for itemsize in (2, 4):
+            blocks = table_blocks(arch, dim, scales, itemsize)
+            tiles = (blocks.block_n + blocks.num_stages * blocks.block_k) * dim * itemsize
+            assert tiles <= {80: 163, 90: 227, 100: 227}.get(arch, 99) * 1024
