@@ -114,7 +114,9 @@ def describe(config: Config, plan: Plan, loader: Loader, trainee: Trainee, ranks
     t = config.train
     encoder = trainee.moco.encoder_q
     millions = sum(p.numel() for p in encoder.parameters()) / 1e6
-    kernel, why = choose_kernel(ranks.device, trainee.moco.queue.dtype, config.model.dim, t.loss_kernel)
+    temperature = config.loss.temperature if config.loss.contrast_weight else None
+    queue = trainee.moco.queue
+    kernel, why = choose_kernel(ranks.device, queue.dtype, config.model.dim, t.loss_kernel, temperature)
     classes = f" of {len(loader.class_names)} classes" if loader.class_names else ""
     return [
         f"{loader.num_images} images{classes}, loader {loader.name} ({loader.reason})",

@@ -140,7 +140,7 @@ class TrainConfig:
     """torch.compile of the encoders (--compile, --no-compile); auto: on a GPU."""
     channels_last: bool = True
     """NHWC memory format of the encoders."""
-    loss_kernel: Literal["auto", "triton", "reference"] = "auto"
+    loss_kernel: Literal["auto", "triton", "tiled", "reference"] = "auto"
     """Implementation of the losses; auto says what it chose and why."""
     output: Annotated[str | None, flag("--ckpt-dir")] = None
     """Run folder; by default runs/<arch>-<date>-<time>."""

@@ -29,7 +29,7 @@ from fastssl.run import write_text
 from fastssl.train import pretrain
 
 IMAGES = 3000, 500  # to draw, for training and held out
-IMAGES_SEEN = 36_000  # what two CPU cores train on in three minutes
+IMAGES_SEEN = 30_000  # what two CPU cores train on in three minutes
 # Small pictures and few steps want settings of their own; everything else is the default.
 SETTINGS = {
     "arch": "resnet18",
