@@ -160,9 +160,7 @@ def train(config: Config, loader: Loader, folder: Path, ranks: Ranks) -> int:
                     health.check(encoder, ADVICE)
                     run.save(done, state_of(trainee, done, config, loader.num_images))
             if asked and not last:
-                run.say_all(
-                    [f"saved after step {done}, stopped by a signal: go on with --resume auto --output {folder}"]
-                )
+                run.say_all([f"saved after step {done}, stopped by a signal; go on: --resume auto --output {folder}"])
                 return PREEMPTED
     return 0
 
