@@ -21,31 +21,59 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from fastssl.kernels.queue_loss_finish import finish_rows, finish_scalars
+from fastssl.kernels.row_lse import _add_parts
 from fastssl.kernels.row_lse_blocks import DIMS, Blocks, table_blocks
 from fastssl.kernels.row_lse_pass import _pass_over_queue
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
+# argument types of all the loss's kernels; what is not named is a compile-time constant
+KINDS = {name: "*fp32" for name in ("q_ptr", "k_ptr", "lse_ptr", "terms_ptr", "parts_ptr", "total_ptr")}
+KINDS |= {f"{name}_ptr": "*fp32" for name in ("positive", "sum", "mean", "part_mean", "inside_sum", "inside_mean")}
+KINDS |= {f"{name}_ptr": "*fp32" for name in ("gradient", "uniform_gradient", "uniform_factor")}
+KINDS |= {name: "*i32" for name in ("above_ptr", "part_above_ptr")}
+KINDS |= {name: "i32" for name in ("N", "K", "keys_per_part", "num_parts", "num_inside")}
+KINDS |= {name: "fp32" for name in ("scale0", "shift0", "scale1", "shift1", "offset0", "offset1", "pairs")}
+KINDS |= {f"contrast_{name}": "fp32" for name in ("scale", "offset", "factor", "weight")}
+KINDS |= {name: "fp32" for name in ("align_alpha", "align_factor", "align_weight")}
+KINDS |= {f"uniform_{name}": "fp32" for name in ("offset", "scale", "weight")}
+
+
 def compile_pass(arch: int, dtype: str, dim: int, scales: int, blocks: Blocks, **flags: object) -> dict[str, object]:
     """Compiles one variant of the pass over the queue.
 
     arch: compute capability times ten; dtype: of queries and queue; scales: 1 or 2; flags: other compile-time
-    constants of the kernel. Returns the arguments and what `_assemble` counts, with `shared` bytes.
+    constants of the kernel. Returns the arguments and what `compile_kernel` reports.
     """
     constants = {"D": dim, "C": scales, "BLOCK_N": blocks.block_n, "BLOCK_K": blocks.block_k}
     constants |= {"COUNT_ABOVE": scales == 2, "EXCLUDE_SELF": False, "EVEN_K": True}
     constants |= {"WIDEN_WEIGHTS": False, "PRECISION": "ieee"} | flags
-    kinds = dict.fromkeys(("x_ptr", "y_ptr"), f"*{dtype}") | {"above_ptr": "*i32"}
-    kinds |= dict.fromkeys(("positive_ptr", "sum_ptr", "mean_ptr"), "*fp32")
-    kinds |= dict.fromkeys(("N", "K", "keys_per_part"), "i32")
-    kinds |= dict.fromkeys(("scale0", "shift0", "scale1", "shift1"), "fp32")
-    signature = {name: kinds.get(name, "constexpr") for name in _pass_over_queue.arg_names}
-    aligned = [i for i, kind in enumerate(signature.values()) if kind == "i32" or kind.startswith("*")]
-    source = ASTSource(_pass_over_queue, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+    kinds = KINDS | dict.fromkeys(("x_ptr", "y_ptr"), f"*{dtype}")
+    report = {"dtype": dtype, "scales": scales, **blocks._asdict()}
+    return report | compile_kernel(_pass_over_queue, arch, kinds, constants, options)
+
+
+def compile_finish(arch: int, dim: int) -> list[dict[str, object]]:
+    """Compiles the small kernels that follow the pass, with all terms on."""
+    rows = {"D": dim, "C": 2, "COUNT_ABOVE": True, "BLOCK_R": max(1, 256 // dim), "BLOCK_P": 16}
+    terms = {"CONTRAST": True, "UNIFORM": True, "INSIDE": True, "SQUARED": False, "BLOCK": 1024}
+    return [
+        compile_kernel(kernel, arch, KINDS, rows | terms, {"num_warps": 4})
+        for kernel in (_add_parts, finish_rows, finish_scalars)
+    ]
+
+
+def compile_kernel(kernel, arch: int, kinds: dict[str, str], constants: dict, options: dict) -> dict[str, object]:
+    """Compiles one kernel. Returns its name, registers, spilled and shared bytes and tensor-core instructions."""
+    signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
+    constants = {name: constants[name] for name, kind in signature.items() if kind == "constexpr"}
+    aligned = [i for i, kind in enumerate(signature.values()) if kind == "i32" or kind.startswith("*")]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    report = {"arch": arch, "dtype": dtype, "dim": dim, "scales": scales, **blocks._asdict()}
+    report = {"kernel": kernel.fn.__name__, "arch": arch, "dim": constants.get("D")}
     return report | _assemble(compiled.asm["ptx"], arch) | {"shared": compiled.metadata.shared}
 
 
@@ -78,6 +106,8 @@ def main() -> None:
     for arch, dtype, dim, scales in product(args.arch, args.dtype, args.dim, args.scales):
         blocks = table_blocks(arch, dim, scales, BYTES[dtype])
         print(json.dumps(compile_pass(arch, dtype, dim, scales, blocks)), flush=True)
+    for arch, dim in product(args.arch, args.dim):
+        print("\n".join(map(json.dumps, compile_finish(arch, dim))), flush=True)
 
 
 if __name__ == "__main__":

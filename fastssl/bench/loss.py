@@ -147,6 +147,7 @@ def main(argv: list[str]) -> None:
         lines.append(measure(num, queue_size, args.dim, terms, device, args.rounds, not args.no_compiled))
         print_line(lines[-1])
     kernel = choose_kernel(device, torch.bfloat16 if device.type == "cuda" else torch.float32, args.dim)
-    result = {"environment": environment(), "kernel": kernel, "terms": {t: asdict(TERMS[t]) for t in args.terms}}
+    result = {"environment": environment() | {"device": str(device)}, "kernel": kernel, "lines": lines}
     if args.output:
-        args.output.write_text(json.dumps(result | {"lines": lines}, indent=1) + "\n")
+        settings = {name: asdict(TERMS[name]) for name in args.terms}
+        args.output.write_text(json.dumps(result | {"terms": settings}, indent=1) + "\n")
