@@ -18,7 +18,7 @@ from fastssl.moco import MoCo
 from fastssl.models.batchnorm import convert_sync_batchnorm, split_batchnorm
 from fastssl.models.encoders import make_encoder
 from fastssl.optim import make_optimizer
-from fastssl.plan import Plan, choose_precision, rank_batch_size
+from fastssl.plan import DTYPES, Plan, choose_precision, rank_batch_size
 
 
 def open_loader(config: Config, ranks: Ranks) -> Loader:
@@ -72,6 +72,8 @@ def make_trainee(config: Config, ranks: Ranks) -> Trainee:
     if m.sync_bn:
         encoder = convert_sync_batchnorm(encoder, ranks.device)
     moco = MoCo(encoder, m.dim, config.moco.queue_size, t.seed).to(ranks.device).train()
+    keys = config.moco.queue_dtype
+    moco.queue = moco.queue.to(DTYPES[choose_precision(t.precision, ranks.device) if keys == "auto" else keys])
     if t.channels_last:
         moco.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(

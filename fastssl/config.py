@@ -82,6 +82,8 @@ class MoCoConfig:
 
     queue_size: Annotated[int, flag("--moco-k")] = 65536
     """Keys in the queue, any number; a batch that does not divide it wraps around."""
+    queue_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the keys in the queue; auto: what the encoders compute in, since the loss kernel is fast with 16 bits."""
     ema_momentum: Annotated[float, flag("--moco-m")] = 0.999
     """Momentum of the key encoder's moving average."""
     ema_schedule: Literal["constant", "cosine"] = "constant"

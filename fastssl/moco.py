@@ -16,7 +16,7 @@ from fastssl.random_key import STREAM_QUEUE, derive_seed
 class MoCo(nn.Module):
     """Owns encoder_q (trained), encoder_k (its moving average), the queue and its pointer."""
 
-    queue: Tensor  # (K, D) float32, unit rows
+    queue: Tensor  # (K, D) unit rows, float32 or a 16-bit type
     queue_ptr: Tensor  # (1,) int64, where the next key goes
 
     def __init__(self, encoder_q: nn.Module, dim: int, queue_size: int, seed: int) -> None:

@@ -154,3 +154,13 @@ def test_a_file_that_is_no_checkpoint(run, data, tmp_path):
     assert code == FAILED and "x.pt is damaged or no checkpoint" in one_sentence(text)
     code, text = run(data, "--resume", "auto")  # an empty folder is a fresh start, and said so
     assert code == 0 and "starting afresh" in text
+
+
+def test_a_queue_of_16_bits_trains_and_resumes(run, data, tmp_path):
+    """Not bad input, but the same small run: the keys keep their type in checkpoints."""
+    code, _ = run(data, "--queue-dtype", "bf16")
+    assert code == 0
+    code, text = run(data, "--queue-dtype", "bf16", "--epochs", "2", "--resume", "auto")
+    assert code == 0 and "going on from" in text
+    newest = next(iter(checkpoint.saved_steps(tmp_path / "run" / "checkpoints").values()))
+    assert checkpoint.load(newest)["model"]["queue"].dtype == torch.bfloat16
