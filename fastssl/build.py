@@ -17,7 +17,7 @@ from fastssl.losses import choose_kernel
 from fastssl.moco import MoCo
 from fastssl.models.batchnorm import convert_sync_batchnorm, split_batchnorm
 from fastssl.models.encoders import make_encoder
-from fastssl.optim import make_optimizer
+from fastssl.optim import make_optimizer, supports_scaler_without_sync
 from fastssl.plan import DTYPES, Plan, choose_precision, rank_batch_size
 
 
@@ -120,7 +120,10 @@ def describe(config: Config, plan: Plan, loader: Loader, trainee: Trainee, ranks
     queue = trainee.moco.queue
     kernel, why = choose_kernel(ranks.device, queue.dtype, config.model.dim, t.loss_kernel, temperature)
     classes = f" of {len(loader.class_names)} classes" if loader.class_names else ""
+    fp16 = choose_precision(t.precision, ranks.device) == "fp16"
+    slow = fp16 and not supports_scaler_without_sync(trainee.optimizer)
     return [
+        *[f"every step waits for the device: fp16 with {config.optim.optimizer} (bf16 or fp32 does not)"] * slow,
         f"{loader.num_images} images{classes}, loader {loader.name} ({loader.reason})",
         f"{config.model.arch}, {config.model.head} head, {millions:.1f} M weights, {t.batch_size} images a step, "
         f"{plan.steps_per_epoch} steps an epoch, {plan.stop} in all",

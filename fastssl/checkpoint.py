@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -106,19 +105,3 @@ def prune(folder: Path, keep_last: int, keep_multiple: int) -> None:
     for step, path in list(saved_steps(folder).items())[keep_last:]:
         if not keep_multiple or step % keep_multiple:
             path.unlink(missing_ok=True)
-
-
-def fingerprint(state: dict) -> Iterator[tuple[str, object]]:
-    """Every leaf of a checkpoint by its path, in a fixed order: what two runs must agree on."""
-
-    def walk(prefix: str, value: object) -> Iterator[tuple[str, object]]:
-        if isinstance(value, dict):
-            for key in sorted(value, key=str):
-                yield from walk(f"{prefix}.{key}", value[key])
-        elif isinstance(value, (list, tuple)):
-            for i, item in enumerate(value):
-                yield from walk(f"{prefix}.{i}", item)
-        else:
-            yield prefix, value
-
-    yield from walk("", state)

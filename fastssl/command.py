@@ -5,7 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # `fastssl --help` need not import torch
+    from fastssl.distributed import StopSignal
 
 FAILED = 1
 USAGE = 2
@@ -20,19 +25,24 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
     except (ValueError, OSError) as error:
         if os.environ.get("FASTSSL_TRACEBACK"):
             raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"fastssl: error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # an error may be one rank's alone: all of them speak
+        print(f"fastssl: error: {error}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
         return getattr(error, "exit_code", FAILED)
     except KeyboardInterrupt:
         print("fastssl: interrupted", file=sys.stderr)
         return 130
 
 
-def stop_on_signals(stop: object) -> None:
-    """SIGTERM and SIGUSR1 (Slurm's warning) set `stop.asked`; the loop saves and leaves at the end of its step."""
+@contextmanager
+def stop_on_signals(stop: StopSignal) -> Iterator[None]:
+    """Within, SIGTERM and SIGUSR1 (Slurm's warning) set `stop.asked`; the loop saves and leaves after its step."""
 
     def ask(signum: int, frame: object) -> None:
         stop.asked = True
 
-    for signum in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(signum, ask)
+    before = {signum: signal.signal(signum, ask) for signum in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -88,8 +88,9 @@ def shuffle_rows(x: Tensor, permutation: Tensor, ranks: Ranks) -> Tensor:
     mine = slice(ranks.rank * size, (ranks.rank + 1) * size)
     if ranks.world_size == 1:
         return x[to_device(permutation, x.device)]
-    send_order = torch.argsort(torch.argsort(permutation)[mine])  # my rows by the place they go to
-    send_to = torch.argsort(permutation)[mine][send_order] // size
+    places = torch.argsort(permutation)[mine]  # where my rows go
+    send_order = torch.argsort(places)
+    send_to = places[send_order] // size
     source = permutation[mine] // size
     send_counts = torch.bincount(send_to, minlength=ranks.world_size).tolist()
     receive_counts = torch.bincount(source, minlength=ranks.world_size).tolist()

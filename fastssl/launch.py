@@ -53,7 +53,7 @@ def launch_command(argv: Sequence[str], module: str) -> list[str] | None:
 
 def per_node_batch(argv: list[str], nodes: int) -> list[str]:
     """Their --batch-size is of one node, ours of all: the same command line with the total."""
-    result = list(argv)
+    result = [word for item in argv for word in (item.split("=", 1) if item.startswith("--batch-size=") else [item])]
     for i, word in enumerate(result[:-1]):
         if word in ("-b", "--batch-size"):
             result[i + 1] = str(int(result[i + 1]) * nodes)

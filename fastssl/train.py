@@ -131,7 +131,6 @@ def train(config: Config, loader: Loader, folder: Path, ranks: Ranks) -> int:
     """Builds, resumes, and runs the loop over the steps that are left."""
     t = config.train
     stop = StopSignal(ranks)
-    stop_on_signals(stop)
     plan = make_plan(config, loader.batches_per_epoch)
     policy = open_policy(config)
     trainee = make_trainee(config, ranks)
@@ -141,7 +140,7 @@ def train(config: Config, loader: Loader, folder: Path, ranks: Ranks) -> int:
     train_step = make_train_step(config, plan, trainee, policy, ranks, health)
     probe, note = make_probe(config, loader, ranks)
 
-    with closing(Run(folder, config, plan, first, ranks)) as run:
+    with stop_on_signals(stop), closing(Run(folder, config, plan, first, ranks)) as run:
         run.say_all([*describe(config, plan, loader, trainee, ranks), note, *notes])
         run.preview(loader, policy)
         for step, batch in zip(range(first, plan.stop), loader.batches(first)):

@@ -169,6 +169,8 @@ def test_two_nodes_keep_the_address_and_the_batch_of_a_node():
     joined = " ".join(command)
     assert "--nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 10001" in joined
     assert joined.endswith("-m fastssl.train DATA -b 256")
+    glued = launch_command(line.replace("-b 128", "--batch-size=128").split(), "fastssl.train")
+    assert " ".join(glued).endswith("DATA --batch-size 256")
 
 
 def test_one_process_needs_no_launcher():

@@ -40,11 +40,27 @@ def metrics(folder: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
 
 
+def fingerprint(state):
+    """Every leaf of a checkpoint by its path, in a fixed order: what two runs must agree on."""
+
+    def walk(prefix, value):
+        if isinstance(value, dict):
+            for key in sorted(value, key=str):
+                yield from walk(f"{prefix}.{key}", value[key])
+        elif isinstance(value, (list, tuple)):
+            for i, item in enumerate(value):
+                yield from walk(f"{prefix}.{i}", item)
+        else:
+            yield prefix, value
+
+    yield from walk("", state)
+
+
 def digest(folder: Path) -> str:
     """SHA-256 over every tensor and number of the newest checkpoint."""
     sha = hashlib.sha256()
     path = next(iter(checkpoint.saved_steps(folder / "checkpoints").values()))
-    for name, value in checkpoint.fingerprint(checkpoint.load(path)):
+    for name, value in fingerprint(checkpoint.load(path)):
         if not name.startswith(".config."):
             sha.update(name.encode())
             sha.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())
