@@ -39,7 +39,7 @@ SETTINGS = {
     "crop_scale": (0.4, 1.0),
     "grey_scale": 0.4,
     "queue_size": 2048,
-    "ema_momentum": 0.99,
+    "ema_momentum": 0.93,  # slower, q would flee keys that lag behind it, and lose the first epochs
     "bn_splits": 4,
     "align_weight": 1.0,
     "uniform_t": 2.0,

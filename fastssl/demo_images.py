@@ -20,7 +20,7 @@ _LUMA = np.array([0.299, 0.587, 0.114])
 CLASSES = {  # class: degrees from upright, stripes across the picture
     f"{angle:02d}-degrees-{spacing}": (angle, stripes)
     for angle in (0, 22, 45, 68, 90)
-    for spacing, stripes in (("wide", 3.0), ("narrow", 7.0))
+    for spacing, stripes in (("wide", 5.0), ("narrow", 10.0))
 }
 
 
@@ -31,7 +31,7 @@ def draw_picture(name: str, rng: np.random.Generator, size: int) -> np.ndarray:
     back, front = _two_brightnesses(rng)
     picture = _clouds(rng, side, front) * stripes + _clouds(rng, side, back) * (1 - stripes)
     picture = picture.reshape(size, _OVERSAMPLE, size, _OVERSAMPLE, 3).mean(axis=(1, 3))
-    return np.clip(picture + rng.normal(0, 14, size=picture.shape), 0, 255).astype(np.uint8)
+    return np.clip(picture + rng.normal(0, 18, size=picture.shape), 0, 255).astype(np.uint8)
 
 
 def _draw_stripes(angle: float, stripes: float, rng: np.random.Generator, side: int) -> np.ndarray:
@@ -55,8 +55,8 @@ def _two_brightnesses(rng: np.random.Generator) -> np.ndarray:
 def _clouds(rng: np.random.Generator, side: int, brightness: float) -> np.ndarray:
     """(side, side, 3) of one random colour of this brightness, with soft patches, in 0..255."""
     cells = int(rng.integers(2, 5))
-    colour = rng.uniform(0, 1, size=3) + rng.normal(0, 0.15, size=(cells, cells, 3))
-    wanted = brightness + rng.normal(0, 0.08, size=(cells, cells))
+    colour = rng.uniform(0, 1, size=3) + rng.normal(0, 0.2, size=(cells, cells, 3))
+    wanted = brightness + rng.normal(0, 0.1, size=(cells, cells))
     colour = np.clip(colour + (wanted - colour @ _LUMA)[..., None], 0, 1)
     picture = Image.fromarray((255 * colour).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     return np.asarray(picture, dtype=np.float32)
