@@ -30,8 +30,6 @@ class Store:
     """JPEG quality of the images that are encoded, 1 to 95."""
     raw: bool = False
     """Store pixels, not JPEGs: about ten times the bytes, and no decoding when training."""
-    check_pixels: bool = False
-    """Decode the originals too before they are passed through: slower, finds damage in the middle of a file."""
 
     def __post_init__(self) -> None:
         if self.originals:
@@ -47,7 +45,7 @@ class Store:
     @property
     def passes(self) -> bool:
         """May most files be stored without being decoded?"""
-        return self.short_side == 0 and not self.raw and not self.check_pixels
+        return self.short_side == 0 and not self.raw
 
 
 class Prepared(NamedTuple):
