@@ -63,7 +63,8 @@ def _table_lines(tables: BetonTables) -> list[str]:
 def _manifest_lines(manifest: dict) -> list[str]:
     names, left_out = manifest["class_names"], manifest["quarantined"]
     shown = ", ".join(names[:_MOST_LISTED]) + (", ..." if len(names) > _MOST_LISTED else "")
-    options = ", ".join(f"{name} {value}" for name, value in manifest["options"].items() if value not in (None, False))
+    given = {name: value for name, value in manifest["options"].items() if value is not None and value is not False}
+    options = ", ".join(f"{name} {value}" for name, value in given.items())
     lines = [
         f"source    {manifest['source']}",
         f"options   {options}",

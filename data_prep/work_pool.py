@@ -100,7 +100,7 @@ class WorkPool(Generic[Item, Result]):
             self._deaths += 1
         if self._deaths >= _MOST_DEATHS:
             raise ValueError(
-                f"{_MOST_DEATHS} worker processes died one after another, the last on {item}: "
+                f"{_MOST_DEATHS} worker processes died one after another, the last on {getattr(item, 'name', item)}: "
                 "is there enough memory? --workers 1 needs least"
             )
         return Died()
