@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO
 
 import numpy as np
@@ -28,7 +29,8 @@ class BetonWriter:
         self._start = -(-(FRONT + self._samples.nbytes) // BLOCK) * BLOCK  # of the records
         self._flushed = self._start  # what lies before is written, what follows is in the buffer
         self._buffer = bytearray()
-        self._sums: list[str] = []
+        self._sums: list[Future[str]] = []
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="fastssl-write")  # while the next block is collected
         self.num_images = 0
         file.seek(self._start)
 
@@ -41,8 +43,12 @@ class BetonWriter:
         self._buffer += image.data
         self._flush(whole=False)
 
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._writer.shutdown(cancel_futures=True)
+
     def finish(self) -> list[str]:
-        """Writes the tables; the SHA-256 of every block of the file, in hex."""
+        """Writes the tables; the SHA-256 of every block of the file, in hex. Raises OSError when the disk refuses."""
         self._buffer += bytes(-len(self._buffer) % 64)
         header = np.zeros(1, HEADER)
         allocations_at = self._flushed + len(self._buffer)
@@ -53,9 +59,9 @@ class BetonWriter:
         fields["type_id"], fields["name"] = (RGB_IMAGE, INT), ("image", "label")
         front = header.tobytes() + fields.tobytes() + self._samples[: self.num_images].tobytes()
         front += bytes(self._start - len(front))
+        sums = [written.result() for written in self._sums]
         self._file.seek(0)
-        self._file.write(front)
-        return [_sum(front[at : at + BLOCK]) for at in range(0, len(front), BLOCK)] + self._sums
+        return [self._write(front[at : at + BLOCK]) for at in range(0, len(front), BLOCK)] + sums
 
     def _room_for(self, size: int) -> int:
         """Where the next record goes; pads the file up to there."""
@@ -72,10 +78,12 @@ class BetonWriter:
         while len(self._buffer) >= BLOCK or (whole and self._buffer):
             block = bytes(self._buffer[:BLOCK])
             del self._buffer[:BLOCK]
-            self._file.write(block)
-            self._sums.append(_sum(block))
+            if len(self._sums) > 1:
+                self._sums[-2].result()  # no more than two blocks wait for the disk; what it refuses is raised
+            self._sums.append(self._writer.submit(self._write, block))
             self._flushed += len(block)
 
-
-def _sum(block: bytes) -> str:
-    return hashlib.sha256(block).hexdigest()
+    def _write(self, block: bytes) -> str:
+        """Writes the next block of the file; its SHA-256."""
+        self._file.write(block)
+        return hashlib.sha256(block).hexdigest()

@@ -11,7 +11,7 @@ _FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended and progressive Huffman: what
 _OTHER_FRAMES = {0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # lossless, hierarchical, arithmetic
 _ORIENTATION = 0x0112  # EXIF tag
 # In coded pixels FF is followed by a stuffed zero, a restart marker or another FF; anything else is the next marker
-_NEXT_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+_NEXT_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
 
 class JpegFacts(NamedTuple):

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from fastssl.data_prep.images import MAX_PIXELS, BadImage, open_image, orientation_of
@@ -99,12 +100,19 @@ def prepare_image(data: bytes, name: str, store: Store) -> Prepared:
 
 
 def shrink(image: Image.Image, short_side: int) -> Image.Image:
-    """The image with its shorter side at `short_side` pixels, antialiased; itself where that would not be smaller."""
+    """An RGB image with its shorter side at `short_side` pixels; itself where that would not be smaller.
+
+    Antialiased bicubic, the filter of Pillow's `resize` in torch's implementation, which is several times faster.
+    """
     short = min(image.size)
     if not short_side or short <= short_side:
         return image
+    import torch  # here: what is not made smaller needs no torch, and importing it takes seconds
+
     width, height = (max(1, round(side * short_side / short)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+    planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, H, W) uint8
+    small = torch.nn.functional.interpolate(planes, (height, width), mode="bicubic", antialias=True)
+    return Image.fromarray(small[0].permute(1, 2, 0).contiguous().numpy())
 
 
 def encode_jpeg(image: Image.Image, quality: int) -> bytes:

@@ -111,7 +111,7 @@ def make_pool(workers: int) -> ProcessPoolExecutor:
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if hasattr(context, "set_forkserver_preload"):
-        context.set_forkserver_preload(["fastssl.data_prep.prepare"])
+        context.set_forkserver_preload(["fastssl.data_prep.prepare", "torch"])
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
 
 
@@ -141,6 +141,9 @@ def _work_on(function: Callable[[Item], Result], items: Sequence[Item]) -> list[
 
 def _start_worker() -> None:
     """Ctrl-C is the parent's to answer, what a library says of a damaged file is in the reason, orphans end."""
+    import torch  # here: this process's parent may do without
+
+    torch.set_num_threads(1)  # the processes share the cores
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     parent = multiprocessing.parent_process()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from pathlib import Path
 
 from fastssl.data_prep.beton_writer import BLOCK, BetonWriter
@@ -29,10 +30,11 @@ def write_beton(
     source = open_source(data, selection)
     listing, manifest = out.with_name(out.name + ".images.jsonl"), manifest_path(out)
     with partial_file(out) as file, partial_file(listing) as lines:
-        tally, writer = Tally(source, lines), BetonWriter(file, len(source))
-        for image, label in converted(source, store, work, tally):
-            writer.add(image, label)
-        sums = writer.finish()
+        tally = Tally(source, lines)
+        with closing(BetonWriter(file, len(source))) as writer:
+            for image, label in converted(source, store, work, tally):
+                writer.add(image, label)
+            sums = writer.finish()
         blocks = {"file_bytes": file.seek(0, os.SEEK_END), "block_bytes": BLOCK, "block_sha256": sums}
         write_manifest(manifest, "beton", {**tally.summary(store, selection, listing.name), **blocks})
     publish(listing, manifest, out)

@@ -1,5 +1,6 @@
 """fastssl prep beton: what it writes is what FFCV reads; order, labels and bytes; bad files; kills."""
 
+import errno
 import io
 import json
 import os
@@ -11,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from prep_images import bad_kinds, jpeg, kinds, prepare_or_die, turned, write_kinds, write_photos
+from prep_images import bad_kinds, jpeg, kinds, prepare_or_die, render, turned, write_kinds, write_photos
 
 from fastssl.data_prep import convert
 from fastssl.data_prep.beton_format import RGB_IMAGE, read_tables, record_sizes
-from fastssl.data_prep.beton_writer import BLOCK
+from fastssl.data_prep.beton_writer import BLOCK, BetonWriter
 from fastssl.data_prep.images import decode_image, find_images
 from fastssl.data_prep.jpeg import NotPlain
 from fastssl.data_prep.manifest import manifest_path, read_manifest
@@ -83,8 +84,27 @@ def test_the_shorter_side_is_made_smaller_never_larger(photos, tmp_path):
 def test_shrinking_is_antialiased():
     """Stripes a pixel wide become grey; without antialiasing they would become other stripes."""
     stripes = np.tile(np.array([0, 255], np.uint8), (512, 256))
-    small = np.asarray(shrink(Image.fromarray(stripes), 192))
+    small = np.asarray(shrink(Image.fromarray(stripes).convert("RGB"), 192))
     assert np.abs(small.astype(int) - 127)[:, 4:-4].max() < 25
+
+
+@pytest.mark.parametrize("size", [(40, 60), (33, 90), (500, 33), (257, 65)])
+def test_shrinking_is_pillows_bicubic(size):
+    image = Image.fromarray(render(*size))
+    small = shrink(image, 32)
+    assert min(small.size) == 32
+    expected = np.asarray(image.resize(small.size, Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(np.asarray(small) - expected).max() <= 1
+
+
+def test_a_disk_that_refuses_ends_the_run(photos, tmp_path, monkeypatch):
+    def refuse(self, block):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(BetonWriter, "_write", refuse)
+    with pytest.raises(OSError, match=r"No space left.*x\.beton\.partial"):
+        write(photos, tmp_path / "x.beton")
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("factor", [4, 8])

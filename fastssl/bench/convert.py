@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import tempfile
@@ -15,7 +14,7 @@ from PIL import Image
 
 from fastssl.bench.timing import time_in_turn
 from fastssl.data_prep.images import find_images
-from fastssl.data_prep.prepare import Store
+from fastssl.data_prep.prepare import Store, encode_jpeg, shrink
 from fastssl.data_prep.sources import Selection
 from fastssl.data_prep.work_pool import Work, make_pool, usable_cores
 from fastssl.data_prep.write_beton import write_beton
@@ -26,10 +25,8 @@ def convert_bare(paths: list[str]) -> int:
     """What cannot be saved: each file decoded, its short side brought to 256, encoded; nothing kept."""
     for path in paths:
         with Image.open(path) as file:
-            image = file.convert("RGB")
-        scale = min(1.0, 256 / min(image.size))
-        image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
-        image.save(io.BytesIO(), "JPEG", quality=90)
+            file.draft(None, (512, 512))
+            encode_jpeg(shrink(file.convert("RGB"), 256), 90)
     return len(paths)
 
 
