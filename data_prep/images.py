@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -70,15 +70,19 @@ def find_images(root: str | os.PathLike, class_names: Sequence[str] | None = Non
             f"{base} holds no images ({_inventory(base)}): give a folder that holds images, <class>/ folders or "
             f"train/<class>/ folders, with files named {' '.join(EXTENSIONS)}"
         )
+    return label_by_folder(base, paths, class_names)
+
+
+def label_by_folder(base: str, paths: list[str], class_names: Sequence[str] | None = None) -> ImageFolder:
+    """Sorted paths below `base` with the class of each: its first folder. Any path without one: no classes."""
     tops = [path.split("/", 1)[0] if "/" in path else None for path in paths]
     if None in tops:
         return ImageFolder(base, paths, np.full(len(paths), -1, dtype=np.int64), [])
     names = list(class_names) if class_names else sorted(set(tops))
     number = {name: i for i, name in enumerate(names)}
     if unknown := sorted(set(tops) - set(names)):
-        raise ValueError(
-            f"{base} has a folder {unknown[0]!r} that is not among the {len(names)} classes of the other split"
-        )
+        count = len(names)
+        raise ValueError(f"{base} has a folder {unknown[0]!r} that is not among the {count} classes of the other split")
     return ImageFolder(base, paths, np.array([number[top] for top in tops], dtype=np.int64), names)
 
 
@@ -90,6 +94,13 @@ def decode_image(source: str | os.PathLike | bytes, name: str | None = None) -> 
     Raises BadImage (with `name`, or the path) when the file cannot be read, is no image, is cut short, or has more
     than MAX_PIXELS pixels.
     """
+    return np.array(open_image(source, name))
+
+
+def open_image(
+    source: str | os.PathLike | bytes, name: str | None = None, look: Callable[[Image.Image], None] = lambda image: None
+) -> Image.Image:
+    """`decode_image` as a Pillow image in mode RGB; `look` sees the opened file before its pixels are decoded."""
     name = name or ("<bytes>" if isinstance(source, bytes) else os.fspath(source))
     try:
         data = source if isinstance(source, bytes) else _read(source)
@@ -98,7 +109,8 @@ def decode_image(source: str | os.PathLike | bytes, name: str | None = None) -> 
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(name, f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
-            return np.array(_to_rgb(image))
+            look(image)
+            return _to_rgb(image)
     except (BadImage, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -113,7 +125,7 @@ def _read(path: str | os.PathLike) -> bytes:
         return file.read()
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     try:
         return image.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF says nothing about the pixels
@@ -123,7 +135,7 @@ def _orientation(image: Image.Image) -> int:
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Any opened image, turned upright, in mode RGB."""
     image.load()
-    if _orientation(image) != 1:
+    if orientation_of(image) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         return _from_16_bit(image)
@@ -155,10 +167,10 @@ def _has_train_split(root: str) -> bool:
 
 
 def _holds_images(folder: str) -> bool:
-    return any(map(_is_image_name, os.listdir(folder)))
+    return any(map(is_image_name, os.listdir(folder)))
 
 
-def _is_image_name(name: str) -> bool:
+def is_image_name(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(EXTENSIONS)
 
 
@@ -174,7 +186,7 @@ def _walk(folder: str, prefix: str = "", above: frozenset[tuple[int, int]] = fro
                 continue
             if entry.is_dir():
                 yield from _walk(entry.path, f"{prefix}{entry.name}/", above)
-            elif _is_image_name(entry.name):
+            elif is_image_name(entry.name):
                 yield prefix + entry.name
 
 

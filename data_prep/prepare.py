@@ -1,0 +1,151 @@
+"""One image file's bytes -> the bytes that are stored: decoded, made smaller and encoded, or passed through."""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from fastssl.data_prep.images import MAX_PIXELS, BadImage, open_image, orientation_of
+from fastssl.data_prep.jpeg import NotPlain, read_jpeg_facts
+
+JPEG, RAW = 0, 1  # FFCV's numbers for how an image is stored
+_LONGEST = 65535  # FFCV records sides in 16 bits
+_LONGEST_JPEG = 65500  # libjpeg's own limit
+_JPEG_NAMES = (".jpg", ".jpeg", ".jpe", ".jfif")
+
+
+@dataclass(frozen=True)
+class Store:
+    """How images are stored."""
+
+    short_side: int = 256
+    """Images whose shorter side is longer are made smaller, antialiased; 0 keeps every size. None is ever enlarged."""
+    originals: bool = False
+    """Pass the files' own bytes through (--short-side 0); only what is no plain upright JPEG is encoded again."""
+    quality: int = 90
+    """JPEG quality of the images that are encoded, 1 to 95."""
+    raw: bool = False
+    """Store pixels, not JPEGs: about ten times the bytes, and no decoding when training."""
+
+    def __post_init__(self) -> None:
+        if self.originals:
+            if self.short_side not in (0, Store.short_side) or self.raw:
+                other = "--raw" if self.raw else f"--short-side {self.short_side}"
+                raise ValueError(f"--originals keeps the files' own bytes and {other} changes them: choose one")
+            object.__setattr__(self, "short_side", 0)
+        if self.short_side < 0:
+            raise ValueError(f"--short-side must be a number of pixels, or 0 to keep every size, not {self.short_side}")
+        if not 1 <= self.quality <= 95:
+            raise ValueError(f"--quality must lie in 1 to 95, got {self.quality}")
+
+    @property
+    def passes(self) -> bool:
+        """May most files be stored without being decoded?"""
+        return self.short_side == 0 and not self.raw
+
+
+class Prepared(NamedTuple):
+    """An image as it is stored, and what was odd about its file."""
+
+    mode: int  # JPEG or RAW
+    width: int
+    height: int
+    data: bytes
+    passed: bool  # are these the file's own bytes?
+    notes: tuple[str, ...] = ()
+
+
+def pass_image(data: bytes) -> Prepared:
+    """A plain JPEG as it is, with its size, not decoded. Raises NotPlain when only decoding can tell more."""
+    facts = read_jpeg_facts(data)
+    if facts.width * facts.height > MAX_PIXELS:
+        raise NotPlain("too many pixels")
+    notes = ("greyscale",) if facts.components == 1 else ()
+    return Prepared(JPEG, facts.width, facts.height, data, passed=True, notes=notes)
+
+
+def prepare_image(data: bytes, name: str, store: Store) -> Prepared:
+    """Decodes a file of any kind and stores it as `store` says. `name` is the file's, for messages and notes.
+
+    A plain JPEG that needs no smaller size keeps its own bytes (not with `raw`), after it was decoded to check it.
+    Raises BadImage when it cannot be decoded or is too long for the format.
+    """
+    notes: list[str] = []
+
+    def look(image: Image.Image) -> None:
+        notes.extend(_oddities(image, name))
+        if store.short_side:  # a JPEG decoder halves sizes for nothing; twice the size wanted keeps the quality
+            image.draft(None, (2 * store.short_side, 2 * store.short_side))
+
+    try:
+        image = open_image(data, name, look)
+        smaller = shrink(image, store.short_side)
+        if max(smaller.size) > (_LONGEST if store.raw else _LONGEST_JPEG):
+            raise BadImage(name, f"{smaller.width} x {smaller.height} pixels are too long a side for the format")
+        if store.raw:
+            return Prepared(RAW, *smaller.size, smaller.tobytes(), passed=False, notes=tuple(notes))
+        if smaller is image:
+            try:
+                return pass_image(data)._replace(notes=tuple(notes))
+            except NotPlain as reason:
+                notes = notes or [str(reason)]
+        return Prepared(JPEG, *smaller.size, encode_jpeg(smaller, store.quality), passed=False, notes=tuple(notes))
+    except MemoryError:
+        raise BadImage(name, "decoding it needs more memory than there is") from None
+
+
+def shrink(image: Image.Image, short_side: int) -> Image.Image:
+    """An RGB image with its shorter side at `short_side` pixels; itself where that would not be smaller.
+
+    Antialiased bicubic, the filter of Pillow's `resize` in torch's implementation, which is several times faster.
+    """
+    short = min(image.size)
+    if not short_side or short <= short_side:
+        return image
+    import torch  # here: what is not made smaller needs no torch, and importing it takes seconds
+
+    width, height = (max(1, round(side * short_side / short)) for side in image.size)
+    planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, H, W) uint8
+    small = torch.nn.functional.interpolate(planes, (height, width), mode="bicubic", antialias=True)
+    return Image.fromarray(small[0].permute(1, 2, 0).contiguous().numpy())
+
+
+def encode_jpeg(image: Image.Image, quality: int) -> bytes:
+    """A baseline JPEG, colours at half the resolution (4:2:0)."""
+    encoded = io.BytesIO()
+    image.save(encoded, "JPEG", quality=quality, subsampling=2)
+    return encoded.getvalue()
+
+
+def _oddities(image: Image.Image, name: str) -> list[str]:
+    """What tells a file from an upright RGB JPEG, in a few words each."""
+    found = []
+    if image.format not in ("JPEG", "MPO"):
+        named = os.path.splitext(name)[1].lower()
+        found.append(f"{image.format} named {named}" if named in _JPEG_NAMES else str(image.format))
+    if image.mode == "CMYK":
+        found.append("CMYK")
+    raw_modes = [tile[3][0] if isinstance(tile[3], tuple) else tile[3] for tile in image.tile]
+    if image.mode.startswith("I") or any(";16" in str(mode) for mode in raw_modes):
+        found.append("16-bit")
+    if image.mode in ("1", "L", "LA", "I") or image.mode.startswith("I;"):
+        found.append("greyscale")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        found.append("transparency")
+    if image.format != "MPO" and _is_animated(image):
+        found.append("animation")
+    if 2 <= (orientation := orientation_of(image)) <= 8:
+        found.append(f"EXIF orientation {orientation}")
+    return found
+
+
+def _is_animated(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # its later frames are damaged; the first is all we want
+        return True

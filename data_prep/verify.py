@@ -1,0 +1,144 @@
+"""`fastssl prep verify`: is a data set whole, and is every bit of it as it was written?"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+from tqdm import tqdm
+
+from fastssl.data_prep.beton_format import RGB_IMAGE, BetonTables, read_tables, record_sizes
+from fastssl.data_prep.files import file_sum
+from fastssl.data_prep.images import BadImage, open_image
+from fastssl.data_prep.manifest import manifest_path, read_manifest
+from fastssl.data_prep.prepare import JPEG
+from fastssl.data_prep.sources import Place, read_place
+from fastssl.data_prep.work_pool import Died, WorkPool, ahead, usable_cores
+
+_NAMED = 5  # places of damage that are told; the rest is counted
+_CHUNK = 64  # records handed out at once
+
+
+def verify(path: str | os.PathLike, decode: bool = False, workers: int | None = None) -> str:
+    """Checks a .beton file or a folder of shards against its manifest; what was checked, in a sentence.
+
+    A beton without a manifest (one FFCV wrote) has only its tables checked. `decode` also decodes every image of a
+    beton and compares its size.
+    Raises ValueError that names the damage.
+    """
+    path, workers = Path(path), workers or usable_cores()
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    manifest = read_manifest(manifest_path(path)) if manifest_path(path).exists() else None
+    if path.is_dir():
+        if manifest is None:
+            raise ValueError(f"{path} has no manifest.json: it holds no shards that can be checked")
+        return _verify_shards(path, manifest, workers)
+    done = []
+    if manifest is not None:
+        _check_size(path, manifest["file_bytes"])
+        _check_blocks(path, manifest, workers)
+        _check_sum(path.with_name(manifest["listing"]["name"]), manifest["listing"]["sha256"])
+        done.append(f"all {len(manifest['block_sha256']):,} checksums hold")
+    tables = read_tables(path)
+    done.append("the tables are sound")
+    if decode:
+        _check_images(path, tables, workers)
+        done.append(f"all {len(tables.samples):,} images decode")
+    missing = "" if manifest else f" (no {manifest_path(path).name}: the bytes of the images cannot be checked)"
+    return f"{path}: {', '.join(done)}{missing}"
+
+
+def _verify_shards(folder: Path, manifest: dict, workers: int) -> str:
+    files = [*manifest["shards"], manifest["listing"]]
+    for shard in manifest["shards"]:
+        _check_size(folder / shard["name"], shard["bytes"])
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in pool.map(lambda file: _check_sum(folder / file["name"], file["sha256"]), files):
+            pass
+    return f"{folder}: all {len(files):,} checksums hold"
+
+
+def _check_size(path: Path, expected: int) -> None:
+    found = path.stat().st_size if path.exists() else None
+    if found is None:
+        raise ValueError(f"{path} is missing")
+    if found != expected:
+        what = "cut short" if found < expected else "longer than it was"
+        raise ValueError(f"{path} is {what}: {found:,} bytes instead of {expected:,}")
+
+
+def _check_sum(path: Path, expected: str) -> None:
+    if not path.exists():
+        raise ValueError(f"{path} is missing")
+    if file_sum(path) != expected:
+        raise ValueError(f"{path} is damaged: its checksum is not that of its manifest")
+
+
+def _check_blocks(path: Path, manifest: dict, workers: int) -> None:
+    """Every block of the file; damage is told by bytes."""
+    size, expected = manifest["block_bytes"], manifest["block_sha256"]
+    handle = os.open(path, os.O_RDONLY)
+    bar = tqdm(total=manifest["file_bytes"], unit="B", unit_scale=True, dynamic_ncols=True, disable=None)
+
+    def differs(i: int) -> bool:
+        block = os.pread(handle, size, i * size)
+        bar.update(len(block))
+        return hashlib.sha256(block).hexdigest() != expected[i]
+
+    try:
+        with bar, ThreadPoolExecutor(workers) as pool:
+            damaged = [i for i, bad in enumerate(pool.map(differs, range(len(expected)))) if bad]
+    finally:
+        os.close(handle)
+    if damaged:
+        where = ", ".join(f"bytes {i * size:,} to {(i + 1) * size - 1:,}" for i in damaged[:_NAMED])
+        more = ", ..." if len(damaged) > _NAMED else ""
+        raise ValueError(f"{path} is damaged in {len(damaged):,} of {len(expected):,} blocks: {where}{more}")
+
+
+def _check_images(path: Path, tables: BetonTables, workers: int) -> None:
+    """Decodes every image in processes: a damaged one may end the process that decodes it."""
+    images = tables.column(RGB_IMAGE)
+    if images is None:
+        raise ValueError(f"{path} has no image field: there is nothing to decode")
+    sizes = record_sizes(tables)
+
+    def begin(first: int) -> tuple[list, object]:
+        rows = range(first, min(first + _CHUNK, len(images)))
+        items = [
+            (Place(f"image {i}", str(path), int(images["pointer"][i]), int(sizes[i])), *images[i].item()[:3])
+            for i in rows
+        ]
+        return items, pool.submit(items)
+
+    bad: list[str] = []
+    pool = WorkPool(_decode_record, workers)
+    bar = tqdm(total=len(images), unit="images", dynamic_ncols=True, disable=None)
+    with closing(pool), bar:
+        begun: Iterator = map(begin, range(0, len(images), _CHUNK))
+        for items, ticket in ahead(begun, 2 * workers):
+            for item, reason in zip(items, pool.results(ticket)):
+                if reason is not None:
+                    bad.append(f"{item[0].name}: {'its decoder crashes' if isinstance(reason, Died) else reason}")
+                bar.update()
+    if bad:
+        more = f" and {len(bad) - _NAMED:,} more" if len(bad) > _NAMED else ""
+        raise ValueError(f"{path}: cannot decode {'; '.join(bad[:_NAMED])}{more}")
+
+
+def _decode_record(item: tuple[Place, int, int, int]) -> str | None:
+    """Why a record is not the image its metadata promises, or None."""
+    place, mode, width, height = item
+    try:
+        data = read_place(place)
+        if mode != JPEG:
+            return None if len(data) == width * height * 3 else f"{len(data)} bytes for {width} x {height} pixels"
+        found = open_image(data, place.name).size
+        return None if found == (width, height) else f"is {found[0]} x {found[1]}, not {width} x {height}"
+    except BadImage as error:
+        return error.reason

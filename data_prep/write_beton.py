@@ -1,0 +1,41 @@
+"""`fastssl prep beton`: an image folder or tar files -> one .beton file, which FFCV reads without anything of ours."""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from pathlib import Path
+
+from fastssl.data_prep.beton_writer import BLOCK, BetonWriter
+from fastssl.data_prep.convert import converted
+from fastssl.data_prep.files import partial_file, publish, refuse_existing
+from fastssl.data_prep.manifest import Tally, manifest_path, write_manifest
+from fastssl.data_prep.prepare import Store
+from fastssl.data_prep.sources import Selection, open_source
+from fastssl.data_prep.work_pool import Work
+
+
+def write_beton(
+    data: str | os.PathLike, out: str | os.PathLike, store: Store, selection: Selection, work: Work, force: bool = False
+) -> Tally:
+    """Converts `data` to the file `out`, its listing `out`.images.jsonl and its manifest `out`.json.
+
+    Sample i of the file is image i of the folder loader over the same folder, images left out not counted; labels are
+    the folder loader's. The file appears under its name last, and only whole.
+    Raises ValueError when there is nothing to convert, when `out` exists (without `force`), and with
+    on_error="stop" at the first image that cannot be used.
+    """
+    out = Path(out)
+    refuse_existing(out, force)
+    source = open_source(data, selection)
+    listing, manifest = out.with_name(out.name + ".images.jsonl"), manifest_path(out)
+    with partial_file(out) as file, partial_file(listing) as lines:
+        tally = Tally(source, lines)
+        with closing(BetonWriter(file, len(source))) as writer:
+            for image, label in converted(source, store, work, tally):
+                writer.add(image, label)
+            sums = writer.finish()
+        blocks = {"file_bytes": file.seek(0, os.SEEK_END), "block_bytes": BLOCK, "block_sha256": sums}
+        write_manifest(manifest, "beton", {**tally.summary(store, selection, listing.name), **blocks})
+    publish(listing, manifest, out)
+    return tally

@@ -1,0 +1,128 @@
+"""`fastssl prep shards`: an image folder -> WebDataset tar files, each with the index file DALI's reader wants."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tarfile
+from contextlib import closing
+from pathlib import Path
+
+from fastssl.data_prep.convert import converted
+from fastssl.data_prep.files import file_sum, partial_file, partial_path, sync_folder
+from fastssl.data_prep.manifest import Tally, write_manifest
+from fastssl.data_prep.prepare import RAW, Prepared, Store
+from fastssl.data_prep.sources import Selection, open_source
+from fastssl.data_prep.work_pool import Work
+
+_INDEX_VERSION = "v1.2"  # of DALI's wds2idx; a line a sample: extension offset size name, for each of its files
+
+
+class Shard:
+    """A tar file with sample after sample, and its index. Its bytes follow from the samples alone."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.num_images = path, 0
+        self._index: list[str] = []
+        self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (closed in `close`)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tar so far."""
+        return self._tar.offset
+
+    def add(self, number: int, image: Prepared, label: int) -> None:
+        """Appends sample `number`: its image, then its class."""
+        kind, data = ("ppm", ppm(image)) if image.mode == RAW else ("jpg", image.data)
+        parts = []
+        for extension, content in ((kind, data), ("cls", str(label).encode("ascii"))):
+            member = tarfile.TarInfo(f"{number:09d}.{extension}")  # owner, time and mode are constants
+            member.size = len(content)
+            self._tar.addfile(member, io.BytesIO(content))
+            size_on_tape = -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            parts.append(f"{extension} {self._tar.offset - size_on_tape} {len(content)} {member.name}")
+        self._index.append(" ".join(parts))
+        self.num_images += 1
+
+    def close(self) -> list[dict[str, object]]:
+        """Finishes both files; their names, sizes and checksums for the manifest."""
+        self._tar.close()
+        index = self.path.with_suffix(".idx")
+        index.write_text("\n".join([f"{_INDEX_VERSION} {self.num_images}", *self._index]) + "\n", "ascii")
+        entries = []
+        for path in (self.path, index):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            entry = {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sum(path)}
+            entries.append({**entry, "images": self.num_images})
+        return entries
+
+
+def ppm(image: Prepared) -> bytes:
+    """Raw pixels as a file every image library reads: a header of three numbers, then the pixels."""
+    return f"P6\n{image.width} {image.height}\n255\n".encode("ascii") + image.data
+
+
+def write_shards(
+    data: str | os.PathLike,
+    out: str | os.PathLike,
+    store: Store,
+    selection: Selection,
+    work: Work,
+    shard_size: int = 512,
+    force: bool = False,
+) -> Tally:
+    """Converts `data` to a folder `out` of shards of at most `shard_size` million bytes (or one image), with manifest.
+
+    Samples are numbered and labelled as in `write_beton`. The folder appears under its name last, and only whole.
+    Raises ValueError as `write_beton` does, and when `out` is a folder of something else.
+    """
+    out = Path(out)
+    _refuse_foreign(out, force)
+    if shard_size < 1:
+        raise ValueError(f"--shard-size must be at least 1 (million bytes), got {shard_size}")
+    source = open_source(data, selection)
+    partial = partial_path(out)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        with partial_file(partial / "images.jsonl") as lines:
+            tally = Tally(source, lines)
+            shards = _write(partial, converted(source, store, work, tally), shard_size * 1_000_000)
+        content = {**tally.summary(store, selection, "images.jsonl"), "shards": shards}
+        write_manifest(partial / "manifest.json", "shards", content)
+        for name in ("images.jsonl", "manifest.json"):
+            os.replace(partial_path(partial / name), partial / name)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync_folder(partial)
+    if out.exists():
+        shutil.rmtree(out)
+    os.replace(partial, out)
+    sync_folder(out.parent)
+    return tally
+
+
+def _write(folder: Path, images, most_bytes: int) -> list[dict[str, object]]:
+    """The shards' entries in the manifest."""
+    entries, shard = [], None
+    with closing(images):
+        for number, (image, label) in enumerate(images):
+            if shard is not None and shard.bytes + len(image.data) > most_bytes:
+                entries += shard.close()
+                shard = None
+            shard = shard or Shard(folder / f"shard-{len(entries) // 2:06d}.tar")
+            shard.add(number, image, label)
+    return entries + shard.close()
+
+
+def _refuse_foreign(out: Path, force: bool) -> None:
+    """Raises ValueError where `out` is taken, unless `force` and it holds shards of ours."""
+    if not out.exists():
+        return
+    if not out.is_dir() or (any(out.iterdir()) and not (out / "manifest.json").exists()):
+        raise ValueError(f"{out} exists and is no folder of shards: choose another name")
+    if not force and any(out.iterdir()):
+        raise ValueError(f"{out} exists: --force replaces it")

@@ -1,0 +1,77 @@
+"""Conversion: images/s of `fastssl prep beton` beside decoding, resizing and encoding alone on the same cores."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from fastssl.bench.timing import time_in_turn
+from fastssl.data_prep.images import find_images
+from fastssl.data_prep.prepare import Store, encode_jpeg, shrink
+from fastssl.data_prep.sources import Selection
+from fastssl.data_prep.work_pool import Work, make_pool, usable_cores
+from fastssl.data_prep.write_beton import write_beton
+from fastssl.environment import environment
+
+
+def convert_bare(paths: list[str]) -> int:
+    """What cannot be saved: each file decoded, its short side brought to 256, encoded; nothing kept."""
+    for path in paths:
+        with Image.open(path) as file:
+            file.draft(None, (512, 512))
+            encode_jpeg(shrink(file.convert("RGB"), 256), 90)
+    return len(paths)
+
+
+def link_copies(data: str, folder: Path, copies: int) -> int:
+    """A folder in which every image of `data` is linked `copies` times; the number of links."""
+    images = find_images(data)
+    for copy in range(copies):
+        for i in range(len(images.paths)):
+            target = folder / f"class{copy:03d}" / f"{i:07d}{Path(images.paths[i]).suffix}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(os.path.abspath(images.path(i)))
+    return copies * len(images.paths)
+
+
+def main(argv: list[str]) -> None:
+    """Measures in turn, prints, and writes JSON."""
+    parser = argparse.ArgumentParser(prog="bench_throughput.py convert", description=__doc__)
+    parser.add_argument("data", help="image folder")
+    parser.add_argument("--copies", type=int, default=8, help="times each image is linked")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=usable_cores())
+    parser.add_argument("--scratch", help="folder to write to; by default the system's for temporary files")
+    parser.add_argument("--output", type=Path, help="where to write the JSON")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch, make_pool(args.workers) as pool:
+        folder, out = Path(scratch, "images"), Path(scratch, "x.beton")
+        count = link_copies(args.data, folder, args.copies)
+        paths = [find_images(folder).path(i) for i in range(count)]
+        parts = [paths[first : first + 16] for first in range(0, count, 16)]
+
+        def beton(store: Store) -> object:
+            return write_beton(folder, out, store, Selection(), Work(args.workers), force=True)
+
+        stages = {
+            "decode + resize + encode alone": lambda: sum(pool.map(convert_bare, parts)),
+            "short side 256": lambda: beton(Store()),
+            "originals": lambda: beton(Store(originals=True)),
+        }
+        timings = time_in_turn(stages, torch.device("cpu"), args.rounds)
+    lines = []
+    for name, timing in timings.items():
+        rate, low, high = (count / seconds for seconds in (timing.median, timing.high, timing.low))
+        share = timings["decode + resize + encode alone"].median / timing.median
+        lines.append({"what": name, "images_per_s": rate, "low": low, "high": high, "share_of_alone": share})
+        print(f"{name:32} {rate:8.0f} images/s ({low:.0f} to {high:.0f})  {share:6.2f} x alone")
+    if args.output:
+        settings = {"images": count, "workers": args.workers, "rounds": args.rounds, "ended": time.ctime()}
+        args.output.write_text(json.dumps({"environment": environment(), **settings, "lines": lines}, indent=1) + "\n")

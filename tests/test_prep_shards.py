@@ -1,0 +1,200 @@
+"""fastssl prep shards: WebDataset tar files with DALI's index, the same bytes every time; tar files as a source."""
+
+import json
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from prep_images import bad_kinds, jpeg, kinds, write_kinds, write_photos
+
+from fastssl.data_prep.describe import describe
+from fastssl.data_prep.images import decode_image, find_images
+from fastssl.data_prep.prepare import Store
+from fastssl.data_prep.sources import Selection, open_source, read_place
+from fastssl.data_prep.verify import verify
+from fastssl.data_prep.work_pool import Work
+from fastssl.data_prep.write_beton import write_beton
+from fastssl.data_prep.write_shards import write_shards
+
+ORIGINALS = Store(originals=True)
+
+
+def write(data, out, store=ORIGINALS, workers=1, **options):
+    return write_shards(data, out, store, Selection(), Work(workers=workers), **options)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two classes of noisy photos, about 40 KB each, and one of odd and bad files."""
+    folder = tmp_path_factory.mktemp("photos")
+    write_photos(folder, {"ant": [(300, 400)] * 30, "bee": [(200, 300)] * 20}, quality=95)
+    write_kinds(folder / "cmyk", kinds(), bad_kinds())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(photos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "shards"
+    write(photos, out, shard_size=1)
+    return out
+
+
+def test_shards_hold_the_folder_in_its_order(photos, shards):
+    folder, left_out = find_images(photos), bad_kinds()
+    kept = [i for i, path in enumerate(folder.paths) if path.split("/")[-1] not in left_out]
+    samples = []
+    for path in sorted(shards.glob("*.tar")):
+        assert path.stat().st_size < 1_050_000
+        with tarfile.open(path, "r:") as archive:
+            members = archive.getmembers()
+            content = [archive.extractfile(member).read() for member in members]
+        assert [member.name for member in members[1::2]] == [member.name[:9] + ".cls" for member in members[::2]]
+        samples += [(image, int(label)) for image, label in zip(content[::2], content[1::2])]
+    assert len(list(shards.glob("*.tar"))) > 1 and len(samples) == len(kept)
+    for i, (data, label) in zip(kept, samples):
+        assert label == folder.labels[i]
+        assert decode_image(data).shape == decode_image(folder.path(i)).shape
+        if label < 2:
+            assert data == read_place(open_source(photos, Selection()).place(i))
+    lines = [json.loads(line)["path"] for line in (shards / "images.jsonl").read_text().splitlines()]
+    assert lines == [folder.paths[i] for i in kept]
+
+
+def test_the_bytes_follow_from_the_images(photos, shards, tmp_path):
+    write(photos, tmp_path / "again", workers=2, shard_size=1)
+    names = sorted(path.name for path in shards.iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "again").iterdir())
+    for name in names:
+        assert (shards / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+def test_the_index_is_what_dali_would_write(shards, tmp_path):
+    wds2idx = pytest.importorskip("wds2idx")
+    for path in shards.glob("*.tar"):
+        creator = wds2idx.IndexCreator(str(path), str(tmp_path / "x.idx"), verbose=False)
+        creator.create_index()
+        creator.close()
+        assert path.with_suffix(".idx").read_text() == (tmp_path / "x.idx").read_text()
+
+
+DALI = """
+import sys
+from nvidia.dali import fn, pipeline_def
+folder, count = sys.argv[1], int(sys.argv[2])
+shards = sys.argv[3:]
+
+@pipeline_def(batch_size=count, num_threads=1, device_id=None)
+def read():
+    paths = dict(paths=[f"{s}.tar" for s in shards], index_paths=[f"{s}.idx" for s in shards])
+    encoded, label = fn.readers.webdataset(**paths, ext=["jpg;ppm", "cls"])
+    return fn.decoders.image(encoded), label
+
+pipeline = read()
+pipeline.build()
+images, labels = pipeline.run()
+for i in range(count):
+    print(bytes(labels.at(i)).decode(), *images.at(i).shape, int(images.at(i).astype("int64").sum()))
+"""
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_dali_reads_shards(shards, photos, tmp_path, raw):
+    pytest.importorskip("nvidia.dali")
+    if raw:
+        write(photos, tmp_path / "raw", Store(raw=True), shard_size=2)
+        shards = tmp_path / "raw"
+    source = open_source(shards, Selection())
+    stems = [str(path.with_suffix("")) for path in sorted(shards.glob("*.tar"))]
+    command = [sys.executable, "-W", "ignore", "-c", DALI, str(shards), str(len(source)), *stems]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    for i, line in enumerate(done.stdout.splitlines()[-len(source) :]):
+        label, *shape, total = map(int, line.split())
+        pixels = decode_image(read_place(source.place(i)))
+        assert label == source.folder.labels[i] and tuple(shape) == pixels.shape
+        assert abs(total - pixels.sum(dtype=np.int64)) <= (0 if raw else 0.01 * pixels.size)
+
+
+def test_raw_shards_hold_plain_pixels(tmp_path):
+    data = write_kinds(tmp_path / "images", {"a.jpg": (jpeg(30, 40), "")})
+    write(data, tmp_path / "shards", Store(raw=True))
+    with tarfile.open(tmp_path / "shards" / "shard-000000.tar") as archive:
+        assert archive.getnames() == ["000000000.ppm", "000000000.cls"]
+        stored = archive.extractfile("000000000.ppm").read()
+        assert archive.extractfile("000000000.cls").read() == b"-1"
+    np.testing.assert_array_equal(decode_image(stored), decode_image(data / "a.jpg"))
+
+
+def test_verify_and_describe(shards, tmp_path):
+    count = len(list(shards.glob("*.tar")))
+    assert f"all {2 * count + 1} checksums hold" in verify(shards, workers=1)
+    text = describe(shards)
+    assert f"57 images in {count} shards" in text and "3: ant, bee, cmyk" in text and "left out  4" in text
+    for name in ("shard-000000.tar", "shard-000001.idx", "images.jsonl", "manifest.json"):
+        content = bytearray((shards / name).read_bytes())
+        content[len(content) // 2] ^= 2
+        copy = tmp_path / name
+        copy.mkdir()
+        for path in shards.iterdir():
+            (copy / path.name).symlink_to(path)
+        (copy / name).unlink()
+        (copy / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} is damaged"):
+            verify(copy, workers=1)
+    (copy / "shard-000000.tar").unlink()
+    (copy / "manifest.json").write_bytes((shards / "manifest.json").read_bytes())
+    with pytest.raises(ValueError, match="is missing"):
+        verify(copy, workers=1)
+
+
+def test_shards_are_a_source_of_the_same_images(photos, shards, tmp_path):
+    write_beton(shards, tmp_path / "a.beton", ORIGINALS, Selection(), Work(workers=1))
+    write_beton(photos, tmp_path / "b.beton", ORIGINALS, Selection(), Work(workers=1))
+    assert (tmp_path / "a.beton").read_bytes() == (tmp_path / "b.beton").read_bytes()
+    manifests = [json.loads((tmp_path / f"{name}.beton.json").read_text()) for name in "ab"]
+    assert manifests[0]["class_names"] == manifests[1]["class_names"] == ["ant", "bee", "cmyk"]
+
+
+@pytest.mark.parametrize("top", ["", "imagenet/", "./"])
+def test_a_folder_packed_in_a_tar_is_that_folder(photos, tmp_path, top):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name in ("cmyk", "bee", "ant"):
+            archive.add(photos / name, f"{top}{name}", filter=lambda member: None if member.issym() else member)
+    packed, folder = open_source(tmp_path / "x.tar", Selection()), open_source(photos, Selection())
+    assert packed.folder.class_names == folder.folder.class_names
+    kept = [i for i, path in enumerate(folder.folder.paths) if not path.endswith("gone.jpg")]
+    assert packed.folder.paths == [folder.folder.paths[i] for i in kept]
+    assert packed.folder.labels.tolist() == folder.folder.labels[kept].tolist()
+    chosen = open_source(tmp_path / "x.tar", Selection(classes="bee", count=3))
+    wanted = open_source(photos, Selection(classes="bee", count=3))
+    for i in range(3):
+        assert chosen.folder.labels[i] == 0 and read_place(chosen.place(i)) == read_place(wanted.place(i))
+
+
+def test_tars_that_cannot_be_used(shards, tmp_path):
+    with pytest.raises(ValueError, match="uncompressed tar"):
+        open_source(write_kinds(tmp_path / "x", {"a.tar": (b"no tar" * 500, "")}), Selection())
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    with pytest.raises(ValueError, match="holds no images"):
+        open_source(tmp_path / "empty.tar", Selection())
+    cut = (shards / "shard-000000.tar").read_bytes()[:300_000]
+    (tmp_path / "cut.tar").write_bytes(cut)
+    with pytest.raises(ValueError, match=r"cut\.tar"):
+        open_source(tmp_path / "cut.tar", Selection())
+
+
+def test_what_is_in_the_way_stays(photos, tmp_path):
+    precious = write_kinds(tmp_path / "precious", {"a.jpg": (jpeg(9, 9), "")})
+    for force in (False, True):
+        with pytest.raises(ValueError, match="no folder of shards"):
+            write(photos, precious, force=force)
+    data = write_photos(tmp_path / "few", {"a": [(20, 20)] * 2})
+    write(data, tmp_path / "shards")
+    with pytest.raises(ValueError, match="--force"):
+        write(data, tmp_path / "shards")
+    write(data, tmp_path / "shards", Store(raw=True), force=True)
+    assert describe(tmp_path / "shards").count("2 raw") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["few", "precious", "shards"]

@@ -1,0 +1,152 @@
+"""fastssl prep verify and describe: truncation and every flipped bit are found; what is told is true."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from prep_images import bad_kinds, jpeg, kinds, write_kinds, write_photos
+
+from fastssl.cli import main
+from fastssl.data_prep.beton_format import HEADER, read_tables
+from fastssl.data_prep.describe import describe
+from fastssl.data_prep.files import partial_file
+from fastssl.data_prep.prepare import Store
+from fastssl.data_prep.sources import Selection
+from fastssl.data_prep.verify import verify
+from fastssl.data_prep.work_pool import Work
+from fastssl.data_prep.write_beton import write_beton
+
+SIDES = ("", ".json", ".images.jsonl")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    data = write_photos(folder / "images", {"ant": [(40, 60)] * 3, "bee": [(30, 30)] * 2})
+    write_kinds(data / "bee", kinds(), bad_kinds())
+    write_beton(data, folder / "x.beton", Store(), Selection(), Work(workers=1))
+    return folder / "x.beton"
+
+
+@pytest.fixture
+def beton(whole, tmp_path):
+    """A copy to damage."""
+    for side in SIDES:
+        shutil.copy(f"{whole}{side}", f"{tmp_path / 'x.beton'}{side}")
+    return tmp_path / "x.beton"
+
+
+def flip(path, at, bit=0):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def test_a_whole_file_passes(whole, capsys):
+    assert main(["prep", "verify", str(whole), "--decode", "--workers", "1"]) == 0
+    assert "checksums hold, the tables are sound, all 12 images decode" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_flipped_bit_anywhere_is_found(beton, seed, capsys):
+    """In the header, a field's name, the metadata, the padding, an image, the allocation table, and anywhere."""
+    random = np.random.default_rng(seed)
+    tables, size = read_tables(beton), beton.stat().st_size
+    image = int(tables.allocations["pointer"][seed])
+    spots = [9, 30, 24 + 2 * 1041 + 5, 100_000, image + 3, tables.allocations_at + 12, int(random.integers(size))]
+    for at in spots:
+        bit = int(random.integers(8))
+        flip(beton, at, bit)
+        with pytest.raises(ValueError, match=r"damaged in 1 of 2 blocks: bytes [\d,]+ to"):
+            verify(beton, workers=1)
+        assert main(["prep", "verify", str(beton)]) == 1
+        assert "damaged" in capsys.readouterr().err
+        flip(beton, at, bit)
+    assert verify(beton, workers=1)
+
+
+@pytest.mark.parametrize("side", SIDES[1:])
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+def test_a_flipped_bit_in_the_files_beside_it_is_found(beton, side, part):
+    path = beton.with_name(beton.name + side)
+    flip(path, int(part * path.stat().st_size), bit=1)
+    with pytest.raises(ValueError, match=r"damaged"):
+        verify(beton, workers=1)
+
+
+@pytest.mark.parametrize("cut", [1, 24, 5000, 9_000_000])
+def test_truncation_is_found_with_and_without_the_manifest(beton, cut):
+    with open(beton, "rb+") as file:
+        file.truncate(max(0, beton.stat().st_size - cut))
+    with pytest.raises(ValueError, match="is cut short"):
+        verify(beton)
+    beton.with_name("x.beton.json").unlink()
+    if cut != 24:  # a whole entry of the table less: only its image tells
+        with pytest.raises(ValueError, match="cut short"):
+            verify(beton)
+    else:
+        with pytest.raises(ValueError, match="image 11 is not in the allocation table"):
+            verify(beton)
+
+
+def test_what_is_no_beton_or_was_never_finished(tmp_path, beton):
+    for content in (b"", b"PK\3\4" + bytes(100), bytes(5000)):
+        (tmp_path / "y.beton").write_bytes(content)
+        for command in (verify, describe):
+            with pytest.raises(ValueError, match=r"no \.beton|not a \.beton"):
+                command(tmp_path / "y.beton")
+    unfinished = bytearray(beton.read_bytes())
+    unfinished[: HEADER.itemsize] = bytes(HEADER.itemsize)
+    (tmp_path / "y.beton").write_bytes(unfinished)
+    with pytest.raises(ValueError, match="not a"):
+        verify(tmp_path / "y.beton")
+    with pytest.raises(ValueError, match="does not exist"):
+        verify(tmp_path / "none.beton")
+
+
+def test_decode_names_the_images_that_do_not(tmp_path):
+    """Bytes that are as they were written, and no images: as a program with another mistake might write them."""
+    data = write_kinds(tmp_path / "images", {f"{i}.jpg": (jpeg(20, 20, seed=i), "") for i in range(5)})
+    out = tmp_path / "x.beton"
+    write_beton(data, out, Store(), Selection(), Work(workers=1))
+    tables = read_tables(out)
+    content = bytearray(out.read_bytes())
+    for i in (1, 3):
+        pointer, size = (int(tables.allocations[name][i]) for name in ("pointer", "size"))
+        content[pointer : pointer + size] = bytes(size)
+    out.write_bytes(content)
+    (tmp_path / "x.beton.json").unlink()
+    assert verify(out)
+    with pytest.raises(ValueError, match=r"cannot decode image 1: not an image.*; image 3: "):
+        verify(out, decode=True, workers=1)
+
+
+def test_describe(whole, capsys):
+    assert main(["prep", "describe", str(whole)]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "12 samples", "image (image), label (int)", "2 different, 0 to 1; 3 to 9 samples each", "12 JPEG, 0 raw",
+        "classes   2: ant, bee", "short_side 256", "quality 90", "1 CMYK", "left out  4",
+        "bee/empty.jpg: the file is empty", "to 60 pixels",
+    ):  # fmt: skip
+        assert part in text, part
+    bars = [line for line in text.splitlines() if " to " in line and "#" in line]
+    assert sum(int(line.split("#")[0].split()[-1]) for line in bars) == 12
+
+
+def test_two_writers_of_one_file(tmp_path):
+    with (
+        partial_file(tmp_path / "x"),
+        pytest.raises(ValueError, match="another process is writing"),
+        partial_file(tmp_path / "x"),
+    ):
+        pass
+    assert (tmp_path / "x.partial").exists()
+
+
+def test_the_manifest_is_plain_json(whole):
+    manifest = json.loads(whole.with_name("x.beton.json").read_text())
+    assert manifest["format"] == 1 and manifest["kind"] == "beton" and manifest["file_bytes"] == whole.stat().st_size
+    assert manifest["sides"] == {"short": [30, 30, 40], "long": [30, 50, 60]}
+    assert manifest["stored"] == {"passed": 6, "encoded": 6}
