@@ -36,6 +36,8 @@ def open_loader(config: Config, ranks: Ranks) -> Loader:
         on_bad_image=d.on_bad_image,
         shuffle=d.shuffle,
         block_size=d.block_size,
+        beton_cache=d.beton_cache,
+        resident_shard=d.resident_shard,
         synthetic_images=d.synthetic_images,
         synthetic_size=d.synthetic_size,
     )

@@ -24,7 +24,7 @@ def flag(*names: str) -> object:
 class DataConfig:
     """Where images come from."""
 
-    loader: Literal["auto", "folder", "synthetic"] = "auto"
+    loader: Literal["auto", "folder", "beton", "resident", "synthetic"] = "auto"
     """How images are read; auto says what it chose and why."""
     workers: Annotated[int | None, flag("-j")] = None
     """Decoding threads per process; by default the cores, shared between the processes of this machine."""
@@ -34,6 +34,12 @@ class DataConfig:
     """blocks: for data larger than memory, blocks of neighbouring images are read together and mixed in windows."""
     block_size: int = 128
     """Images of a block of --shuffle blocks; 128 blocks are mixed at a time."""
+    beton_cache: Literal["page", "process"] = "page"
+    """page: a .beton file is mapped; process: each image is read into memory first, for slow network file systems."""
+    resident_shard: bool = False
+    """The resident loader keeps on each GPU only its share of the images, and shuffles within the shares."""
+    val: str | None = None
+    """Held-out images of the k-NN probe, a .beton file or a folder; by default val, valid, ... beside the data."""
     synthetic_images: int = 4096
     """Images of the synthetic loader."""
     synthetic_size: int = 256
@@ -183,7 +189,7 @@ class Config:
     """Pretrain an image encoder without labels: MoCo with the alignment, uniformity and contrastive losses."""
 
     data: tyro.conf.Positional[str] = ""
-    """Folder of images: train/<class>/*, <class>/* or a flat folder."""
+    """Folder of images (train/<class>/*, <class>/* or a flat folder), or a .beton file."""
     input: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

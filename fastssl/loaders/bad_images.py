@@ -54,6 +54,13 @@ class BadImages:
         self.count(1)
         return pixels
 
+    def next_readable(self, index: int) -> int:
+        """`index`, or the next image in file order that is not known to be unreadable."""
+        for i in range(index, index + min(self.num_images, MAX_BAD_RUN)):
+            if i % self.num_images not in self._reasons:
+                return i % self.num_images
+        return index
+
     def load_replacing(self, index: int) -> tuple[np.ndarray, int]:
         """The pixels for the place of image `index`, and the index they are of: its own or a replacement's."""
         tries = min(self.num_images, MAX_BAD_RUN)

@@ -1,4 +1,4 @@
-"""The index of an FFCV .beton file: where each image's bytes lie. Needs numpy only, not ffcv.
+"""The index of an FFCV .beton file: where each image's bytes lie. Does not need ffcv.
 
 The layout (FFCV 1.0, little endian): header, one descriptor a field, one row of metadata a sample, pages of data and,
 last, the allocation table. Metadata tells where a sample's bytes begin, only the table how many they are. FFCV reads
@@ -7,11 +7,14 @@ past a table that is cut short and shows wrong pixels; here every pointer must b
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+from fastssl.data_prep.images import MAX_PIXELS
+from fastssl.loaders.beton_manifest import read_manifest
 
 VERSION = 2
 JPEG, RAW = 0, 1  # values of `mode`
@@ -88,19 +91,21 @@ def open_beton(path: str | os.PathLike) -> BetonFile:
     return beton
 
 
-def read_manifest(path: str | os.PathLike) -> dict | None:
-    """What `fastssl prep beton` wrote beside the file, or None; raises ValueError when it cannot be read."""
-    name = f"{os.fspath(path)}.json"
-    if not os.path.exists(name):
-        return None
-    try:
-        with open(name, encoding="utf-8") as file:
-            manifest = json.load(file)
-        if not {"num_images", "class_names", "file_bytes"} <= set(manifest):
-            raise ValueError("keys are missing")
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"cannot read the manifest {name} ({error}): remove it, or convert the images again") from None
-    return manifest
+def number_labels(beton: BetonFile, class_names: Sequence[str] | None) -> BetonFile:
+    """The same file with labels numbered by a list made elsewhere (an evaluation split's by its training split's).
+
+    Raises ValueError when the file has a class that is not on the list. None changes nothing.
+    """
+    if not class_names or not beton.class_names:
+        return beton
+    number = {name: i for i, name in enumerate(class_names)}
+    if unknown := [name for name in beton.class_names if name not in number]:
+        raise ValueError(
+            f"{beton.path} has a class {unknown[0]!r} that is not among the {len(number)} of the other split"
+        )
+    renumber = np.array([number[name] for name in beton.class_names], np.int64)
+    label = np.where(beton.label < 0, -1, renumber[beton.label])
+    return replace(beton, label=label, class_names=list(class_names))
 
 
 def _map(path: str) -> np.ndarray:
@@ -171,6 +176,7 @@ def _check_images(beton: BetonFile, table: int) -> None:
     pixel_bytes = beton.height.astype(np.int64) * beton.width * 3
     wrong = {
         "has no pixels": pixel_bytes == 0,
+        f"has more than {MAX_PIXELS:,} pixels": pixel_bytes > MAX_PIXELS * 3,
         "is stored in an unknown way": beton.mode > RAW,
         "has too few or too many bytes for its height and width": (beton.mode == RAW) & (beton.size != pixel_bytes),
         "lies outside of the file's data": (beton.pointer < HEADER.itemsize) | (beton.pointer + beton.size > table),

@@ -14,7 +14,7 @@ from fastssl.loaders.folder_loader import FolderLoader
 from fastssl.loaders.order import Order
 from fastssl.loaders.synthetic_loader import SyntheticLoader
 
-LOADERS = ("folder", "synthetic")
+LOADERS = ("folder", "beton", "resident", "synthetic")
 
 
 class Loader(Protocol):
@@ -56,13 +56,16 @@ def make_loader(
     class_names: Sequence[str] | None = None,
     shuffle: str = "full",
     block_size: int = 128,
+    beton_cache: str = "page",
+    resident_shard: bool = False,
     synthetic_images: int = 2048,
     synthetic_size: int = 256,
 ) -> Loader:
     """The loader `name` ("auto" chooses by `data`) over `data`; `batch_size` is per rank (1 will do for evaluation).
 
     workers: decoding threads, None for this process's share of the cores. on_bad_image: "skip" or "error". shuffle:
-    "full", or "blocks" of `block_size` images for data sets larger than memory (`order.Order`).
+    "full", or "blocks" of `block_size` images for data sets larger than memory (`order.Order`). beton_cache: "page" or
+    "process" (`BetonDecoder`). resident_shard: each rank holds its share only (`ResidentLoader`).
     Raises ValueError for an unknown name or option, for data the loader cannot read, and when the data set is smaller
     than one global batch.
     """
@@ -76,9 +79,35 @@ def make_loader(
     if name == "synthetic":
         loader = SyntheticLoader(num_images=synthetic_images, size=synthetic_size, **shared)
     else:
-        loader = FolderLoader(data, workers=workers, on_bad_image=on_bad_image, class_names=class_names, **shared)
+        files = dict(workers=workers, on_bad_image=on_bad_image, class_names=class_names)
+        if name != "folder":
+            files["cache"] = beton_cache
+        if name == "resident":
+            files["shard"] = resident_shard
+        try:
+            loader = _find_class(name)(data, **files, **shared)
+        except ImportError as error:
+            raise ValueError(
+                f"what the loader {name!r} needs for {os.fspath(data)} is missing ({error}): 'fastssl doctor' gives "
+                "the command that installs it"
+            ) from error
+    if name == "resident":
+        reason = f"{reason}; holds {loader.held}"
     loader.name, loader.reason = name, reason
     return loader
+
+
+def _find_class(name: str) -> type[Loader]:
+    """The class of a loader of files; what it needs is imported only when it is asked for."""
+    if name == "beton":
+        from fastssl.loaders.beton_loader import BetonLoader
+
+        return BetonLoader
+    if name == "resident":
+        from fastssl.loaders.resident_loader import ResidentLoader
+
+        return ResidentLoader
+    return FolderLoader
 
 
 def choose_loader(name: str, data: str | os.PathLike | None) -> tuple[str, str]:
@@ -95,5 +124,10 @@ def choose_loader(name: str, data: str | os.PathLike | None) -> tuple[str, str]:
         return name, "asked for"
     if os.path.isdir(data):
         return "folder", f"{os.fspath(data)} is a folder of image files"
+    if os.path.isfile(data) and os.fspath(data).endswith(".beton"):
+        return "beton", f"{os.fspath(data)} is a .beton file"
     what = "is a file, and no loader reads it" if os.path.exists(data) else "does not exist"
-    raise ValueError(f"{os.fspath(data)} {what}: give a folder that holds images, <class>/ or train/<class>/ folders")
+    raise ValueError(
+        f"{os.fspath(data)} {what}: give a .beton file or a folder that holds images, <class>/ or train/<class>/ "
+        "folders"
+    )
