@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from photos import render_photo
 from PIL import Image
 
 from fastssl.loaders.beton_file import ALLOCATION, DESCRIPTOR, FIELD_METADATA, HEADER, IMAGE_FIELD, INT_FIELD, JPEG
 
+FFCV_PHOTOS = [render_photo(40 + 3 * i, 60 - 2 * i, seed=i) for i in range(12)]  # what the fixture by_ffcv writes
 PAGE = 1 << 21
 ROW = np.dtype([("image", FIELD_METADATA[IMAGE_FIELD]), ("label", "<i8")], align=True)
 Stored = tuple[bytes, int, int, int, int]  # the image's bytes, height, width, mode, label

@@ -158,17 +158,16 @@ def _read_table(path: str, data: np.ndarray, header: np.void) -> np.ndarray:
 
 
 def _sizes(path: str, table: np.ndarray, pointer: np.ndarray) -> np.ndarray:
-    """(n,) int64: the bytes that were allocated at each pointer, found by one sort."""
-    table = table[np.lexsort((table["size"], table["pointer"]))]
-    known = table["pointer"].astype(np.int64)
-    place = np.searchsorted(known, pointer, side="right") - 1  # of several the last: an empty one may lie before it
-    missing = place < 0
-    if len(known):
-        missing |= known[place] != pointer
-    if missing.any():
-        first = int(missing.argmax())
-        raise _cut(path, f"its allocation table misses {missing.sum():,} images, the first is {first}")
-    return table["size"][place].astype(np.int64)
+    """(n,) int64: the bytes that were allocated to each sample at its pointer."""
+    table = table[table["sample"] < len(pointer)]
+    sample = table["sample"].astype(np.int64)
+    own = table["pointer"] == pointer.view(np.uint64)[sample]  # a sample's other fields have allocations, too
+    size = np.full(len(pointer), -1, np.int64)
+    np.maximum.at(size, sample[own], table["size"][own].astype(np.int64))
+    if (size < 0).any():
+        first = int((size < 0).argmax())
+        raise _cut(path, f"its allocation table misses {(size < 0).sum():,} images, the first is {first}")
+    return size
 
 
 def _check_images(beton: BetonFile, table: int) -> None:

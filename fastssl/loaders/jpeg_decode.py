@@ -20,7 +20,7 @@ from numba.core.types import ExternalFunction, int32, intp, void
 GOOD, WARNING, FATAL, WRONG_SIZE = range(4)  # of an image, after decoding
 _MESSAGE = 200  # bytes of libjpeg's longest message
 _RGB = 0  # TJPF_RGB
-_FLAGS = 4096 | 32768  # accurate IDCT; refuse more than 500 scans, which take minutes on purpose
+_ACCURATE = 4096  # TJFLAG_ACCURATEDCT: within rounding of what Pillow shows; the fast one is off by up to 20 levels
 # All rows are there by then: some cameras and tools pad the data before the end-of-image marker
 _HARMLESS = ("extraneous bytes before marker 0xd9",)
 
@@ -77,7 +77,7 @@ def _decode_stored(data, pointer, size, raw, height, width, pixels, offset, stat
             continue
         if failed == 0:
             failed = _decompress(
-                decoder, source, size[i], target, width[i], width[i] * 3, height[i], int32(_RGB), int32(_FLAGS)
+                decoder, source, size[i], target, width[i], width[i] * 3, height[i], int32(_RGB), int32(_ACCURATE)
             )
         if failed != 0:
             status[i] = FATAL if _code(decoder) != 0 else WARNING
