@@ -76,38 +76,35 @@ def make_loader(
         raise ValueError(f"a loader needs at least 1 worker, got {workers}")
     order = Order(shuffle, block_size).check()
     shared = dict(batch_size=batch_size, seed=seed, device=device, rank=rank, world_size=world_size, order=order)
+    files = dict(workers=workers, on_bad_image=on_bad_image, class_names=class_names)
     if name == "synthetic":
         loader = SyntheticLoader(num_images=synthetic_images, size=synthetic_size, **shared)
+    elif name == "folder":
+        loader = FolderLoader(data, **files, **shared)
+    elif name == "beton":
+        loader = _find_class(name)(data, cache=beton_cache, **files, **shared)
     else:
-        files = dict(workers=workers, on_bad_image=on_bad_image, class_names=class_names)
-        if name != "folder":
-            files["cache"] = beton_cache
-        if name == "resident":
-            files["shard"] = resident_shard
-        try:
-            loader = _find_class(name)(data, **files, **shared)
-        except ImportError as error:
-            raise ValueError(
-                f"what the loader {name!r} needs for {os.fspath(data)} is missing ({error}): 'fastssl doctor' gives "
-                "the command that installs it"
-            ) from error
-    if name == "resident":
+        loader = _find_class(name)(data, cache=beton_cache, shard=resident_shard, **files, **shared)
         reason = f"{reason}; holds {loader.held}"
     loader.name, loader.reason = name, reason
     return loader
 
 
 def _find_class(name: str) -> type[Loader]:
-    """The class of a loader of files; what it needs is imported only when it is asked for."""
-    if name == "beton":
-        from fastssl.loaders.beton_loader import BetonLoader
+    """The class of a loader that stands on libraries which may be missing, imported only when it is asked for."""
+    try:
+        if name == "beton":
+            from fastssl.loaders.beton_loader import BetonLoader
 
-        return BetonLoader
-    if name == "resident":
+            return BetonLoader
         from fastssl.loaders.resident_loader import ResidentLoader
 
         return ResidentLoader
-    return FolderLoader
+    except ImportError as error:
+        raise ValueError(
+            f"the loader {name!r} needs a library that is missing ({error}): 'fastssl doctor' gives the command that "
+            "installs it"
+        ) from error
 
 
 def choose_loader(name: str, data: str | os.PathLike | None) -> tuple[str, str]:

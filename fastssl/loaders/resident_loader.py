@@ -135,8 +135,13 @@ def _open_source(data: str | os.PathLike, cache: str, options: dict[str, object]
     """The loader that decodes the images this one time."""
     if os.path.isdir(data):
         return FolderLoader(data, batch_size=1, seed=0, **options)
-    from fastssl.loaders.beton_loader import BetonLoader  # here, for ffcv is not needed to hold a folder
-
+    try:
+        from fastssl.loaders.beton_loader import BetonLoader  # here, for ffcv is not needed to hold a folder
+    except ImportError as error:
+        raise ValueError(
+            f"{os.fspath(data)} needs a library that is missing ({error}): 'fastssl doctor' gives the command that "
+            "installs it"
+        ) from error
     return BetonLoader(data, batch_size=1, seed=0, cache=cache, **options)
 
 
