@@ -222,6 +222,8 @@ def check(config: Config) -> None:
         raise ValueError("--sync-bn and --bn-splits contradict each other: statistics over all ranks or over parts")
     if a.policy != "small" and a.cj is not None:
         raise ValueError(f"--cj belongs to --policy small, not to {a.policy}: add --policy small or leave it out")
+    if config.input.resident_shard and config.input.loader != "resident":
+        raise ValueError(f"--resident-shard belongs to --loader resident, not to {config.input.loader}")
     if t.batch_size % o.accumulate:
         raise ValueError(f"--batch-size {t.batch_size} must be a multiple of --accumulate {o.accumulate}")
 

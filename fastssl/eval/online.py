@@ -55,15 +55,23 @@ def make_probe(config: Config, loader: Loader, ranks: Ranks) -> tuple[Probe | No
 
 
 def open_held_out(config: Config, loader: Loader, device: torch.device) -> tuple[Loader | None, str]:
-    """A loader of the held-out images and their place, or None and why there are none that can serve."""
+    """A loader of the held-out images and their place, or None and why there are none that can serve.
+
+    Raises ValueError when it is --val that cannot serve.
+    """
     path = Path(config.input.val) if config.input.val else find_held_out(Path(config.data))
     if path is None or loader.name == "synthetic":
         return None, f"there is no {', '.join(HELD_OUT[:-1])} or {HELD_OUT[-1]} beside the training images"
-    shared = {"workers": config.input.workers, "on_bad_image": config.input.on_bad_image}
+    held_out, found = _try_held_out(path, config, loader, device)
+    if held_out is None and config.input.val:
+        raise ValueError(f"--val cannot serve the k-NN probe: {found}")
+    return held_out, found
+
+
+def _try_held_out(path: Path, config: Config, loader: Loader, device: torch.device) -> tuple[Loader | None, str]:
+    shared = {"workers": config.input.workers, "on_bad_image": config.input.on_bad_image, "device": device}
     try:
-        held_out = make_loader(
-            "auto", path, batch_size=1, seed=0, device=device, class_names=loader.class_names, **shared
-        )
+        held_out = make_loader("auto", path, batch_size=1, seed=0, class_names=loader.class_names, **shared)
     except ValueError as error:
         return None, str(error)
     if not held_out.class_names:

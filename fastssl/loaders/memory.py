@@ -52,12 +52,12 @@ def free_bytes(device: torch.device) -> int:
         facts = dict(line.split(":", 1) for line in file)
     free = int(facts["MemAvailable"].split()[0]) * 1024
     try:
-        limit, used = (_read_number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    except (OSError, ValueError):  # no container, or one without a limit
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            limit = int(file.read())  # "max" where there is none
+        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
+            used = int(file.read())
+        with open("/sys/fs/cgroup/memory.stat", encoding="ascii") as file:
+            used -= int(dict(line.split() for line in file)["inactive_file"])  # files' pages make room when asked
+    except (OSError, ValueError, KeyError):  # no container, or one without a limit
         return free
     return min(free, max(0, limit - used))
-
-
-def _read_number(path: str) -> int:
-    with open(path, encoding="ascii") as file:
-        return int(file.read())
