@@ -21,7 +21,7 @@ from numba.core.types import ExternalFunction, int32, intp, void
 GOOD, WARNING, FATAL, WRONG_SIZE = range(4)  # of an image, after decoding
 _MESSAGE = 200  # bytes of libjpeg's longest message
 _RGB = 0  # TJPF_RGB
-_ACCURATE = 4096  # TJFLAG_ACCURATEDCT: what Pillow shows; the fast one is off by about one grey level in the mean, for 2 % of the time
+_ACCURATE = 4096  # TJFLAG_ACCURATEDCT, as Pillow's; the fast one is off by a grey level in the mean and saves 2 %
 # All rows are there by then: some cameras and tools pad the data before the end-of-image marker
 _HARMLESS = ("extraneous bytes before marker 0xd9",)
 
