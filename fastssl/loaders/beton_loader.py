@@ -26,7 +26,7 @@ from fastssl.loaders.prefetch import Prefetcher
 from fastssl.loaders.recycle import RecycledBuffers
 
 _AHEAD = 2  # batches being decoded at once: threads never wait for the slowest image of one batch
-_CHUNK = 16  # images per task at most
+_CHUNK = 32  # images per task at most
 
 
 class _Pending(NamedTuple):
