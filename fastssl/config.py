@@ -24,12 +24,22 @@ def flag(*names: str) -> object:
 class DataConfig:
     """Where images come from."""
 
-    loader: Literal["auto", "folder", "synthetic"] = "auto"
+    loader: Literal["auto", "folder", "beton", "resident", "synthetic"] = "auto"
     """How images are read; auto says what it chose and why."""
     workers: Annotated[int | None, flag("-j")] = None
     """Decoding threads per process; by default the cores, shared between the processes of this machine."""
     on_bad_image: Literal["skip", "error"] = "skip"
     """An unreadable image is named, counted and replaced by its neighbour, or stops the run."""
+    shuffle: Literal["full", "blocks"] = "full"
+    """blocks: for data larger than memory, blocks of neighbouring images are read together and mixed in windows."""
+    block_size: int = 128
+    """Images of a block of --shuffle blocks; 128 blocks are mixed at a time."""
+    beton_cache: Literal["page", "process"] = "page"
+    """page: a .beton file is mapped; process: each image is read into memory first, for slow network file systems."""
+    resident_shard: bool = False
+    """The resident loader keeps on each GPU only its share of the images, and shuffles within the shares."""
+    val: str | None = None
+    """Held-out images of the k-NN probe, a .beton file or a folder; by default val, valid, ... beside the data."""
     synthetic_images: int = 4096
     """Images of the synthetic loader."""
     synthetic_size: int = 256
@@ -179,7 +189,7 @@ class Config:
     """Pretrain an image encoder without labels: MoCo with the alignment, uniformity and contrastive losses."""
 
     data: tyro.conf.Positional[str] = ""
-    """Folder of images: train/<class>/*, <class>/* or a flat folder."""
+    """Folder of images (train/<class>/*, <class>/* or a flat folder), or a .beton file."""
     input: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -212,6 +222,8 @@ def check(config: Config) -> None:
         raise ValueError("--sync-bn and --bn-splits contradict each other: statistics over all ranks or over parts")
     if a.policy != "small" and a.cj is not None:
         raise ValueError(f"--cj belongs to --policy small, not to {a.policy}: add --policy small or leave it out")
+    if config.input.resident_shard and config.input.loader != "resident":
+        raise ValueError(f"--resident-shard belongs to --loader resident, not to {config.input.loader}")
     if t.batch_size % o.accumulate:
         raise ValueError(f"--batch-size {t.batch_size} must be a multiple of --accumulate {o.accumulate}")
 

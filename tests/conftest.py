@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import subprocess
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the suite runs one process per core
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -91,3 +94,17 @@ def make_image_folder() -> Callable[..., Path]:
 def image_folder(make_image_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train/ (24 JPEGs) and val/ (12), three classes; shared by the session, so only to be read."""
     return make_image_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def by_ffcv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of files FFCV's own writer made of `betons.FFCV_PHOTOS` (`ffcv_writer.MODES`); only to be read."""
+    if importlib.util.find_spec("ffcv") is None:
+        pytest.skip("needs ffcv")
+    from betons import FFCV_PHOTOS
+
+    folder = tmp_path_factory.mktemp("ffcv")
+    np.savez(folder / "photos.npz", *FFCV_PHOTOS)
+    command = [sys.executable, str(Path(__file__).with_name("ffcv_writer.py")), str(folder)]
+    subprocess.run(command, check=True, timeout=60, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return folder

@@ -70,6 +70,7 @@ def test_compile_switches():
         (["D", "--policy", "v3"], "v1"),
         (["D", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["D", "--sync-bn", "--bn-splits", "2"], "contradict"),
+        (["D", "--resident-shard"], "--resident-shard belongs to --loader resident, not to auto"),
         (["D", "--ema-momentum", "1.5"], "--ema-momentum must lie in"),
         (["D", "--temperature", "0"], "temperature must be"),
     ],

@@ -1,6 +1,7 @@
 """The loaders' contract, on real files: same images, same order, nothing left behind, nothing hidden."""
 
 import gc
+import importlib.util
 import itertools
 import os
 import threading
@@ -9,10 +10,12 @@ import time
 import numpy as np
 import pytest
 import torch
+from betons import write_beton
 from PIL import Image
 
 from fastssl.data_prep import images
-from fastssl.loaders import folder_loader, prefetch
+from fastssl.loaders import bad_images, folder_loader, prefetch
+from fastssl.loaders.beton_file import RAW
 from fastssl.loaders.make import choose_loader, make_loader
 from fastssl.loaders.synthetic_loader import render_images
 from fastssl.random_key import permutation
@@ -49,14 +52,27 @@ def bad_folder(tmp_path):
     return tmp_path
 
 
-@pytest.fixture(params=["folder", "synthetic"])
+@pytest.fixture(scope="module")
+def good_beton(tmp_path_factory):
+    """The same images and classes in a .beton file, as pixels."""
+    stored = []
+    for i in range(NUM_IMAGES):
+        pixels = file_pixels(i)
+        stored.append((pixels.tobytes(), *pixels.shape[:2], RAW, i * 3 // NUM_IMAGES))
+    return write_beton(tmp_path_factory.mktemp("betons") / "good.beton", stored, ["class0", "class1", "class2"])
+
+
+@pytest.fixture(params=["folder", "beton", "resident", "synthetic"])
 def make(request, good_folder):
     """make(**changes) -> loader, for each kind over the same number of images."""
+    if request.param == "beton" and importlib.util.find_spec("ffcv") is None:
+        pytest.skip("needs ffcv")
+    data = request.getfixturevalue("good_beton") if request.param == "beton" else good_folder
     loaders = []
 
     def build(**changes):
         options = dict(batch_size=4, seed=1, device="cpu", synthetic_images=NUM_IMAGES, synthetic_size=6, workers=3)
-        loaders.append(make_loader(request.param, good_folder, **(options | changes)))
+        loaders.append(make_loader(request.param, data, **(options | changes)))
         return loaders[-1]
 
     yield build
@@ -263,7 +279,7 @@ def test_nothing_readable_is_an_error_not_a_loop(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"8 image files in a row cannot be decoded, .*\.jpg: not an image"):
         next(loader.batches())
     Image.fromarray(file_pixels(0)).save(tmp_path / "9.png")
-    monkeypatch.setattr(folder_loader, "_MAX_BAD_RUN", 4)
+    monkeypatch.setattr(bad_images, "MAX_BAD_RUN", 4)
     with pytest.raises(ValueError, match="4 image files in a row"):
         take(make_loader("folder", tmp_path, batch_size=4, seed=0, device="cpu").batches(), 2)
 
@@ -356,7 +372,10 @@ def test_auto_says_what_it_chose_and_why(good_folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "foldr"}, r"unknown loader 'foldr': did you mean 'folder'\? choose from auto, folder, synthetic"),
+        (
+            {"name": "foldr"},
+            r"unknown loader 'foldr': did you mean 'folder'\? choose from auto, folder, beton, resident",
+        ),
         ({"name": "zzz"}, r"unknown loader 'zzz': choose from"),
         ({"data": None}, "no data set was given"),
         ({"data": "/no/such/folder"}, "/no/such/folder does not exist"),

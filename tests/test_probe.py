@@ -1,10 +1,12 @@
 """Features in order and in eval mode, and the k-NN probe of a run: what is asked, what is said, ranks agree."""
 
+import importlib.util
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from betons import stored_jpeg, write_beton
 from ranks import run_ranks
 from torch import nn
 from torch.nn.functional import normalize
@@ -170,6 +172,23 @@ def test_a_held_out_split_that_cannot_serve_is_named(make_image_folder, tmp_path
     shutil.rmtree(data / "val")
     shutil.copytree(data / "train" / "class0", data / "val")
     assert f"{data / 'val'} has no class folders" in make_probe(config, open_loader(config), ALONE)[1]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="needs ffcv")
+def test_a_beton_is_asked_where_it_lies_or_where_it_is_named(tmp_path):
+    red, blue = (np.broadcast_to(np.array(c, np.uint8), (20, 24, 3)) for c in ((200, 10, 10), (10, 10, 200)))
+    names = ["red", "blue"]
+    for name, count in (("train", 6), ("val", 3), ("elsewhere", 2)):
+        images = [stored_jpeg(photo, label) for label, photo in enumerate((red, blue)) for _ in range(count)]
+        write_beton(tmp_path / f"{name}.beton", images, names)
+    config = config_of(tmp_path / "train.beton")
+    probe, note = make_probe(config, open_loader(config), ALONE)
+    assert f"asks the images of {tmp_path / 'val.beton'}" in note and probe(ColourBackbone()) == 100
+    config = config_of(tmp_path / "train.beton", val=str(tmp_path / "elsewhere.beton"))
+    assert "elsewhere.beton" in make_probe(config, open_loader(config), ALONE)[1]
+    config = config_of(tmp_path / "train.beton", val=str(tmp_path / "nowhere.beton"))
+    with pytest.raises(ValueError, match=r"--val cannot serve the k-NN probe: \S+nowhere\.beton does not exist"):
+        make_probe(config, open_loader(config), ALONE)
 
 
 def test_synthetic_images_have_a_probe():

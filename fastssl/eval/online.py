@@ -18,7 +18,7 @@ from fastssl.plan import DTYPES, choose_precision
 from fastssl.random_key import STREAM_HELD_OUT, random_bits
 
 Probe = Callable[[nn.Module], float]
-HELD_OUT = ("val", "valid", "validation", "test")  # folders beside train/; the first one there is taken
+HELD_OUT = ("val", "valid", "validation", "test")  # beside the training images; the first one there is taken
 ASKED_OF_TRAIN = 5  # without one, one training image in so many is asked, and left out of the bank
 _FEWEST = 50  # images among which the hash is sure to choose some
 _BATCH = 256
@@ -55,24 +55,40 @@ def make_probe(config: Config, loader: Loader, ranks: Ranks) -> tuple[Probe | No
 
 
 def open_held_out(config: Config, loader: Loader, device: torch.device) -> tuple[Loader | None, str]:
-    """A loader of the split beside the training images and its folder, or None and why it cannot serve."""
-    data = Path(config.data)
-    train = data if data.name == "train" else data / "train"
-    folder = next((train.parent / name for name in HELD_OUT if (train.parent / name).is_dir()), None)
-    if loader.name != "folder" or not train.is_dir() or folder is None:
-        return None, f"there is no folder {', '.join(HELD_OUT[:-1])} or {HELD_OUT[-1]} beside train"
-    shared = {"workers": config.input.workers, "on_bad_image": config.input.on_bad_image}
+    """A loader of the held-out images and their place, or None and why there are none that can serve.
+
+    Raises ValueError when it is --val that cannot serve.
+    """
+    path = Path(config.input.val) if config.input.val else find_held_out(Path(config.data))
+    if path is None or loader.name == "synthetic":
+        return None, f"there is no {', '.join(HELD_OUT[:-1])} or {HELD_OUT[-1]} beside the training images"
+    held_out, found = _try_held_out(path, config, loader, device)
+    if held_out is None and config.input.val:
+        raise ValueError(f"--val cannot serve the k-NN probe: {found}")
+    return held_out, found
+
+
+def _try_held_out(path: Path, config: Config, loader: Loader, device: torch.device) -> tuple[Loader | None, str]:
+    shared = {"workers": config.input.workers, "on_bad_image": config.input.on_bad_image, "device": device}
     try:
-        held_out = make_loader(
-            "folder", folder, batch_size=1, seed=0, device=device, class_names=loader.class_names, **shared
-        )
+        held_out = make_loader("auto", path, batch_size=1, seed=0, class_names=loader.class_names, **shared)
     except ValueError as error:
         return None, str(error)
     if not held_out.class_names:
-        return None, f"{folder} has no class folders"
+        return None, f"{path} has no class folders" if path.is_dir() else f"{path} has no labels"
     if next(held_out.eval_batches(_BATCH, limit=_BATCH), None) is None:
-        return None, f"no image of {folder} can be read"
-    return held_out, str(folder)
+        return None, f"no image of {path} can be read"
+    return held_out, str(path)
+
+
+def find_held_out(data: Path) -> Path | None:
+    """The held-out split beside the training images: val/ beside train/, or val.beton beside a .beton file."""
+    if data.is_file():
+        beside = [data.with_name(name + data.suffix) for name in HELD_OUT]
+        return next((path for path in beside if path.is_file() and path != data), None)
+    train = data if data.name == "train" else data / "train"
+    beside = [train.parent / name for name in HELD_OUT]
+    return next((path for path in beside if train.is_dir() and path.is_dir()), None)
 
 
 def keep_asked(batches: Iterable[ImageBatch], asked: bool) -> Iterator[ImageBatch]:

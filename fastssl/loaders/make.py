@@ -11,9 +11,10 @@ import torch
 
 from fastssl.batch import ImageBatch
 from fastssl.loaders.folder_loader import FolderLoader
+from fastssl.loaders.order import Order
 from fastssl.loaders.synthetic_loader import SyntheticLoader
 
-LOADERS = ("folder", "synthetic")
+LOADERS = ("folder", "beton", "resident", "synthetic")
 
 
 class Loader(Protocol):
@@ -30,6 +31,7 @@ class Loader(Protocol):
     batches_per_epoch: int
     class_names: list[str]  # empty when the data set has no classes
     bad_images: list[str]  # "path: reason" of the unreadable images met so far; grows at its end
+    decoded: int  # images decoded so far: one for each image handed out, and those read ahead
 
     def batches(self, first: int = 0) -> Iterator[ImageBatch]: ...
 
@@ -52,12 +54,18 @@ def make_loader(
     workers: int | None = None,
     on_bad_image: str = "skip",
     class_names: Sequence[str] | None = None,
+    shuffle: str = "full",
+    block_size: int = 128,
+    beton_cache: str = "page",
+    resident_shard: bool = False,
     synthetic_images: int = 2048,
     synthetic_size: int = 256,
 ) -> Loader:
     """The loader `name` ("auto" chooses by `data`) over `data`; `batch_size` is per rank (1 will do for evaluation).
 
-    workers: decoding threads, None for this process's share of the cores. on_bad_image: "skip" or "error".
+    workers: decoding threads, None for this process's share of the cores. on_bad_image: "skip" or "error". shuffle:
+    "full", or "blocks" of `block_size` images for data sets larger than memory (`order.Order`). beton_cache: "page" or
+    "process" (`BetonDecoder`). resident_shard: each rank holds its share only (`ResidentLoader`).
     Raises ValueError for an unknown name or option, for data the loader cannot read, and when the data set is smaller
     than one global batch.
     """
@@ -66,13 +74,37 @@ def make_loader(
         raise ValueError(f"on_bad_image must be 'skip' or 'error', got {on_bad_image!r}")
     if workers is not None and workers < 1:
         raise ValueError(f"a loader needs at least 1 worker, got {workers}")
-    shared = dict(batch_size=batch_size, seed=seed, device=device, rank=rank, world_size=world_size)
+    order = Order(shuffle, block_size).check()
+    shared = dict(batch_size=batch_size, seed=seed, device=device, rank=rank, world_size=world_size, order=order)
+    files = dict(workers=workers, on_bad_image=on_bad_image, class_names=class_names)
     if name == "synthetic":
         loader = SyntheticLoader(num_images=synthetic_images, size=synthetic_size, **shared)
+    elif name == "folder":
+        loader = FolderLoader(data, **files, **shared)
+    elif name == "beton":
+        loader = _find_class(name)(data, cache=beton_cache, **files, **shared)
     else:
-        loader = FolderLoader(data, workers=workers, on_bad_image=on_bad_image, class_names=class_names, **shared)
+        loader = _find_class(name)(data, cache=beton_cache, shard=resident_shard, **files, **shared)
+        reason = f"{reason}; holds {loader.held}"
     loader.name, loader.reason = name, reason
     return loader
+
+
+def _find_class(name: str) -> type[Loader]:
+    """The class of a loader that stands on libraries which may be missing, imported only when it is asked for."""
+    try:
+        if name == "beton":
+            from fastssl.loaders.beton_loader import BetonLoader
+
+            return BetonLoader
+        from fastssl.loaders.resident_loader import ResidentLoader
+
+        return ResidentLoader
+    except ImportError as error:
+        raise ValueError(
+            f"the loader {name!r} needs a library that is missing ({error}): 'fastssl doctor' gives the command that "
+            "installs it"
+        ) from error
 
 
 def choose_loader(name: str, data: str | os.PathLike | None) -> tuple[str, str]:
@@ -89,5 +121,10 @@ def choose_loader(name: str, data: str | os.PathLike | None) -> tuple[str, str]:
         return name, "asked for"
     if os.path.isdir(data):
         return "folder", f"{os.fspath(data)} is a folder of image files"
+    if os.path.isfile(data) and os.fspath(data).endswith(".beton"):
+        return "beton", f"{os.fspath(data)} is a .beton file"
     what = "is a file, and no loader reads it" if os.path.exists(data) else "does not exist"
-    raise ValueError(f"{os.fspath(data)} {what}: give a folder that holds images, <class>/ or train/<class>/ folders")
+    raise ValueError(
+        f"{os.fspath(data)} {what}: give a .beton file or a folder that holds images, <class>/ or train/<class>/ "
+        "folders"
+    )

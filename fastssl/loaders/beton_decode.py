@@ -1,0 +1,104 @@
+"""The stored images of a .beton file, decoded whole by libffcv's JPEG decoder into windows of a batch."""
+
+from __future__ import annotations
+
+import os
+import weakref
+
+import numpy as np
+
+from fastssl.data_prep.images import BadImage, decode_image
+from fastssl.loaders.bad_images import BadImages
+from fastssl.loaders.beton_file import RAW, BetonFile
+from fastssl.loaders.jpeg_decode import FATAL, decode_stored_images
+
+
+class BetonDecoder:
+    """Decodes images of one file from any thread, and remembers in `images` which cannot be.
+
+    cache: "page" decodes from the mapped file; "process" reads each image's bytes into memory of this process first,
+    for file systems on which mapped memory is slow or a read that fails must not end the process by a signal.
+    policy: "skip" or "error" (`BadImages`). Raises ValueError for another cache.
+    """
+
+    def __init__(self, beton: BetonFile, cache: str, policy: str) -> None:
+        if cache not in ("page", "process"):
+            raise ValueError(f"--beton-cache must be 'page' or 'process', got {cache!r}")
+        self.beton, self.cache = beton, cache
+        self.images = BadImages(policy, len(beton), self.decode_one)
+        self._file = os.open(beton.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+
+    def name(self, i: int) -> str:
+        """What messages call image i."""
+        return f"{self.beton.path}[{i}]"
+
+    def pixel_bytes(self, record: np.ndarray) -> np.ndarray:
+        """(n,) int64, what each of the images takes when it is decoded."""
+        return self.beton.height[record].astype(np.int64) * self.beton.width[record] * 3
+
+    def decode(self, record: np.ndarray, pixels: np.ndarray, offset: np.ndarray) -> list[int]:
+        """Decodes the images `record` (n,) int64 into `pixels` (P,) uint8 at `offset` (n,) int64.
+
+        Returns which of the n cannot be decoded; their windows hold anything. Raises ValueError instead with policy
+        "error".
+        """
+        failed = self._decode_stored(record, pixels, offset)
+        self.images.count(len(record) - len(failed))
+        bad = []
+        for i in failed:
+            image = self.images.load(int(record[i]))  # again, alone: what it takes to say why, or to know better
+            if image is None:
+                bad.append(i)
+            else:
+                pixels[offset[i] : offset[i] + image.size] = image.reshape(-1)
+        return bad
+
+    def decode_one(self, i: int) -> np.ndarray:
+        """Image i, (H, W, 3) uint8. Raises BadImage.
+
+        What libjpeg-turbo decodes with a warning is damaged. What it does not decode at all (CMYK, another format) is
+        left to the function the folder loader uses, so that the loaders agree on it.
+        """
+        height, width = int(self.beton.height[i]), int(self.beton.width[i])
+        pixels = np.empty(height * width * 3, np.uint8)
+        failed = self._decode_stored(np.array([i]), pixels, np.zeros(1, np.int64))
+        if not failed:
+            return pixels.reshape(height, width, 3)
+        status, reason = failed[0]
+        if status != FATAL:
+            raise BadImage(self.name(i), reason)
+        image = decode_image(bytes(self.beton.bytes(i)), self.name(i))
+        if image.shape[:2] != (height, width):
+            raise BadImage(
+                self.name(i), f"it is {image.shape[1]} x {image.shape[0]}, the index says {width} x {height}"
+            )
+        return image
+
+    def _decode_stored(self, record: np.ndarray, pixels: np.ndarray, offset: np.ndarray) -> dict[int, tuple[int, str]]:
+        beton = self.beton
+        if os.fstat(self._file).st_size < len(beton.data):  # else touching what is gone ends the process by SIGBUS
+            raise ValueError(f"{beton.path} was cut short while it was read: copy it again")
+        data, pointer, size = beton.data, beton.pointer[record], beton.size[record]
+        if self.cache == "process":
+            data, pointer = self._read(pointer, size), np.cumsum(size) - size
+        stored = (data, pointer, size, beton.mode[record] == RAW, beton.height[record], beton.width[record])
+        return decode_stored_images(*stored, pixels, offset)
+
+    def _read(self, pointer: np.ndarray, size: np.ndarray) -> np.ndarray:
+        """The stored bytes of some images, back to back."""
+        data = np.empty(int(size.sum()), np.uint8)
+        place = 0
+        for start, count in zip(pointer.tolist(), size.tolist()):
+            while count:
+                got = os.preadv(self._file, [memoryview(data)[place : place + count]], start)
+                if not got:
+                    raise ValueError(f"{self.beton.path} was cut short while it was read: copy it again")
+                place, start, count = place + got, start + got, count - got
+        return data
+
+    def read_ahead(self, record: np.ndarray) -> None:
+        """Asks the disk for the bytes of some images; else it reads when they are touched, one image at a time."""
+        if hasattr(os, "posix_fadvise"):
+            for start, size in zip(self.beton.pointer[record].tolist(), self.beton.size[record].tolist()):
+                os.posix_fadvise(self._file, start, size, os.POSIX_FADV_WILLNEED)

@@ -1,0 +1,163 @@
+"""Images from an FFCV .beton file: each decoded once, whole, at its own size, by threads in libffcv's JPEG decoder.
+
+Not through FFCV's `Loader`: it decodes once for each view, overwrites a batch while it is read, leaves a thread behind
+at every `break`, waits for ever when one dies, and shows another image's pixels for one it cannot decode.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastssl.batch import ImageBatch
+from fastssl.loaders.beton_decode import BetonDecoder
+from fastssl.loaders.beton_file import number_labels, open_beton
+from fastssl.loaders.folder_loader import default_workers
+from fastssl.loaders.order import FULL, Order, count_batches, eval_shares, train_shares
+from fastssl.loaders.prefetch import Prefetcher
+from fastssl.loaders.recycle import RecycledBuffers
+
+_AHEAD = 2  # batches being decoded at once: threads never wait for the slowest image of one batch
+_CHUNK = 32  # images per task at most
+
+
+class _Pending(NamedTuple):
+    """A batch while threads decode it."""
+
+    index: np.ndarray  # (B,) int64, the places
+    record: np.ndarray  # (B,) int64, the images that fill them: their own but where one is known to be bad
+    offset: np.ndarray  # (B,) int64
+    pixels: Tensor  # (P,) uint8
+    tasks: list[Future]  # each the rows that could not be decoded
+
+
+class BetonLoader:
+    """Loader over a .beton file of any FFCV 1.0 writer (jpg, raw, proportion, smart); the contract is `make.Loader`.
+
+    cache: "page" or "process" (`BetonDecoder`). on_bad_image: "skip" gives the place of an image that cannot be
+    decoded to the next one that can (pixels and label are the replacement's; index, and so augmentation, stay the
+    place's own), "error" raises ValueError. An evaluation leaves it out instead.
+    Raises ValueError as `open_beton`, and when there are fewer images than one global batch.
+    """
+
+    def __init__(
+        self,
+        data: str | os.PathLike,
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str,
+        rank: int = 0,
+        world_size: int = 1,
+        order: Order = FULL,
+        workers: int | None = None,
+        on_bad_image: str = "skip",
+        class_names: Sequence[str] | None = None,
+        cache: str = "page",
+    ) -> None:
+        self.beton = number_labels(open_beton(data), class_names)
+        self.num_images, self.class_names = len(self.beton), self.beton.class_names
+        self.batches_per_epoch = count_batches(self.num_images, batch_size, world_size)
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.order, self.workers = order, workers or default_workers()
+        self._decoder = BetonDecoder(self.beton, cache, on_bad_image)
+        self._images = self._decoder.images
+        self._buffers = RecycledBuffers()
+        self._prefetcher = Prefetcher(device)
+
+    @property
+    def bad_images(self) -> list[str]:
+        """The images that could not be decoded, "path[i]: reason": a list that only grows at its end."""
+        return self._images.messages
+
+    @property
+    def decoded(self) -> int:
+        """Images decoded so far."""
+        return self._images.decoded
+
+    def pixel_bytes(self, start: int, stop: int) -> int:
+        """Bytes of images start to stop once they are decoded."""
+        return int(self._decoder.pixel_bytes(np.arange(start, stop)).sum())
+
+    def batches(self, first: int = 0) -> Iterator[ImageBatch]:
+        """Batch first, first + 1, ... of this rank without end, each of `batch_size` images."""
+        shares = train_shares(
+            self.num_images, self.batch_size, self.seed, self.rank, self.world_size, first, order=self.order
+        )
+        return self._prefetcher.iterate(self._decode_batches(shares, replace=True))
+
+    def eval_batches(
+        self, batch_size: int, rank: int = 0, world_size: int = 1, limit: int | None = None
+    ) -> Iterator[ImageBatch]:
+        """This rank's contiguous part of all images (or of `limit` evenly spread ones) in file order, tail included."""
+        shares = eval_shares(self.num_images, batch_size, rank, world_size, limit)
+        return self._prefetcher.iterate(self._decode_batches(shares, replace=False))
+
+    def close(self) -> None:
+        """Ends all threads; iterators still in use raise."""
+        self._prefetcher.close()
+
+    def _decode_batches(self, shares: Iterator[Tensor], replace: bool) -> Iterator[ImageBatch]:
+        """CPU batches in the order of `shares`, however the threads finish."""
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="fastssl-decode")
+        ahead: deque[_Pending] = deque()
+        try:
+            for share in itertools.chain(shares, [None] * _AHEAD):
+                if share is not None:
+                    ahead.append(self._start(pool, share.numpy().copy(), replace))
+                if len(ahead) > _AHEAD or (share is None and ahead):
+                    batch = self._finish(ahead.popleft(), replace)
+                    if batch.size:
+                        yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _start(self, pool: ThreadPoolExecutor, index: np.ndarray, replace: bool) -> _Pending:
+        """Lays a batch out back to back, asks the disk for its bytes, hands it to the threads a few images a task."""
+        record = index
+        if self._images.messages:
+            if not replace:
+                index = index[[i not in self._images for i in index.tolist()]]
+            record = np.array([self._images.next_readable(i) for i in index.tolist()], np.int64)
+        end = np.cumsum(self._decoder.pixel_bytes(record))
+        offset = np.concatenate([[0], end])[:-1]
+        pixels = self._make_room(int(end[-1]) if len(end) else 0)
+        self._decoder.read_ahead(record)
+        step = max(1, min(_CHUNK, len(record) // (2 * self.workers)))
+
+        def decode(row: int) -> list[int]:
+            rows = slice(row, row + step)
+            return [row + i for i in self._decoder.decode(record[rows], pixels.numpy(), offset[rows])]
+
+        tasks = [pool.submit(decode, row) for row in range(0, len(record), step)]
+        return _Pending(index, record, offset, pixels, tasks)
+
+    def _make_room(self, size: int) -> Tensor:
+        """(size,) uint8 that nobody else holds; pinned for a GPU, where torch's events guard its reuse."""
+        if self._prefetcher.device.type == "cuda":
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return torch.from_numpy(self._buffers.take(size))
+
+    def _finish(self, batch: _Pending, replace: bool) -> ImageBatch:
+        """Waits for the threads; replaces or leaves out what they could not decode."""
+        index, record, offset, pixels = batch[:4]
+        bad = [row for task in batch.tasks for row in task.result()]
+        if bad and replace:
+            record = record.copy()
+            for row in bad:
+                image, record[row] = self._images.load_replacing(int(record[row]))
+                offset[row] = len(pixels)  # behind all others
+                pixels = torch.cat([pixels, torch.from_numpy(image.reshape(-1))])
+        elif bad:
+            index, record, offset = (np.delete(array, bad) for array in (index, record, offset))
+        height, width = self.beton.height[record], self.beton.width[record]
+        tensors = map(torch.from_numpy, (offset, height, width, index, self.beton.label[record]))
+        return ImageBatch(pixels, *tensors, max_side=int(max(height.max(initial=1), width.max(initial=1))))

@@ -1,0 +1,63 @@
+"""How much memory images need and how much is free, before the first is decoded."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from PIL import Image
+
+from fastssl.data_prep.images import ImageFolder
+
+
+def folder_pixel_bytes(folder: ImageFolder, start: int, stop: int, workers: int) -> int:
+    """Bytes of the images start to stop of a folder once they are decoded, read from their headers by threads."""
+
+    def pixel_bytes(i: int) -> int:
+        try:
+            with Image.open(folder.path(i)) as image:
+                return image.width * image.height * 3
+        except Exception:  # whatever is wrong with it is told when it is decoded
+            return 0
+
+    with ThreadPoolExecutor(workers) as pool:
+        return sum(pool.map(pixel_bytes, range(start, stop)))
+
+
+def check_room(needed: int, device: torch.device, data: str, can_shard: bool) -> str:
+    """A clause that tells `needed` bytes from the free ones; raises ValueError when there are not so many.
+
+    can_shard: several ranks each hold all images and need not. The ranks of this machine that hold their images in
+    host memory hold them side by side.
+    """
+    free = free_bytes(device)
+    copies = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+    together = f" for each of {copies} ranks" if copies > 1 else ""
+    numbers = f"{needed / 1e9:.2f} GB{together} of {free / 1e9:.1f} GB free on {device}"
+    if needed * copies > free:
+        mend = "--resident-shard, " if can_shard else ""
+        raise ValueError(
+            f"the images of {data} do not fit into memory once they are decoded, {numbers}: use {mend}images of a "
+            "shorter side (fastssl prep beton --short-side), or --loader beton"
+        )
+    return numbers
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device; on the CPU without swapping, within the limit of a container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo", encoding="ascii") as file:
+        facts = dict(line.split(":", 1) for line in file)
+    free = int(facts["MemAvailable"].split()[0]) * 1024
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            limit = int(file.read())  # "max" where there is none
+        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
+            used = int(file.read())
+        with open("/sys/fs/cgroup/memory.stat", encoding="ascii") as file:
+            used -= int(dict(line.split() for line in file)["inactive_file"])  # files' pages make room when asked
+    except (OSError, ValueError, KeyError):  # no container, or one without a limit
+        return free
+    return min(free, max(0, limit - used))

@@ -1,0 +1,152 @@
+"""A whole data set decoded once into device memory; batches are windows into it: no copy, no work on the CPU."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastssl.batch import ImageBatch
+from fastssl.loaders.folder_loader import FolderLoader
+from fastssl.loaders.memory import check_room, folder_pixel_bytes
+from fastssl.loaders.order import FULL, Order, count_batches, epoch_order, eval_share
+
+_LOAD_BATCH = 64  # images on their way into place at once
+
+
+class ResidentLoader:
+    """Loader over a .beton file or an image folder that is held decoded on the device; the contract is `make.Loader`.
+
+    shard: each rank holds only its share, contiguous in file order, and sees no other image. An epoch's order within a
+    share is that of the whole epoch with all other images left out, so it is still a function of (seed, epoch). An
+    evaluation asks each rank for images of its own share; one by a single rank sees that rank's share alone.
+    Unreadable images are replaced as the other loaders do it, but by images of the same share.
+    Raises ValueError before anything is decoded when the images do not fit into the free memory.
+    """
+
+    def __init__(
+        self,
+        data: str | os.PathLike,
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str,
+        rank: int = 0,
+        world_size: int = 1,
+        order: Order = FULL,
+        workers: int | None = None,
+        on_bad_image: str = "skip",
+        class_names: Sequence[str] | None = None,
+        cache: str = "page",
+        shard: bool = False,
+    ) -> None:
+        self.device, self.order = torch.device(device), order
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.shard = shard and world_size > 1
+        options = {"workers": workers, "on_bad_image": on_bad_image, "class_names": class_names, "device": device}
+        with closing(_open_source(data, cache, options)) as source:
+            self.num_images, self.class_names = source.num_images, source.class_names
+            self.batches_per_epoch = count_batches(self.num_images, batch_size, world_size)
+            part = (rank, world_size) if self.shard else (0, 1)
+            held = eval_share(self.num_images, *part)
+            self.start, self.count = int(held[0]), len(held)
+            needed = _pixel_bytes(source, self.start, self.start + self.count)
+            self.held = check_room(needed, self.device, os.fspath(data), can_shard=not self.shard and world_size > 1)
+            self._load(source, part, needed)
+            self.bad_images, self.decoded = source.bad_images, source.decoded
+
+    def batches(self, first: int = 0) -> Iterator[ImageBatch]:
+        """Batch first, first + 1, ... of this rank without end, each of `batch_size` images."""
+        first_epoch, step = divmod(first, self.batches_per_epoch)
+        for epoch in itertools.count(first_epoch):
+            share = self._epoch_share(epoch)
+            for step in range(step, self.batches_per_epoch):  # noqa: B020 (the first epoch begins at `step`)
+                yield self._windows(share[step * self.batch_size : (step + 1) * self.batch_size])
+            step = 0
+
+    def eval_batches(
+        self, batch_size: int, rank: int = 0, world_size: int = 1, limit: int | None = None
+    ) -> Iterator[ImageBatch]:
+        """This rank's contiguous part of all images (or of `limit` evenly spread ones) in order, tail included."""
+        share = self._eval_share(rank, world_size, limit)
+        for part in share.split(batch_size):
+            readable = part[self._readable[part - self.start]]
+            if len(readable):
+                yield self._windows(readable.to(self.device))
+
+    def close(self) -> None:
+        """Nothing to end: there are no threads."""
+
+    def _load(self, source: FolderLoader, part: tuple[int, int], needed: int) -> None:
+        """Decodes the images into place, each once, and gives the places of unreadable ones to the next readable."""
+        self._pixels = torch.empty(needed, dtype=torch.uint8, device=self.device)
+        windows = torch.zeros(4, self.count, dtype=torch.int64, device=self.device)  # offset, height, width, label
+        readable = torch.zeros(self.count, dtype=torch.bool, device=self.device)
+        self._max_side, end = 1, 0
+        with tqdm(total=self.count, unit="image", desc="decoding", disable=None if self.rank == 0 else True) as bar:
+            for batch in source.eval_batches(_LOAD_BATCH, *part):
+                rows, start, end = batch.index - self.start, end, end + len(batch.pixels)
+                if end > needed:
+                    raise ValueError("the images changed while they were read: their sizes are not those of before")
+                self._pixels[start:end] = batch.pixels
+                windows[:, rows] = torch.stack([batch.offset + start, batch.height, batch.width, batch.label])
+                readable[rows] = True
+                self._max_side = max(self._max_side, batch.max_side)
+                bar.update(batch.size)
+        self._readable = readable.cpu()
+        bad, good = ((~self._readable).nonzero()[:, 0], self._readable.nonzero()[:, 0])
+        if not len(good):
+            raise ValueError(f"none of the {self.count:,} images can be decoded: {source.bad_images[0]}")
+        if len(bad):
+            windows[:, bad] = windows[:, good[torch.searchsorted(good, bad) % len(good)].to(self.device)]
+        self._offset, self._label = windows[0], windows[3]
+        self._height, self._width = windows[1].int(), windows[2].int()
+
+    def _epoch_share(self, epoch: int) -> Tensor:
+        """This rank's images of an epoch in order, (batches_per_epoch * batch_size,) int64 or a few more."""
+        order = epoch_order(self.num_images, self.seed, epoch, self.device, self.order)
+        if self.shard:
+            return order[(order >= self.start) & (order < self.start + self.count)]
+        steps = order[: self.batches_per_epoch * self.batch_size * self.world_size]
+        return steps.view(-1, self.world_size, self.batch_size)[:, self.rank].reshape(-1)
+
+    def _eval_share(self, rank: int, world_size: int, limit: int | None) -> Tensor:
+        if not self.shard:
+            return eval_share(self.num_images, rank, world_size, limit)
+        if world_size == 1:
+            return eval_share(self.count, limit=limit) + self.start
+        if (rank, world_size) != (self.rank, self.world_size):
+            raise ValueError(f"rank {self.rank} of {self.world_size} holds no images of rank {rank} of {world_size}")
+        chosen = eval_share(self.num_images, limit=limit)
+        return chosen[(chosen >= self.start) & (chosen < self.start + self.count)]
+
+    def _windows(self, index: Tensor) -> ImageBatch:
+        rows = index - self.start
+        windows = (tensor[rows] for tensor in (self._offset, self._height, self._width))
+        return ImageBatch(self._pixels, *windows, index, self._label[rows], self._max_side)
+
+
+def _open_source(data: str | os.PathLike, cache: str, options: dict[str, object]) -> FolderLoader:
+    """The loader that decodes the images this one time."""
+    if os.path.isdir(data):
+        return FolderLoader(data, batch_size=1, seed=0, **options)
+    try:
+        from fastssl.loaders.beton_loader import BetonLoader  # here, for ffcv is not needed to hold a folder
+    except ImportError as error:
+        raise ValueError(
+            f"{os.fspath(data)} needs a library that is missing ({error}): 'fastssl doctor' gives the command that "
+            "installs it"
+        ) from error
+    return BetonLoader(data, batch_size=1, seed=0, cache=cache, **options)
+
+
+def _pixel_bytes(source: FolderLoader, start: int, stop: int) -> int:
+    """Bytes of images start to stop once they are decoded, by what their headers say."""
+    if isinstance(source, FolderLoader):
+        return folder_pixel_bytes(source.folder, start, stop, source.workers)
+    return source.pixel_bytes(start, stop)

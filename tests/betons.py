@@ -1,0 +1,56 @@
+"""Writes small .beton files for the tests, byte by byte, so that they can also be wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from photos import render_photo
+from PIL import Image
+
+from fastssl.loaders.beton_file import ALLOCATION, DESCRIPTOR, FIELD_METADATA, HEADER, IMAGE_FIELD, INT_FIELD, JPEG
+
+FFCV_PHOTOS = [render_photo(40 + 3 * i, 60 - 2 * i, seed=i) for i in range(12)]  # what the fixture by_ffcv writes
+PAGE = 1 << 21
+ROW = np.dtype([("image", FIELD_METADATA[IMAGE_FIELD]), ("label", "<i8")], align=True)
+Stored = tuple[bytes, int, int, int, int]  # the image's bytes, height, width, mode, label
+
+
+def encode_jpeg(pixels: np.ndarray, mode: str = "RGB", **options: object) -> bytes:
+    """(H, W, 3) uint8 as a JPEG; `mode` may be another of Pillow's, options are those of its `save`."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, "JPEG", **{"quality": 90, **options})
+    return buffer.getvalue()
+
+
+def stored_jpeg(pixels: np.ndarray, label: int = 0, **options: object) -> Stored:
+    """An image as a beton holds it, compressed."""
+    return encode_jpeg(pixels, **options), *pixels.shape[:2], JPEG, label
+
+
+def write_beton(path: Path | str, images: Sequence[Stored], class_names: Sequence[str] | None = None) -> Path:
+    """Writes an FFCV 1.0 file with the fields image and label; with class names also the manifest beside it."""
+    path = Path(path)
+    rows, table = np.zeros(len(images), ROW), np.zeros(len(images), ALLOCATION)
+    header = np.zeros(1, HEADER)
+    fields = np.zeros(2, DESCRIPTOR)
+    fields["type"], fields["name"] = (IMAGE_FIELD, INT_FIELD), (b"image", b"label")
+    place = -(-(HEADER.itemsize + fields.nbytes + rows.nbytes) // PAGE) * PAGE
+    with open(path, "wb") as file:
+        for i, (data, height, width, mode, label) in enumerate(images):
+            rows[i] = (mode, width, height, place), label
+            table[i] = i, place, len(data)
+            file.seek(place)
+            file.write(data)
+            place += len(data)
+        header[0] = 2, 2, PAGE, len(images), place
+        file.write(table.tobytes())
+        file.seek(0)
+        file.write(header.tobytes() + fields.tobytes() + rows.tobytes())
+    if class_names is not None:
+        manifest = {"num_images": len(images), "class_names": list(class_names), "file_bytes": path.stat().st_size}
+        Path(f"{path}.json").write_text(json.dumps({"format": 1, **manifest}), "utf-8")
+    return path
