@@ -34,6 +34,8 @@ def open_loader(config: Config, ranks: Ranks) -> Loader:
         world_size=ranks.world_size,
         workers=d.workers,
         on_bad_image=d.on_bad_image,
+        shuffle=d.shuffle,
+        block_size=d.block_size,
         synthetic_images=d.synthetic_images,
         synthetic_size=d.synthetic_size,
     )

@@ -30,6 +30,10 @@ class DataConfig:
     """Decoding threads per process; by default the cores, shared between the processes of this machine."""
     on_bad_image: Literal["skip", "error"] = "skip"
     """An unreadable image is named, counted and replaced by its neighbour, or stops the run."""
+    shuffle: Literal["full", "blocks"] = "full"
+    """blocks: for data larger than memory, blocks of neighbouring images are read together and mixed in windows."""
+    block_size: int = 128
+    """Images of a block of --shuffle blocks; 128 blocks are mixed at a time."""
     synthetic_images: int = 4096
     """Images of the synthetic loader."""
     synthetic_size: int = 256

@@ -22,6 +22,7 @@ STREAM_SYNTHETIC = 19  # synthetic images
 STREAM_QUEUE = 20  # the queue's initial rows
 STREAM_DEMO = 21  # the demo's pictures
 STREAM_HELD_OUT = 22  # which training images a probe asks where there is no held-out split
+STREAM_BLOCKS = 23  # the order of an epoch's blocks
 
 Word = TypeVar("Word", Tensor, int)
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from fastssl.data_prep import images
-from fastssl.loaders import folder_loader, prefetch
+from fastssl.loaders import bad_images, folder_loader, prefetch
 from fastssl.loaders.make import choose_loader, make_loader
 from fastssl.loaders.synthetic_loader import render_images
 from fastssl.random_key import permutation
@@ -263,7 +263,7 @@ def test_nothing_readable_is_an_error_not_a_loop(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"8 image files in a row cannot be decoded, .*\.jpg: not an image"):
         next(loader.batches())
     Image.fromarray(file_pixels(0)).save(tmp_path / "9.png")
-    monkeypatch.setattr(folder_loader, "_MAX_BAD_RUN", 4)
+    monkeypatch.setattr(bad_images, "MAX_BAD_RUN", 4)
     with pytest.raises(ValueError, match="4 image files in a row"):
         take(make_loader("folder", tmp_path, batch_size=4, seed=0, device="cpu").batches(), 2)
 

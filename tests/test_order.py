@@ -1,11 +1,20 @@
 """The order of batches: complete, disjoint, the same for any number of ranks, a function of (seed, epoch) alone."""
 
 import itertools
+import time
 
 import pytest
 import torch
 
-from fastssl.loaders.order import batch_share, count_batches, epoch_order, eval_share, eval_shares, train_shares
+from fastssl.loaders.order import (
+    Order,
+    batch_share,
+    count_batches,
+    epoch_order,
+    eval_share,
+    eval_shares,
+    train_shares,
+)
 
 
 def take(iterator, count):
@@ -93,3 +102,65 @@ def test_eval_limit_is_spread_evenly():
 def test_eval_batches_keep_the_tail_and_are_never_empty():
     assert [len(share) for share in eval_shares(10, 4)] == [4, 4, 2]
     assert list(eval_shares(1, 4, rank=0, world_size=2)) == []
+
+
+BLOCKS = Order("blocks", block_size=3)
+
+
+@pytest.mark.parametrize("num_images", [1, 2, 3, 97, 1000])
+def test_block_shuffled_orders_are_permutations_that_change_with_seed_and_epoch(num_images):
+    orders = {(s, e): tuple(epoch_order(num_images, s, e, order=BLOCKS).tolist()) for s in (0, 1) for e in (0, 1, 2)}
+    assert all(sorted(order) == list(range(num_images)) for order in orders.values())
+    assert num_images < 97 or len(set(orders.values())) == 6
+    assert orders[1, 2] == tuple(epoch_order(num_images, 1, 2, order=BLOCKS).tolist())
+
+
+def test_block_shuffled_reads_stay_within_a_window_of_blocks(monkeypatch):
+    monkeypatch.setattr("fastssl.loaders.order.WINDOW_BLOCKS", 4)
+    order = epoch_order(1000, 3, 1, order=BLOCKS)  # 333 whole blocks and one of a single image, in 84 windows
+    windows, start = [], 0
+    while start < 1000:
+        blocks, end = set(), start
+        while end < 1000 and len(blocks | {int(order[end]) // 3}) <= 4:
+            blocks.add(int(order[end]) // 3)
+            end += 1
+        windows.append(blocks)
+        start = end
+    assert len(windows) == 84 and sum(map(len, windows)) == 334 == len(set().union(*windows))
+    first = torch.tensor([min(blocks) for blocks in windows]).double()
+    assert torch.corrcoef(torch.stack([first, torch.arange(84.0).double()]))[0, 1].abs() < 0.3  # not in file order
+    inside = order[: len(windows[0]) * 3].tolist()
+    assert inside != sorted(inside) and any(abs(a - b) > 3 for a, b in itertools.pairwise(inside))
+
+
+def test_few_blocks_are_mixed_as_evenly_as_all_images():
+    order = epoch_order(3000, 5, 3, order=Order("blocks", block_size=100))
+    assert (order[1:] - order[:-1]).abs().double().mean().item() == pytest.approx(1000, rel=0.05)
+    assert (order[:1500] < 1500).double().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_block_shuffled_ranks_see_what_one_process_sees_from_any_batch(world_size):
+    alone = take(train_shares(103, 16, seed=3, order=BLOCKS), 20)
+    for first in (0, 5, 6, 13):
+        ranks = [
+            take(train_shares(103, 16 // world_size, 3, rank, world_size, first, order=BLOCKS), 7)
+            for rank in range(world_size)
+        ]
+        for step in range(7):
+            assert torch.equal(torch.cat([rank[step] for rank in ranks]), alone[first + step])
+
+
+def test_two_million_images_are_ordered_in_seconds():
+    start = time.process_time()
+    order = epoch_order(2_000_000, 0, 0, order=Order("blocks"))
+    assert time.process_time() - start < 20
+    assert torch.equal(torch.bincount(order), torch.ones(2_000_000, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("order", "words"), [(Order("block"), "'full' or 'blocks'"), (Order("blocks", 0), "at least 1")]
+)
+def test_an_impossible_order_is_one_clear_sentence(order, words):
+    with pytest.raises(ValueError, match=words):
+        order.check()

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from fastssl.batch import ImageBatch, pack_images
-from fastssl.data_prep.images import BadImage, decode_image, find_images
-from fastssl.loaders.order import count_batches, eval_shares, train_shares
+from fastssl.data_prep.images import decode_image, find_images
+from fastssl.loaders.bad_images import BadImages
+from fastssl.loaders.order import FULL, Order, count_batches, eval_shares, train_shares
 from fastssl.loaders.prefetch import Prefetcher
 
 _AHEAD = 2  # batches being decoded at once: workers never wait for the slowest image of one batch
 _CHUNK = 16  # images per task at most: large enough that handing tasks out costs nothing
-_MAX_BAD_RUN = 1000  # unreadable files in a row after which the data set, not a file, is broken
 
 Decoded = tuple[np.ndarray, int, int]  # pixels (H, W, 3) uint8, index, label
 
@@ -46,6 +46,7 @@ class FolderLoader:
         device: torch.device | str,
         rank: int = 0,
         world_size: int = 1,
+        order: Order = FULL,
         workers: int | None = None,
         on_bad_image: str = "skip",
         class_names: Sequence[str] | None = None,
@@ -56,18 +57,25 @@ class FolderLoader:
         self.batches_per_epoch = count_batches(self.num_images, batch_size, world_size)
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.workers = workers or default_workers()
-        self.on_bad_image = on_bad_image
-        self._bad: dict[int, str] = {}  # not the errors: their tracebacks would keep the files' bytes
+        self.order = order
+        self._images = BadImages(on_bad_image, self.num_images, lambda i: decode_image(self.folder.path(i)))
         self._prefetcher = Prefetcher(device)
 
     @property
     def bad_images(self) -> list[str]:
         """The unreadable images met so far, "path: reason": a list that only grows at its end."""
-        return list(self._bad.copy().values())
+        return self._images.messages
+
+    @property
+    def decoded(self) -> int:
+        """Images decoded so far."""
+        return self._images.decoded
 
     def batches(self, first: int = 0) -> Iterator[ImageBatch]:
         """Batch first, first + 1, ... of this rank without end, each of `batch_size` images."""
-        shares = train_shares(self.num_images, self.batch_size, self.seed, self.rank, self.world_size, first)
+        shares = train_shares(
+            self.num_images, self.batch_size, self.seed, self.rank, self.world_size, first, order=self.order
+        )
         return self._prefetcher.iterate(self._decode_batches(shares, self._load_replacing))
 
     def eval_batches(
@@ -104,31 +112,13 @@ class FolderLoader:
         size = max(1, min(_CHUNK, len(share) // (2 * self.workers)))
         return [chunk.tolist() for chunk in share.split(size)]
 
-    def _decode(self, index: int) -> np.ndarray | None:
-        """The pixels of file `index`, or None, and an entry in `_bad`, when it cannot be decoded."""
-        if index in self._bad:
-            return None
-        try:
-            return decode_image(self.folder.path(index))
-        except BadImage as error:
-            if self.on_bad_image == "error":
-                raise ValueError(
-                    f"cannot decode {error}; mend the file, or let --on-bad-image skip pass over it"
-                ) from error
-            self._bad[index] = str(error)
-            return None
-
     def _load_or_leave_out(self, index: int) -> Decoded | None:
-        pixels = self._decode(index)
+        pixels = self._images.load(index)
         return None if pixels is None else (pixels, index, int(self.folder.labels[index]))
 
     def _load_replacing(self, index: int) -> Decoded:
-        tries = min(self.num_images, _MAX_BAD_RUN)
-        for i in range(index, index + tries):
-            i %= self.num_images
-            if (pixels := self._decode(i)) is not None:
-                return pixels, index, int(self.folder.labels[i])
-        raise ValueError(f"{tries} image files in a row cannot be decoded, beginning with {self._bad[index]}")
+        pixels, used = self._images.load_replacing(index)
+        return pixels, index, int(self.folder.labels[used])
 
 
 def default_workers() -> int:

@@ -11,6 +11,7 @@ import torch
 
 from fastssl.batch import ImageBatch
 from fastssl.loaders.folder_loader import FolderLoader
+from fastssl.loaders.order import Order
 from fastssl.loaders.synthetic_loader import SyntheticLoader
 
 LOADERS = ("folder", "synthetic")
@@ -30,6 +31,7 @@ class Loader(Protocol):
     batches_per_epoch: int
     class_names: list[str]  # empty when the data set has no classes
     bad_images: list[str]  # "path: reason" of the unreadable images met so far; grows at its end
+    decoded: int  # images decoded so far: one for each image handed out, and those read ahead
 
     def batches(self, first: int = 0) -> Iterator[ImageBatch]: ...
 
@@ -52,12 +54,15 @@ def make_loader(
     workers: int | None = None,
     on_bad_image: str = "skip",
     class_names: Sequence[str] | None = None,
+    shuffle: str = "full",
+    block_size: int = 128,
     synthetic_images: int = 2048,
     synthetic_size: int = 256,
 ) -> Loader:
     """The loader `name` ("auto" chooses by `data`) over `data`; `batch_size` is per rank (1 will do for evaluation).
 
-    workers: decoding threads, None for this process's share of the cores. on_bad_image: "skip" or "error".
+    workers: decoding threads, None for this process's share of the cores. on_bad_image: "skip" or "error". shuffle:
+    "full", or "blocks" of `block_size` images for data sets larger than memory (`order.Order`).
     Raises ValueError for an unknown name or option, for data the loader cannot read, and when the data set is smaller
     than one global batch.
     """
@@ -66,7 +71,8 @@ def make_loader(
         raise ValueError(f"on_bad_image must be 'skip' or 'error', got {on_bad_image!r}")
     if workers is not None and workers < 1:
         raise ValueError(f"a loader needs at least 1 worker, got {workers}")
-    shared = dict(batch_size=batch_size, seed=seed, device=device, rank=rank, world_size=world_size)
+    order = Order(shuffle, block_size).check()
+    shared = dict(batch_size=batch_size, seed=seed, device=device, rank=rank, world_size=world_size, order=order)
     if name == "synthetic":
         loader = SyntheticLoader(num_images=synthetic_images, size=synthetic_size, **shared)
     else:

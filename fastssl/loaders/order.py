@@ -3,22 +3,55 @@
 Global batch g of an epoch is `order[g * B * W : (g + 1) * B * W]`; rank r of W takes rows [r * B, (r + 1) * B) of it.
 So W ranks with B images each see together, in rank order, exactly what one process with W * B images sees. The tail
 that fills no global batch is dropped: every rank makes the same number of steps.
+
+For a data set larger than memory `Order("blocks")` keeps reads near each other: blocks of consecutive images come in
+random order, and the images of each window of WINDOW_BLOCKS blocks are mixed. All ranks read the same window.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastssl.random_key import STREAM_ORDER, permutation
+from fastssl.random_key import STREAM_BLOCKS, STREAM_ORDER, permutation, random_bits
+
+WINDOW_BLOCKS = 128  # blocks that are mixed with each other: as many classes meet even where a block holds one
 
 
-def epoch_order(num_images: int, seed: int, epoch: int, device: torch.device | str = "cpu") -> Tensor:
+class Order(NamedTuple):
+    """How an epoch is shuffled. full: every order is equally likely; blocks: reads stay within a window."""
+
+    shuffle: str = "full"
+    block_size: int = 128  # consecutive images that are read together
+
+    def check(self) -> Order:
+        """Itself; raises ValueError for an order there is not."""
+        if self.shuffle not in ("full", "blocks"):
+            raise ValueError(f"--shuffle must be 'full' or 'blocks', got {self.shuffle!r}")
+        if self.block_size < 1:
+            raise ValueError(f"--block-size must be at least 1, got {self.block_size}")
+        return self
+
+
+FULL = Order()
+
+
+def epoch_order(
+    num_images: int, seed: int, epoch: int, device: torch.device | str = "cpu", order: Order = FULL
+) -> Tensor:
     """The order of all images in one epoch: a permutation of range(num_images), (num_images,) int64."""
-    return permutation(seed, epoch, num_images, STREAM_ORDER, device)
+    if order.shuffle == "full":
+        return permutation(seed, epoch, num_images, STREAM_ORDER, device)
+    index = torch.arange(num_images, device=device)
+    num_blocks = -(-num_images // order.block_size)
+    place = torch.argsort(permutation(seed, epoch, num_blocks, STREAM_BLOCKS, device))  # of each block in the epoch
+    window = place[index // order.block_size] // WINDOW_BLOCKS
+    words = random_bits(seed, epoch, index, STREAM_ORDER, 1)[:, 0]
+    return torch.argsort((window << 32) | words, stable=True)
 
 
 def count_batches(num_images: int, batch_size: int, world_size: int = 1) -> int:
@@ -52,6 +85,7 @@ def train_shares(
     world_size: int = 1,
     first: int = 0,
     device: torch.device | str = "cpu",
+    order: Order = FULL,
 ) -> Iterator[Tensor]:
     """One rank's indices of batch first, first + 1, ... without end; batch b belongs to epoch b // count_batches.
 
@@ -61,9 +95,9 @@ def train_shares(
     steps = count_batches(num_images, batch_size, world_size)
     first_epoch, first_step = divmod(first, steps)
     for epoch in itertools.count(first_epoch):
-        order = epoch_order(num_images, seed, epoch, device)
+        indices = epoch_order(num_images, seed, epoch, device, order)
         for step in range(first_step if epoch == first_epoch else 0, steps):
-            yield batch_share(order, step, batch_size, rank, world_size)
+            yield batch_share(indices, step, batch_size, rank, world_size)
 
 
 def eval_shares(

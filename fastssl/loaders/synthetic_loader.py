@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastssl.batch import ImageBatch
-from fastssl.loaders.order import count_batches, eval_shares, train_shares
+from fastssl.loaders.order import FULL, Order, count_batches, eval_shares, train_shares
 from fastssl.random_key import STREAM_SYNTHETIC, random_bits
 
 _GRID = 8  # colours per side of an image, blended in between
@@ -32,6 +32,7 @@ class SyntheticLoader:
         device: torch.device | str,
         rank: int = 0,
         world_size: int = 1,
+        order: Order = FULL,
     ) -> None:
         if size < 1:
             raise ValueError(f"synthetic images must have at least 1 pixel a side, got {size}")
@@ -39,14 +40,16 @@ class SyntheticLoader:
         self.class_names = [str(label) for label in range(min(_NUM_CLASSES, num_images))]
         self.batches_per_epoch = count_batches(num_images, batch_size, world_size)
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.order = order
         self.bad_images: list[str] = []
+        self.decoded = 0
         self.device = torch.device(device)
         self._pixels = render_images(num_images, size, seed, self.device).reshape(-1)
 
     def batches(self, first: int = 0) -> Iterator[ImageBatch]:
         """Batch first, first + 1, ... of this rank without end, each of `batch_size` images."""
         shares = train_shares(
-            self.num_images, self.batch_size, self.seed, self.rank, self.world_size, first, self.device
+            self.num_images, self.batch_size, self.seed, self.rank, self.world_size, first, self.device, self.order
         )
         return (self._windows(share) for share in shares)
 
