@@ -49,7 +49,7 @@ def bad_folder(tmp_path):
     return tmp_path
 
 
-@pytest.fixture(params=["folder", "synthetic"])
+@pytest.fixture(params=["folder", "dali", "synthetic"])
 def make(request, good_folder):
     """make(**changes) -> loader, for each kind over the same number of images."""
     loaders = []
@@ -356,7 +356,10 @@ def test_auto_says_what_it_chose_and_why(good_folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "foldr"}, r"unknown loader 'foldr': did you mean 'folder'\? choose from auto, folder, synthetic"),
+        (
+            {"name": "foldr"},
+            r"unknown loader 'foldr': did you mean 'folder'\? choose from auto, folder, dali",
+        ),
         ({"name": "zzz"}, r"unknown loader 'zzz': choose from"),
         ({"data": None}, "no data set was given"),
         ({"data": "/no/such/folder"}, "/no/such/folder does not exist"),

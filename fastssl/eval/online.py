@@ -59,7 +59,7 @@ def open_held_out(config: Config, loader: Loader, device: torch.device) -> tuple
     data = Path(config.data)
     train = data if data.name == "train" else data / "train"
     folder = next((train.parent / name for name in HELD_OUT if (train.parent / name).is_dir()), None)
-    if loader.name != "folder" or not train.is_dir() or folder is None:
+    if loader.name not in ("folder", "dali") or not train.is_dir() or folder is None:
         return None, f"there is no folder {', '.join(HELD_OUT[:-1])} or {HELD_OUT[-1]} beside train"
     shared = {"workers": config.input.workers, "on_bad_image": config.input.on_bad_image}
     try:

@@ -14,7 +14,7 @@ from fastssl.loaders.folder_loader import FolderLoader
 from fastssl.loaders.order import Order
 from fastssl.loaders.synthetic_loader import SyntheticLoader
 
-LOADERS = ("folder", "synthetic")
+LOADERS = ("folder", "dali", "synthetic")
 
 
 class Loader(Protocol):
@@ -76,9 +76,19 @@ def make_loader(
     if name == "synthetic":
         loader = SyntheticLoader(num_images=synthetic_images, size=synthetic_size, **shared)
     else:
-        loader = FolderLoader(data, workers=workers, on_bad_image=on_bad_image, class_names=class_names, **shared)
+        loader_class = _find_class(name)
+        loader = loader_class(data, workers=workers, on_bad_image=on_bad_image, class_names=class_names, **shared)
     loader.name, loader.reason = name, reason
     return loader
+
+
+def _find_class(name: str) -> type[Loader]:
+    """The class of a loader of files; what it needs is imported only when it is asked for."""
+    if name == "dali":
+        from fastssl.loaders.dali_loader import DaliLoader
+
+        return DaliLoader
+    return FolderLoader
 
 
 def choose_loader(name: str, data: str | os.PathLike | None) -> tuple[str, str]:

@@ -1,0 +1,101 @@
+"""What a JPEG says of itself, read from its markers (ITU-T T.81, annex B) without decoding a pixel."""
+
+from __future__ import annotations
+
+import re
+import struct
+from typing import NamedTuple
+
+_SOI, _EOI, _SOS, _APP1 = 0xD8, 0xD9, 0xDA, 0xE1
+_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended and progressive Huffman: what every decoder reads
+_OTHER_FRAMES = {0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # lossless, hierarchical, arithmetic
+_ORIENTATION = 0x0112  # EXIF tag
+# In coded pixels FF is followed by a stuffed zero, a restart marker or another FF; anything else is the next marker
+_NEXT_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+
+
+class JpegFacts(NamedTuple):
+    """Size in pixels and number of colour components of a JPEG any decoder turns into RGB."""
+
+    width: int
+    height: int
+    components: int
+
+
+class NotPlain(ValueError):
+    """Why a file is not a JPEG that every loader can be given as it is."""
+
+
+def read_jpeg_facts(data: bytes) -> JpegFacts:
+    """The facts of a plain JPEG: 8-bit, Huffman-coded, grey or three colours, upright, and with its end.
+
+    Every marker from the first to the end of the image is walked, so a file that is cut short or whose structure is
+    damaged is found; damage that changes coded pixels into other coded pixels is not.
+    Raises NotPlain with the reason.
+    """
+    if data[:2] != b"\xff\xd8":
+        raise NotPlain("not a JPEG")
+    facts, at, scans = None, 2, 0
+    while True:
+        marker, at = _marker(data, at)
+        if marker == _EOI:
+            if facts is None or not scans:
+                raise NotPlain("a JPEG without pixels")
+            return facts
+        end = at + int.from_bytes(data[at : at + 2], "big")
+        if end < at + 2 or end > len(data):
+            raise NotPlain("a JPEG that is cut short")
+        if marker in _FRAMES and facts is None:
+            facts = _frame(data[at + 2 : end])
+        elif marker in _OTHER_FRAMES or marker in _FRAMES:
+            raise NotPlain("a JPEG of a rare kind")
+        elif marker == _APP1 and data[at + 2 : at + 8] == b"Exif\0\0":
+            _refuse_turned(data[at + 2 : end])
+        elif marker == _SOS:
+            scans += 1
+            found = _NEXT_MARKER.search(data, end)
+            if found is None:
+                raise NotPlain("a JPEG that is cut short")
+            end = found.start()
+        at = end
+
+
+def _marker(data: bytes, at: int) -> tuple[int, int]:
+    """The marker at `at` (fill bytes before it are allowed) and where its segment's length begins."""
+    start = at
+    while data[at : at + 1] == b"\xff":
+        at += 1
+    if at == start or at >= len(data):
+        raise NotPlain("a JPEG that is cut short" if at >= len(data) else "a JPEG with damaged markers")
+    if data[at] in (0x00, 0x01, _SOI) or 0xD0 <= data[at] <= 0xD7:
+        raise NotPlain("a JPEG with damaged markers")
+    return data[at], at + 1
+
+
+def _frame(body: bytes) -> JpegFacts:
+    """Precision, height, width and components of a frame header."""
+    if len(body) < 6 or len(body) != 6 + 3 * body[5]:
+        raise NotPlain("a JPEG with a damaged header")
+    height, width = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
+    if body[0] != 8:
+        raise NotPlain(f"a {body[0]}-bit JPEG")
+    if body[5] == 4:
+        raise NotPlain("a CMYK JPEG")
+    if body[5] not in (1, 3) or not height or not width:
+        raise NotPlain("a JPEG of a rare kind")
+    return JpegFacts(width, height, body[5])
+
+
+def _refuse_turned(exif: bytes) -> None:
+    """A picture that only EXIF turns upright would lie on its side for decoders that ignore EXIF."""
+    tiff = exif[6:]
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2], "<")
+    try:
+        (directory,) = struct.unpack_from(order + "I", tiff, 4)
+        (entries,) = struct.unpack_from(order + "H", tiff, directory)
+        for i in range(entries):
+            tag, _, _, orientation = struct.unpack_from(order + "HHIH", tiff, directory + 2 + 12 * i)
+            if tag == _ORIENTATION and 2 <= orientation <= 8:
+                raise NotPlain(f"EXIF orientation {orientation}")
+    except struct.error:  # damaged EXIF says nothing about the pixels
+        return

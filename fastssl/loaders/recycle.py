@@ -1,0 +1,36 @@
+"""Host memory that is used again once nobody looks at it: fresh pages cost more than the copy that fills them."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+import numpy as np
+
+_KEPT = 4  # buffers kept for later: a reader rarely holds more batches at once
+_ROOM = 1.125  # of the size asked for: the next batch is rarely exactly as large
+
+
+class RecycledBuffers:
+    """Hands out uint8 arrays; the memory of one returns when the array and all views and tensors of it are gone."""
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+        self._lock = threading.RLock()  # the garbage collector may return an array while one is taken
+
+    def take(self, num_bytes: int) -> np.ndarray:
+        """(num_bytes,) uint8 of unspecified content."""
+        with self._lock:
+            fitting = [buffer for buffer in self._free if len(buffer) >= num_bytes]
+            buffer = min(fitting, key=len, default=None)
+            self._free = [other for other in self._free if other is not buffer]
+        if buffer is None:
+            buffer = np.empty(int(num_bytes * _ROOM), dtype=np.uint8)
+        view = np.frombuffer(memoryview(buffer), dtype=np.uint8, count=num_bytes)
+        weakref.finalize(view, self._give_back, buffer).atexit = False
+        return view
+
+    def _give_back(self, buffer: np.ndarray) -> None:
+        with self._lock:
+            self._free.append(buffer)
+            self._free = sorted(self._free, key=len)[-_KEPT:]
