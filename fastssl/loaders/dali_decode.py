@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import io
 from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 DEPTH = 2  # batches that may be in DALI at once
@@ -22,7 +24,7 @@ class JpegDecoder:
     """Decodes batches of up to `max_batch` JPEGs, whole and at their own size, asynchronously and in order.
 
     device: a CUDA device decodes there (`mixed`: Huffman codes on CPU threads or in the JPEG engine), any other on
-    `threads` CPU threads. Raises ValueError where DALI is not installed.
+    `threads` CPU threads. Raises ValueError where DALI is not installed or does not work.
     """
 
     def __init__(self, max_batch: int, threads: int, device: torch.device) -> None:
@@ -50,6 +52,26 @@ class JpegDecoder:
         self._pipeline.build()
         self._held: deque[Sequence[np.ndarray]] = deque()  # DALI reads these arrays where they lie
         self._failure: DaliFailed | None = None
+        self._prime(device)
+
+    def _prime(self, device: torch.device) -> None:
+        """Decodes a grey dot DEPTH times, as many runs as DALI's first `schedule_run` stands for: later ones are one.
+
+        Raises ValueError when DALI cannot even do that.
+        """
+        encoded = io.BytesIO()
+        Image.new("RGB", (8, 8), "grey").save(encoded, "JPEG")
+        dot = [np.frombuffer(encoded.getvalue(), dtype=np.uint8)]
+        try:
+            for _ in range(DEPTH):
+                self._pipeline.feed_input("encoded", dot)
+            self._pipeline.schedule_run()
+            for _ in range(DEPTH):
+                self._pipeline.share_outputs()
+                self._pipeline.release_outputs()
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"DALI cannot decode on {device}; choose --loader folder ({reason})") from error
 
     def submit(self, jpegs: Sequence[np.ndarray]) -> None:
         """Starts decoding a batch, (bytes,) uint8 each; at most DEPTH batches may wait to be received."""

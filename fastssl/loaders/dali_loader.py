@@ -55,8 +55,7 @@ class DaliLoader:
         self._reader = ItemReader(encoded, on_bad_image)
         self._prefetcher = Prefetcher(device)
         self._buffers = RecycledBuffers()
-        self._proven = False  # has DALI decoded anything here?
-        self._make_decoder(1)  # now, so that a missing library is an error before a run begins
+        self._make_decoder(1)  # now, so that what does not work here is an error before a run begins
 
     @property
     def bad_images(self) -> list[str]:
@@ -138,7 +137,7 @@ class DaliLoader:
         """
         jpegs = [item for items in waiting for item in items if item.jpeg is not None]
         refused = {item.index for item in jpegs if not self._decodes(item.jpeg)}
-        if not refused or (len(refused) == len(jpegs) and not self._proven):
+        if not refused:
             raise error
         self._reader.refused |= refused
         for n, items in enumerate(waiting):
@@ -167,7 +166,6 @@ class DaliLoader:
         extra = sum(image.size for image in others)
         pixels, shapes = decoder.receive(lambda num_bytes: self._allocate(num_bytes + extra))
         self._reader.images.count(len(shapes))
-        self._proven |= len(shapes) > 0
         shapes = np.concatenate([shapes, np.array([image.shape[:2] for image in others], np.int64).reshape(-1, 2)])
         start = np.concatenate([[0], np.cumsum(shapes.prod(axis=1) * 3)])
         for image, at in zip(others, start[len(items) - len(others) :]):
