@@ -122,6 +122,7 @@ def start_torchvision(kind: str, options: Options) -> Callable[[], Epoch]:
             drop_last=True,
             num_workers=options.threads,
             persistent_workers=True,
+            multiprocessing_context="fork",  # as it is by default, in a process that has started no thread yet
         )
         return lambda: (len(label) for _, label in loader)
 

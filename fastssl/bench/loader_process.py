@@ -7,6 +7,7 @@ process with running threads survives for sure, and because memory and CPU time 
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import time
@@ -77,6 +78,7 @@ class LoaderProcess:
 
 def _serve(pipe: Connection, name: str, options: Options) -> None:
     """The child: imports, then does as it is asked."""
+    epoch = None
     try:
         try:
             build, reason = CONTESTANTS[name](options), None
@@ -84,7 +86,6 @@ def _serve(pipe: Connection, name: str, options: Options) -> None:
             build, reason = None, str(error)
         pipe.send((False, reason))
         before = own_bytes()
-        epoch = None
         while (asked := pipe.recv()) != "end":
             if asked == "start":
                 began = time.perf_counter()
@@ -104,6 +105,8 @@ def _serve(pipe: Connection, name: str, options: Options) -> None:
         pass
     except BaseException as error:
         pipe.send((True, f"{type(error).__name__}: {error}"))
+    epoch = None
+    gc.collect()  # ends what can be ended in peace
     os._exit(0)  # some libraries' threads outlive their owner and would wait for ever
 
 
