@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
@@ -12,6 +13,7 @@ from fastssl.conformance import faults, images, samples
 from fastssl.conformance.case import Case
 from fastssl.loaders import folder_loader, order
 from fastssl.loaders.make import LOADERS, make_loader
+from fastssl.loaders.prefetch import Prefetcher
 
 
 @pytest.fixture(scope="module", params=LOADERS)
@@ -100,15 +102,34 @@ def test_the_checks_can_fail(tmp_path, monkeypatch):
             faults.check_decoded_once(good)
 
 
+def test_leaks_are_seen(tmp_path, monkeypatch):
+    good = Case("folder", samples.make_good("folder", tmp_path))
+    end, not_ended = Prefetcher._end, []
+    with monkeypatch.context() as patch:
+        patch.setattr(Prefetcher, "_end", lambda *arguments: not_ended.append(arguments))
+        with pytest.raises(AssertionError, match="threads are left"):
+            faults.check_breaks(good)
+    for arguments in not_ended:
+        end(*arguments)
+    load, hoard = folder_loader.FolderLoader._load_replacing, []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            folder_loader.FolderLoader,
+            "_load_replacing",
+            lambda self, i: hoard.append(np.ones(200_000, np.uint8)) or load(self, i),
+        )
+        with pytest.raises(AssertionError, match="grew the process by"):
+            faults.check_memory(good)
+
+
 def test_the_command_prints_a_table_and_fails_when_a_check_does(image_folder, monkeypatch, capsys):
     assert main([str(image_folder), "--loader", "folder", "--world-sizes", "1", "2", "--steps", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "folder:" and lines[-1] == "19 of 19 checks passed"
     assert sum(" ok " in line for line in lines) == 19
-    monkeypatch.setattr(folder_loader.FolderLoader, "batches_per_epoch", 99, raising=False)
     monkeypatch.setattr(images, "MEAN_GREY_LEVELS", {"cpu": -1})
-    assert main([str(image_folder), "--loader", "folder", "--world-sizes", "1", "--steps", "2"]) == 1
-    assert "FAILS" in capsys.readouterr().out
+    assert main([str(image_folder), "--loader", "folder", "synthetic", "--world-sizes", "1", "--steps", "2"]) == 1
+    assert capsys.readouterr().out.count("FAILS") == 2  # the pixels of the folder loader; synthetic has no truth
 
 
 def test_the_command_refuses_what_it_cannot_check(image_folder, tmp_path):
