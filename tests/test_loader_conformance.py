@@ -129,7 +129,7 @@ def test_the_command_prints_a_table_and_fails_when_a_check_does(image_folder, mo
     assert sum(" ok " in line for line in lines) == 19
     monkeypatch.setattr(images, "MEAN_GREY_LEVELS", {"cpu": -1})
     assert main([str(image_folder), "--loader", "folder", "synthetic", "--world-sizes", "1", "--steps", "2"]) == 1
-    assert capsys.readouterr().out.count("FAILS") == 2  # the pixels of the folder loader; synthetic has no truth
+    assert capsys.readouterr().out.count("FAILS") == 4  # the pixels, given and odd, of both loaders
 
 
 def test_the_command_refuses_what_it_cannot_check(image_folder, tmp_path):
