@@ -7,6 +7,7 @@ from importlib import import_module
 
 STAGES = {  # stage -> the module whose main(argv) measures it
     "convert": "fastssl.bench.convert",
+    "loader": "fastssl.bench.loader",
     "loss": "fastssl.bench.loss",
 }
 

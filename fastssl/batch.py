@@ -52,9 +52,19 @@ class ImageBatch(NamedTuple):
         return self.pixels[start : start + height * width * 3].view(height, width, 3)
 
 
-def pack_images(images: Sequence[np.ndarray], index: Sequence[int], label: Sequence[int]) -> ImageBatch:
+def _allocate(num_bytes: int) -> np.ndarray:
+    return np.empty(num_bytes, dtype=np.uint8)
+
+
+def pack_images(
+    images: Sequence[np.ndarray],
+    index: Sequence[int],
+    label: Sequence[int],
+    allocate: Callable[[int], np.ndarray] = _allocate,
+) -> ImageBatch:
     """Packs (H, W, 3) uint8 arrays of any sizes into one CPU batch, back to back in the order given.
 
+    `allocate(bytes)` gives the (bytes,) uint8 array that becomes the batch's `pixels`.
     Raises ValueError when an array is not (H, W, 3) uint8 or has no pixels.
     """
     for i, image in zip(index, images):
@@ -62,7 +72,7 @@ def pack_images(images: Sequence[np.ndarray], index: Sequence[int], label: Seque
             raise ValueError(f"image {i} must be (H, W, 3) uint8 with H, W >= 1, got {image.shape} {image.dtype}")
     sizes = np.array([image.size for image in images], dtype=np.int64)
     offset = np.concatenate([[0], np.cumsum(sizes)])
-    pixels = np.empty(int(offset[-1]), dtype=np.uint8)
+    pixels = allocate(int(offset[-1]))
     for start, image in zip(offset, images):
         pixels[start : start + image.size] = image.reshape(-1)
     return ImageBatch(

@@ -12,6 +12,7 @@ from fastssl.command import USAGE, run_command
 COMMANDS = {
     "pretrain": ("fastssl.train", "pretrain an encoder on a folder of images"),
     "prep": ("fastssl.prep", "convert images to .beton files or tar shards, check and describe them"),
+    "check-loader": ("fastssl.check_loader", "do the loaders keep their contract on these images?"),
     "demo": ("fastssl.demo", "render images, pretrain and evaluate: the whole chain in minutes, no data needed"),
     "doctor": ("fastssl.doctor", "what works on this machine, and the command that mends what does not"),
 }

@@ -24,7 +24,7 @@ def flag(*names: str) -> object:
 class DataConfig:
     """Where images come from."""
 
-    loader: Literal["auto", "folder", "beton", "resident", "synthetic"] = "auto"
+    loader: Literal["auto", "folder", "beton", "dali", "resident", "synthetic"] = "auto"
     """How images are read; auto says what it chose and why."""
     workers: Annotated[int | None, flag("-j")] = None
     """Decoding threads per process; by default the cores, shared between the processes of this machine."""

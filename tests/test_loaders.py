@@ -62,7 +62,7 @@ def good_beton(tmp_path_factory):
     return write_beton(tmp_path_factory.mktemp("betons") / "good.beton", stored, ["class0", "class1", "class2"])
 
 
-@pytest.fixture(params=["folder", "beton", "resident", "synthetic"])
+@pytest.fixture(params=["folder", "beton", "dali", "resident", "synthetic"])
 def make(request, good_folder):
     """make(**changes) -> loader, for each kind over the same number of images."""
     if request.param == "beton" and importlib.util.find_spec("ffcv") is None:
@@ -374,7 +374,7 @@ def test_auto_says_what_it_chose_and_why(good_folder):
     [
         (
             {"name": "foldr"},
-            r"unknown loader 'foldr': did you mean 'folder'\? choose from auto, folder, beton, resident",
+            r"unknown loader 'foldr': did you mean 'folder'\? choose from auto, folder, beton, dali",
         ),
         ({"name": "zzz"}, r"unknown loader 'zzz': choose from"),
         ({"data": None}, "no data set was given"),

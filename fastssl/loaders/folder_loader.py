@@ -1,7 +1,7 @@
 """Images from a folder of files: each decoded once, whole, at its own size, by threads.
 
 Threads, not processes: Pillow decodes without the GIL, and a decoded photograph costs more to send between processes
-than two cores gain.
+than that gains (1.3 times the CPU time and 0.85 of the rate, 500-pixel JPEGs, two threads or DataLoader workers).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fastssl.data_prep.images import decode_image, find_images
 from fastssl.loaders.bad_images import BadImages
 from fastssl.loaders.order import FULL, Order, count_batches, eval_shares, train_shares
 from fastssl.loaders.prefetch import Prefetcher
+from fastssl.loaders.recycle import RecycledBuffers
 
 _AHEAD = 2  # batches being decoded at once: workers never wait for the slowest image of one batch
 _CHUNK = 16  # images per task at most: large enough that handing tasks out costs nothing
@@ -60,6 +61,7 @@ class FolderLoader:
         self.order = order
         self._images = BadImages(on_bad_image, self.num_images, lambda i: decode_image(self.folder.path(i)))
         self._prefetcher = Prefetcher(device)
+        self._buffers = RecycledBuffers()
 
     @property
     def bad_images(self) -> list[str]:
@@ -104,7 +106,7 @@ class FolderLoader:
                 if len(ahead) > _AHEAD or (share is None and ahead):
                     decoded = [image for future in ahead.popleft() for image in future.result()]
                     if decoded:
-                        yield pack_images(*zip(*decoded))
+                        yield pack_images(*zip(*decoded), allocate=self._buffers.take)
         finally:
             pool.shutdown(cancel_futures=True)
 

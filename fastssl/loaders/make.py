@@ -14,7 +14,7 @@ from fastssl.loaders.folder_loader import FolderLoader
 from fastssl.loaders.order import Order
 from fastssl.loaders.synthetic_loader import SyntheticLoader
 
-LOADERS = ("folder", "beton", "resident", "synthetic")
+LOADERS = ("folder", "beton", "dali", "resident", "synthetic")
 
 
 class Loader(Protocol):
@@ -79,32 +79,38 @@ def make_loader(
     files = dict(workers=workers, on_bad_image=on_bad_image, class_names=class_names)
     if name == "synthetic":
         loader = SyntheticLoader(num_images=synthetic_images, size=synthetic_size, **shared)
-    elif name == "folder":
-        loader = FolderLoader(data, **files, **shared)
     elif name == "beton":
         loader = _find_class(name)(data, cache=beton_cache, **files, **shared)
-    else:
+    elif name == "resident":
         loader = _find_class(name)(data, cache=beton_cache, shard=resident_shard, **files, **shared)
         reason = f"{reason}; holds {loader.held}"
+    else:
+        loader = _find_class(name)(data, **files, **shared)
     loader.name, loader.reason = name, reason
     return loader
 
 
 def _find_class(name: str) -> type[Loader]:
-    """The class of a loader that stands on libraries which may be missing, imported only when it is asked for."""
+    """The class of a loader of files; the libraries it stands on may be missing, so it is imported only when asked."""
     try:
         if name == "beton":
             from fastssl.loaders.beton_loader import BetonLoader
 
             return BetonLoader
-        from fastssl.loaders.resident_loader import ResidentLoader
+        if name == "dali":
+            from fastssl.loaders.dali_loader import DaliLoader
 
-        return ResidentLoader
+            return DaliLoader
+        if name == "resident":
+            from fastssl.loaders.resident_loader import ResidentLoader
+
+            return ResidentLoader
     except ImportError as error:
         raise ValueError(
             f"the loader {name!r} needs a library that is missing ({error}): 'fastssl doctor' gives the command that "
             "installs it"
         ) from error
+    return FolderLoader
 
 
 def choose_loader(name: str, data: str | os.PathLike | None) -> tuple[str, str]:
@@ -119,6 +125,8 @@ def choose_loader(name: str, data: str | os.PathLike | None) -> tuple[str, str]:
         raise ValueError("no data set was given: name an image folder, or choose the loader 'synthetic'")
     if name != "auto":
         return name, "asked for"
+    if os.path.isdir(data) and any(name.endswith(".tar") for name in os.listdir(data)):
+        return "dali", f"{os.fspath(data)} is a folder of tar shards"
     if os.path.isdir(data):
         return "folder", f"{os.fspath(data)} is a folder of image files"
     if os.path.isfile(data) and os.fspath(data).endswith(".beton"):

@@ -27,7 +27,7 @@ class Prefetcher:
         self._running: dict[threading.Thread, threading.Event] = {}
 
     def iterate(self, source: Iterator[ImageBatch]) -> Iterator[ImageBatch]:
-        """The batches of `source` (CPU tensors), in its order, on the device; raises what `source` raises.
+        """The batches of `source` (on the CPU or the device), in its order, on the device; raises what it raises.
 
         `source` is iterated, and closed, on a thread that ends with this generator: exhausted, closed or dropped.
         """
@@ -57,9 +57,10 @@ class Prefetcher:
         """The background thread: puts (batch, copied) pairs, then None, or the exception that ended it."""
         try:
             stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-            for batch in source:
-                if not _put(ready, self._send(batch, stream), stop):
-                    break
+            with torch.cuda.stream(stream):  # no-op without one; a source that works on the GPU does it there too
+                for batch in source:
+                    if not _put(ready, self._send(batch, stream), stop):
+                        break
             _put(ready, None, stop)
         except BaseException as error:
             _put(ready, error, stop)
@@ -87,9 +88,8 @@ class Prefetcher:
         """
         if stream is None:
             return batch.to(self.device), None
-        with torch.cuda.stream(stream):
-            pinned = batch.apply(torch.Tensor.pin_memory)
-            return pinned.to(self.device, non_blocking=True), stream.record_event()
+        pinned = batch.apply(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
+        return pinned.to(self.device, non_blocking=True), stream.record_event()
 
     def _receive(self, batch: ImageBatch, copied: torch.cuda.Event | None) -> ImageBatch:
         """Makes the reader's stream wait for the copy (the host does not), and keeps the memory until it has run."""

@@ -1,0 +1,102 @@
+"""`bench_throughput.py loader`: our loaders beside torchvision's, FFCV's and DALI's, on the same files and cores.
+
+Every loader lives in a process of its own that stays; rounds of one epoch go from one to the next, each round
+beginning with another, so that all share the machine's weather. A pair is an image of which two views are wanted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from importlib import metadata
+from pathlib import Path
+
+from fastssl.bench.loader_peers import CONTESTANTS, DECODES, RAW, Options
+from fastssl.bench.loader_process import LoaderProcess, Round
+from fastssl.bench.timing import summarise
+from fastssl.environment import environment
+
+PACKAGES = ("torch", "torchvision", "pillow", "ffcv", "numba", "nvidia-dali-cuda120")
+
+
+def measure(names: list[str], options: Options, rounds: int) -> tuple[dict[str, dict], dict[str, str]]:
+    """(name -> figures, name -> why it was left out)."""
+    processes = {name: LoaderProcess(name, options) for name in names}
+    try:
+        missing = {name: why for name, process in processes.items() if (why := process.wait_for_import())}
+        running = [name for name in names if name not in missing]
+        first = {name: processes[name].start() for name in running}
+        measured: dict[str, list[Round]] = {name: [] for name in running}
+        for turn in range(rounds):
+            for name in running[turn % len(running) :] + running[: turn % len(running)]:
+                measured[name].append(processes[name].round())
+        memory = {name: processes[name].memory() for name in running}
+    finally:
+        for process in processes.values():
+            process.end()
+    return {name: figures(name, measured[name], first[name], memory[name]) for name in running}, missing
+
+
+def figures(name: str, rounds: list[Round], first_batch: float, memory: int) -> dict[str, object]:
+    """What is reported of one loader."""
+    return {
+        "pairs": rounds[0].pairs,
+        "decodes_per_pair": DECODES.get(name, 1),
+        "pairs_per_second": summarise([r.pairs / r.seconds for r in rounds])._asdict(),
+        "cpu_ms_per_pair": summarise([r.cpu_seconds * 1e3 / r.pairs for r in rounds])._asdict(),
+        "first_batch_seconds": first_batch,
+        "extra_bytes": memory,
+    }
+
+
+def print_table(results: dict[str, dict], threads: int) -> None:
+    """A line for each loader, fastest first."""
+    raw = results.get(RAW, {}).get("cpu_ms_per_pair", {}).get("median")
+    print(
+        f"{'':26} {'CPU ms per pair':>22} {'pairs/s':>8} {'decodes/s':>9} {'per core':>8} {'of raw':>7} "
+        f"{'1st batch':>9} {'memory':>8}"
+    )
+    for name, r in sorted(results.items(), key=lambda item: item[1]["cpu_ms_per_pair"]["median"]):
+        cpu, rate = r["cpu_ms_per_pair"], r["pairs_per_second"]["median"]
+        share = f"{100 * raw / cpu['median']:5.1f} %" if raw else ""
+        print(
+            f"{name:26} {cpu['median']:7.3f} ({cpu['low']:.3f}-{cpu['high']:.3f}) {rate:8.0f} "
+            f"{rate * r['decodes_per_pair']:9.0f} {1e3 / cpu['median']:8.0f} {share:>7} "
+            f"{r['first_batch_seconds']:7.2f} s {r['extra_bytes'] / 2**20:5.0f} MB"
+        )
+    print(
+        f"{threads} threads or workers each; per core: pairs per second of CPU time; of raw: share of that loop's rate"
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Measures, prints a table and writes JSON with machine, versions and commit."""
+    parser = argparse.ArgumentParser(prog="bench_throughput.py loader", description=__doc__.splitlines()[0])
+    parser.add_argument("data", help="folder of JPEGs in class folders, read once before: the page cache is warm")
+    parser.add_argument("--beton", help="the same files as a .beton: fastssl prep beton DATA FILE --originals")
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="these alone")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="where to write the JSON")
+    args = parser.parse_args(argv)
+    options = Options(args.data, args.beton, args.batch_size, args.threads)
+    results, missing = measure(args.only, options, args.rounds)
+    print_table(results, args.threads)
+    for name, why in missing.items():
+        print(f"left out: {name} ({why})")
+    if args.output:
+        versions = {package: metadata.version(package) for package in PACKAGES if _installed(package)}
+        machine = environment() | {"packages": versions, "cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0))}
+        content = {"environment": machine, "options": options._asdict(), "loaders": results, "left_out": missing}
+        args.output.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _installed(package: str) -> bool:
+    return any(True for _ in metadata.distributions(name=package))
+
+
+def _cpu_name() -> str:
+    with open("/proc/cpuinfo") as file:
+        return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "unknown")

@@ -1,0 +1,195 @@
+"""Loaders that are measured side by side, ours and others', over the same files; each yields pairs batch by batch.
+
+Everyone else's yields two random resized crops of 224 pixels with MoCo v2's scale, cut on the CPU, antialiased where
+the library can; ours yields the whole image, once decoded, since its crops are cut on the training device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+from fastssl.loaders.make import LOADERS, make_loader
+
+SCALE = (0.2, 1.0)
+SIZE = 224
+RAW, FFCV = "libjpeg-turbo alone", "FFCV, two decoders"
+_TJPF_RGB = 0
+
+Epoch = Callable[[], Iterator[int]]  # one pass over the images: the pairs of each batch
+
+
+class Options(NamedTuple):
+    """What all contestants are given."""
+
+    folder: str
+    beton: str | None
+    batch_size: int
+    threads: int
+
+
+def start_ours(name: str, options: Options) -> Callable[[], Epoch]:
+    """One of our loaders; its iterator goes on from epoch to epoch, reading ahead as it does in training."""
+    data = options.folder if name in ("folder", "dali") else options.beton
+    if data is None:
+        raise ValueError(f"the loader {name!r} reads a .beton file: give one with --beton")
+
+    def start() -> Epoch:
+        loader = make_loader(
+            name, data, batch_size=options.batch_size, seed=0, device="cpu", workers=options.threads
+        )  # fmt: skip
+        batches = loader.batches()
+        return lambda: (batch.size for batch in itertools.islice(batches, loader.batches_per_epoch))
+
+    return start
+
+
+def start_raw_decoding(options: Options) -> Callable[[], Epoch]:
+    """libjpeg-turbo's own decompressor called in a loop on files held in memory: nothing can decode faster by it."""
+    name = ctypes.util.find_library("turbojpeg")
+    if name is None:
+        raise ValueError("libturbojpeg is not installed: apt-get install libturbojpeg0")
+    turbo = ctypes.CDLL(name)
+    turbo.tjInitDecompress.restype = ctypes.c_void_p
+    from fastssl.loaders.encoded import open_encoded
+
+    encoded = open_encoded(options.folder)
+    files = [encoded.read(i) for i in range(len(encoded.label))]
+
+    def decode(part: list[bytes]) -> int:
+        handle, pixels = ctypes.c_void_p(turbo.tjInitDecompress()), ctypes.create_string_buffer(1 << 20)
+        width, height, subsampling, colours = (ctypes.c_int() for _ in range(4))
+        facts = [ctypes.byref(value) for value in (width, height, subsampling, colours)]
+        for data in part:
+            size = ctypes.c_ulong(len(data))
+            turbo.tjDecompressHeader3(handle, data, size, *facts)
+            if (need := width.value * height.value * 3) > len(pixels):
+                pixels = ctypes.create_string_buffer(need)
+            turbo.tjDecompress2(handle, data, size, pixels, width, 0, height, _TJPF_RGB, 0)
+        turbo.tjDestroy(handle)
+        return len(part)
+
+    def start() -> Epoch:
+        pool = ThreadPoolExecutor(options.threads)
+        parts = [files[i : i + options.batch_size] for i in range(0, len(files), options.batch_size)]
+        return lambda: pool.map(decode, parts)
+
+    return start
+
+
+def start_torchvision(kind: str, options: Options) -> Callable[[], Epoch]:
+    """ImageFolder and DataLoader, the image decoded once, each view cut from it.
+
+    kind: "crops" (Pillow), "full" (all of MoCo v2's augmentation, Pillow), "tensor" (torchvision's own decoder and
+    antialiased resize).
+    """
+    from torch.utils.data import DataLoader
+    from torchvision import io, transforms
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    views = {
+        "crops": transforms.Compose([transforms.RandomResizedCrop(SIZE, SCALE), transforms.PILToTensor()]),
+        "tensor": v2.RandomResizedCrop(SIZE, SCALE, antialias=True),
+        "full": transforms.Compose(
+            [
+                transforms.RandomResizedCrop(SIZE, SCALE),
+                transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
+                transforms.RandomGrayscale(0.2),
+                transforms.RandomApply([_pillow_blur], 0.5),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+            ]
+        ),
+    }[kind]
+    reader = {"loader": lambda path: io.decode_image(io.read_file(path), io.ImageReadMode.RGB)}
+    images = ImageFolder(
+        options.folder, lambda image: (views(image), views(image)), **(reader if kind == "tensor" else {})
+    )
+
+    def start() -> Epoch:
+        loader = DataLoader(
+            images,
+            options.batch_size,
+            shuffle=True,
+            drop_last=True,
+            num_workers=options.threads,
+            persistent_workers=True,
+            multiprocessing_context="fork",  # as it is by default, in a process that has started no thread yet
+        )
+        return lambda: (len(label) for _, label in loader)
+
+    return start
+
+
+def start_ffcv(options: Options) -> Callable[[], Epoch]:
+    """FFCV's own two-view way: its random-resized-crop decoder once for each view, so each image is decoded twice."""
+    if options.beton is None:
+        raise ValueError("FFCV reads a .beton file: give one with --beton")
+    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.pipeline.pipeline_spec import PipelineSpec
+    from ffcv.transforms import ToTensor
+
+    def start() -> Epoch:
+        one, two = (RandomResizedCropRGBImageDecoder((SIZE, SIZE), scale=SCALE) for _ in range(2))
+        loader = Loader(
+            options.beton,
+            batch_size=options.batch_size,
+            num_workers=options.threads,
+            order=OrderOption.RANDOM,
+            drop_last=True,
+            pipelines={
+                "image": [one, ToTensor()],
+                "view_k": PipelineSpec("image", decoder=two, transforms=[ToTensor()]),
+            },
+        )
+        return lambda: (len(batch[0]) for batch in loader)
+
+    return start
+
+
+def start_dali(options: Options) -> Callable[[], Epoch]:
+    """DALI's usual CPU pipeline: its file reader, one decode, two antialiased random resized crops."""
+    from nvidia import dali
+    from nvidia.dali import fn, types
+
+    def start() -> Epoch:
+        pipeline = dali.Pipeline(batch_size=options.batch_size, num_threads=options.threads, device_id=None)
+        with pipeline:
+            encoded, label = fn.readers.file(file_root=options.folder, random_shuffle=True, name="files")
+            image = fn.decoders.image(encoded, output_type=types.RGB)
+            crops = [fn.random_resized_crop(image, size=SIZE, random_area=SCALE, antialias=True) for _ in range(2)]
+            pipeline.set_outputs(*crops, label)
+        pipeline.build()
+        batches = pipeline.epoch_size("files") // options.batch_size
+        return lambda: (len(pipeline.run()[0]) for _ in range(batches))
+
+    return start
+
+
+def _pillow_blur(image):
+    """MoCo v2's blur."""
+    from PIL import ImageFilter
+
+    return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+
+
+OTHERS: dict[str, Callable[[Options], Callable[[], Epoch]]] = {
+    RAW: start_raw_decoding,
+    "torchvision, tensors": partial(start_torchvision, "tensor"),
+    "torchvision, Pillow": partial(start_torchvision, "crops"),
+    "torchvision, full MoCo v2": partial(start_torchvision, "full"),
+    FFCV: start_ffcv,
+    "DALI, its own pipeline": start_dali,
+}
+OURS = {f"ours, {name}": partial(start_ours, name) for name in LOADERS if name != "synthetic"}
+CONTESTANTS = OURS | OTHERS  # name -> imports what it needs and returns what builds it; ValueError where it cannot
+DECODES = {FFCV: 2}  # of an image for a pair of views; 1 for who is not named

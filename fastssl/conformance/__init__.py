@@ -1,0 +1,1 @@
+"""What every loader must hold to: `fastssl check-loader` runs it on anybody's data, the tests on small sets."""

@@ -1,0 +1,112 @@
+"""JPEGs decoded by NVIDIA DALI, on the GPU where there is one, into one flat buffer in the order they are given."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+DEPTH = 2  # batches that may be in DALI at once
+_HARDWARE_SHARE = 0.65  # of a batch for the GPU's JPEG engine (A100 and later), the rest for its cores
+
+
+class DaliFailed(RuntimeError):
+    """DALI gave up on a batch: the decoder that raises it is of no more use."""
+
+
+class JpegDecoder:
+    """Decodes batches of up to `max_batch` JPEGs, whole and at their own size, asynchronously and in order.
+
+    device: a CUDA device decodes there (`mixed`: Huffman codes on CPU threads or in the JPEG engine), any other on
+    `threads` CPU threads. Raises ValueError where DALI is not installed or does not work.
+    """
+
+    def __init__(self, max_batch: int, threads: int, device: torch.device) -> None:
+        try:
+            from nvidia import dali
+            from nvidia.dali import fn, types
+        except ImportError as error:
+            raise ValueError(
+                f"the loader 'dali' cannot import nvidia.dali ({error}): install nvidia-dali-cuda120 (or -cuda130 "
+                "beside CUDA 13), or choose --loader folder"
+            ) from error
+        on_gpu = device.type == "cuda"
+        options = {"device": "mixed", "hw_decoder_load": _HARDWARE_SHARE} if on_gpu else {"device": "cpu"}
+        if on_gpu and "jpeg_fancy_upsampling" in dali.backend.GetSchema("decoders__Image").GetArgumentNames():
+            options["jpeg_fancy_upsampling"] = True  # chroma as libjpeg-turbo has it; DALI before 1.23 cannot
+        self._pipeline = dali.Pipeline(
+            batch_size=max_batch,
+            num_threads=threads,
+            device_id=device.index if on_gpu else None,
+            prefetch_queue_depth=DEPTH,
+        )
+        with self._pipeline:
+            encoded = fn.external_source(name="encoded", device="cpu", no_copy=True)
+            self._pipeline.set_outputs(fn.decoders.image(encoded, output_type=types.RGB, **options))
+        self._pipeline.build()
+        self._held: deque[Sequence[np.ndarray]] = deque()  # DALI reads these arrays where they lie
+        self._failure: DaliFailed | None = None
+        self._prime(device)
+
+    def _prime(self, device: torch.device) -> None:
+        """Decodes a grey dot DEPTH times, as many runs as DALI's first `schedule_run` stands for: later ones are one.
+
+        Raises ValueError when DALI cannot even do that.
+        """
+        encoded = io.BytesIO()
+        Image.new("RGB", (8, 8), "grey").save(encoded, "JPEG")
+        dot = [np.frombuffer(encoded.getvalue(), dtype=np.uint8)]
+        try:
+            for _ in range(DEPTH):
+                self._pipeline.feed_input("encoded", dot)
+            self._pipeline.schedule_run()
+            for _ in range(DEPTH):
+                self._pipeline.share_outputs()
+                self._pipeline.release_outputs()
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"DALI cannot decode on {device}; choose --loader folder ({reason})") from error
+
+    def submit(self, jpegs: Sequence[np.ndarray]) -> None:
+        """Starts decoding a batch, (bytes,) uint8 each; at most DEPTH batches may wait to be received."""
+        self._held.append(jpegs)
+        if not jpegs or self._failure:
+            return
+        try:
+            self._pipeline.feed_input("encoded", list(jpegs))
+            self._pipeline.schedule_run()
+        except RuntimeError as error:  # of an earlier batch, perhaps: the reader learns it when its turn comes
+            self._failure = DaliFailed(str(error))
+
+    def receive(self, allocate: Callable[[int], Tensor]) -> tuple[Tensor, np.ndarray]:
+        """The oldest batch: its pixels and (n, 2) int64 heights and widths.
+
+        `allocate(bytes)` gives a uint8 tensor of at least so many bytes on the decoder's device; images are copied to
+        its beginning, back to back, in order (on a GPU on torch's current stream, and the copy is done on return).
+        Raises DaliFailed.
+        """
+        if self._failure:
+            raise self._failure
+        jpegs = self._held.popleft()
+        if not jpegs:
+            return allocate(0), np.empty((0, 2), np.int64)
+        try:
+            (images,) = self._pipeline.share_outputs()
+            shapes = np.array([shape[:2] for shape in images.shape()], dtype=np.int64)
+            pixels = allocate(int(shapes.prod(axis=1).sum()) * 3)
+            stream = ()
+            if pixels.is_cuda:
+                stream = (ctypes.c_void_p(torch.cuda.current_stream(pixels.device).cuda_stream),)
+            images.copy_to_external(ctypes.c_void_p(pixels.data_ptr()), *stream)
+            del images  # it must not outlive what it shows
+            self._pipeline.release_outputs()
+        except RuntimeError as error:
+            self._failure = DaliFailed(str(error))
+            raise self._failure from error
+        return pixels, shapes

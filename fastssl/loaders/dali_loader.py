@@ -1,0 +1,186 @@
+"""Images decoded by NVIDIA DALI, whole and once, from encoded bytes that it is handed in our order."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastssl.batch import ImageBatch
+from fastssl.loaders.dali_decode import DEPTH, DaliFailed, JpegDecoder
+from fastssl.loaders.dali_read import Item, ItemReader
+from fastssl.loaders.encoded import open_encoded
+from fastssl.loaders.folder_loader import default_workers
+from fastssl.loaders.order import FULL, Order, count_batches, eval_shares, train_shares
+from fastssl.loaders.prefetch import Prefetcher
+from fastssl.loaders.recycle import RecycledBuffers
+
+_AHEAD = 2  # batches being read while others are decoded
+_CHUNK = 16  # images per task at most
+
+
+class DaliLoader:
+    """Loader over a folder, a .beton file of JPEGs, or tar shards; the contract is `make.Loader`.
+
+    Unreadable images are treated as `FolderLoader` treats them. On a CPU the pixels are those of the folder loader,
+    since both decode by libjpeg-turbo; on a GPU nvJPEG's may differ by a few grey levels.
+    Raises ValueError when there are no images, fewer than one global batch, or no DALI.
+    """
+
+    def __init__(
+        self,
+        data: str | os.PathLike,
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str,
+        rank: int = 0,
+        world_size: int = 1,
+        order: Order = FULL,
+        workers: int | None = None,
+        on_bad_image: str = "skip",
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        encoded = open_encoded(data, class_names)
+        self.num_images, self.class_names = len(encoded.label), encoded.class_names
+        self.batches_per_epoch = count_batches(self.num_images, batch_size, world_size)
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.order, self.workers = order, workers or default_workers()
+        self._reader = ItemReader(encoded, on_bad_image)
+        self._prefetcher = Prefetcher(device)
+        self._buffers = RecycledBuffers()
+        self._make_decoder(1)  # now, so that what does not work here is an error before a run begins
+
+    @property
+    def bad_images(self) -> list[str]:
+        """The unreadable images met so far, "name: reason": a list that only grows at its end."""
+        return self._reader.images.messages
+
+    @property
+    def decoded(self) -> int:
+        """Images decoded so far."""
+        return self._reader.images.decoded
+
+    def batches(self, first: int = 0) -> Iterator[ImageBatch]:
+        """Batch first, first + 1, ... of this rank without end, each of `batch_size` images."""
+        shares = train_shares(
+            self.num_images, self.batch_size, self.seed, self.rank, self.world_size, first, order=self.order
+        )
+        return self._prefetcher.iterate(self._decode(self._read(shares, True), self.batch_size, True))
+
+    def eval_batches(
+        self, batch_size: int, rank: int = 0, world_size: int = 1, limit: int | None = None
+    ) -> Iterator[ImageBatch]:
+        """This rank's contiguous part of all images (or of `limit` evenly spread ones) in file order, tail included."""
+        shares = eval_shares(self.num_images, batch_size, rank, world_size, limit)
+        return self._prefetcher.iterate(self._decode(self._read(shares, False), batch_size, False))
+
+    def close(self) -> None:
+        """Ends all threads; iterators still in use raise."""
+        self._prefetcher.close()
+
+    def _read(self, shares: Iterator[Tensor], replace: bool) -> Iterator[list[Item]]:
+        """The images of each share, read by threads."""
+
+        def read_chunk(chunk: list[int]) -> list[Item]:
+            return [item for i in chunk if (item := self._reader.read(i, replace)) is not None]
+
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="fastssl-read")
+        ahead: deque[list[Future]] = deque()
+        try:
+            for share in itertools.chain(shares, [None] * _AHEAD):
+                if share is not None:
+                    chunks = share.split(max(1, min(_CHUNK, len(share) // (2 * self.workers))))
+                    ahead.append([pool.submit(read_chunk, chunk.tolist()) for chunk in chunks])
+                if len(ahead) > _AHEAD or (share is None and ahead):
+                    yield [item for future in ahead.popleft() for item in future.result()]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _decode(self, batches: Iterator[list[Item]], max_batch: int, replace: bool) -> Iterator[ImageBatch]:
+        """Packed batches in their order, one in DALI while the next is handed to it."""
+        decoder = self._make_decoder(max_batch)
+        waiting: deque[list[Item]] = deque()
+        try:
+            for items in itertools.chain(batches, [None] * DEPTH):
+                if items:
+                    waiting.append(items)
+                    decoder.submit(_jpegs(items))
+                while waiting and (len(waiting) == DEPTH or items is None):
+                    try:
+                        batch = self._pack(decoder, waiting[0])
+                    except DaliFailed as error:
+                        self._set_aside_refused(waiting, replace, error)
+                        decoder = self._make_decoder(max_batch)
+                        for again in waiting:
+                            decoder.submit(_jpegs(again))
+                        continue
+                    waiting.popleft()
+                    if batch.size:
+                        yield batch
+        finally:
+            batches.close()
+
+    def _make_decoder(self, max_batch: int) -> JpegDecoder:
+        return JpegDecoder(max_batch, self.workers, self._prefetcher.device)
+
+    def _set_aside_refused(self, waiting: deque[list[Item]], replace: bool, error: DaliFailed) -> None:
+        """Finds the images DALI cannot decode, each tried alone, and lets Pillow decode or condemn them.
+
+        Raises `error` when it is no image's fault.
+        """
+        jpegs = [item for items in waiting for item in items if item.jpeg is not None]
+        refused = {item.index for item in jpegs if not self._decodes(item.jpeg)}
+        if not refused:
+            raise error
+        self._reader.refused |= refused
+        for n, items in enumerate(waiting):
+            again = [self._reader.read(item.index, replace) if item.index in refused else item for item in items]
+            waiting[n] = [item for item in again if item is not None]
+
+    def _decodes(self, jpeg: np.ndarray) -> bool:
+        try:
+            decoder = self._make_decoder(1)
+            decoder.submit([jpeg])
+            decoder.receive(self._allocate)
+        except DaliFailed:
+            return False
+        return True
+
+    def _allocate(self, num_bytes: int) -> Tensor:
+        device = self._prefetcher.device
+        if device.type == "cuda":
+            return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        return torch.from_numpy(self._buffers.take(num_bytes))
+
+    def _pack(self, decoder: JpegDecoder, items: list[Item]) -> ImageBatch:
+        """DALI's images, then Pillow's, in one buffer; windows in the order of `items`."""
+        rows = sorted(range(len(items)), key=lambda n: items[n].jpeg is None)
+        others = [items[n].pixels for n in rows if items[n].jpeg is None]
+        extra = sum(image.size for image in others)
+        pixels, shapes = decoder.receive(lambda num_bytes: self._allocate(num_bytes + extra))
+        self._reader.images.count(len(shapes))
+        shapes = np.concatenate([shapes, np.array([image.shape[:2] for image in others], np.int64).reshape(-1, 2)])
+        start = np.concatenate([[0], np.cumsum(shapes.prod(axis=1) * 3)])
+        for image, at in zip(others, start[len(items) - len(others) :]):
+            pixels[at : at + image.size].copy_(torch.from_numpy(image.reshape(-1)))
+        place = np.argsort(rows)  # of each item in the buffer
+        return ImageBatch(
+            pixels=pixels,
+            offset=torch.from_numpy(start[:-1][place]),
+            height=torch.from_numpy(shapes[place, 0].astype(np.int32)),
+            width=torch.from_numpy(shapes[place, 1].astype(np.int32)),
+            index=torch.tensor([item.index for item in items]),
+            label=torch.tensor([item.label for item in items]),
+            max_side=int(shapes.max(initial=1)),
+        )
+
+
+def _jpegs(items: list[Item]) -> list[np.ndarray]:
+    return [item.jpeg for item in items if item.jpeg is not None]

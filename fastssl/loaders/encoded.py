@@ -1,0 +1,131 @@
+"""Encoded images by index, whatever they lie in: an image folder, a .beton file, or tar shards with index files."""
+
+from __future__ import annotations
+
+import glob
+import json
+import mmap
+import os
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fastssl.data_prep.images import BadImage, find_images
+from fastssl.loaders.beton_file import RAW, open_beton
+
+_INDEX_VERSIONS = ("v1.1", "v1.2")
+
+
+class EncodedImages(NamedTuple):
+    """n encoded images (JPEG, PNG, ... files in memory or on disk); safe to use from several threads."""
+
+    read: Callable[[int], bytes]  # the encoded bytes of image i; raises BadImage when they cannot be read
+    name: Callable[[int], str]  # what messages call image i
+    label: np.ndarray  # (n,) int64, -1 where there are no classes
+    class_names: list[str]
+
+
+def open_encoded(data: str | os.PathLike, class_names: Sequence[str] | None = None) -> EncodedImages:
+    """The encoded images of a folder (the rules of `find_images`), a .beton file, a .tar or a folder of .tar shards.
+
+    Shards are in the WebDataset layout (an image and a `.cls` with the class number under one name), each with a DALI
+    index file beside it (`NAME.tar`, `NAME.idx`). `class_names` numbers the labels of a folder by another split's.
+    Raises ValueError, one sentence, when there is nothing to read or when images are stored as raw pixels.
+    """
+    data = os.fspath(data)
+    if data.endswith(".tar") and os.path.isfile(data):
+        return _from_shards(data, [data])
+    if os.path.isdir(data) and (tars := sorted(glob.glob(os.path.join(glob.escape(data), "*.tar")))):
+        return _from_shards(data, tars)
+    if os.path.isfile(data):
+        return _from_beton(data)
+    return _from_folder(data, class_names)
+
+
+def _from_folder(data: str, class_names: Sequence[str] | None) -> EncodedImages:
+    folder = find_images(data, class_names)
+
+    def read(i: int) -> bytes:
+        try:
+            with open(folder.path(i), "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise BadImage(folder.path(i), error.strerror or str(error)) from error
+
+    return EncodedImages(read, folder.path, folder.labels, folder.class_names)
+
+
+def _from_beton(data: str) -> EncodedImages:
+    beton = open_beton(data)
+    if raw := int((beton.mode == RAW).sum()):
+        raise ValueError(
+            f"{data} stores {raw:,} of {len(beton):,} images as raw pixels, which need no decoder: use --loader beton"
+        )
+    return EncodedImages(
+        read=lambda i: bytes(beton.bytes(i)),
+        name=lambda i: f"{data}[{i}]",
+        label=beton.label,
+        class_names=beton.class_names,
+    )
+
+
+def _from_shards(data: str, tars: Sequence[str]) -> EncodedImages:
+    maps, places, names, labels = [], [], [], []
+    for tar in tars:
+        with open(tar, "rb") as file:
+            if not os.path.getsize(tar):
+                raise ValueError(f"the shard {tar} is empty: make the shards again with 'fastssl prep shards'")
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        for place, name, label in _read_index(tar, mapped):
+            places.append((len(maps), *place))
+            names.append(name)
+            labels.append(label)
+        maps.append(mapped)
+    if not places:
+        raise ValueError(f"the shards of {data} hold no images: make them again with 'fastssl prep shards'")
+    label = np.array(labels, dtype=np.int64)
+
+    def read(i: int) -> bytes:
+        shard, start, size = places[i]
+        return maps[shard][start : start + size]
+
+    return EncodedImages(read, lambda i: names[i], label, _class_names(data, int(label.max())))
+
+
+def _read_index(tar: str, mapped: mmap.mmap) -> list[tuple[tuple[int, int], str, int]]:
+    """((offset, size), name, label) of each sample of a shard; a sample's image is its first part that is no label."""
+    path = os.path.splitext(tar)[0] + ".idx"
+    if not os.path.exists(path):
+        raise ValueError(f"the shard {tar} has no index {path}: make one with DALI's wds2idx or 'fastssl prep shards'")
+    with open(path, encoding="utf-8") as file:
+        version, _, count = file.readline().partition(" ")
+        lines = file.read().splitlines()
+    if version not in _INDEX_VERSIONS or not count.strip().isdigit() or int(count) != len(lines):
+        raise ValueError(f"{path} is not a whole DALI index of version 1.1 or 1.2: make it again")
+    fields = 4 if version == "v1.2" else 3  # kind, offset, size and, since 1.2, the name
+    samples = []
+    for number, line in enumerate(lines):
+        words = line.split(" ")
+        try:
+            parts = [(words[k], int(words[k + 1]), int(words[k + 2])) for k in range(0, len(words), fields)]
+            kind, start, size = next(part for part in parts if part[0] != "cls")
+            label = next((int(mapped[at : at + n]) for k, at, n in parts if k == "cls"), -1)
+        except (ValueError, IndexError, StopIteration):
+            raise ValueError(f"line {number + 2} of {path} is damaged: make the index again") from None
+        if start + size > len(mapped):
+            raise ValueError(f"the shard {tar} is cut short: {path} tells of more bytes; copy it again")
+        name = words[3] if fields == 4 else f"{number}.{kind}"
+        samples.append(((start, size), f"{tar}/{name}", label))
+    return samples
+
+
+def _class_names(data: str, largest: int) -> list[str]:
+    """Names from the manifest.json beside the shards, else the class numbers; none where no sample has a class."""
+    manifest = os.path.join(data if os.path.isdir(data) else os.path.dirname(data), "manifest.json")
+    if os.path.exists(manifest):
+        with open(manifest, encoding="utf-8") as file:
+            names = json.load(file).get("class_names", [])
+        if len(names) > largest:
+            return names
+    return [str(number) for number in range(largest + 1)]

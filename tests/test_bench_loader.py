@@ -1,0 +1,37 @@
+"""The loader bench: every loader in a process of its own, figures that add up, JSON that says where they are from."""
+
+import json
+
+import pytest
+
+from fastssl.bench.loader import main
+from fastssl.bench.loader_peers import CONTESTANTS, OURS, Options
+from fastssl.loaders.make import LOADERS
+
+
+def test_figures_table_and_json(image_folder, tmp_path, capsys):
+    output = tmp_path / "loader.json"
+    names = ["ours, folder", "libjpeg-turbo alone", "FFCV, two decoders"]
+    main([str(image_folder / "train"), "--only", *names, "--threads", "1", "--batch-size", "5", "--rounds", "3",
+          "--output", str(output)])  # fmt: skip
+    text = capsys.readouterr().out
+    assert "left out: FFCV, two decoders (FFCV reads a .beton file: give one with --beton)" in text
+    result = json.loads(output.read_text())
+    assert set(result["loaders"]) == set(names[:2]) and result["options"]["threads"] == 1
+    assert {"commit", "command", "packages", "cpu", "cores"} <= set(result["environment"])
+    for name, pairs in {"ours, folder": 20, "libjpeg-turbo alone": 24}.items():  # ours drops the tail of 24
+        figures = result["loaders"][name]
+        assert figures["pairs"] == pairs and figures["pairs_per_second"]["rounds"] == 3
+        assert 0 < figures["first_batch_seconds"] < 60 and figures["cpu_ms_per_pair"]["median"] > 0
+        assert any(line.startswith(name) for line in text.splitlines())
+
+
+def test_every_loader_of_files_takes_part():
+    assert set(OURS) == {f"ours, {name}" for name in LOADERS if name != "synthetic"} <= set(CONTESTANTS)
+
+
+def test_a_loader_that_fails_stops_the_bench_with_its_reason(tmp_path):
+    with pytest.raises(RuntimeError, match=r"ours, folder: ValueError: .* does not exist"):
+        main([str(tmp_path / "none"), "--only", "ours, folder", "--threads", "1"])
+    with pytest.raises(ValueError, match="give one with --beton"):
+        CONTESTANTS["FFCV, two decoders"](Options("x", None, 4, 1))

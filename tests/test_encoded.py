@@ -1,0 +1,124 @@
+"""Encoded images by index: the same bytes and labels from a folder, a .beton file and tar shards."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+
+from fastssl.conformance import samples
+from fastssl.data_prep.images import BadImage
+from fastssl.loaders.beton_file import ALLOCATION, DESCRIPTOR, HEADER, IMAGE_FIELD, INT_FIELD, JPEG, RAW, VERSION
+from fastssl.loaders.encoded import open_encoded
+from fastssl.loaders.make import make_loader
+
+ROW = np.dtype(
+    [
+        ("image", np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])),
+        ("label", "<i8"),
+    ],
+    align=True,
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return samples.make_good("folder", tmp_path, 11)
+
+
+def write_shards(root, images, labels, per_shard=4):
+    """WebDataset shards with DALI index files, by the standard library."""
+    root.mkdir()
+    for start in range(0, len(images), per_shard):
+        lines = []
+        with tarfile.open(root / f"{start:03d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for i in range(start, min(start + per_shard, len(images))):
+                parts = []
+                for kind, data in (("jpg", images[i]), ("cls", str(labels[i]).encode())):
+                    member = tarfile.TarInfo(f"{i:06d}.{kind}")
+                    member.size = len(data)
+                    parts.append(f"{kind} {tar.offset + 512} {len(data)} {member.name}")
+                    tar.addfile(member, io.BytesIO(data))
+                lines.append(" ".join(parts))
+        (root / f"{start:03d}.idx").write_text("\n".join([f"v1.2 {len(lines)}", *lines]) + "\n")
+    return root
+
+
+def write_beton(path, images, labels, mode=JPEG):
+    """A .beton file as FFCV lays it out, in one page."""
+    fields = np.zeros(2, DESCRIPTOR)
+    fields["type"], fields["name"] = (IMAGE_FIELD, INT_FIELD), (b"image", b"label")
+    rows, table = np.zeros(len(images), ROW), np.zeros(len(images), ALLOCATION)
+    start = HEADER.itemsize + fields.nbytes + rows.nbytes
+    for i, data in enumerate(images):
+        rows[i] = ((mode, 1, len(data) // 3, start) if mode == RAW else (mode, 9, 9, start)), labels[i]
+        table[i] = i, start, len(data)
+        start += len(data)
+    header = np.zeros(1, HEADER)
+    header[0] = VERSION, 2, 1 << 21, len(images), start
+    path.write_bytes(b"".join([header.tobytes(), fields.tobytes(), rows.tobytes(), *images, table.tobytes()]))
+    return path
+
+
+@pytest.fixture
+def everywhere(folder, tmp_path):
+    """The same images in a folder, in shards and in a beton, opened."""
+    source = open_encoded(folder)
+    images, labels = [source.read(i) for i in range(11)], source.label.tolist()
+    shards = open_encoded(write_shards(tmp_path / "shards", images, labels))
+    return source, shards, open_encoded(write_beton(tmp_path / "x.beton", images, labels))
+
+
+def test_bytes_and_labels_do_not_depend_on_where_they_lie(everywhere, folder):
+    source = everywhere[0]
+    assert source.read(3) == (folder / "class0" / "003.jpg").read_bytes() and source.class_names[1] == "class1"
+    for other in everywhere[1:]:
+        assert [other.read(i) for i in range(11)] == [source.read(i) for i in range(11)]
+        assert other.label.tolist() == source.label.tolist() and other.class_names == ["0", "1", "2"]
+        assert len({other.name(i) for i in range(11)}) == 11
+
+
+def test_the_dali_loader_reads_all_three(everywhere, folder, tmp_path):
+    seen = []
+    for data in (folder, tmp_path / "shards", tmp_path / "x.beton"):
+        batches = make_loader("dali", data, batch_size=4, seed=0, device="cpu", workers=2).eval_batches(4)
+        seen.append([(batch.index.tolist(), batch.label.tolist(), batch.pixels.tolist()) for batch in batches])
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_class_names_of_shards_come_from_their_manifest(everywhere, tmp_path):
+    (tmp_path / "shards" / "manifest.json").write_text('{"class_names": ["cat", "dog", "emu"]}')
+    assert open_encoded(tmp_path / "shards").class_names == ["cat", "dog", "emu"]
+    assert len(open_encoded(tmp_path / "shards" / "004.tar").label) == 4
+
+
+def test_a_file_that_vanished_is_a_bad_image(folder):
+    source = open_encoded(folder)
+    (folder / "class0" / "001.jpg").unlink()
+    with pytest.raises(BadImage, match=r"001\.jpg: No such file"):
+        source.read(1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda root: (root / "004.idx").unlink(), r"004\.tar has no index .*prep shards"),
+        (lambda root: (root / "004.idx").write_text("v1.2 4\n"), "not a whole DALI index"),
+        (lambda root: (root / "004.idx").write_text("v9 0\n"), "not a whole DALI index"),
+        (lambda root: (root / "004.idx").write_text("v1.2 1\njpg x 3 a.jpg\n"), "line 2 of .*004.idx is damaged"),
+        (lambda root: (root / "004.idx").write_text("v1.2 1\ncls 512 1 a.cls\n"), "line 2 of .*004.idx is damaged"),
+        (lambda root: (root / "004.tar").write_bytes(b"x" * 900), "damaged|cut short"),
+        (lambda root: (root / "004.tar").write_bytes(b""), "is empty"),
+    ],
+)
+def test_damaged_shards_are_one_clear_sentence(everywhere, tmp_path, damage, words):
+    damage(tmp_path / "shards")
+    with pytest.raises(ValueError, match=words) as info:
+        open_encoded(tmp_path / "shards")
+    assert "\n" not in str(info.value)
+
+
+def test_raw_pixels_are_not_for_a_decoder(tmp_path):
+    write_beton(tmp_path / "raw.beton", [bytes(range(12))] * 3, [0, 1, 0], RAW)
+    with pytest.raises(ValueError, match=r"3 of 3 images as raw pixels.*--loader beton"):
+        open_encoded(tmp_path / "raw.beton")
