@@ -129,6 +129,12 @@ def make_encoder(arch: str, *, head: str = "linear", dim: int = 128, stem: str =
 
     Raises ValueError for an unknown architecture, head or stem, and for a family without a CIFAR stem.
     """
+    backbone, _, feature_dim = make_backbone(arch, stem)
+    return Encoder(backbone, feature_dim, make_head(head, feature_dim, dim))
+
+
+def make_backbone(arch: str, stem: str = "imagenet") -> tuple[nn.Module, str, int]:
+    """A randomly initialised backbone, the name its classifier's last layer had, and the number of its features."""
     backbone = make_classifier(arch)
     name, linear = find_classifier(backbone)
     backbone.set_submodule(name, nn.Identity())
@@ -136,7 +142,7 @@ def make_encoder(arch: str, *, head: str = "linear", dim: int = 128, stem: str =
         _set_cifar_stem(backbone, arch)
     elif stem != "imagenet":
         raise ValueError(f"unknown stem {stem!r}: choose imagenet or cifar")
-    return Encoder(backbone, linear.in_features, make_head(head, linear.in_features, dim))
+    return backbone, name, linear.in_features
 
 
 def make_classifier(arch: str) -> nn.Module:
@@ -148,6 +154,11 @@ def make_classifier(arch: str) -> nn.Module:
         hint = f"did you mean {near[0]!r}?" if near else "`fastssl models` lists those known"
         raise ValueError(f"unknown architecture {arch!r}: {hint}")
     return _ARCHITECTURES[arch].build()
+
+
+def classifier_name(arch: str) -> str:
+    """Where an architecture keeps its classifier's last layer: `fc`, `classifier.3`, ..."""
+    return find_classifier(make_classifier(arch))[0]
 
 
 def find_classifier(model: nn.Module) -> tuple[str, nn.Linear]:
