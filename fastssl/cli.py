@@ -11,6 +11,9 @@ from fastssl.command import USAGE, run_command
 
 COMMANDS = {
     "pretrain": ("fastssl.train", "pretrain an encoder on a folder of images"),
+    "models": ("fastssl.list_models", "architectures: weights, features, whose definition"),
+    "convert": ("fastssl.convert", "a SEED student, or any checkpoint, for MoCo's scripts"),
+    "export": ("fastssl.export", "an encoder for torchvision, timm, safetensors or MoCo's scripts"),
     "demo": ("fastssl.demo", "render images, pretrain and evaluate: the whole chain in minutes, no data needed"),
     "doctor": ("fastssl.doctor", "what works on this machine, and the command that mends what does not"),
 }

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fastssl.foreign.layout import Layout, split_classifier
 from fastssl.models.encoders import list_architectures, make_backbone
@@ -15,6 +16,17 @@ from fastssl.models.encoders import list_architectures, make_backbone
 _ALIASES = {"swav_resnet50": "resnet50", "simclr_resnet50": "resnet50"}
 # Batches seen by BN; files written before PyTorch 0.4.1 lack it, and nothing reads it here.
 COUNTER = "num_batches_tracked"
+
+
+class Unallocated(TorchFunctionMode):
+    """Within, a module's weights have shapes but no memory. (Under torch.device("meta") RegNets cannot be built:
+
+    they compute their widths with tensors.)
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return func(*args, **{**kwargs, "device": "meta"}) if func is torch.empty else func(*args, **kwargs)
 
 
 class Signature(NamedTuple):
@@ -27,11 +39,11 @@ class Signature(NamedTuple):
 
 @cache
 def signature(arch: str, stem: str = "imagenet") -> Signature | None:
-    """Of an architecture, without allocating it. None where its stem cannot be had, or it cannot be built so."""
+    """Of an architecture, without allocating it. None where its stem cannot be had."""
     try:
-        with torch.device("meta"):
+        with Unallocated():
             backbone, classifier, feature_dim = make_backbone(arch, stem)
-    except (NotImplementedError, ValueError):  # RegNets compute their widths with tensors
+    except ValueError:
         return None
     shapes = {name: tuple(tensor.shape) for name, tensor in backbone.state_dict().items()}
     return Signature(classifier, feature_dim, shapes)
