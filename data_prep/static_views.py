@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -24,6 +25,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from fastssl.command import run_command
 from fastssl.data_prep.images import BadImage, ImageFolder, decode_image, find_images
 from fastssl.data_prep.view_pairs import AUGS, count_views, make_view_pair
 
@@ -165,3 +167,7 @@ def main(argv: Sequence[str]) -> int:
         print(note)
     print(f"{o.savedir}: {sum(1 for _ in Path(o.savedir).glob('*/*-0.jpeg')):,} images with {count_views(o.aug)} views")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

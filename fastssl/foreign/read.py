@@ -93,7 +93,7 @@ def _read_torch(path: Path) -> object:
 
 def _harmless() -> list:
     """Types that old checkpoints hold beside their weights (arguments, the best accuracy) and that run nothing."""
-    scalar = getattr(np, "_core", np.core if not hasattr(np, "_core") else None).multiarray.scalar
+    scalar = (np._core if hasattr(np, "_core") else np.core).multiarray.scalar  # numpy 2, numpy 1
     names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     numbers = [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"]
     return [argparse.Namespace, collections.defaultdict, np.dtype, *names, *dict.fromkeys(numbers)]
