@@ -72,7 +72,8 @@ def load(path: Path) -> dict:
     except Exception as error:
         raise CheckpointError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0][:200]}") from error
     if not isinstance(state, dict) or any(part not in state for part in PARTS):
-        raise CheckpointError(f"{path} is not a fastssl checkpoint: it lacks some of {', '.join(PARTS)}")
+        lacking = f"it lacks some of {', '.join(PARTS)}"
+        raise CheckpointError(f"{path} is not a fastssl checkpoint: {lacking}; --restart starts from its weights alone")
     if state["format"] != FORMAT:
         raise CheckpointError(f"{path} has format {state['format']}, this version reads {FORMAT}")
     return state

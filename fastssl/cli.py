@@ -13,6 +13,9 @@ COMMANDS = {
     "pretrain": ("fastssl.train", "pretrain an encoder on a folder of images"),
     "prep": ("fastssl.prep", "convert images to .beton files or tar shards, check and describe them"),
     "check-loader": ("fastssl.check_loader", "do the loaders keep their contract on these images?"),
+    "models": ("fastssl.list_models", "architectures: weights, features, whose definition"),
+    "convert": ("fastssl.convert", "a SEED student, or any checkpoint, for MoCo's scripts"),
+    "export": ("fastssl.export", "an encoder for torchvision, timm, safetensors or MoCo's scripts"),
     "demo": ("fastssl.demo", "render images, pretrain and evaluate: the whole chain in minutes, no data needed"),
     "doctor": ("fastssl.doctor", "what works on this machine, and the command that mends what does not"),
 }

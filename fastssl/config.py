@@ -158,6 +158,8 @@ class TrainConfig:
     """Run folder; by default runs/<arch>-<date>-<time>."""
     resume: str = "no"
     """auto: go on from the newest good checkpoint of --output; or a checkpoint's path."""
+    restart: bool = False
+    """With --resume PATH: take its weights alone (also a SEED student's, or another project's) and begin at step 0."""
     log_every: Annotated[int, flag("-p", "--print-freq")] = 20
     """Steps between two lines of the log: the only steps that wait for the GPU."""
     save_every_epochs: int = 1
@@ -224,6 +226,8 @@ def check(config: Config) -> None:
         raise ValueError(f"--cj belongs to --policy small, not to {a.policy}: add --policy small or leave it out")
     if config.input.resident_shard and config.input.loader != "resident":
         raise ValueError(f"--resident-shard belongs to --loader resident, not to {config.input.loader}")
+    if t.restart and (t.resume in ("no", "auto") or t.start_epoch):
+        raise ValueError("--restart takes the weights of --resume PATH and begins at epoch 0: name the checkpoint")
     if t.batch_size % o.accumulate:
         raise ValueError(f"--batch-size {t.batch_size} must be a multiple of --accumulate {o.accumulate}")
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import tyro
 
 from fastssl.command import USAGE
+from fastssl.data_prep import static_views
 from fastssl.data_prep.describe import describe
 from fastssl.data_prep.manifest import Tally
 from fastssl.data_prep.prepare import Store
@@ -133,6 +134,7 @@ class Describe:
         return 0
 
 
+VIEWS = "views"  # takes the small-model project's own flags
 COMMANDS = {"beton": Beton, "shards": Shards, "subset": Subset, "verify": Verify, "describe": Describe}
 
 
@@ -149,8 +151,10 @@ def say(tally: Tally, out: str, seconds: float) -> int:
 
 def usage() -> str:
     """What `fastssl prep --help` prints."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {kind.__doc__.splitlines()[0]}" for name, kind in COMMANDS.items()]
+    texts = {name: kind.__doc__.splitlines()[0] for name, kind in COMMANDS.items()}
+    texts[VIEWS] = "Write each image beside augmented views that never change, for fastssl eval instdisc and stats."
+    width = max(map(len, texts))
+    lines = [f"  {name:{width}}  {text}" for name, text in texts.items()]
     return "\n".join(
         [
             "usage: fastssl prep COMMAND ...",
@@ -170,9 +174,11 @@ def main(argv: Sequence[str]) -> int:
     if name in ("", "-h", "--help", "help"):
         print(usage())
         return 0 if name else USAGE
+    if name == VIEWS:
+        return static_views.main(rest)
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(COMMANDS)}"
+        close = difflib.get_close_matches(name, [*COMMANDS, VIEWS], n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join([*COMMANDS, VIEWS])}"
         print(f"fastssl prep: error: no command {name!r}; {hint}", file=sys.stderr)
         return USAGE
     flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)

@@ -9,6 +9,7 @@ from fastssl.build import Trainee
 from fastssl.checkpoint import CheckpointError
 from fastssl.config import Config, flat
 from fastssl.distributed import Ranks, broadcast_object
+from fastssl.foreign import load_into
 from fastssl.optim import load_optimizer_state
 from fastssl.plan import Plan
 
@@ -18,6 +19,7 @@ SHAPES = ("arch", "head", "dim", "stem", "queue_size", "optimizer")
 HARMLESS = {
     "data", "loader", "workers", "output", "resume", "log_every", "save_every_epochs", "save_every_steps", "keep_last",
     "keep_every_epochs", "knn_every", "knn_k", "knn_images", "eval_resize", "steps", "start_epoch", "on_bad_image",
+    "restart",
 }  # fmt: skip
 
 
@@ -39,15 +41,30 @@ def start_or_resume(
 ) -> tuple[int, list[str]]:
     """Steps already done, with their state loaded into `trainee`, and what to tell the person about it.
 
-    --resume PATH takes that checkpoint; --resume auto the newest good one of the run folder; otherwise, or when there
-    is none, the run starts afresh. Raises CheckpointError when a checkpoint cannot be used, or none of several.
+    --resume PATH takes that checkpoint, and with --restart only its weights; --resume auto the newest good one of the
+    run folder; otherwise, or when there is none, the run starts afresh. Raises CheckpointError when a checkpoint
+    cannot be used, or none of several.
     """
     path, notes = find_checkpoint(config.train.resume, folder, ranks)
     if path is None:
         return config.train.start_epoch * plan.steps_per_epoch, notes
+    if config.train.restart:
+        return 0, start_from_weights(path, trainee, config)
     first, changed = restore(path, trainee, config, num_images)
     complete = " (the run is complete)" if first >= plan.stop else ""
     return first, [*notes, f"going on from {path}, after {first} steps{complete}", *changed]
+
+
+def start_from_weights(path: Path, trainee: Trainee, config: Config) -> list[str]:
+    """The query encoder's weights from any checkpoint, the key encoder equal to it; queue and optimiser stay fresh.
+
+    The small-model project also keeps a checkpoint's queue here; a distilled student's queue holds its teacher's keys.
+    Returns what was taken. Raises CheckpointError when the backbone does not fit.
+    """
+    moco = trainee.moco
+    notes = load_into(path, moco.encoder_q, config.model.arch, config.model.stem)
+    moco.encoder_k.load_state_dict(moco.encoder_q.state_dict())
+    return [f"starting from the {note}" if i == 0 else note for i, note in enumerate(notes)]
 
 
 def find_checkpoint(resume: str, folder: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:

@@ -8,13 +8,14 @@ import torchvision.models as tv
 from torch import nn
 
 from fastssl.models import list_architectures, list_heads, make_encoder, make_head
+from fastssl.models.encoders import source_of
 
 # name -> (path of the classifier's last Linear, features), from torchvision's source
 CLASSIFIERS = {
     "resnet18": ("fc", 512),
     "mobilenet_v3_small": ("classifier.3", 1024),
     "mobilenet_v3_large": ("classifier.3", 1280),
-    "efficientnet_b0": ("classifier.1", 1280),
+    "tv_efficientnet_b0": ("classifier.1", 1280),
     "shufflenet_v2_x0_5": ("fc", 1024),
 }
 
@@ -23,7 +24,7 @@ def make_pair(arch):
     """Our encoder and torchvision's classifier with the same weights; running statistics and biases not trivial."""
     torch.manual_seed(0)
     encoder = make_encoder(arch)
-    classifier = tv.get_model(arch, weights=None)
+    classifier = tv.get_model(arch.removeprefix("tv_"), weights=None)
     path, _ = CLASSIFIERS[arch]
     with torch.no_grad():
         for name, tensor in classifier.state_dict().items():
@@ -93,7 +94,8 @@ def test_every_family_gives_up_its_last_linear(arch, feature_dim):
 
 
 def test_the_list_holds_every_torchvision_classifier_that_ends_in_a_linear_layer():
-    missing = set(tv.list_models(module=tv)) - set(list_architectures())
+    ours = {name.removeprefix("tv_") for name in list_architectures() if source_of(name) == "torchvision"}
+    missing = set(tv.list_models(module=tv)) - ours
     assert missing == {"squeezenet1_0", "squeezenet1_1"}
     assert list_architectures() == sorted(list_architectures())
 
@@ -158,7 +160,7 @@ def test_dropout_head_drops_half_of_the_rectified_hidden_units():
 @pytest.mark.parametrize(
     "arch, gain",
     [("resnet18", 4), ("resnext50_32x4d", 4), ("densenet121", 4), ("shufflenet_v2_x0_5", 4), ("mobilenet_v2", 2),
-     ("mobilenet_v3_small", 2), ("efficientnet_b0", 2), ("mnasnet0_5", 2), ("regnet_y_400mf", 2)],
+     ("mobilenet_v3_small", 2), ("tv_efficientnet_b0", 2), ("mnasnet0_5", 2), ("regnet_y_400mf", 2)],
 )  # fmt: skip
 def test_cifar_stem_keeps_the_resolution(arch, gain):
     def first_and_last_map(stem):
@@ -196,9 +198,9 @@ def test_families_without_a_cifar_stem_say_so(arch):
     "options, message",
     [
         ({"arch": "resnt18"}, r"unknown architecture 'resnt18': did you mean 'resnet18'\?"),
-        ({"arch": "mobilenetv3-small"}, r"did you mean 'mobilenet_v3_small'\?"),
+        ({"arch": "mobilenetv3-small"}, r"did you mean 'mobilenetv3_small'\?"),
         ({"arch": "ResNet50"}, r"did you mean 'resnet50'\?"),
-        ({"arch": "?"}, r"unknown architecture '\?': .*list_architectures"),
+        ({"arch": "?"}, r"unknown architecture '\?': .*fastssl models"),
         ({"arch": "squeezenet1_1"}, r"unknown architecture 'squeezenet1_1'"),
         ({"arch": "resnet18", "head": "wider"}, r"unknown head 'wider': did you mean 'wide'\?"),
         ({"arch": "resnet18", "head": "mlp!"}, r"unknown head 'mlp!': choose one of linear, simple"),

@@ -7,6 +7,8 @@ the batch, as if s devices held a share each.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,12 +45,32 @@ class SplitBatchNorm2d(_SplitForward, nn.BatchNorm2d):
     """BatchNorm2d over (B/splits, C, H, W) sub-batches; eval mode and state_dict are BatchNorm2d's."""
 
 
+class _SplitActForward(_SplitForward):
+    """The same for timm's BatchNormAct2d, whose activation (and dropout) belong to the layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return self.act(self.drop(y)) if self.training and self.splits > 1 else y
+
+
 _SPLIT_TYPES = {
     nn.BatchNorm1d: SplitBatchNorm1d,
     nn.BatchNorm2d: SplitBatchNorm2d,
-    SplitBatchNorm1d: SplitBatchNorm1d,
-    SplitBatchNorm2d: SplitBatchNorm2d,
 }
+
+
+@cache
+def _split_type(kind: type[_BatchNorm]) -> type[_BatchNorm] | None:
+    """The split layer that stands in for layers of exactly this type; None where there is none."""
+    if issubclass(kind, _SplitForward):
+        return kind
+    if _is_timm_act(kind) and kind.__name__ == "BatchNormAct2d":  # made here: importing timm takes seconds
+        return type("SplitBatchNormAct2d", (_SplitActForward, kind), {})
+    return _SPLIT_TYPES.get(kind)
+
+
+def _is_timm_act(kind: type) -> bool:
+    return kind.__module__ == "timm.layers.norm_act"
 
 
 def split_batchnorm(module: nn.Module, splits: int) -> None:
@@ -72,13 +94,13 @@ def split_batchnorm(module: nn.Module, splits: int) -> None:
     if not layers:
         raise ValueError(f"this model has no batch normalisation to split: leave out --bn-splits {splits}")
     for name, layer in layers.items():
-        if type(layer) not in _SPLIT_TYPES:
+        if _split_type(type(layer)) is None:
             raise ValueError(f"cannot split the {type(layer).__name__} layer {name!r}: use --bn-splits 1")
         if layer.momentum is None:
             raise ValueError(f"cannot split layer {name!r}: its momentum is None (cumulative average), set a number")
     for layer in layers.values():
         # The same object with another forward: optimizers, hooks and names that refer to it stay valid.
-        layer.__class__ = _SPLIT_TYPES[type(layer)]
+        layer.__class__ = _split_type(type(layer))
         layer.splits = splits
 
 
@@ -94,8 +116,13 @@ def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module
     Raises ValueError when `device` is not CUDA, and when a layer has been split (a layer is one or the other).
     """
     check_sync_batchnorm(device)
-    if any(isinstance(layer, _SplitForward) and layer.splits > 1 for layer in _batchnorm_layers(module).values()):
+    layers = list(_batchnorm_layers(module).values())
+    if any(isinstance(layer, _SplitForward) and layer.splits > 1 for layer in layers):
         raise ValueError("batch normalisation is either split or synchronised: choose --bn-splits or SyncBatchNorm")
+    if any(_is_timm_act(kind) for layer in layers for kind in type(layer).__mro__):
+        from timm.layers import convert_sync_batchnorm as convert_with_activations  # torch's would drop them
+
+        return convert_with_activations(module)
     return nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
 

@@ -3,6 +3,10 @@
 The backbone is a classifier whose last Linear layer has become an Identity, everything before it untouched, so its
 `state_dict()` is the classifier's own without that layer, and a checkpoint of one loads strictly into the other.
 A further family is one more entry of `_ARCHITECTURES`: a function that builds the classifier.
+
+A name means what the command lines of the small-model project (arXiv 2107.14762) mean by it: `mobilenetv3_small`,
+`efficientnet_b0` to `_b3` and `vit_tiny` are that project's own variants, torchvision's are `mobilenet_v3_small` and
+`tv_efficientnet_b0` to `_b3`. Any model of timm can be had as `timm:NAME`.
 """
 
 from __future__ import annotations
@@ -10,11 +14,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torchvision.models as tv
 from torch import Tensor, nn
 
+from fastssl.models.efficientnet import SIZES, SmallModelEfficientNet
 from fastssl.models.heads import make_head
+from fastssl.models.mobilenetv3 import SmallModelMobileNetV3, mobilenetv3_large, mobilenetv3_small
+from fastssl.models.resnets import WidenedResNet, resnext152_32x8d
+from fastssl.models.vit import SmallModelViT
 
 # Their auxiliary classifiers make the output a tuple while training.
 _TORCHVISION_OPTIONS = {
@@ -24,15 +33,58 @@ _TORCHVISION_OPTIONS = {
 # SqueezeNet classifies with a convolution: it has no last Linear to replace.
 _WITHOUT_LINEAR = {"squeezenet1_0", "squeezenet1_1"}
 
-_ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
-    name: partial(tv.get_model, name, weights=None, **_TORCHVISION_OPTIONS.get(name, {}))
-    for name in tv.list_models(module=tv)
-    if name not in _WITHOUT_LINEAR
+
+class Architecture(NamedTuple):
+    """How a classifier is built, and whose definition it follows."""
+
+    build: Callable[[], nn.Module]
+    source: str  # torchvision, timm or small models
+
+
+def _build_timm(name: str, **options: object) -> nn.Module:
+    import timm  # seconds to import
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        raise ValueError(f"timm has no model {name!r}" + (f": did you mean timm:{near[0]}?" if near else ""))
+    return timm.create_model(name, pretrained=False, **options)
+
+
+def _torchvision(name: str) -> Architecture:
+    return Architecture(partial(tv.get_model, name, weights=None, **_TORCHVISION_OPTIONS.get(name, {})), "torchvision")
+
+
+_SMALL_EFFICIENTNETS = {f"efficientnet_{size}": partial(SmallModelEfficientNet, size) for size in SIZES}
+_SMALL_MODELS = {
+    "mobilenetv3_small": mobilenetv3_small,
+    "mobilenetv3_large": mobilenetv3_large,
+    "vit_tiny": SmallModelViT,
+    "resnext152_32x8d": resnext152_32x8d,
+    "swav_resnet50": tv.resnet50,  # these two are torchvision's network; only their heads have other names
+    "simclr_resnet50": tv.resnet50,
+    **{f"swav_resnet50w{widen}": partial(WidenedResNet, widen) for widen in (2, 4, 5)},
+    **_SMALL_EFFICIENTNETS,
+}
+_TIMM = {
+    "deit_tiny": partial(_build_timm, "deit_tiny_patch16_224", dynamic_img_size=True),  # any multiple of 16 pixels
+    **{f"tf_efficientnet_{size}": partial(_build_timm, f"tf_efficientnet_{size}") for size in SIZES},
+}
+_ARCHITECTURES: dict[str, Architecture] = {
+    **{
+        ("tv_" if name in _SMALL_EFFICIENTNETS else "") + name: _torchvision(name)
+        for name in tv.list_models(module=tv)
+        if name not in _WITHOUT_LINEAR
+    },
+    **{name: Architecture(build, "small models") for name, build in _SMALL_MODELS.items()},
+    **{name: Architecture(build, "timm") for name, build in _TIMM.items()},
 }
 
 # The stem's convolution, and the pooling after it where the family has one.
 _STEMS: dict[type[nn.Module], tuple[str, str | None]] = {
     tv.ResNet: ("conv1", "maxpool"),
+    WidenedResNet: ("conv1", "maxpool"),
+    SmallModelMobileNetV3: ("features.0.0", None),
+    SmallModelEfficientNet: ("_conv_stem", None),
     tv.DenseNet: ("features.conv0", "features.pool0"),
     tv.ShuffleNetV2: ("conv1.0", "maxpool"),
     tv.MobileNetV2: ("features.0.0", None),
@@ -60,8 +112,13 @@ class Encoder(nn.Module):
 
 
 def list_architectures() -> list[str]:
-    """Names that `make_encoder` takes, sorted."""
+    """Names that `make_encoder` takes, sorted; besides, it takes timm:NAME."""
     return sorted(_ARCHITECTURES)
+
+
+def source_of(arch: str) -> str:
+    """Whose definition an architecture of the list follows: torchvision, timm or small models."""
+    return _ARCHITECTURES[arch].source
 
 
 def make_encoder(arch: str, *, head: str = "linear", dim: int = 128, stem: str = "imagenet") -> Encoder:
@@ -72,28 +129,47 @@ def make_encoder(arch: str, *, head: str = "linear", dim: int = 128, stem: str =
 
     Raises ValueError for an unknown architecture, head or stem, and for a family without a CIFAR stem.
     """
-    backbone = _make_classifier(arch)
-    name, linear = _find_last_linear(backbone)
+    backbone, _, feature_dim = make_backbone(arch, stem)
+    return Encoder(backbone, feature_dim, make_head(head, feature_dim, dim))
+
+
+def make_backbone(arch: str, stem: str = "imagenet") -> tuple[nn.Module, str, int]:
+    """A randomly initialised backbone, the name its classifier's last layer had, and the number of its features."""
+    backbone = make_classifier(arch)
+    name, linear = find_classifier(backbone)
     backbone.set_submodule(name, nn.Identity())
     if stem == "cifar":
         _set_cifar_stem(backbone, arch)
     elif stem != "imagenet":
         raise ValueError(f"unknown stem {stem!r}: choose imagenet or cifar")
-    return Encoder(backbone, linear.in_features, make_head(head, linear.in_features, dim))
+    return backbone, name, linear.in_features
 
 
-def _make_classifier(arch: str) -> nn.Module:
+def make_classifier(arch: str) -> nn.Module:
+    """The classifier of an architecture, randomly initialised. Raises ValueError for an unknown name."""
+    if arch.startswith("timm:"):
+        return _build_timm(arch.removeprefix("timm:"))
     if arch not in _ARCHITECTURES:
         near = difflib.get_close_matches(arch, _ARCHITECTURES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "fastssl.models.list_architectures() names those known"
+        hint = f"did you mean {near[0]!r}?" if near else "`fastssl models` lists those known"
         raise ValueError(f"unknown architecture {arch!r}: {hint}")
-    return _ARCHITECTURES[arch]()
+    return _ARCHITECTURES[arch].build()
 
 
-def _find_last_linear(classifier: nn.Module) -> tuple[str, nn.Linear]:
-    linears = [(name, module) for name, module in classifier.named_modules() if isinstance(module, nn.Linear)]
-    assert linears, f"{type(classifier).__name__} has no Linear layer to replace"
-    return linears[-1]
+def classifier_name(arch: str) -> str:
+    """Where an architecture keeps its classifier's last layer: `fc`, `classifier.3`, ..."""
+    return find_classifier(make_classifier(arch))[0]
+
+
+def find_classifier(model: nn.Module) -> tuple[str, nn.Linear]:
+    """Name and layer of a classifier's last Linear layer; what goes into it are the features."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if hasattr(model, "get_classifier"):  # timm knows its own; it need not be the last one
+        own = model.get_classifier()
+        linears = {name: module for name, module in linears.items() if module is own}
+    if not linears:
+        raise ValueError(f"{type(model).__name__} does not end in a Linear layer: it has no features to train")
+    return list(linears.items())[-1]
 
 
 def _set_cifar_stem(backbone: nn.Module, arch: str) -> None:

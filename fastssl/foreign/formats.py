@@ -1,0 +1,100 @@
+"""The names other projects give to an encoder's tensors. What has no exact counterpart there is refused."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from fastssl.models.efficientnet import STAGES
+from fastssl.models.encoders import classifier_name, make_backbone, source_of
+
+FORMATS = ("plain", "torchvision", "timm", "moco")
+_RESNETS = "resnet18 resnet34 resnet50 resnet101 resnet152 wide_resnet50_2 wide_resnet101_2".split()
+_RESNETS += "resnext50_32x4d resnext101_32x8d resnext101_64x4d".split()
+_AS_RESNET50 = {"swav_resnet50": "resnet50", "simclr_resnet50": "resnet50"}
+# EfficientNet-B0 alone: timm pads for the actual image, which at even sizes down to 7 pixels agrees.
+_TOP = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "fc": "classifier"}
+_SE = {"_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
+_FIRST_BLOCK = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2", **_SE}
+_BLOCK = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
+          "_project_conv": "conv_pwl", "_bn2": "bn3", **_SE}  # fmt: skip
+
+
+def counterpart(arch: str, stem: str, to: str) -> str:
+    """What torchvision, timm or MoCo's scripts call this architecture. ValueError where they compute another."""
+    if stem != "imagenet" and to != "plain":
+        raise ValueError(f"--to {to} has no {stem} stem: use --to plain")
+    if to == "torchvision":
+        name = _AS_RESNET50.get(arch, arch)
+        if name.startswith("timm:") or source_of(name) != "torchvision":
+            raise ValueError(f"torchvision has no {arch} that computes the same: use --to plain")
+        return name.removeprefix("tv_")
+    if to == "timm":
+        known = {**{name: name for name in _RESNETS}, **_AS_RESNET50, "deit_tiny": "deit_tiny_patch16_224"}
+        known["efficientnet_b0"] = "tf_efficientnet_b0"
+        name = arch.removeprefix("timm:") if arch.startswith(("timm:", "tf_")) else known.get(arch)
+        if name is None:
+            raise ValueError(f"timm has no {arch} that computes the same: use --to plain")
+        return name
+    if to == "moco" and classifier_name(arch) != "fc":
+        raise ValueError(f"MoCo's scripts want a classifier called fc, {arch} has none: use --to plain")
+    return arch
+
+
+def name_tensors(arch: str, to: str, backbone: dict[str, Tensor], head: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Backbone and head (which may be empty) as one state dict of that format."""
+    if head and to in ("torchvision", "timm") and set(head) != {"weight", "bias"}:
+        raise ValueError(f"--to {to} has room for a linear head only: leave out --head, or use --to plain")
+    whole = {**backbone, **{f"{classifier_name(arch)}.{name}": tensor for name, tensor in head.items()}}
+    return (
+        {_timm_name(name): tensor for name, tensor in whole.items()}
+        if (arch, to) == ("efficientnet_b0", "timm")
+        else whole
+    )
+
+
+def moco_checkpoint(
+    arch: str, query: dict[str, Tensor], key: dict[str, Tensor] | None, queue: Tensor | None, pointer: Tensor | None,
+    epoch: int, optimizer: dict | None,
+) -> dict:  # fmt: skip
+    """The dict main_moco.py saves. `query` and `key` under the classifier's names; `queue` (D, K), pointer (1,)."""
+    state = {f"module.encoder_q.{name}": tensor for name, tensor in query.items()}
+    if key is not None:
+        state.update({f"module.encoder_k.{name}": tensor for name, tensor in key.items()})
+    if queue is not None and pointer is not None:
+        state.update({"module.queue": queue, "module.queue_ptr": pointer})
+    saved = {"epoch": epoch, "arch": arch, "state_dict": state}
+    return saved if optimizer is None else {**saved, "optimizer": optimizer}
+
+
+def moco_optimizer(arch: str, head: dict[str, Tensor], optimizer: dict) -> dict | None:
+    """Our SGD state as main_moco.py's, whose optimiser also lists the key encoder's parameters and frozen ones.
+
+    None where the optimiser is another, or where its state is not one momentum for each trained parameter.
+    """
+    parameters = list(make_backbone(arch)[0].named_parameters())
+    trained = [i for i, (_, p) in enumerate(parameters) if p.requires_grad]
+    trained += [len(parameters) + i for i in range(len(head))]
+    groups, state = optimizer["param_groups"], optimizer["state"]
+    if len(groups) != 1 or "dampening" not in groups[0] or len(groups[0]["params"]) != len(trained):
+        return None
+    moved = {trained[i]: {"momentum_buffer": entry["momentum_buffer"]} for i, entry in state.items()}
+    kept = {k: groups[0][k] for k in ("lr", "momentum", "dampening", "weight_decay", "nesterov")}
+    count = 2 * (len(parameters) + len(head))
+    return {"state": moved, "param_groups": [{**kept, "params": list(range(count))}]}
+
+
+def _timm_name(name: str) -> str:
+    if match := re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(.+)", name):
+        places = [(stage, i) for stage, (repeats, *_) in enumerate(STAGES) for i in range(repeats)]
+        stage, i = places[int(match[1])]
+        return f"blocks.{stage}.{i}.{(_BLOCK if stage else _FIRST_BLOCK)[match[2]]}.{match[3]}"
+    first, rest = name.split(".", 1)
+    return f"{_TOP[first]}.{rest}"
+
+
+def old_queue(queue: Tensor) -> Tensor:
+    """Our queue (K, D) as MoCo's (D, K), float32."""
+    return queue.to(torch.float32).T.contiguous()

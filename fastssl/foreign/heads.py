@@ -1,0 +1,58 @@
+"""Projection heads and classifiers as checkpoints hold them: recognised by the positions and shapes of their layers."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from fastssl.models.heads import make_head
+
+
+class Normalise(nn.Module):
+    """Rows (B, C) of unit length."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return normalize(x, dim=1)
+
+
+def name_head(tensors: dict[str, Tensor], feature_dim: int) -> str | None:
+    """`linear`, `simple`, ... (see `models.heads`), `simclr` (with batch norm), `normalised linear` (what transfer
+
+    trains), `none` where there are no tensors; None for a head that is none of these.
+    """
+    if not tensors:
+        return "none"
+    weights = {k.removesuffix("weight").rstrip("."): v for k, v in tensors.items() if k.endswith("weight")}
+    linears = tuple(sorted(k for k, v in weights.items() if v.ndim == 2))
+    first = weights[linears[0]] if linears else None
+    if first is None or first.shape[1] != feature_dim:
+        return None
+    hidden = first.shape[0] / feature_dim
+    names = {
+        ("",): "linear",
+        ("1",): "normalised linear",
+        ("0", "2"): {1: "simple", 2: "wide"}.get(hidden),
+        ("0", "3"): "simclr" if "1.running_mean" in tensors else "dropout",
+        ("0", "2", "4"): "deep",
+    }
+    name = names.get(linears)
+    if name is None:
+        return None
+    expected = build_head(name, feature_dim, weights[linears[-1]].shape[0]).state_dict()
+    found = {k: v.shape for k, v in tensors.items()}
+    return name if found == {k: v.shape for k, v in expected.items()} else None
+
+
+def build_head(name: str, feature_dim: int, dim: int) -> nn.Module:
+    """A head by the name `name_head` gives, with random weights."""
+    if name == "normalised linear":
+        return nn.Sequential(Normalise(), nn.Linear(feature_dim, dim))
+    if name == "simclr":
+        hidden = nn.Linear(feature_dim, feature_dim)
+        return nn.Sequential(hidden, nn.BatchNorm1d(feature_dim), nn.ReLU(), nn.Linear(feature_dim, dim))
+    return make_head(name, feature_dim, dim)
+
+
+def output_dim(tensors: dict[str, Tensor]) -> int:
+    """What a head's last Linear gives."""
+    return [v for v in tensors.values() if v.ndim == 2][-1].shape[0]

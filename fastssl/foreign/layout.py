@@ -1,0 +1,108 @@
+"""Which project wrote a set of weights, and which of them belong to one encoder. Works on names alone.
+
+  MoCo v1, v2, align + uniform, small models   [module.]encoder_q.* encoder_k.* queue queue_ptr [scalar_label]
+  SEED                                         [module.]student.* teacher.* [queue queue_ptr]
+  fastssl                                      encoder_q.backbone.* encoder_q.head.* encoder_k.* queue queue_ptr
+  SwAV                                         [module.]conv1 ... projection_head.* prototypes.*
+  SimCLR (in the small-model project)          [module.]encoder_q.module.*
+  torchvision, timm, a linear classifier       [module.]conv1 ... fc.*
+
+`module.` (DDP) and `_orig_mod.` (torch.compile) may stand before any of these names and inside them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastssl.checkpoint import CheckpointError
+
+WRAPPERS = ("module.", "_orig_mod.")
+_ENCODERS = {  # prefix -> (project, which encoder, what people call it)
+    "encoder_q.": ("MoCo", "q", "the query encoder"),
+    "encoder_k.": ("MoCo", "k", "the key encoder"),
+    "student.": ("SEED", "q", "the student"),
+    "teacher.": ("SEED", "k", "the teacher"),
+}
+_STATE = {"queue": "the queue", "queue_ptr": "the queue", "scalar_label": "a constant"}
+_OTHER_HEADS = {"projection_head.": "SwAV's projection head", "prototypes": "SwAV's prototypes"}
+
+
+class Layout(NamedTuple):
+    """One encoder's weights, and why each other tensor of the file is not among them."""
+
+    kind: str
+    backbone: dict[str, Tensor]  # may still hold the head, under the classifier's name, where `head` is None
+    head: dict[str, Tensor] | None
+    left_out: dict[str, list[str]]  # reason -> names in the file
+
+
+def find_encoder(tensors: dict[str, Tensor], key: str = "q") -> Layout:
+    """The query encoder (`key="q"`, a SEED student) or the key encoder ("k") among the weights of a file.
+
+    Raises CheckpointError when it is not there, and for tensors nobody can explain.
+    """
+    if key not in ("q", "k"):
+        raise ValueError(f"unknown encoder {key!r}: choose q (query) or k (key)")
+    tensors = strip_wrappers(tensors)
+    groups = {prefix: _below(tensors, prefix) for prefix in _ENCODERS}
+    projects = {_ENCODERS[prefix][0] for prefix, group in groups.items() if group}
+    if not projects:
+        if key == "k":
+            raise CheckpointError("it has no key encoder: leave out --key k")
+        return _split_own("state dict", tensors, {})
+    if len(projects) > 1:
+        raise CheckpointError("it holds encoder_q and student at once: keep one of them")
+    (project,) = projects
+    if project == "SEED" and key == "k":
+        raise CheckpointError("a SEED checkpoint has a student and a teacher, no key encoder: leave out --key k")
+    left_out: dict[str, list[str]] = {}
+    chosen: dict[str, Tensor] | None = None
+    kind = project
+    for prefix, group in groups.items():
+        _, which, name = _ENCODERS[prefix]
+        if group and which == key:
+            chosen, kind = group, f"{project} checkpoint, {name}"
+        elif group:
+            left_out[name] = [prefix + k for k in group]
+    if chosen is None:
+        raise CheckpointError(f"it has no {'key' if key == 'k' else 'query'} encoder, only {', '.join(left_out)}")
+    for name in tensors:
+        if not name.startswith(tuple(_ENCODERS)):
+            if name not in _STATE:
+                raise CheckpointError(f"nobody knows its tensor {name!r} beside the encoders of a {project} checkpoint")
+            left_out.setdefault(_STATE[name], []).append(name)
+    return _split_own(kind, strip_wrappers(chosen), left_out)
+
+
+def strip_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors without `module.` and `_orig_mod.`, at the front of all names or inside them."""
+    while prefix := next((w for w in WRAPPERS if tensors and all(k.startswith(w) for k in tensors)), None):
+        tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
+    plain = {k.replace("._orig_mod.", ".").removeprefix("_orig_mod."): v for k, v in tensors.items()}
+    return plain if len(plain) == len(tensors) else tensors
+
+
+def split_classifier(layout: Layout, classifier: str) -> Layout:
+    """The layout with what stands under the classifier's name (`fc`, `classifier.3`) taken out as its head."""
+    if layout.head is not None:
+        return layout
+    head = _below(layout.backbone, classifier + ".")
+    backbone = {k: v for k, v in layout.backbone.items() if not k.startswith(classifier + ".")}
+    return layout._replace(backbone=backbone, head=head)
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _split_own(kind: str, encoder: dict[str, Tensor], left_out: dict[str, list[str]]) -> Layout:
+    """Our own encoders hold `backbone` and `head`; others keep both in one classifier."""
+    if encoder and all(k.startswith(("backbone.", "head.")) for k in encoder):
+        kind = kind.replace("MoCo checkpoint", "fastssl checkpoint")
+        return Layout(kind, strip_wrappers(_below(encoder, "backbone.")), _below(encoder, "head."), left_out)
+    reasons = {k: reason for k in encoder for prefix, reason in _OTHER_HEADS.items() if k.startswith(prefix)}
+    for name, reason in reasons.items():
+        left_out.setdefault(reason, []).append(name)
+    return Layout(kind, {k: v for k, v in encoder.items() if k not in reasons}, None, left_out)

@@ -1,0 +1,99 @@
+"""Reads a file of weights without running anything in it: torch.save files of any age, and safetensors."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import re
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastssl.checkpoint import CheckpointError
+
+# Where projects put the weights in a checkpoint, in the order they are looked for.
+_WEIGHTS = ("state_dict", "model", "model_state_dict", "net")
+
+
+class Contents(NamedTuple):
+    """What a file holds."""
+
+    path: Path
+    tensors: dict[str, Tensor]  # the weights, on the CPU, under the names in the file
+    entries: dict[str, object]  # what lies beside them: epoch, arch, optimizer, config, ...
+
+
+def read_weights(path: str | Path) -> Contents:
+    """The weights of a checkpoint or a bare state dict.
+
+    Raises CheckpointError for a missing or damaged file, for one that holds code, and where there are no weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    loaded, entries = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not weights by name: save model.state_dict()")
+    if not _is_weights(loaded):
+        name = next((n for n in _WEIGHTS if _is_weights(loaded.get(n))), None)
+        if name is None:
+            held = ", ".join(map(str, list(loaded)[:8])) or "nothing"
+            raise CheckpointError(f"{path} holds no weights under {', '.join(_WEIGHTS)}; it holds {held}")
+        entries = {str(k): v for k, v in loaded.items() if k != name}
+        loaded = loaded[name]
+    broken = next((k for k, v in loaded.items() if v.is_floating_point() and not v.isfinite().all()), None)
+    if broken is not None:
+        raise CheckpointError(f"{path}: {broken} holds values that are not finite: take an earlier checkpoint")
+    return Contents(path, dict(loaded), entries)
+
+
+def _is_weights(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    )
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {str(error).splitlines()[0][:200]}") from None
+
+
+def _read_torch(path: Path) -> object:
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch.load itself would read flipped bits without a word
+            if damaged:
+                raise CheckpointError(f"{path} is damaged: {damaged} fails its checksum")
+        with torch.serialization.safe_globals(_harmless()):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        text = str(error)
+        if found := re.search(r"GLOBAL (\S+) was not an allowed global|Unsupported class (\S+)", text):
+            raise CheckpointError(
+                f"{path} holds {found[1] or found[2]}, which loading would run as code: refused; where you "
+                "trust it, keep its weights alone: torch.save(torch.load(OLD, weights_only=False)['state_dict'], NEW)"
+            ) from None
+        reason = text.splitlines()[0][:200] if text else type(error).__name__
+        raise CheckpointError(f"{path} is damaged or no checkpoint: {reason}") from error
+
+
+def _harmless() -> list:
+    """Types that old checkpoints hold beside their weights (arguments, the best accuracy) and that run nothing."""
+    scalar = (np._core if hasattr(np, "_core") else np.core).multiarray.scalar  # numpy 2, numpy 1
+    names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    numbers = [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"]
+    return [argparse.Namespace, collections.defaultdict, np.dtype, *names, *dict.fromkeys(numbers)]

@@ -1,0 +1,26 @@
+"""`fastssl models`: every architecture with its parameters, its features and whose definition it follows."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from fastssl.foreign.fit import Unallocated
+from fastssl.models.encoders import list_architectures, make_backbone, source_of
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints a line for each architecture whose name holds the word given, all of them without one."""
+    parser = argparse.ArgumentParser("fastssl models", description=__doc__, allow_abbrev=False)
+    parser.add_argument("word", nargs="?", default="", help="a part of the name, such as mobilenet")
+    word = parser.parse_args(list(argv)).word
+    names = [name for name in list_architectures() if word in name]
+    if not names:
+        raise ValueError(f"no architecture has {word!r} in its name; timm's are had as timm:NAME")
+    print(f"{'name':24}  {'M weights':>9}  {'features':>8}  source")
+    for name in names:
+        with Unallocated():
+            backbone, _, features = make_backbone(name)
+        millions = sum(p.numel() for p in backbone.parameters()) / 1e6
+        print(f"{name:24}  {millions:9.2f}  {features:8}  {source_of(name)}")
+    return 0

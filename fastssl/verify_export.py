@@ -1,0 +1,71 @@
+"""Loads an exported file in a new process, strictly, by the program it is meant for, and compares what it computes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.foreign import load_pretrained
+from fastssl.foreign.read import read_weights
+from fastssl.models.encoders import find_classifier
+
+TOLERANCE = 1e-4  # of the largest feature
+
+
+def largest_difference(source: str, out: str, to: str, name: str, arch: str, stem: str, key: str, head: bool) -> float:
+    """Largest difference of features (of the head's output with `head`), over the largest of them.
+
+    Raises ValueError when the file does not load, or differs by more than TOLERANCE.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "features.pt"
+        command = [sys.executable, "-m", "fastssl.verify_export", out, to, name, stem, str(int(head)), str(result)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ValueError(f"{out} does not load as {to} {name}: {last[:300]}")
+        found = torch.load(result, weights_only=True)
+    expected = compute(load_pretrained(source, arch, key=key, with_head=head, stem=stem)[0], stem)
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if not difference <= TOLERANCE:
+        raise ValueError(f"{out} loads but its features differ by {difference:.1e} of their size: do not use it")
+    return difference
+
+
+def compute(module: nn.Module, stem: str) -> Tensor:
+    """What a module makes of two fixed random images."""
+    side = 32 if stem == "cifar" else 224
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return module.eval()(images)
+
+
+def load_as(out: str, to: str, name: str, stem: str, head: bool) -> nn.Module:
+    """The exported file in the program it is meant for: torchvision or timm themselves, else fastssl."""
+    if to in ("plain", "moco"):
+        return load_pretrained(out, name, with_head=head, stem=stem)[0]
+    tensors = read_weights(out).tensors
+    if to == "timm":
+        import timm
+
+        model = timm.create_model(name, pretrained=False)
+    else:
+        import torchvision.models as tv
+
+        auxiliary = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        model = tv.get_model(name, weights=None, **auxiliary)
+    classifier, linear = find_classifier(model)
+    outputs = tensors[f"{classifier}.weight"].shape[0] if head else 0
+    model.set_submodule(classifier, nn.Linear(linear.in_features, outputs) if head else nn.Identity())
+    model.load_state_dict(tensors, strict=True)
+    return model
+
+
+if __name__ == "__main__":
+    out, to, name, stem, head, result = sys.argv[1:]
+    torch.save(compute(load_as(out, to, name, stem, head == "1"), stem), result)

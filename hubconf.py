@@ -1,0 +1,36 @@
+"""torch.hub entry points: encoders from a file or a URL.
+
+model = torch.hub.load("/path/to/this/clone", "encoder", "resnet18.safetensors", source="local")
+"""
+
+dependencies = ["torch", "torchvision"]
+
+
+def encoder(weights: str, arch: str | None = None, *, with_head: bool = False, normalise: bool = False, key: str = "q"):
+    """A pretrained encoder in eval mode: (B, 3, S, S) normalised images -> features.
+
+    `weights` is a file or an http(s) URL of any checkpoint that `fastssl.foreign.load_pretrained` reads. `with_head`
+    adds its projection head, or the linear classifier of a linear-evaluation checkpoint; `normalise` makes the rows
+    of what comes out unit vectors.
+    """
+    import os
+
+    import torch
+
+    from fastssl.foreign import load_pretrained
+    from fastssl.foreign.heads import Normalise
+
+    if weights.startswith(("http://", "https://")):
+        folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, os.path.basename(weights.split("?")[0]))
+        if not os.path.exists(path):
+            torch.hub.download_url_to_file(weights, path)
+        weights = path
+    module, _ = load_pretrained(weights, arch, key=key, with_head=with_head)
+    return torch.nn.Sequential(module, Normalise()).eval() if normalise else module
+
+
+def linear_classifier(weights: str, arch: str | None = None):
+    """An encoder with the linear classifier that was trained on it: (B, 3, S, S) normalised images -> logits."""
+    return encoder(weights, arch, with_head=True)

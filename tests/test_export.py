@@ -1,0 +1,274 @@
+"""Encoders for other programs: every format loads there strictly and computes the same; the old layout round-trips."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision.models as tv
+from old_checkpoints import make_head, make_moco, make_network, make_seed
+from torch import nn
+
+from fastssl import convert, export, list_models, verify_export
+from fastssl.build import make_trainee
+from fastssl.command import run_command
+from fastssl.config import Config, replace
+from fastssl.distributed import Ranks
+from fastssl.foreign import load_pretrained
+from fastssl.models.encoders import make_backbone
+from fastssl.resume import state_of
+
+ROOT = Path(__file__).parents[1]
+RANKS = Ranks(0, 1, 1, torch.device("cpu"))
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+
+
+def save_run(folder, steps=7, **options):
+    """A run folder of fastssl with one checkpoint, whose optimiser and queue are not fresh; gives its trainee too."""
+    options = {"arch": "resnet18", "head": "simple", "queue_size": 64, "dim": 128, "stem": "imagenet", **options}
+    config = replace(Config(), device="cpu", batch_size=8, seed=3, **options)
+    trainee = make_trainee(config, RANKS)
+    size = 224 if config.model.arch in ("vit_tiny", "deit_tiny") else 64
+    encoder = trainee.moco.encoder_q
+    encoder.head(encoder.backbone(torch.randn(4, 3, size, size))).square().sum().backward()
+    trainee.optimizer.step()
+    trainee.moco.update_queue(torch.nn.functional.normalize(torch.randn(24, config.model.dim), dim=1))
+    path = folder / "checkpoints" / f"step_{steps:09d}.pt"
+    path.parent.mkdir(parents=True)
+    torch.save(state_of(trainee, steps, config, 24), path)
+    encoder.eval()
+    return trainee
+
+
+def outputs(module, images=IMAGES):
+    with torch.no_grad():
+        return module.eval()(images)
+
+
+def assert_same(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("arch, stem", [("resnet18", "cifar"), ("mobilenetv3_small", "imagenet")])
+def test_plain_files_come_back_whole(tmp_path, capsys, suffix, head, arch, stem):
+    trainee = save_run(tmp_path / "run", arch=arch, stem=stem, head="wide")
+    out = tmp_path / f"encoder{suffix}"
+    assert run_command(export.main, [str(tmp_path / "run"), str(out), *["--head"] * head]) == 0
+    said = capsys.readouterr().out
+    assert "fastssl checkpoint, the query encoder" in said and ("left out the head" in said) != head
+    named = {} if suffix == ".safetensors" or stem == "imagenet" else {"stem": stem}
+    module, report = load_pretrained(out, with_head=head, **named)
+    assert (report.arch, report.stem, report.head) == (arch, stem, "wide" if head else "none")
+    encoder = trainee.moco.encoder_q
+    assert_same(outputs(module), outputs(encoder if head else encoder.backbone))
+    assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small", "tv_efficientnet_b0"])
+def test_torchvision_names_load_in_torchvision(tmp_path, arch):
+    trainee = save_run(tmp_path / "run", arch=arch, head="linear", dim=16)
+    export.export(str(tmp_path / "run"), str(tmp_path / "tv.pth"), "torchvision", head=True)
+    model = tv.get_model(arch.removeprefix("tv_"), weights=None, num_classes=16)
+    model.load_state_dict(torch.load(tmp_path / "tv.pth", weights_only=True), strict=True)
+    assert_same(outputs(model), outputs(trainee.moco.encoder_q))
+
+
+@pytest.mark.parametrize(
+    "arch, name", [("resnet18", "resnet18"), ("efficientnet_b0", "tf_efficientnet_b0"), ("tf_efficientnet_b1",) * 2]
+)
+def test_timm_names_load_in_timm(tmp_path, arch, name):
+    trainee = save_run(tmp_path / "run", arch=arch)
+    _, said = export.export(str(tmp_path / "run"), str(tmp_path / "timm.safetensors"), "timm")
+    assert said == name
+    model = timm.create_model(name, num_classes=0)
+    model.load_state_dict(safetensors.torch.load_file(tmp_path / "timm.safetensors"), strict=True)
+    images = torch.randn(2, 3, 224, 224)
+    assert_same(outputs(model, images), outputs(trainee.moco.encoder_q.backbone, images))
+
+
+class OldMoCo(nn.Module):
+    """The module main_moco.py trains, as its checkpoints describe it."""
+
+    def __init__(self, arch, dim=128, queue=64):
+        super().__init__()
+        self.encoder_q, self.encoder_k = self.build(arch, dim), self.build(arch, dim).requires_grad_(False)
+        self.register_buffer("queue", torch.zeros(dim, queue))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+
+    @staticmethod
+    def build(arch, dim):
+        model, _, c = make_backbone(arch)
+        model.fc = nn.Sequential(nn.Linear(c, c), nn.ReLU(), nn.Linear(c, dim))
+        return model
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenetv3_small", "efficientnet_b0", "vit_tiny"])
+def test_the_old_scripts_can_resume_our_runs(tmp_path, arch):
+    trainee = save_run(tmp_path / "run", arch=arch)
+    moco = trainee.moco
+    assert run_command(convert.main, ["moco", str(tmp_path / "run"), str(tmp_path / "old.pth.tar")]) == 0
+    saved = torch.load(tmp_path / "old.pth.tar", weights_only=True)
+    assert (saved["epoch"], saved["arch"]) == (2, arch)  # 7 steps of 3 an epoch
+    old = nn.ModuleDict({"module": OldMoCo(arch)})
+    old.load_state_dict(saved["state_dict"], strict=True)
+    images = torch.randn(2, 3, 224, 224) if arch == "vit_tiny" else IMAGES
+    assert_same(outputs(old.module.encoder_q, images), outputs(moco.encoder_q, images))
+    assert_same(outputs(old.module.encoder_k, images), outputs(moco.encoder_k, images))
+    assert torch.equal(old.module.queue.T, moco.queue) and old.module.queue_ptr.item() == 24
+    optimizer = torch.optim.SGD(old.parameters(), 0.1, momentum=0.5)
+    optimizer.load_state_dict(saved["optimizer"])
+    assert optimizer.param_groups[0]["lr"] == trainee.optimizer.param_groups[0]["lr"]
+    theirs = {
+        n: optimizer.state[p]["momentum_buffer"]
+        for n, p in old.module.encoder_q.named_parameters()
+        if p in optimizer.state
+    }
+    ours = {
+        n: trainee.optimizer.state[p]["momentum_buffer"]
+        for n, p in moco.encoder_q.named_parameters()
+        if p.requires_grad
+    }
+    ours = {re.sub("^head[.]", "fc.", n).removeprefix("backbone."): v for n, v in ours.items()}
+    assert set(theirs) == set(ours) and all(torch.equal(theirs[n], ours[n]) for n in ours)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenetv3_large"])
+def test_moco_files_round_trip(tmp_path, arch):
+    saved, _, _ = make_moco(arch, head="wide")
+    torch.save(saved, tmp_path / "in.pth.tar")
+    export.export(str(tmp_path / "in.pth.tar"), str(tmp_path / "out.pth.tar"), "moco")
+    again = torch.load(tmp_path / "out.pth.tar", weights_only=True)
+    assert again["epoch"] == 200 and again["arch"] == arch
+    assert {k: v.shape for k, v in again["state_dict"].items()} == {k: v.shape for k, v in saved["state_dict"].items()}
+    assert all(torch.equal(v, again["state_dict"][k]) for k, v in saved["state_dict"].items())
+    assert again["optimizer"]["param_groups"] == saved["optimizer"]["param_groups"]
+
+
+def test_seed_becomes_what_its_converter_meant(tmp_path, capsys):
+    saved, tensors, forward = make_seed("mobilenetv3_small")
+    torch.save(saved, tmp_path / "seed.pth.tar")
+    assert run_command(convert.main, ["seed", str(tmp_path / "seed.pth.tar")]) == 0
+    converted = torch.load(tmp_path / "converted_seed.pth.tar", weights_only=True)
+    expected = {
+        k.replace("module.student.", "module.encoder_q."): v
+        for k, v in saved["state_dict"].items()
+        if k.startswith("module.student.")
+    }
+    assert converted["epoch"] == 200 and converted["arch"] == "mobilenetv3_small"
+    assert list(converted["state_dict"]) == list(expected)
+    assert all(torch.equal(v, converted["state_dict"][k]) for k, v in expected.items())
+    assert_same(outputs(load_pretrained(tmp_path / "converted_seed.pth.tar")[0]), forward(tensors, IMAGES))
+    assert "left out the teacher" in capsys.readouterr().out
+    # what the reference's loader asks of it: all but the classifier is there
+    missing = set(make_backbone("mobilenetv3_small")[0].state_dict()) - {k.split(".", 2)[2] for k in expected}
+    assert not missing
+
+
+@pytest.mark.parametrize("to, arch", [("torchvision", "resnet18"), ("moco", "mobilenetv3_small")])
+def test_verify_loads_in_a_new_process(tmp_path, capsys, to, arch):
+    saved, _, _ = make_moco(arch)
+    torch.save(saved, tmp_path / "in.pth.tar")
+    out = tmp_path / "out.pth.tar"
+    assert run_command(export.main, [str(tmp_path / "in.pth.tar"), str(out), "--to", to, "--verify"]) == 0
+    assert "verified: loaded strictly in a new process" in capsys.readouterr().out
+    if to == "torchvision":
+        broken = torch.load(out, weights_only=True)
+        broken["layer4.1.bn2.bias"] += 1
+        torch.save(broken, out)
+        with pytest.raises(ValueError, match=r"its features differ by .* of their size: do not use it"):
+            verify_export.largest_difference(
+                str(tmp_path / "in.pth.tar"), str(out), to, arch, arch, "imagenet", "q", False
+            )
+        del broken["layer4.1.bn2.bias"]
+        torch.save(broken, out)
+        with pytest.raises(RuntimeError, match=r"layer4.1.bn2.bias"):
+            verify_export.load_as(str(out), to, arch, "imagenet", False)
+
+
+@pytest.mark.parametrize(
+    "arch, arguments, message",
+    [
+        ("mobilenetv3_small", ["--to", "torchvision"], "torchvision has no mobilenetv3_small that computes the same"),
+        ("mobilenetv3_small", ["--to", "timm"], "timm has no mobilenetv3_small that computes the same"),
+        ("efficientnet_b1", ["--to", "timm"], "timm has no efficientnet_b1 that computes the same"),
+        ("resnet18", ["--to", "torchvision", "--head"], "has room for a linear head only"),
+        ("resnet18", ["-a", "resnet34"], "is no resnet34"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused(tmp_path, capsys, arch, arguments, message):
+    torch.save(make_moco(arch)[0], tmp_path / "in.pth.tar")
+    out = tmp_path / "out.pth"
+    assert run_command(export.main, [str(tmp_path / "in.pth.tar"), str(out), *arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fastssl: error: ") and message in line and not out.exists()
+
+
+def test_refusals(tmp_path, capsys):
+    save_run(tmp_path / "run", stem="cifar")
+    source = str(tmp_path / "run")
+    (tmp_path / "there.pth").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    torch.save(tv.mobilenet_v3_small(weights=None).state_dict(), tmp_path / "tv.pth")
+    for arguments, message in [
+        ([source, str(tmp_path / "there.pth")], "exists: --force replaces it"),
+        ([source, str(tmp_path / "x.pth"), "--to", "timm"], "--to timm has no cifar stem: use --to plain"),
+        ([source, str(tmp_path / "x.safetensors"), "--to", "moco"], "name a .pth.tar file"),
+        ([str(tmp_path / "empty"), str(tmp_path / "x.pth")], "holds no checkpoint that can be used"),
+        ([str(tmp_path / "tv.pth"), str(tmp_path / "x.pth"), "--to", "moco"], "want a classifier called fc"),
+    ]:
+        assert run_command(export.main, arguments) == 1
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "there.pth").read_text() == "mine"
+    assert run_command(convert.main, ["seed", str(tmp_path / "tv.pth")]) == 1
+    assert "is no SEED checkpoint but a state dict: it needs no conversion" in capsys.readouterr().err
+    assert run_command(convert.main, ["moco", str(tmp_path / "tv.pth")]) == 1
+    assert "needs the name of the file to write" in capsys.readouterr().err
+
+
+@pytest.fixture
+def hubconf():
+    spec = importlib.util.spec_from_file_location("hubconf", ROOT / "hubconf.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_hub_entry_points(tmp_path, hubconf):
+    saved, tensors, forward = make_moco("resnet18")
+    torch.save(saved, tmp_path / "moco.pth.tar")
+    plain = torch.hub.load(str(ROOT), "encoder", str(tmp_path / "moco.pth.tar"), source="local", verbose=False)
+    assert_same(outputs(plain), forward(tensors, IMAGES))
+    unit = hubconf.encoder(str(tmp_path / "moco.pth.tar"), with_head=True, normalise=True)
+    torch.testing.assert_close(outputs(unit).norm(dim=1), torch.ones(2))
+    tensors, forward, _ = make_network("resnet18")
+    fc = {f"module.fc.{k}": v for k, v in make_head("linear", 512, 10).items()}
+    torch.save({"state_dict": {**{f"module.{k}": v for k, v in tensors.items()}, **fc}}, tmp_path / "best.pth.tar")
+    logits = outputs(hubconf.linear_classifier((tmp_path / "best.pth.tar").as_posix(), "resnet18"))
+    assert_same(logits, nn.functional.linear(forward(tensors, IMAGES), fc["module.fc.weight"], fc["module.fc.bias"]))
+
+
+def test_a_url_is_fetched_once(tmp_path, monkeypatch, hubconf):
+    saved, _, _ = make_moco("resnet18")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    fetched = []
+    monkeypatch.setattr(
+        torch.hub, "download_url_to_file", lambda url, path: (fetched.append(url), torch.save(saved, path))
+    )
+    for _ in range(2):
+        hubconf.encoder("https://host/models/moco.pth.tar?x=1")
+    assert fetched == ["https://host/models/moco.pth.tar?x=1"]
+
+
+def test_models_are_listed(capsys):
+    assert run_command(list_models.main, ["mobilenet"]) == 0
+    lines = [line.split(maxsplit=3) for line in capsys.readouterr().out.splitlines()]
+    assert ["mobilenetv3_small", "1.52", "1024", "small models"] in lines
+    assert ["mobilenet_v3_small", "1.52", "1024", "torchvision"] in lines
+    assert run_command(list_models.main, ["regnet_y_128gf"]) == 0
+    assert "7392  torchvision" in capsys.readouterr().out
+    assert run_command(list_models.main, ["nothing"]) == 1
