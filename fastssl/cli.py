@@ -11,6 +11,7 @@ from fastssl.command import USAGE, run_command
 
 COMMANDS = {
     "pretrain": ("fastssl.train", "pretrain an encoder on a folder of images"),
+    "eval": ("fastssl.eval.__main__", "evaluate an encoder: k-NN, linear, transfer, instance discrimination, ..."),
     "demo": ("fastssl.demo", "render images, pretrain and evaluate: the whole chain in minutes, no data needed"),
     "doctor": ("fastssl.doctor", "what works on this machine, and the command that mends what does not"),
 }

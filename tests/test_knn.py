@@ -5,8 +5,8 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from fastssl.eval.knn import knn_accuracy, knn_hits, odd_ks, to_rep_space, vote
 from fastssl.eval.nearest import find_nearest
+from fastssl.eval.vote import knn_accuracy, knn_hits, odd_ks, to_rep_space, vote
 
 KS = odd_ks(21)
 
