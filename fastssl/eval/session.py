@@ -37,6 +37,11 @@ class Session:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 
+    def note(self, line: str) -> None:
+        """One line beside the results, on stderr."""
+        if self.ranks.rank == 0:
+            tqdm.write(f"fastssl: {line}", file=sys.stderr)
+
     def bar(self, items: Iterable, total: int | None = None, what: str = "") -> Iterable:
         """The items with a progress bar on a terminal."""
         hidden = True if self.ranks.rank else None
@@ -51,12 +56,12 @@ class Session:
             backbone, report = open_pretrained(o.pretrained, o.arch)
             o.arch, self.report = report.arch, list(report.lines)
             for line in self.report:
-                print(f"fastssl: {line}", file=sys.stderr) if self.ranks.rank == 0 else None
+                self.note(line)
             self.say(f"=> loaded pre-trained model '{o.pretrained}'")
         else:
             o.arch = o.arch or "resnet50"
             self.say(f"=> creating model '{o.arch}'")
-            print("fastssl: no --pretrained: the encoder has random weights", file=sys.stderr)
+            self.note("no --pretrained: the encoder has random weights")
             torch.manual_seed(o.seed)
             backbone = make_encoder(o.arch).backbone
         return backbone.to(self.ranks.device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -65,8 +70,8 @@ class Session:
         """Names the unreadable images of all ranks on stderr; returns how many they are."""
         found = gather_objects([line for images in sets for line in images.bad_images], self.ranks)
         lines = [line for rank in found for line in rank]
-        for line in lines if self.ranks.rank == 0 else []:
-            print(f"fastssl: left out: {line}", file=sys.stderr)
+        for line in lines:
+            self.note(f"left out: {line}")
         return len(lines)
 
     def write(self, command: str, result: dict) -> None:
