@@ -93,7 +93,7 @@ def count_above(query: Tensor, positive_view: Tensor, negatives: Tensor, rows: i
         above = (product > (level + noise).float()[:, None]).sum(1)
         unsure = (product > (level - noise).float()[:, None]).sum(1) != above
         again = unsure.nonzero()[:, 0]
-        for part in again.split(64):
+        for part in again.split(64) if len(again) else ():
             exact = torch.stack([(q[i].double() * negatives.double()).sum(1) for i in part])
             above[part] = (exact > level[part, None]).sum(1)
         counts.append(above)

@@ -78,7 +78,7 @@ def make_classifier(
     batch = next(images.read(iter([torch.arange(min(8, images.num_images))])), None)
     if batch is None:
         raise ValueError("the first images of the held-out split cannot be read")
-    features = encode(backbone, view(batch.to(session.ranks.device)), session.dtype).flatten(1)
+    features = encode(backbone.eval(), view(batch.to(session.ranks.device)), session.dtype).flatten(1)
     model = Classifier(backbone, features.shape[1], num_classes, session.options.seed, unit_length)
     return model.to(session.ranks.device)
 

@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 import tempfile
+import weakref
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ class DiskRows:
     def __init__(self, num_rows: int, width: int, folder: str | None = None) -> None:
         self.shape, self.ndim, self.device = (num_rows, width), 2, torch.device("cpu")
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (open as long as the rows; the system removes it)
+        weakref.finalize(self, self._file.close)
         try:
             os.posix_fallocate(self._file.fileno(), 0, max(1, num_rows * width * 2))  # a full disk says so now
         except OSError as error:

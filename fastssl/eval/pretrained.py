@@ -17,7 +17,10 @@ class Report(NamedTuple):
     """What a checkpoint turned out to be."""
 
     arch: str
-    lines: list[str]
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
 
 
 def open_pretrained(path: str, arch: str | None = None) -> tuple[nn.Module, Report]:
@@ -46,7 +49,7 @@ def open_pretrained(path: str, arch: str | None = None) -> tuple[nn.Module, Repo
         kind = "lacks" if missing else "has another shape of" if wrong else "also has"
         raise ValueError(f"{path} does not fit -a {arch}: it {kind} {', '.join(problem[:3])}")
     backbone.load_state_dict({k: found[k] for k in wanted})
-    return backbone.eval(), Report(arch, [f"{len(wanted)} tensors of {arch} from {path}"])
+    return backbone.eval(), Report(arch, f"{path}: loaded {len(wanted)} tensors of {arch}")
 
 
 def _query_encoder(weights: dict) -> dict[str, torch.Tensor]:

@@ -54,7 +54,7 @@ class Session:
             self.say(f"=> creating model '{o.arch or 'of the checkpoint'}'")
             self.say(f"=> loading checkpoint '{o.pretrained}'")
             backbone, report = open_pretrained(o.pretrained, o.arch)
-            o.arch, self.report = report.arch, list(report.lines)
+            o.arch, self.report = report.arch, str(report).splitlines()
             for line in self.report:
                 self.note(line)
             self.say(f"=> loaded pre-trained model '{o.pretrained}'")
