@@ -147,7 +147,7 @@ def test_instdisc_line(run, view_set, tmp_path):
 
 def test_masked_modes(run, tmp_path):
     data = make_view_set(tmp_path / "masked", per_class=2, views=11)
-    code, out, err = run("instdisc", data, *FLAGS, "-s", 2, "--topk", 1, "--dataset-mode", "all")
+    code, out, _ = run("instdisc", data, *FLAGS, "-s", 2, "--topk", 1, "--dataset-mode", "all")
     modes = [line.split(";")[0] for line in out.splitlines() if line.startswith("Masked")]
     assert code == 0 and modes == [
         f"Masked: {m}" for m in ("normal", "g-mask", "rand-g-mask", "avg-mask", "rand-avg-mask")
