@@ -51,18 +51,18 @@ def squared_distances(x):
 
 def ranks_slowly(query, positive, negatives):
     q, p, n = (x.double().numpy() for x in (query, positive, negatives))
-    return ((q @ n.T) > (q * p).sum(1, keepdims=True)).sum(1)
+    return ((q @ n.T) > (q * p).sum(1, keepdims=True) + 1e-13).sum(1)
 
 
 @pytest.mark.parametrize("rows", [1, 64, 4096])
 def test_ranks_equal_float64(rows):
-    query, positive = unit_rows(), normalize(unit_rows() + 0.5 * unit_rows(seed=1))
+    query, positive = unit_rows(), normalize(unit_rows() + unit_rows(seed=1))
     above = count_above(query, positive, query, rows)
     np.testing.assert_array_equal(above, ranks_slowly(query, positive, query))
     accuracy = chunk_accuracy(above, 5, 25)  # chunks of 25, 25 and 10
     truth = [[100 * np.mean(chunk <= k) for chunk in np.split(above.numpy(), [25, 50])] for k in range(1, 6)]
     np.testing.assert_allclose(accuracy, np.mean(truth, axis=1))
-    assert 0 < accuracy[0] < accuracy[4] < 100
+    assert 0 < accuracy[0] < accuracy[4]
     every_second = chunk_accuracy(above, 1, 25, every_second_chunk=True)
     np.testing.assert_allclose(every_second, (truth[0][0] + truth[0][2]) / 2)
 
@@ -180,7 +180,8 @@ def test_tsne_files(run, view_set, tmp_path):
         path.unlink()
     code, _, err = run("tsne", *flags, "--paint")
     assert code == 0 and {p.name for p in (tmp_path / "pics").iterdir()} == names, err
-    assert Image.open(tmp_path / "pics/t.auged_rep.png").size == (1000, 1000)
+    with Image.open(tmp_path / "pics/t.auged_rep.png") as picture:
+        assert picture.size == (1000, 1000)
 
 
 def test_all_gives_the_numbers_of_each(run, image_folder, view_set, tmp_path):

@@ -21,6 +21,7 @@ from fastssl.eval.view_set import MODES, collect_views, open_view_set
 
 QUERY_AND_POSITIVE = {"d-sd": (0, 1), "sd-sd": (1, 2)}  # columns of the view set
 _ROWS = 512  # queries compared at once
+_EQUAL = 1e-13  # float64 products this near are those of equal rows
 
 
 def make_instdisc_parser() -> argparse.ArgumentParser:
@@ -95,7 +96,7 @@ def count_above(query: Tensor, positive_view: Tensor, negatives: Tensor, rows: i
         again = unsure.nonzero()[:, 0]
         for part in again.split(64) if len(again) else ():
             exact = torch.stack([(q[i].double() * negatives.double()).sum(1) for i in part])
-            above[part] = (exact > level[part, None]).sum(1)
+            above[part] = (exact > level[part, None] + _EQUAL).sum(1)
         counts.append(above)
     return torch.cat(counts) if counts else torch.zeros(0, dtype=torch.int64)
 
