@@ -192,3 +192,18 @@ def test_features_of_a_rank_without_images(image_folder):
     train, _ = open_splits(options, session.ranks)
     features, labels = collect_features(session, torch.nn.Flatten(), train, eval_view(session))
     assert features.shape == (0, 0) and labels.shape == (0,)
+
+
+def test_more_gpus_than_there_are_is_an_error(run, image_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    code, _, err = run(image_folder, "-g", 2)
+    assert code == 1 and "-g 2 asks for 2 GPUs, this machine shows 1" in err
+
+
+@pytest.mark.parametrize("flags", [["-g", "2"], ["--gpus=2", "--device", "cpu"]])
+def test_gpus_become_processes(run, image_folder, monkeypatch, flags):
+    started = []
+    monkeypatch.setattr("os.execv", lambda program, command: started.append(command))
+    run("nowhere", "-k", 3, *flags)  # goes on, since nothing was started, and finds no images
+    assert started[0][4:6] == ["--nproc_per_node", "2"] and "--gpus" not in " ".join(started[0])
+    assert started[0][6:9] == ["-m", "fastssl.eval.knn", "nowhere"]

@@ -88,11 +88,12 @@ def launch(argv: Sequence[str], module: str, *, counts_gpus: bool = False) -> li
     if counts_gpus:
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("-g", "--gpus", type=positive, default=1)
+        first.add_argument("--device", default="auto")
         found, argv = first.parse_known_args(argv)
-        have = torch.cuda.device_count()
+        argv += ["--device", found.device]
         if found.gpus > 1 and "LOCAL_RANK" not in os.environ:
-            on_cpu = "cpu" in argv[argv.index("--device") :][1:2] if "--device" in argv else not have
-            if not on_cpu and found.gpus > have:
+            have = torch.cuda.device_count()
+            if found.gpus > have and (have or found.device == "cuda") and found.device != "cpu":
                 raise ValueError(f"-g {found.gpus} asks for {found.gpus} GPUs, this machine shows {have}")
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             command += ["--nproc_per_node", str(found.gpus), "-m", module, *argv]
