@@ -102,7 +102,7 @@ class Memory:
 
     def chunks(self, num_queries: int, num_rows: int, width: int, k: int) -> tuple[int, int]:
         """(queries, bank rows) that meet at once in a search for k neighbours, within what is left."""
-        query_chunk, bank_chunk = min(2048, max(1, num_queries)), min(16384, max(1, num_rows))
+        query_chunk, bank_chunk = min(4096, max(1, num_queries)), min(16384, max(1, num_rows))
         if self.cap is None:
             return query_chunk, bank_chunk
         room = self.left() // 2

@@ -54,7 +54,6 @@ def find_nearest(
 
 def _nominate(bank: Rows, q: Tensor, centre: Tensor, num: int, bank_chunk: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `num` nearest by float32 matrix products: distances ascending, indices, and the bank's largest |row|^2."""
-    q_square = q.square().sum(1, keepdim=True)
     best, best_index = q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64, device=q.device)
     largest = q.new_zeros(())
     with full_float32(q.device):
@@ -62,12 +61,12 @@ def _nominate(bank: Rows, q: Tensor, centre: Tensor, num: int, bank_chunk: int) 
             b = (b - centre).float()
             b_square = b.square().sum(1)
             largest = torch.maximum(largest, b_square.max())
-            distance = torch.addmm(b_square, q, b.T, alpha=-2).add_(q_square)  # (N, bank_chunk)
+            distance = torch.addmm(b_square, q, b.T, alpha=-2)  # (N, bank_chunk), less |q|^2, which changes no order
             values, index = _smallest(distance, min(num, len(b)))
             best, best_index = torch.cat([best, values], 1), torch.cat([best_index, index + start], 1)
             best, order = best.topk(min(num, best.shape[1]), largest=False)
             best_index = best_index.gather(1, order)
-    return best, best_index, largest
+    return best + q.square().sum(1, keepdim=True), best_index, largest
 
 
 def _smallest(distance: Tensor, num: int) -> tuple[Tensor, Tensor]:
