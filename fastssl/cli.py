@@ -16,6 +16,7 @@ COMMANDS = {
     "models": ("fastssl.list_models", "architectures: weights, features, whose definition"),
     "convert": ("fastssl.convert", "a SEED student, or any checkpoint, for MoCo's scripts"),
     "export": ("fastssl.export", "an encoder for torchvision, timm, safetensors or MoCo's scripts"),
+    "eval": ("fastssl.eval.__main__", "evaluate an encoder: k-NN, linear, transfer, instance discrimination, ..."),
     "demo": ("fastssl.demo", "render images, pretrain and evaluate: the whole chain in minutes, no data needed"),
     "doctor": ("fastssl.doctor", "what works on this machine, and the command that mends what does not"),
 }

@@ -5,8 +5,8 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from fastssl.eval.knn import knn_accuracy, knn_hits, odd_ks, to_rep_space, vote
-from fastssl.eval.nearest import find_nearest
+from fastssl.eval.nearest import _smallest, find_nearest
+from fastssl.eval.vote import knn_accuracy, knn_hits, odd_ks, to_rep_space, vote
 
 KS = odd_ks(21)
 
@@ -64,6 +64,15 @@ def test_neighbours_equal_a_stable_sort_whatever_the_chunks(make, chunks):
         parts = [find_nearest(bank, part, k, bank_chunk) for part in queries.split(query_chunk)]
         np.testing.assert_array_equal(torch.cat([i for _, i in parts]), index)
         np.testing.assert_allclose(torch.cat([d for d, _ in parts]), distance, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("columns", [2000, 2031])
+def test_groups_hold_the_smallest(columns):
+    distance = torch.randint(0, 500, (50, columns), generator=torch.Generator().manual_seed(0)).float()
+    values, index = _smallest(distance, 20)
+    assert torch.equal(values.sort(1).values, distance.topk(20, largest=False).values)
+    assert torch.equal(distance.gather(1, index), values)
+    assert all(len(set(row.tolist())) == 20 for row in index)
 
 
 def test_more_equal_distances_than_are_nominated():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,11 @@ from torch.nn.functional import pad
 from fastssl.augment.views import make_eval_view
 from fastssl.batch import ImageBatch
 from fastssl.distributed import Ranks, gather_objects, gather_rows
+from fastssl.eval.images import Images, rank_batches
+from fastssl.eval.memory import DiskRows, Rows
+from fastssl.eval.session import Session
+
+View = Callable[[ImageBatch], Tensor]
 
 
 @torch.inference_mode()
@@ -42,6 +47,62 @@ def extract_features(
     if not features:
         return torch.empty(0, 0, device=store), torch.empty(0, dtype=torch.int64, device=store)
     return torch.cat(features), torch.cat(labels)
+
+
+@torch.no_grad()
+def encode(backbone: nn.Module, view: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Features (B, C) float32 of a view (B, 3, S, S), without gradients; autocast unless float32."""
+    with torch.autocast(view.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        return backbone(view).float()
+
+
+def eval_view(session: Session) -> View:
+    """The view of evaluation that the command line asks for: resize, centre crop, normalise."""
+    o = session.options
+    return lambda batch: make_eval_view(batch, o.image_size, o.resize, session.dtype)
+
+
+def collect_features(
+    session: Session,
+    backbone: nn.Module,
+    images: Images,
+    view: View,
+    *,
+    transform: Callable[[Tensor], Tensor] = lambda features: features,
+    batches: list[Tensor] | None = None,
+    what: str = "features",
+) -> tuple[Rows, Tensor]:
+    """This rank's (n, C) features, where `Memory.make_rows` finds room, and their (n,) int64 labels on the CPU.
+
+    transform: what becomes of each batch's features, (B, C) to (B, C). batches: this rank's indices, by default its
+    part of all images. Unreadable images are left out. Raises ValueError for features that are not finite.
+    """
+    if batches is None:
+        batches = rank_batches(images.num_images, session.options.batch_size, session.ranks)
+    rows: Rows | None = None
+    labels, done = [], 0
+    with eval_mode(backbone):
+        for batch in session.bar(images.read(iter(batches)), len(batches), what):
+            features = encode(backbone, view(batch.to(session.ranks.device)), session.dtype).flatten(1)
+            if not bool(torch.isfinite(features).all()):
+                raise ValueError("the encoder gives features that are not finite: its weights are broken")
+            features = transform(features)
+            if rows is None:
+                rows = session.memory.make_rows(sum(map(len, batches)), features.shape[1])
+            put_rows(rows, done, features)
+            labels.append(batch.label.cpu())
+            done += len(features)
+    if rows is None:
+        return torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
+    return rows.truncate(done) if isinstance(rows, DiskRows) else rows[:done], torch.cat(labels)
+
+
+def put_rows(rows: Rows, first: int, features: Tensor) -> None:
+    """Stores (m, C) features from row `first` on."""
+    if isinstance(rows, DiskRows):
+        rows.write(first, features)
+    else:
+        rows[first : first + len(features)] = features
 
 
 def gather_features(features: Tensor, labels: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:

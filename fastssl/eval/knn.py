@@ -1,125 +1,81 @@
-"""Exact k-nearest-neighbour classification by Euclidean distance, for all k from one pass over the bank.
+"""Best-NN: exact k-nearest neighbours, every odd k from one pass.
 
-Shapes: N queries, M bank rows, C feature dimensions, K neighbours. Equal votes go to the smaller label.
+fastssl eval knn DIR -a ARCH --pretrained CHECKPOINT -k 101 -g 8 --rep-space norm
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
 
-import torch
-from torch import Tensor
-from torch.nn.functional import normalize
-
-from fastssl.eval.nearest import find_nearest
-
-REP_SPACES = ("original", "norm", "shift-norm")
-
-
-def odd_ks(largest: int) -> list[int]:
-    """1, 3, 5, ... up to `largest`."""
-    return list(range(1, largest + 1, 2))
+from fastssl.command import run_command
+from fastssl.eval.features import collect_features, eval_view
+from fastssl.eval.images import open_splits
+from fastssl.eval.options import finish_options, launch, make_parser, positive
+from fastssl.eval.search import TEMPERATURE, Answers, knn_over_ranks
+from fastssl.eval.session import Session, run_session
+from fastssl.eval.vote import REP_SPACES, odd_ks, to_rep_space
 
 
-def to_rep_space(features: Tensor, rep_space: str, batch_size: int | None = None) -> Tensor:
-    """(n, C) features as they are compared: original; norm: unit rows; shift-norm: less the mean, then unit rows.
-
-    The mean of shift-norm is that of each `batch_size` consecutive rows, as the small-model project takes it, or of
-    all rows. Raises ValueError for another name.
-    """
-    if rep_space == "original":
-        return features
-    if rep_space == "norm":
-        return normalize(features, dim=1)
-    if rep_space in ("shift-norm", "shifted-norm"):
-        parts = features.split(batch_size or max(1, len(features)))
-        return torch.cat([normalize(part - part.mean(dim=0), dim=1) for part in parts])
-    raise ValueError(f"unknown representation space {rep_space!r}: choose {', '.join(REP_SPACES)}")
-
-
-def knn_accuracy(
-    bank: Tensor,
-    bank_labels: Tensor,
-    queries: Tensor,
-    query_labels: Tensor,
-    ks: Sequence[int],
-    *,
-    weighted: bool = False,
-    temperature: float = 0.07,
-    query_chunk: int = 1024,
-    bank_chunk: int = 8192,
-) -> dict[int, float]:
-    """Accuracy in percent for each k of `ks`; arguments as `knn_hits`. Raises ValueError without queries."""
-    if len(queries) == 0:
-        raise ValueError("k-NN needs at least one query image")
-    hits = knn_hits(
-        bank, bank_labels, queries, query_labels, ks,
-        weighted=weighted, temperature=temperature, query_chunk=query_chunk, bank_chunk=bank_chunk,
-    )  # fmt: skip
-    return {k: 100 * hit / len(queries) for k, hit in hits.items()}
+def make_knn_parser() -> argparse.ArgumentParser:
+    """The flags of the small-model project's k-NN script, and ours."""
+    p = make_parser(
+        "knn",
+        "Exact k-nearest-neighbour accuracy of frozen features, for k = 1, 3, ..., K.",
+        batch_size=512,
+        data="folder with train/<class>/ and val/<class>/ images",
+    )
+    p.add_argument("-k", "--k", type=positive, default=5, help="largest k; 1, 3, ... up to it are tried (default 5)")
+    p.add_argument(
+        "--rep-space",
+        choices=(*REP_SPACES, "shifted-norm"),
+        default="original",
+        help="norm: unit length; shift-norm: less the mean of each batch of -b images, then unit length",
+    )
+    return p
 
 
-def knn_hits(
-    bank: Tensor,
-    bank_labels: Tensor,
-    queries: Tensor,
-    query_labels: Tensor,
-    ks: Sequence[int],
-    *,
-    weighted: bool = False,
-    temperature: float = 0.07,
-    query_chunk: int = 1024,
-    bank_chunk: int = 8192,
-) -> dict[int, int]:
-    """How many queries each k of `ks` classifies correctly.
-
-    bank: (M, C) and queries: (N, C), floating point; labels: (M,) and (N,) int64, none negative in the bank. The bank
-    may lie on another device (or be mapped from disk): it is moved block by block to the queries'. weighted: a
-    neighbour at distance d votes with exp(-d^2 / (2 temperature)), on unit rows the exp(cosine / temperature) of Wu
-    et al. (arXiv 1805.01978); otherwise with 1.
-    Raises ValueError for a k outside 1..M, shapes that do not match, non-finite features or unlabelled bank rows.
-    """
-    _check(bank, bank_labels, queries, query_labels, ks)
-    num_classes = int(bank_labels.max()) + 1
-    bank_labels, query_labels = bank_labels.to(queries.device), query_labels.to(queries.device)
-    hits = dict.fromkeys(ks, 0)
-    for start in range(0, len(queries), query_chunk):
-        part = slice(start, start + query_chunk)
-        distance, index = find_nearest(bank, queries[part], max(ks), bank_chunk)
-        weight = torch.exp((distance[:, :1] - distance) / (2 * temperature)) if weighted else torch.ones_like(distance)
-        for k, prediction in vote(bank_labels[index], weight, ks, num_classes):
-            hits[k] += int((prediction == query_labels[part]).sum())
-    return hits
+def evaluate(session: Session) -> dict:
+    """Features of both splits, then all k."""
+    o = session.options
+    train, val = open_splits(o, session.ranks)
+    backbone, view = session.open_backbone(), eval_view(session)
+    to_space = partial(to_rep_space, rep_space=o.rep_space)
+    bank = collect_features(session, backbone, train, view, transform=to_space, what="train")
+    queries = collect_features(session, backbone, val, view, transform=to_space, what="val")
+    answers = knn_over_ranks(*bank, *queries, odd_ks(o.k), session.ranks, session.memory, session.bar)
+    bad = session.warn_bad(train, val)
+    result = describe(answers)
+    session.say(f"best-NN={result['best']:3.2f}%, k={result['best_k']}.")
+    session.say(
+        f"weighted (temperature {TEMPERATURE}): best-NN={result['weighted_best']:3.2f}%, k={result['weighted_best_k']}."
+    )
+    return {"rep_space": o.rep_space, **result, "bad_images": bad}
 
 
-def vote(labels: Tensor, weights: Tensor, ks: Iterable[int], num_classes: int) -> Iterator[tuple[int, Tensor]]:
-    """(k, (N,) int64 winning labels) for each k of `ks`, ascending; ties go to the smallest label.
-
-    labels: (N, K) int64 of the neighbours, nearest first; weights: (N, K), positive. A neighbour changes one count,
-    so the winner is the one before it or its label.
-    """
-    counts = weights.new_zeros(labels.shape[0], num_classes)
-    best, winner = weights.new_zeros(labels.shape[0]), labels[:, 0].clone()
-    wanted = set(ks)
-    for k in range(1, max(wanted) + 1):
-        label = labels[:, k - 1]
-        counts.scatter_add_(1, label[:, None], weights[:, k - 1 : k])
-        count = counts.gather(1, label[:, None])[:, 0]
-        takes = (count > best) | ((count == best) & (label < winner))
-        best, winner = torch.maximum(best, count), torch.where(takes, label, winner)
-        if k in wanted:
-            yield k, winner
+def describe(answers: Answers) -> dict:
+    """Accuracies in percent by k, the best of each vote and its smallest k."""
+    best_k, weighted_k = (max(found, key=found.get) for found in (answers.majority, answers.weighted))
+    return {
+        "best": answers.majority[best_k],
+        "best_k": best_k,
+        "accuracy": answers.majority,
+        "weighted_best": answers.weighted[weighted_k],
+        "weighted_best_k": weighted_k,
+        "weighted_accuracy": answers.weighted,
+        "temperature": TEMPERATURE,
+        "bank": answers.bank,
+        "queries": answers.queries,
+    }
 
 
-def _check(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, ks: Sequence[int]) -> None:
-    if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
-        raise ValueError(f"bank (M, C) and queries (N, C) must agree, got {tuple(bank.shape)}, {tuple(queries.shape)}")
-    for name, features, labels in (("bank", bank, bank_labels), ("queries", queries, query_labels)):
-        if labels.shape != features.shape[:1]:
-            raise ValueError(f"{len(features)} features but labels of shape {tuple(labels.shape)} in the {name}")
-        if not bool(torch.isfinite(features).all()):
-            raise ValueError(f"the features of the {name} are not all finite: the encoder is broken")
-    if not ks or min(ks) < 1 or max(ks) > len(bank):
-        raise ValueError(f"k must lie between 1 and {len(bank)}, the images in the bank; got {list(ks)}")
-    if bool((bank_labels < 0).any()):
-        raise ValueError("k-NN needs a class for every image in the bank: give <class>/ folders")
+def main(argv: Sequence[str]) -> int:
+    """`fastssl eval knn`."""
+    argv = launch(argv, "fastssl.eval.knn", counts_gpus=True)
+    return run_session("knn", finish_options(make_knn_parser().parse_args(argv)), evaluate)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

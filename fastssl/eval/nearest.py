@@ -17,21 +17,28 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastssl.eval.memory import Rows
+
 _SPARE = 16  # nominated beyond K: float32 noise may swap neighbours at the border
-_MEASURED_AT_ONCE = 1 << 22  # float64 differences
+_GROUP = 32  # columns whose minimum is looked at first
+_MEASURED_AT_ONCE = {"cpu": 1 << 18}  # float64 differences: on a CPU they stay in a core's cache
 _FLOAT32_NOISE = 1.2e-7
 
 
 @torch.no_grad()
-def find_nearest(bank: Tensor, queries: Tensor, k: int, bank_chunk: int = 8192) -> tuple[Tensor, Tensor]:
+def find_nearest(
+    bank: Rows, queries: Tensor, k: int, bank_chunk: int = 16384, centre: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The k nearest rows of `bank` (M, C) for every row of `queries` (N, C).
 
+    centre: (C,) float64, what `bank_mean` gives, where a bank is searched more than once.
     Returns squared distances (N, k) float64, ascending, and indices (N, k); equal distances are in order of index.
     Raises ValueError when the bank has fewer than k rows.
     """
     if not 1 <= k <= len(bank):
         raise ValueError(f"k = {k} neighbours from a bank of {len(bank)} images: choose k from 1 to {len(bank)}")
-    centre = _mean(bank, bank_chunk, queries.device)  # distances around the origin lose fewer digits
+    if centre is None:
+        centre = bank_mean(bank, queries.device, bank_chunk)
     q = queries.double() - centre
     nominated, index, largest = _nominate(bank, q.float(), centre, min(k + _SPARE, len(bank)), bank_chunk)
     distance, index = _measure(bank, queries, index)
@@ -45,25 +52,42 @@ def find_nearest(bank: Tensor, queries: Tensor, k: int, bank_chunk: int = 8192) 
     return distance[:, :k], index[:, :k]
 
 
-def _nominate(bank: Tensor, q: Tensor, centre: Tensor, num: int, bank_chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+def _nominate(bank: Rows, q: Tensor, centre: Tensor, num: int, bank_chunk: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `num` nearest by float32 matrix products: distances ascending, indices, and the bank's largest |row|^2."""
-    q_square = q.square().sum(1, keepdim=True)
     best, best_index = q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64, device=q.device)
     largest = q.new_zeros(())
-    with _full_float32(q.device):
+    with full_float32(q.device):
         for start, b in _blocks(bank, bank_chunk, q.device):
             b = (b - centre).float()
             b_square = b.square().sum(1)
             largest = torch.maximum(largest, b_square.max())
-            distance = torch.addmm(b_square, q, b.T, alpha=-2).add_(q_square)  # (N, bank_chunk)
-            values, index = distance.topk(min(num, len(b)), largest=False)
+            distance = torch.addmm(b_square, q, b.T, alpha=-2)  # (N, bank_chunk), less |q|^2, which changes no order
+            values, index = _smallest(distance, min(num, len(b)))
             best, best_index = torch.cat([best, values], 1), torch.cat([best_index, index + start], 1)
             best, order = best.topk(min(num, best.shape[1]), largest=False)
             best_index = best_index.gather(1, order)
-    return best, best_index, largest
+    return best + q.square().sum(1, keepdim=True), best_index, largest
 
 
-def _nominate_double(bank: Tensor, q: Tensor, centre: Tensor, num: int, bank_chunk: int) -> Tensor:
+def _smallest(distance: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Values and columns of the `num` smallest of each row, in any order; like topk, but fewer columns are sorted.
+
+    The groups of columns with the smallest minima hold them all: each has a value no larger than its own minimum.
+    """
+    groups = distance.shape[1] // _GROUP
+    if groups <= 2 * num:
+        return distance.topk(num, largest=False)
+    whole = groups * _GROUP
+    minima = distance[:, :whole].view(-1, _GROUP, groups).amin(1)  # column c is in group c % groups
+    chosen = minima.topk(num, largest=False).indices
+    columns = (chosen[:, :, None] + groups * torch.arange(_GROUP, device=chosen.device)).flatten(1)
+    rest = torch.arange(whole, distance.shape[1], device=chosen.device).expand(len(distance), -1)
+    columns = torch.cat([columns, rest], 1)
+    values, order = distance.gather(1, columns).topk(num, largest=False)
+    return values, columns.gather(1, order)
+
+
+def _nominate_double(bank: Rows, q: Tensor, centre: Tensor, num: int, bank_chunk: int) -> Tensor:
     """Indices (N, num) of the nearest in float64; those equal to float32 precision by index. Slower, any ties."""
     best = torch.empty(len(q), 0, dtype=torch.int64, device=q.device)
     for start, b in _blocks(bank, bank_chunk, q.device):
@@ -77,10 +101,10 @@ def _nominate_double(bank: Tensor, q: Tensor, centre: Tensor, num: int, bank_chu
     return best & 0xFFFFFFFF
 
 
-def _measure(bank: Tensor, queries: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+def _measure(bank: Rows, queries: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """Float64 squared distances of each query to its rows `index` (N, k), and `index`, both sorted by them."""
     index = index.sort(dim=1).values
-    rows = max(1, _MEASURED_AT_ONCE // (index.shape[1] * queries.shape[1]))
+    rows = max(1, _MEASURED_AT_ONCE.get(queries.device.type, 1 << 24) // (index.shape[1] * queries.shape[1]))
     distance = torch.cat(
         [
             (bank[i.to(bank.device)].to(q.device).double() - q.double()[:, None]).square_().sum(-1)
@@ -91,18 +115,19 @@ def _measure(bank: Tensor, queries: Tensor, index: Tensor) -> tuple[Tensor, Tens
     return distance, index.gather(1, order)
 
 
-def _mean(bank: Tensor, bank_chunk: int, device: torch.device) -> Tensor:
+def bank_mean(bank: Rows, device: torch.device, bank_chunk: int = 16384) -> Tensor:
+    """The mean row, (C,) float64 on `device`: distances measured around it lose fewer digits."""
     return sum(b.sum(0) for _, b in _blocks(bank, bank_chunk, device)) / len(bank)
 
 
-def _blocks(bank: Tensor, bank_chunk: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+def _blocks(bank: Rows, bank_chunk: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
     """(first row, rows in float64 on `device`) of consecutive blocks of the bank."""
     for start in range(0, len(bank), bank_chunk):
         yield start, bank[start : start + bank_chunk].to(device).double()
 
 
 @contextlib.contextmanager
-def _full_float32(device: torch.device) -> Iterator[None]:
+def full_float32(device: torch.device) -> Iterator[None]:
     """No TF32 and no autocast."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

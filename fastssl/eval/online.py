@@ -12,7 +12,7 @@ from fastssl.batch import ImageBatch
 from fastssl.config import Config
 from fastssl.distributed import Ranks, gather_objects
 from fastssl.eval.features import extract_features, gather_features
-from fastssl.eval.knn import knn_hits, to_rep_space
+from fastssl.eval.vote import knn_hits, to_rep_space
 from fastssl.loaders.make import Loader, make_loader
 from fastssl.plan import DTYPES, choose_precision
 from fastssl.random_key import STREAM_HELD_OUT, random_bits

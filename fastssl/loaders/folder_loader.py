@@ -84,8 +84,15 @@ class FolderLoader:
         self, batch_size: int, rank: int = 0, world_size: int = 1, limit: int | None = None
     ) -> Iterator[ImageBatch]:
         """This rank's contiguous part of all images (or of `limit` evenly spread ones) in file order, tail included."""
-        shares = eval_shares(self.num_images, batch_size, rank, world_size, limit)
-        return self._prefetcher.iterate(self._decode_batches(shares, self._load_or_leave_out))
+        return self.read(eval_shares(self.num_images, batch_size, rank, world_size, limit))
+
+    def read(self, shares: Iterator[Tensor], *, replace_bad: bool = False) -> Iterator[ImageBatch]:
+        """The images of each (n,) tensor of indices, in its order, for evaluations with an order of their own.
+
+        Unreadable images are left out (a batch without any is not given at all) or, with replace_bad, replaced.
+        """
+        load = self._load_replacing if replace_bad else self._load_or_leave_out
+        return self._prefetcher.iterate(self._decode_batches(shares, load))
 
     def close(self) -> None:
         """Ends all threads; iterators still in use raise."""

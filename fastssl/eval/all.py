@@ -1,0 +1,114 @@
+"""Every evaluation from one pass over the images: k-NN, cached linear, instance discrimination, statistics, t-SNE.
+
+fastssl eval all DIR --views VIEWSET -a ARCH --pretrained CHECKPOINT --json all.json --figure all
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+
+from torch import Tensor
+
+from fastssl.command import run_command
+from fastssl.eval import instdisc, knn, stats, tsne
+from fastssl.eval.all_figure import draw_page
+from fastssl.eval.features import collect_features, eval_view, put_rows
+from fastssl.eval.images import open_splits
+from fastssl.eval.linear import LINE
+from fastssl.eval.linear_sweep import CACHED, run_sweep
+from fastssl.eval.memory import Rows
+from fastssl.eval.options import finish_options, launch, make_parser, numbers, positive, positive_float
+from fastssl.eval.search import knn_over_ranks
+from fastssl.eval.session import Session, run_session
+from fastssl.eval.tsne_figures import save_figure
+from fastssl.eval.view_set import check_per_class, collect_views, open_view_set
+from fastssl.eval.vote import REP_SPACES, odd_ks, to_rep_space
+
+
+def make_all_parser() -> argparse.ArgumentParser:
+    """Flags of the single evaluations, with their meaning there."""
+    p = make_parser("all", __doc__.splitlines()[0], batch_size=256, data="folder with train/<class>/ and val/<class>/")
+    p.add_argument("--views", metavar="DIR", help="static view set; without it only k-NN and linear")
+    p.add_argument("-k", "--k", type=positive, default=101, help="largest k of k-NN (default 101)")
+    p.add_argument("--rep-space", choices=(*REP_SPACES, "shifted-norm"), default="norm", help="of k-NN (default norm)")
+    p.add_argument("--epochs", type=positive, default=100, help="of the linear classifiers (default 100)")
+    p.add_argument("--schedule", type=int, nargs="*", default=[60, 80], help="epochs at which their rate drops")
+    p.add_argument("--lrs", type=numbers, default=[0.1, 0.3, 1.0, 3.0, 10.0, 30.0], help="their rates, A,B,..")
+    p.add_argument("--wds", type=numbers, default=[0.0], help="their weight decays, A,B,..")
+    p.add_argument("-s", "--sample-per-class", type=positive, default=50, help="of the view set (default 50)")
+    p.add_argument("--topk", type=positive, default=5, help="of instance discrimination (default 5)")
+    p.add_argument("--perplexity", type=positive_float, default=30.0, help="of t-SNE (default 30)")
+    p.add_argument("--figure", default="all", metavar="NAME", help="the page is NAME.pdf and NAME.png (default all)")
+    p.set_defaults(momentum=0.9, classes=10)
+    return p
+
+
+def evaluate(session: Session) -> dict:
+    """All evaluations; the page of figures by rank 0."""
+    o = session.options
+    train, val = open_splits(o, session.ranks)
+    views = open_view_set(argparse.Namespace(**{**vars(o), "data": o.views}), session.ranks) if o.views else None
+    if views:
+        check_per_class(views, o.sample_per_class)
+        views = stats.first_of_each_class(views, o.sample_per_class)
+        shown = views.labels < o.classes
+        tsne.check_perplexity(o.perplexity, 3 * int(shown.sum()))
+        instdisc.check_topk(o.topk, len(views.labels))
+    backbone, view, result = session.open_backbone(), eval_view(session), {}
+    with closing(train), closing(val):
+        features = [collect_features(session, backbone, i, view, what=w) for i, w in ((train, "train"), (val, "val"))]
+        result["knn"] = find_neighbours(session, *features)
+        session.say(f"best-NN={result['knn']['best']:3.2f}%, k={result['knn']['best_k']}.")
+        result["linear"] = {"protocol": CACHED, **run_sweep(session, *features, len(train.class_names), LINE)}
+        result["bad_images"] = session.warn_bad(train, val)
+    coordinates = None
+    if views:
+        found = collect_views(session, backbone, views, (0, 1, 2))
+        result["instdisc"] = discriminate(session, found)
+        result["stats"] = stats.report(session, *found, views.labels)
+        if session.ranks.rank == 0:
+            coordinates = tsne.embed(session, [x[shown.to(x.device)] for x in found], views.labels[shown])
+    if session.ranks.rank == 0:
+        result["figures"] = save_figure(draw_page(result, coordinates), o.figure)
+    return result
+
+
+def find_neighbours(session: Session, bank: tuple[Rows, Tensor], queries: tuple[Rows, Tensor]) -> dict:
+    """k-NN in --rep-space, on features as the encoder gave them."""
+    o = session.options
+    bank, queries = ((transform_rows(session, rows, o.rep_space), labels) for rows, labels in (bank, queries))
+    answers = knn_over_ranks(*bank, *queries, odd_ks(o.k), session.ranks, session.memory, session.bar)
+    return {"rep_space": o.rep_space, **knn.describe(answers)}
+
+
+def transform_rows(session: Session, rows: Rows, rep_space: str) -> Rows:
+    """A copy of the rows in another representation space, batch by batch."""
+    size = session.options.batch_size
+    copy = session.memory.make_rows(*rows.shape)
+    for start in range(0, len(rows), size):
+        put_rows(copy, start, to_rep_space(rows[start : start + size].float(), rep_space))
+    return copy
+
+
+def discriminate(session: Session, views: list[Tensor]) -> dict[str, list[float]]:
+    """Acc@1 to Acc@topk of both modes."""
+    o, found = session.options, {}
+    for mode, (query, positive_view) in instdisc.QUERY_AND_POSITIVE.items():
+        above = instdisc.count_above_over_ranks(views[query], views[positive_view], session.ranks)
+        found[mode] = instdisc.chunk_accuracy(above, o.topk, o.sample_per_class)
+        session.say(f"Masked: normal; Mode: {mode}; Top1-{o.topk}: {[round(a, 6) for a in found[mode]]}")
+    return found
+
+
+def main(argv: Sequence[str]) -> int:
+    """`fastssl eval all`."""
+    options = make_all_parser().parse_args(launch(argv, "fastssl.eval.all"))
+    options.pic_name = options.figure
+    return run_session("all", finish_options(options), evaluate)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

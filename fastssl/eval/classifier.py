@@ -1,0 +1,112 @@
+"""A linear classifier on a backbone, how it is initialised, counted and kept."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from fastssl import checkpoint
+from fastssl.batch import ImageBatch
+from fastssl.distributed import Ranks, gather_objects
+from fastssl.eval.features import View
+from fastssl.eval.images import Images, rank_batches
+from fastssl.eval.session import Session
+
+
+class Normalize(nn.Module):
+    """Rows of unit length."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return normalize(features, dim=1)
+
+
+class Classifier(nn.Module):
+    """`fc(backbone(images))`: (B, 3, S, S) -> (B, classes). fc ~ N(0, 0.01) with zero bias, as MoCo's protocol."""
+
+    def __init__(self, backbone: nn.Module, feature_dim: int, num_classes: int, seed: int, unit_length: bool) -> None:
+        super().__init__()
+        self.backbone = backbone
+        linear = nn.Linear(feature_dim, num_classes)
+        linear.weight.data, linear.bias.data = initial_weights(feature_dim, num_classes, seed)
+        self.fc = nn.Sequential(Normalize(), linear) if unit_length else linear
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.backbone(images).flatten(1).float())
+
+    def export_state(self) -> dict[str, Tensor]:
+        """Weights under the reference scripts' names: module.<backbone's own> and module.fc.*."""
+        state = {f"module.{name}": tensor for name, tensor in self.backbone.state_dict().items()}
+        return state | {f"module.fc.{name}": tensor for name, tensor in self.fc.state_dict().items()}
+
+    def import_state(self, state: dict[str, Tensor]) -> None:
+        """What `export_state` gave. Raises ValueError when it is another model's."""
+        own = {f"module.{name}": f"backbone.{name}" for name in self.backbone.state_dict()}
+        own |= {f"module.fc.{name}": f"fc.{name}" for name in self.fc.state_dict()}
+        try:
+            self.load_state_dict({own.get(name, name): tensor for name, tensor in state.items()})
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"the checkpoint of --resume holds another classifier: {reason}") from error
+
+
+def initial_weights(feature_dim: int, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
+    """(classes, C) from N(0, 0.01) and (classes,) zeros: a function of the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_classes, feature_dim, generator=generator) * 0.01, torch.zeros(num_classes)
+
+
+def count_hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many of (B, classes) logits have their label first, and among the first five: (2,) int64."""
+    top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return torch.stack([top[:, 0].sum(), top.sum()])
+
+
+@torch.no_grad()
+def validate(session: Session, model: Classifier, images: Images, view: View) -> tuple[float, float]:
+    """(Acc1, Acc5) in percent over all images, each asked on one rank. The model is left in eval mode."""
+    model.eval()
+    device = session.ranks.device
+    hits, asked = torch.zeros(2, dtype=torch.int64, device=device), 0
+    batches = rank_batches(images.num_images, session.options.batch_size, session.ranks)
+    for batch in session.bar(images.read(iter(batches)), len(batches), "val"):
+        hits += count_hits(predict(model, batch.to(device), view, session.dtype), batch.label.to(device))
+        asked += batch.size
+    counts = gather_objects((*hits.tolist(), asked), session.ranks)
+    first, five, asked = (sum(column) for column in zip(*counts))
+    if not asked:
+        raise ValueError("no image of the held-out split can be read")
+    return 100 * first / asked, 100 * five / asked
+
+
+def predict(model: Classifier, batch: ImageBatch, view: View, dtype: torch.dtype) -> Tensor:
+    """(B, classes) float32 logits; autocast in the backbone unless float32, never in the classifier."""
+    images = view(batch)
+    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        features = model.backbone(images).flatten(1)
+    return model.fc(features.float())
+
+
+class Keeper:
+    """Writes checkpoint_<epoch>.pth.tar, of which the newest stays, and model_best.pth.tar. Rank 0 writes."""
+
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
+        self.folder, self.writes = folder, ranks.rank == 0
+        self.last: Path | None = None
+
+    def save(self, state: dict, epoch: int, best: bool) -> None:
+        """The state after `epoch` (from 0)."""
+        if not self.writes:
+            return
+        path = self.folder / f"checkpoint_{epoch:04d}.pth.tar"
+        checkpoint.save(state, path)
+        if best:
+            partial = self.folder / "model_best.partial"
+            shutil.copyfile(path, partial)
+            partial.replace(self.folder / "model_best.pth.tar")
+        if self.last not in (None, path):
+            self.last.unlink(missing_ok=True)
+        self.last = path

@@ -1,0 +1,120 @@
+"""Instance discrimination: does an image find its view among all images?
+
+fastssl eval instdisc VIEWSET -a ARCH --pretrained CHECKPOINT -s 50 --topk 5 --mode d-sd
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastssl.command import run_command
+from fastssl.distributed import Ranks, gather_objects
+from fastssl.eval.nearest import full_float32
+from fastssl.eval.options import finish_options, launch, make_parser, positive
+from fastssl.eval.session import Session, run_session
+from fastssl.eval.view_set import MODES, collect_views, open_view_set
+
+QUERY_AND_POSITIVE = {"d-sd": (0, 1), "sd-sd": (1, 2)}  # columns of the view set
+_ROWS = 512  # queries compared at once
+_EQUAL = 1e-13  # float64 products this near are those of equal rows
+
+
+def make_instdisc_parser() -> argparse.ArgumentParser:
+    """The flags of the small-model project's instance discrimination script, and ours."""
+    p = make_parser("instdisc", "Instance discrimination on a static view set.", batch_size=128, data="static view set")
+    p.add_argument("-s", "--sample-per-class", type=positive, default=100, help="images per chunk (default 100)")
+    p.add_argument("--topk", type=positive, default=5, help="report Acc@1 to Acc@K (default 5)")
+    p.add_argument(
+        "--mode", choices=tuple(QUERY_AND_POSITIVE), default="d-sd", help="original -> view, or view -> view"
+    )
+    p.add_argument(
+        "--dataset-mode", choices=(*MODES, "all"), default="normal", help="which files are the views; all: each in turn"
+    )
+    return p
+
+
+def evaluate(session: Session) -> dict:
+    """One line for each --dataset-mode."""
+    o = session.options
+    session.say(o.data)
+    backbone, images, results = session.open_backbone(), None, {}
+    for mode in MODES if o.dataset_mode == "all" else (o.dataset_mode,):
+        views = open_view_set(o, session.ranks, mode, images)
+        images = views.images
+        check_topk(o.topk, len(views.files))
+        session.say("=> iterating through the dataset...")
+        query, positive_view = collect_views(session, backbone, views, QUERY_AND_POSITIVE[o.mode])
+        session.say("=> iterating through the representations...")
+        above = count_above_over_ranks(query, positive_view, session.ranks)
+        accuracy = chunk_accuracy(above, o.topk, o.sample_per_class, every_second(o))
+        results[mode] = accuracy
+        session.say(
+            f"Masked: {mode}; Mode: {o.mode}; Top1-{o.topk}: {[round(a, 6) for a in accuracy]}; "
+            f"Ckpt: {o.pretrained}; Dataset: {o.data}"
+        )
+    return {"mode": o.mode, "samples": len(query), "accuracy": results}
+
+
+def every_second(o: argparse.Namespace) -> bool:
+    """Whether every second chunk counts: the reference's way to compare a training set fairly with a smaller one."""
+    return o.sample_per_class == 50 and "auged-train" in o.data
+
+
+def check_topk(topk: int, samples: int) -> None:
+    """Raises ValueError when there are not so many ranks to count."""
+    if topk > samples:
+        raise ValueError(f"--topk {topk} of {samples} samples: choose --topk from 1 to {samples}")
+
+
+def count_above_over_ranks(query: Tensor, positive_view: Tensor, ranks: Ranks) -> Tensor:
+    """`count_above` of all (n, C) queries among themselves, each rank counting its part: (n,) int64 on the CPU."""
+    first, end = (len(query) * r // ranks.world_size for r in (ranks.rank, ranks.rank + 1))
+    mine = count_above(query[first:end], positive_view[first:end], query)
+    return torch.cat(gather_objects(mine.cpu(), ranks))
+
+
+@torch.no_grad()
+def count_above(query: Tensor, positive_view: Tensor, negatives: Tensor, rows: int = _ROWS) -> Tensor:
+    """How many negatives lie nearer to each query than its positive, by dot product: (N,) int64.
+
+    query, positive_view: (N, C), negatives: (M, C), float32. Products of float32 decide where it is clear; rows with
+    a negative within rounding of the positive are counted again in float64. Equal products do not count.
+    """
+    noise = 2e-7 * (8 + query.shape[1] ** 0.5)
+    counts = []
+    for q, p in zip(query.split(rows), positive_view.split(rows)):
+        with full_float32(q.device):
+            product = q @ negatives.T
+        level = (q.double() * p.double()).sum(1)
+        above = (product > (level + noise).float()[:, None]).sum(1)
+        unsure = (product > (level - noise).float()[:, None]).sum(1) != above
+        again = unsure.nonzero()[:, 0]
+        for part in again.split(64) if len(again) else ():
+            exact = torch.stack([(q[i].double() * negatives.double()).sum(1) for i in part])
+            above[part] = (exact > level[part, None] + _EQUAL).sum(1)
+        counts.append(above)
+    return torch.cat(counts) if counts else torch.zeros(0, dtype=torch.int64)
+
+
+def chunk_accuracy(above: Tensor, topk: int, samples: int, every_second_chunk: bool = False) -> list[float]:
+    """Acc@1 to Acc@topk in percent: the mean over chunks of `samples` rows of the share with at most k above.
+
+    At most k and not k - 1: the query itself is among the negatives and always above (unless equal to the positive).
+    """
+    chunks = above.split(samples)[:: 2 if every_second_chunk else 1]
+    return [sum(100 * float((c <= k).double().mean()) for c in chunks) / len(chunks) for k in range(1, topk + 1)]
+
+
+def main(argv: Sequence[str]) -> int:
+    """`fastssl eval instdisc`."""
+    options = make_instdisc_parser().parse_args(launch(argv, "fastssl.eval.instdisc"))
+    return run_session("instdisc", finish_options(options), evaluate)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

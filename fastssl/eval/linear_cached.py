@@ -1,0 +1,116 @@
+"""Linear classifiers on features computed once: all (learning rate, weight decay) settings as one tensor program.
+
+The weights of S settings lie side by side as (C, S * classes), so every step is one matrix product whatever S, and
+each setting's columns move as they would alone: the same initial weights, the same order of images.
+
+Shapes: n features, C their dimension, B a batch, S settings, Y classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastssl.eval.classifier import initial_weights
+from fastssl.eval.memory import Rows
+from fastssl.loaders.order import epoch_order
+from fastssl.schedules import learning_rate
+
+
+class Setting(NamedTuple):
+    """One point of a sweep."""
+
+    lr: float
+    weight_decay: float
+
+
+class Sweep(NamedTuple):
+    """What all settings share."""
+
+    epochs: int = 100
+    batch_size: int = 256
+    schedule: Sequence[int] = (60, 80)
+    drop: float = 0.1
+    momentum: float = 0.9
+    seed: int = 0
+
+
+@torch.no_grad()
+def fit_linear(
+    features: Rows,
+    labels: Tensor,
+    num_classes: int,
+    settings: Sequence[Setting],
+    sweep: Sweep,
+    *,
+    device: torch.device | str = "cpu",
+    bar: Callable[..., Iterable] = lambda items, *_: items,
+) -> tuple[Tensor, Tensor]:
+    """Weights (S, Y, C) and biases (S, Y) after SGD with momentum on the mean cross entropy of `sweep`'s batches.
+
+    features: (n, C), float64 stays float64, everything else is computed in float32; labels: (n,) int64.
+    """
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    count, width = len(settings), features.shape[1]
+    w, b = initial_weights(width, num_classes, sweep.seed)
+    w = w.to(device, dtype).T.repeat(1, count).contiguous()  # (C, S Y)
+    b = b.to(device, dtype).repeat(count)
+    velocity_w, velocity_b = torch.zeros_like(w), torch.zeros_like(b)
+    base, decay = (column(settings, i, num_classes, w) for i in (0, 1))
+    decays = bool((decay != 0).any())
+    labels = labels.to(device)
+    for epoch in bar(range(sweep.epochs), sweep.epochs, "classifiers"):
+        rate = base * learning_rate(
+            epoch, base_lr=1.0, epochs=sweep.epochs, steps_per_epoch=1, schedule="step", milestones=sweep.schedule,
+            drop=sweep.drop,
+        )  # fmt: skip
+        for rows in epoch_order(len(labels), sweep.seed, epoch).split(sweep.batch_size):
+            x = take_rows(features, rows, device, dtype)
+            g = logit_gradient(torch.addmm(b, x, w), labels[rows.to(labels.device)], num_classes)
+            velocity_w.mul_(sweep.momentum).addmm_(x.T, g)
+            velocity_b.mul_(sweep.momentum).add_(g.sum(0))
+            if decays:
+                velocity_w.addcmul_(w, decay)
+                velocity_b.addcmul_(b, decay)
+            w.addcmul_(velocity_w, rate, value=-1)
+            b.addcmul_(velocity_b, rate, value=-1)
+    return w.T.view(count, num_classes, width), b.view(count, num_classes)
+
+
+def column(settings: Sequence[Setting], field: int, num_classes: int, like: Tensor) -> Tensor:
+    """One field of every setting for each of its columns: (S * Y,)."""
+    return torch.tensor([s[field] for s in settings], dtype=like.dtype, device=like.device).repeat_interleave(
+        num_classes
+    )
+
+
+def take_rows(features: Rows, rows: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """(B, C) features on the device."""
+    return features[rows.to(features.device)].to(device, dtype)
+
+
+def logit_gradient(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """d (mean cross entropy) / d logits of every setting: (B, S * Y), computed in place of `logits`."""
+    p = logits.view(len(labels), -1, num_classes)
+    p -= p.amax(2, keepdim=True)
+    p.exp_()
+    p /= p.sum(2, keepdim=True) * len(labels)
+    at = labels[:, None, None].expand(-1, p.shape[1], 1)
+    p.scatter_add_(2, at, torch.full_like(p[:, :, :1], -1 / len(labels)))
+    return logits
+
+
+@torch.no_grad()
+def count_sweep_hits(features: Rows, labels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """How many of n features each setting of `fit_linear`'s weights puts first, and in the first five: (S, 2) int64."""
+    (count, num_classes, width), hits = weight.shape, torch.zeros(len(weight), 2, dtype=torch.int64)
+    w, b = weight.reshape(-1, width).T, bias.flatten()
+    for start in range(0, len(labels), 4096):
+        rows = torch.arange(start, min(start + 4096, len(labels)))
+        logits = torch.addmm(b, take_rows(features, rows, w.device, w.dtype), w).view(-1, count, num_classes)
+        top = logits.topk(min(5, num_classes), dim=2).indices == labels[rows].to(w.device)[:, None, None]
+        hits += torch.stack([top[:, :, 0].sum(0), top.sum((0, 2))], 1).cpu()
+    return hits

@@ -1,0 +1,177 @@
+"""The reference's linear evaluation: a classifier trained by SGD on augmented images, the backbone frozen or not.
+
+Images of an epoch come in one order for all ranks, the tail included, and a step's loss is the mean over all ranks'
+images: the number of ranks changes nothing but the speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fastssl.batch import ImageBatch
+from fastssl.distributed import Ranks, gather_objects
+from fastssl.eval.classifier import Classifier, Keeper, count_hits, predict, validate
+from fastssl.eval.features import View
+from fastssl.eval.images import Images
+from fastssl.eval.session import Session
+from fastssl.loaders.order import epoch_order
+from fastssl.schedules import learning_rate
+
+TrainView = Callable[[ImageBatch, int], Tensor]  # a batch and its epoch to (B, 3, S, S)
+
+
+class Protocol(NamedTuple):
+    """What distinguishes linear evaluation, transfer and fine-tuning."""
+
+    train_view: TrainView
+    val_view: View
+    line: str  # after a validation, with {acc1} and {acc5}
+    drop: float = 0.1  # of the learning rate at each milestone
+    finetune: bool = False  # the backbone is trained, too
+    eval_after_first: bool = False  # fine-tune in eval mode after the first epoch, as the reference does
+
+
+def train_classifier(
+    session: Session, model: Classifier, train: Images, val: Images, protocol: Protocol, folder: Path
+) -> dict:
+    """Trains and validates every epoch, keeps the best. Returns accuracies in percent.
+
+    Raises ValueError when the loss is not finite, RuntimeError when a frozen backbone has changed.
+    """
+    o, keeper = session.options, Keeper(folder, session.ranks)
+    trained = list(model.parameters() if protocol.finetune else model.fc.parameters())
+    for p in model.parameters():
+        p.requires_grad_(any(p is q for q in trained))
+    optimizer = torch.optim.SGD(trained, o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
+    first, best = resume(o.resume, model, optimizer, o.start_epoch)
+    frozen = None if protocol.finetune else copy_state(model.backbone)
+    if o.evaluate:
+        return report(session, model, val, protocol, {"epochs_trained": first})
+    result = {"epochs_trained": first, "best_acc1": best, "acc1_by_epoch": []}
+    for epoch in range(first, o.epochs):
+        rate = learning_rate(
+            epoch, base_lr=o.lr, epochs=o.epochs, steps_per_epoch=1, schedule="step", milestones=o.schedule,
+            drop=protocol.drop,
+        )  # fmt: skip
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        model.train(protocol.finetune and not (protocol.eval_after_first and epoch > o.start_epoch))
+        train_epoch(session, model, train, optimizer, protocol.train_view, epoch)
+        if frozen is not None and epoch == first:
+            check_frozen(model.backbone, frozen)
+            session.say("=> sanity check passed.")
+        result |= report(session, model, val, protocol, {"epochs_trained": epoch + 1})
+        result["acc1_by_epoch"].append(result["acc1"])
+        is_best = result["acc1"] > result["best_acc1"]
+        if is_best:
+            result |= {"best_acc1": result["acc1"], "best_acc5": result["acc5"], "best_epoch": epoch}
+            session.say(f"New best Acc1 {result['acc1']:.4f}")
+        keeper.save(state_of(o.arch, model, optimizer, result), epoch, is_best)
+    return {**result, "folder": str(folder)}
+
+
+def report(session: Session, model: Classifier, val: Images, protocol: Protocol, more: dict) -> dict:
+    """A validation, and its line on stdout."""
+    acc1, acc5 = validate(session, model, val, protocol.val_view)
+    session.say(protocol.line.format(acc1=acc1, acc5=acc5))
+    return {"acc1": acc1, "acc5": acc5, **more}
+
+
+def train_epoch(
+    session: Session,
+    model: Classifier,
+    images: Images,
+    optimizer: torch.optim.Optimizer,
+    view: TrainView,
+    epoch: int,
+) -> None:
+    """One pass over all images. Raises ValueError when the loss is not finite."""
+    o, ranks = session.options, session.ranks
+    steps = epoch_order(images.num_images, o.seed, epoch).split(o.batch_size)
+    shares = [step.tensor_split(ranks.world_size)[ranks.rank] for step in steps]
+    batches = images.read(iter(shares), replace_bad=True)
+    losses, hits = [], torch.zeros(2, dtype=torch.int64, device=ranks.device)
+    for i, (step, share) in enumerate(zip(session.bar(steps, len(steps), f"epoch {epoch}"), shares)):
+        optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=ranks.device)
+        if len(share):  # the tail may be smaller than the ranks are many
+            batch = next(batches).to(ranks.device)
+            logits = predict(model, batch, lambda b: view(b, epoch), session.dtype)
+            loss = cross_entropy(logits, batch.label, reduction="sum") / len(step)
+            loss.backward()
+            hits += count_hits(logits.detach(), batch.label)
+        sum_gradients(optimizer, ranks)
+        optimizer.step()
+        losses.append(loss.detach())
+        if i % o.print_freq == 0:
+            mean = sum_over_ranks(losses[-1], ranks)
+            session.say(f"Epoch: [{epoch}][{i}/{len(steps)}]\tLoss {mean:.4e}\tlr {optimizer.param_groups[0]['lr']:g}")
+    batches.close()
+    if not torch.isfinite(torch.stack(losses)).all():
+        raise ValueError(f"the loss of epoch {epoch} is not finite: lower --lr")
+
+
+def sum_gradients(optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    """Every gradient becomes the sum over the ranks, in one message."""
+    if ranks.world_size == 1:
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    dist.all_reduce(flat)
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad = part.view_as(p)
+
+
+def sum_over_ranks(value: Tensor, ranks: Ranks) -> float:
+    """The sum of every rank's number. Waits for the device."""
+    return sum(gather_objects(float(value), ranks))
+
+
+def resume(path: str, model: Classifier, optimizer: torch.optim.Optimizer, start_epoch: int) -> tuple[int, float]:
+    """(first epoch, best Acc1 so far) of --resume, loaded; ValueError when it is no checkpoint of this classifier."""
+    if not path:
+        return start_epoch, 0.0
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        weights, epoch, best, momenta = (state[key] for key in ("state_dict", "epoch", "best_acc1", "optimizer"))
+    except FileNotFoundError:
+        raise ValueError(f"there is no checkpoint {path} to resume") from None
+    except Exception as error:
+        raise ValueError(f"{path} is no checkpoint of a linear evaluation: {str(error).splitlines()[0]}") from error
+    model.import_state(weights)
+    optimizer.load_state_dict(momenta)
+    return epoch, float(best)
+
+
+def state_of(arch: str, model: Classifier, optimizer: torch.optim.Optimizer, result: dict) -> dict:
+    """A checkpoint with the reference's keys."""
+    return {
+        "epoch": result["epochs_trained"],
+        "arch": arch,
+        "state_dict": model.export_state(),
+        "best_acc1": result["best_acc1"],
+        "acc1": result["acc1"],
+        "acc5": result["acc5"],
+        "optimizer": optimizer.state_dict(),
+    }
+
+
+def copy_state(module: nn.Module) -> dict[str, Tensor]:
+    """Its tensors as they are now, on the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+
+
+def check_frozen(backbone: nn.Module, before: dict[str, Tensor]) -> None:
+    """Raises RuntimeError when a tensor of the backbone, buffers included, differs from what it was by a bit."""
+    changed = [name for name, tensor in backbone.state_dict().items() if not torch.equal(tensor.cpu(), before[name])]
+    if changed:
+        raise RuntimeError(
+            f"the frozen backbone has changed while the classifier was trained: {', '.join(changed[:5])}"
+        )

@@ -1,0 +1,105 @@
+"""One evaluation from its options to its results: processes, lines on stdout, progress bars, JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from fastssl import distributed
+from fastssl.distributed import Ranks, gather_objects
+from fastssl.environment import environment
+from fastssl.eval.images import Images
+from fastssl.eval.memory import GB, Memory, peak_memory
+from fastssl.foreign import load_pretrained
+from fastssl.models.encoders import make_encoder
+from fastssl.plan import DTYPES
+
+
+class Session:
+    """What every evaluation has: options, ranks, memory; rank 0 speaks."""
+
+    def __init__(self, options: argparse.Namespace, ranks: Ranks) -> None:
+        self.options, self.ranks = options, ranks
+        self.memory = Memory(options.max_mem_gb, ranks.device)
+        self.dtype = DTYPES[options.precision]
+        self.report: list[str] = []  # what was recognised in the checkpoint
+
+    def say(self, line: str) -> None:
+        """One line on stdout."""
+        if self.ranks.rank == 0:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def note(self, line: str) -> None:
+        """One line beside the results, on stderr."""
+        if self.ranks.rank == 0:
+            tqdm.write(f"fastssl: {line}", file=sys.stderr)
+
+    def bar(self, items: Iterable, total: int | None = None, what: str = "") -> Iterable:
+        """The items with a progress bar on a terminal."""
+        hidden = True if self.ranks.rank else None
+        return tqdm(items, total=total, desc=what, dynamic_ncols=True, disable=hidden, leave=False)
+
+    def open_backbone(self) -> nn.Module:
+        """The encoder of the command line on its device, frozen and in eval mode; fills in `options.arch`."""
+        o = self.options
+        if o.pretrained:
+            self.say(f"=> creating model '{o.arch or 'of the checkpoint'}'")
+            self.say(f"=> loading checkpoint '{o.pretrained}'")
+            backbone, report = load_pretrained(o.pretrained, o.arch)
+            o.arch, self.report = report.arch, str(report).splitlines()
+            for line in self.report:
+                self.note(line)
+            self.say(f"=> loaded pre-trained model '{o.pretrained}'")
+        else:
+            o.arch = o.arch or "resnet50"
+            self.say(f"=> creating model '{o.arch}'")
+            self.note("no --pretrained: the encoder has random weights")
+            torch.manual_seed(o.seed)
+            backbone = make_encoder(o.arch).backbone
+        return backbone.to(self.ranks.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    def warn_bad(self, *sets: Images) -> int:
+        """Names the unreadable images of all ranks on stderr; returns how many they are."""
+        found = gather_objects([line for images in sets for line in images.bad_images], self.ranks)
+        lines = [line for rank in found for line in rank]
+        for line in lines:
+            self.note(f"left out: {line}")
+        return len(lines)
+
+    def write(self, command: str, result: dict) -> None:
+        """--json: the result with all it depends on, written whole or not at all."""
+        o = self.options
+        peaks = gather_objects(peak_memory() / GB, self.ranks)
+        if not o.json or self.ranks.rank != 0:
+            return
+        record = {
+            "evaluation": command,
+            **result,
+            "checkpoint": self.report,
+            "options": {k: v for k, v in vars(o).items() if k != "json"},
+            "peak_memory_gb": [round(peak, 3) for peak in peaks],
+            "environment": environment(),
+        }
+        partial = Path(f"{o.json}.partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+        partial.replace(o.json)
+
+
+def run_session(command: str, options: argparse.Namespace, evaluate: Callable[[Session], dict]) -> int:
+    """Joins the processes, evaluates, writes the JSON. Returns the exit code."""
+    ranks = distributed.start(options.device)
+    try:
+        session = Session(options, ranks)
+        session.write(command, evaluate(session))
+    finally:
+        distributed.stop()
+    return 0

@@ -1,0 +1,137 @@
+"""Alignment, uniformity and alignment within classes, of originals (D) and of their views (SD).
+
+fastssl eval stats VIEWSET -a ARCH --pretrained CHECKPOINT -s 50
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastssl.command import run_command
+from fastssl.distributed import Ranks, gather_objects
+from fastssl.eval.nearest import full_float32
+from fastssl.eval.options import finish_options, launch, make_parser, positive
+from fastssl.eval.session import Session, run_session
+from fastssl.eval.view_set import ViewSet, check_per_class, collect_views, open_view_set
+from fastssl.loaders.order import epoch_order
+
+T = 2.0  # of the uniformity (Wang & Isola, arXiv 2005.10242)
+SUBSETS, SUBSET = 3, 128
+COLUMNS = ("D-SD align", "SD-SD align", "D cls-align", "SD cls-align", "D uniform", "SD uniform")
+_TILE = 2048
+
+
+def make_stats_parser() -> argparse.ArgumentParser:
+    """The flags of the small-model project's statistics script, and ours."""
+    p = make_parser("stats", "Alignment and uniformity on a static view set.", batch_size=128, data="static view set")
+    p.add_argument("-s", "--sample-per-class", type=positive, default=50, help="images of each class (default 50)")
+    return p
+
+
+def evaluate(session: Session) -> dict:
+    """The reference's table, and uniformity over all pairs."""
+    o = session.options
+    views = open_view_set(o, session.ranks)
+    check_per_class(views, o.sample_per_class)
+    views = first_of_each_class(views, o.sample_per_class)
+    backbone = session.open_backbone()
+    session.say("=> iterating through the dataset...")
+    original, view1, view2 = collect_views(session, backbone, views, (0, 1, 2))
+    return report(session, original, view1, view2, views.labels)
+
+
+def report(session: Session, original: Tensor, view1: Tensor, view2: Tensor, labels: Tensor) -> dict:
+    """All statistics of (n, C) unit features, printed and as numbers."""
+    o = session.options
+    session.say("=> calculating instance-level alignment...")
+    values = [alignment(original, view1), alignment(view1, view2)]
+    session.say("=> calculating class-level alignment...")
+    values += [class_alignment(x, labels) for x in (original, view1)]
+    session.say("=> calculating instance-level uniformity...")
+    values += [subset_uniformity(x, o.seed) for x in (original, view1)]
+    session.say(f"{o.pretrained},{o.data}")
+    session.say("".join(f"{name:<15}" for name in COLUMNS))
+    session.say("".join(f"{value:<15.4f}" for value in values))
+    everything = [uniformity(x, session.ranks) for x in (original, view1)]
+    session.say("all pairs: D uniform {:.4f}, SD uniform {:.4f}".format(*everything))
+    return {
+        **dict(zip(COLUMNS, values)),
+        "D uniform, all pairs": everything[0],
+        "SD uniform, all pairs": everything[1],
+        "samples": len(original),
+        "classes": len(torch.unique(labels)),
+    }
+
+
+def first_of_each_class(views: ViewSet, samples: int) -> ViewSet:
+    """The first `samples` of every class."""
+    rows = torch.cat([(views.labels == c).nonzero()[:samples, 0] for c in range(len(views.class_names))])
+    return views._replace(files=views.files[rows], labels=views.labels[rows])
+
+
+def alignment(x: Tensor, y: Tensor) -> float:
+    """Mean squared distance of (n, C) unit rows to their partners: 2 - 2 mean(x.y)."""
+    return 2 - 2 * float((x.double() * y.double()).sum(1).mean())
+
+
+def class_alignment(x: Tensor, labels: Tensor) -> float:
+    """Mean over classes of the mean squared distance of the pairs in a class; classes of one have no pairs.
+
+    In a class of n the squared distances of all pairs sum to n sum |x_i|^2 - |sum x_i|^2. NaN without any pair.
+    """
+    means = []
+    for label in torch.unique(labels):
+        rows = x[(labels == label).to(x.device)].double()
+        n = len(rows)
+        if n > 1:
+            total = n * rows.square().sum() - rows.sum(0).square().sum()
+            means.append(float(total) / (n * (n - 1) / 2))
+    return sum(means) / len(means) if means else math.nan
+
+
+def subset_uniformity(x: Tensor, seed: int) -> float:
+    """The reference's uniformity: the mean over 3 random disjoint subsets of 128 rows, chosen by the seed.
+
+    With fewer rows the last subset is smaller; where it would have no pair, the subsets are thirds of all rows, and
+    below 6 rows there is one.
+    """
+    order = epoch_order(len(x), seed, 0)
+    size = SUBSET if len(x) >= (SUBSETS - 1) * SUBSET + 2 else len(x) // SUBSETS
+    subsets = order[: SUBSETS * size].split(size) if size > 1 else [order]
+    return sum(uniformity(x[rows.to(x.device)]) for rows in subsets) / len(subsets)
+
+
+@torch.no_grad()
+def uniformity(x: Tensor, ranks: Ranks | None = None, t: float = T, tile: int = _TILE) -> float:
+    """log mean exp(-t |x_i - x_j|^2) over all pairs i < j of (n, C) unit rows, tile by tile; ranks share the tiles.
+
+    Products and exponentials are float32, sums float64. NaN with fewer than two rows.
+    """
+    n, total = len(x), x.new_zeros((), dtype=torch.float64)
+    if n < 2:
+        return math.nan
+    rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
+    pairs = [(i, j) for i in range(0, n, tile) for j in range(i, n, tile)]
+    for i, j in pairs[rank::world_size]:
+        with full_float32(x.device):
+            weight = x[i : i + tile] @ x[j : j + tile].T
+        weight.sub_(1).mul_(2 * t).exp_()  # |x - y|^2 = 2 - 2 x.y
+        total += (weight.triu_(1) if i == j else weight).sum(dtype=torch.float64)
+    total = sum(gather_objects(float(total), ranks)) if ranks else float(total)
+    return math.log(total / (n * (n - 1) / 2))
+
+
+def main(argv: Sequence[str]) -> int:
+    """`fastssl eval stats`."""
+    options = make_stats_parser().parse_args(launch(argv, "fastssl.eval.stats"))
+    return run_session("stats", finish_options(options), evaluate)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

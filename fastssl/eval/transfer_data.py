@@ -1,0 +1,76 @@
+"""The data sets of the transfer protocol, from what already lies on disk: nothing is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torchvision.datasets as tvd
+from torch import Tensor
+
+from fastssl.distributed import Ranks
+from fastssl.eval.images import HELD_OUT, ArrayImages, Images, Subset, open_folder, open_splits
+from fastssl.eval.session import Session
+from fastssl.loaders.order import epoch_order
+
+DATASETS = ("cifar10", "cifar100", "imagenet", "caltech101")
+_CIFAR = {"cifar10": (tvd.CIFAR10, "cifar-10-batches-py"), "cifar100": (tvd.CIFAR100, "cifar-100-python")}
+_CALTECH = Path("caltech101", "101_ObjectCategories")
+_BACKGROUND = "BACKGROUND_Google"  # not a class of objects
+CALTECH_PER_CLASS = 30  # training images, the usual split
+
+
+def open_transfer_data(session: Session) -> tuple[Images, Images]:
+    """(train, test) of --dataset below DATA: torchvision's files, or train/<class>/ and test/<class>/ folders.
+
+    Raises ValueError when neither is there, or torchvision's files are damaged.
+    """
+    o, ranks = session.options, session.ranks
+    root = Path(o.data)
+    if o.dataset in _CIFAR and (root / _CIFAR[o.dataset][1]).is_dir():
+        return open_cifar(root, o.dataset, ranks)
+    if o.dataset == "caltech101" and not (root / "train").is_dir():
+        for folder in (root / _CALTECH, root / _CALTECH.name, root):
+            if folder.name == _CALTECH.name and folder.is_dir():
+                return split_caltech(session, folder)
+    if not (root / "train").is_dir():
+        known = f"{_CIFAR[o.dataset][1]}/" if o.dataset in _CIFAR else f"{_CALTECH}/"
+        also = "" if o.dataset == "imagenet" else f", nor torchvision's {known}"
+        raise ValueError(f"{root} holds no train/<class>/ and test/<class>/ folders{also}: --dataset {o.dataset}")
+    return open_splits(o, ranks, HELD_OUT if o.dataset == "imagenet" else ("test", *HELD_OUT[:-1]))
+
+
+def open_cifar(root: Path, dataset: str, ranks: Ranks) -> tuple[Images, Images]:
+    """torchvision's CIFAR, whose files it checks before it reads them."""
+    kind, folder = _CIFAR[dataset]
+    try:
+        parts = [kind(str(root), train=train, download=False) for train in (True, False)]
+    except RuntimeError as error:
+        raise ValueError(f"{root / folder} is not complete, or damaged: unpack the archive again") from error
+    train, test = (ArrayImages(part.data, part.targets, part.classes, ranks.device) for part in parts)
+    return train, test
+
+
+def split_caltech(session: Session, folder: Path) -> tuple[Images, Images]:
+    """The whole Caltech-101, split by --seed: 30 images of each class to train, the others to test."""
+    images = open_folder(folder, session.options, session.ranks)
+    names = [name for name in images.class_names if name != _BACKGROUND]
+    images.folder.labels[:] = [
+        names.index(images.class_names[label]) if images.class_names[label] in names else -1
+        for label in images.folder.labels
+    ]
+    labels = torch.from_numpy(images.folder.labels)
+    train, test = caltech_rows(labels, len(names), session.options.seed)
+    return Subset(images, train, names), Subset(images, test, names)
+
+
+def caltech_rows(labels: Tensor, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
+    """(rows to train on, rows to test on), ascending; at least one image of each class is tested."""
+    train, test = [], []
+    for c in range(num_classes):
+        rows = (labels == c).nonzero()[:, 0]
+        rows = rows[epoch_order(len(rows), seed, c)]
+        first = min(CALTECH_PER_CLASS, len(rows) - 1)
+        train.append(rows[:first])
+        test.append(rows[first:])
+    return torch.cat(train).sort().values, torch.cat(test).sort().values

@@ -1,0 +1,119 @@
+"""t-SNE of a static view set: where images and their views lie, whole space and one class.
+
+fastssl eval tsne VIEWSET -a ARCH --pretrained CHECKPOINT --pic-name NAME [--zoomin]
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.manifold import TSNE
+
+from fastssl.command import run_command
+from fastssl.eval.options import finish_options, launch, make_parser, positive, positive_float
+from fastssl.eval.session import Session, run_session
+from fastssl.eval.tsne_figures import draw_class, draw_space, save_figure
+from fastssl.eval.view_set import collect_views, open_view_set
+
+PARTS = ("Y0", "Y1", "Y2", "labels")  # coordinates of originals and views, classes of the samples
+
+
+def make_tsne_parser() -> argparse.ArgumentParser:
+    """The flags of the small-model project's t-SNE script, and ours."""
+    p = make_parser("tsne", "t-SNE figures of a static view set.", batch_size=128, data="static view set")
+    p.add_argument("--pic-name", default="tsne.pdf", help="prefix of the files written (default tsne.pdf)")
+    p.add_argument("--perplexity", type=positive_float, default=30.0, help="(default 30)")
+    p.add_argument("--paint", action="store_true", help="draw again from the .npy files; computes nothing")
+    p.add_argument("--zoomin", action="store_true", help="add an inset around the tightest triangle")
+    p.add_argument("--classes", type=positive, default=10, help="first classes shown (default 10)")
+    p.add_argument("-s", "--sample-per-class", type=positive, default=100, help="first images of each (default 100)")
+    return p
+
+
+def evaluate(session: Session) -> dict:
+    """Coordinates, unless --paint, then the figures. Rank 0 computes and draws."""
+    o = session.options
+    found = None if o.paint else features_to_show(session)
+    if session.ranks.rank != 0:
+        return {}
+    coordinates = load_coordinates(o.pic_name) if o.paint else embed(session, *found)
+    return {"files": draw(o, coordinates), "samples": len(coordinates["Y0"])}
+
+
+def features_to_show(session: Session) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Unit features of originals and both views of the first samples of the first classes, and their labels."""
+    o = session.options
+    views = open_view_set(o, session.ranks)
+    rows = [
+        (views.labels == c).nonzero()[: o.sample_per_class, 0] for c in range(min(o.classes, len(views.class_names)))
+    ]
+    rows = torch.cat(rows)
+    views = views._replace(files=views.files[rows], labels=views.labels[rows])
+    check_perplexity(o.perplexity, 3 * len(rows))
+    backbone = session.open_backbone()
+    session.say("=> iterating through the dataset...")
+    return collect_views(session, backbone, views, (0, 1, 2)), views.labels
+
+
+def check_perplexity(perplexity: float, points: int) -> None:
+    """Raises ValueError when there are too few points for it."""
+    if perplexity >= points:
+        raise ValueError(f"--perplexity {perplexity:g} needs more than the {points} images shown: lower it")
+
+
+def embed(session: Session, features: list[torch.Tensor], labels: torch.Tensor) -> dict[str, np.ndarray]:
+    """t-SNE of all features together, after PCA to 50 dimensions, saved as <pic-name>.<part>.npy."""
+    o = session.options
+    x = torch.cat(features).double().cpu()
+    x = x - x.mean(0)
+    _, _, v = torch.linalg.svd(x, full_matrices=False)
+    session.say("=> t-SNE optimization starts.")
+    tsne = TSNE(perplexity=o.perplexity, init="pca", random_state=o.seed)
+    y = tsne.fit_transform((x @ v[:50].T).numpy())
+    session.say(f"=> final error: {tsne.kl_divergence_:.4f}.")
+    coordinates = dict(zip(PARTS, [*np.split(y, 3), labels.numpy()]))
+    for name, array in coordinates.items():
+        buffer = io.BytesIO()
+        np.save(buffer, array)
+        path = Path(f"{o.pic_name}.{name}.npy")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_bytes(buffer.getvalue())
+        os.replace(partial, path)
+    return coordinates
+
+
+def load_coordinates(pic_name: str) -> dict[str, np.ndarray]:
+    """What `embed` saved. Raises ValueError when it is not there."""
+    try:
+        return {name: np.load(f"{pic_name}.{name}.npy", allow_pickle=False) for name in PARTS}
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"--paint draws saved coordinates, but {error.filename} does not exist: run without it"
+        ) from None
+
+
+def draw(o: argparse.Namespace, coordinates: dict[str, np.ndarray]) -> list[str]:
+    """Both figures as PDF and PNG; returns the files' names."""
+    space, one_class = draw_space(coordinates), draw_class(coordinates, zoom=o.zoomin)
+    return [
+        *save_figure(space, f"{o.pic_name}.full_rep"),
+        *save_figure(one_class, f"{o.pic_name}.auged_rep"),
+    ]
+
+
+def main(argv: Sequence[str]) -> int:
+    """`fastssl eval tsne`."""
+    options = finish_options(make_tsne_parser().parse_args(launch(argv, "fastssl.eval.tsne")))
+    return run_session("tsne", options, evaluate)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -1,0 +1,110 @@
+"""A static view set: folders <class>/ with <stem>-0.jpeg (the original), -1 and -2 (its views), up to -10 (masked)."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from fastssl.augment.views import make_eval_view
+from fastssl.batch import ImageBatch
+from fastssl.distributed import Ranks
+from fastssl.eval.features import View, collect_features, eval_view, gather_features
+from fastssl.eval.images import Images, open_folder, rank_batches
+from fastssl.eval.session import Session
+
+MODES = {  # which files are the original and its two views
+    "normal": (0, 1, 2),
+    "g-mask": (0, 3, 4),
+    "rand-g-mask": (0, 5, 6),
+    "avg-mask": (0, 7, 8),
+    "rand-avg-mask": (0, 9, 10),
+}
+_NAME = re.compile(r"(.+)-(\d+)\.jpe?g", re.IGNORECASE)
+
+
+class ViewSet(NamedTuple):
+    """n samples, by class and then by name, as (original, view 1, view 2)."""
+
+    images: Images
+    files: Tensor  # (n, 3) int64 indices into images
+    labels: Tensor  # (n,) int64, ascending
+    class_names: list[str]
+
+
+def open_view_set(
+    options: argparse.Namespace, ranks: Ranks, mode: str = "normal", images: Images | None = None
+) -> ViewSet:
+    """The samples of the folder, with the views of `mode`. images: the folder, if it is open already.
+
+    Raises ValueError for files that are no views, and for a sample that lacks one.
+    """
+    images = images or open_folder(options.data, options, ranks)
+    wanted, found = MODES[mode], {}
+    for i, path in enumerate(images.folder.paths):
+        match = _NAME.fullmatch(path)
+        if not match:
+            raise ValueError(
+                f"{images.folder.path(i)} is not named <stem>-<number>.jpeg: this is no static view set "
+                "(fastssl prep views makes one)"
+            )
+        found.setdefault((int(images.folder.labels[i]), match[1]), {})[int(match[2])] = i
+    samples = sorted(found)
+    for sample in samples:
+        if missing := [number for number in wanted if number not in found[sample]]:
+            name = f"{images.folder.root}/{sample[1]}-{missing[0]}.jpeg"
+            count = sum(any(number not in found[s] for number in wanted) for s in samples)
+            raise ValueError(
+                f"{name} is missing: the view set is incomplete for --dataset-mode {mode} ({count} of {len(samples)} "
+                "samples lack files)"
+            )
+    files = torch.tensor([[found[s][number] for number in wanted] for s in samples])
+    return ViewSet(images, files, torch.tensor([label for label, _ in samples]), images.class_names)
+
+
+def collect_views(session: Session, backbone: torch.nn.Module, views: ViewSet, which: tuple[int, ...]) -> list[Tensor]:
+    """Unit features (n, C) float32 of the originals (0) or views (1, 2) of `which`, on every rank.
+
+    Originals are resized and cropped, views taken as they are. Raises ValueError for a file that cannot be read.
+    """
+    shares = rank_batches(len(views.files), session.options.batch_size, session.ranks)
+    found = []
+    for column in which:
+        view = eval_view(session) if column == 0 else as_it_is(session)
+        batches = [views.files[share, column] for share in shares]
+        features, labels = collect_features(
+            session, backbone, views.images, view, transform=normalize, batches=batches,
+            what="originals" if column == 0 else f"views {column}",
+        )  # fmt: skip
+        if bad := list(views.images.bad_images):
+            raise ValueError(f"{bad[0]}: a view set must be whole; make it again with fastssl prep views")
+        if session.ranks.world_size > 1:
+            features, labels = gather_features(features, labels.to(features.device), session.ranks)
+        found.append(features[:].float())
+    return found
+
+
+def as_it_is(session: Session) -> View:
+    """Only normalises: views were cropped when they were made."""
+
+    def view(batch: ImageBatch) -> Tensor:
+        sides = torch.unique(torch.stack([batch.height, batch.width]))
+        if len(sides) != 1:
+            raise ValueError(f"views must be squares of one size, found sides of {sides.tolist()} pixels")
+        side = int(sides)
+        return make_eval_view(batch, side, side, session.dtype)
+
+    return view
+
+
+def check_per_class(views: ViewSet, wanted: int) -> None:
+    """Raises ValueError when a class has fewer than `wanted` samples."""
+    counts = np.bincount(views.labels.numpy(), minlength=len(views.class_names))
+    if counts.min() < wanted:
+        name = views.class_names[int(counts.argmin())]
+        raise ValueError(f"class {name} has {counts.min()} samples, -s asks for {wanted}: use -s {counts.min()}")

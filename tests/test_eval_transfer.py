@@ -1,0 +1,242 @@
+"""Transfer: bicubic views as torchvision makes them, data sets as they lie on disk, fine-tuning; command lines."""
+
+import hashlib
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as tvf
+from PIL import Image
+from test_eval_views import make_view_set
+from torch import nn
+from torchvision.transforms import InterpolationMode, v2
+
+from fastssl.augment.params import sample_params
+from fastssl.augment.policy import make_policy
+from fastssl.augment.views import MEAN, STD
+from fastssl.batch import pack_images
+from fastssl.command import run_command
+from fastssl.distributed import Ranks
+from fastssl.eval import __main__ as evaluations
+from fastssl.eval import transfer, transfer_data
+from fastssl.eval.bicubic import bicubic_crop_view, bicubic_eval_view
+from fastssl.eval.classifier import Classifier
+from fastssl.eval.linear_train import Protocol, train_classifier
+from fastssl.eval.options import finish_options
+from fastssl.eval.session import Session
+from fastssl.launch import launch_command
+
+ALONE = Ranks(0, 1, 1, torch.device("cpu"))
+
+
+def make_batch(sizes=((32, 32), (40, 57), (90, 61))):
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    return images, pack_images(images, range(len(images)), [0] * len(images))
+
+
+def to_view(image):
+    return tvf.normalize(tvf.to_tensor(image), MEAN, STD)
+
+
+def test_whole_images_are_torchvisions():
+    images, batch = make_batch()
+    views = bicubic_eval_view(batch, 28, 32)
+    for image, view in zip(images, views):
+        resized = tvf.resize(Image.fromarray(image), 32, InterpolationMode.BICUBIC)
+        torch.testing.assert_close(view, to_view(tvf.center_crop(resized, 28)), rtol=0, atol=1e-6)
+
+
+def test_crops_are_torchvisions():
+    images, batch = make_batch()
+    params = sample_params(make_policy("v1", crop_scale=(0.6, 1.0)), batch, 0, 0, 0)
+    views = bicubic_crop_view(batch, params, 24)
+    for i, image in enumerate(images):
+        box = [int(t[i]) for t in (params.top, params.left, params.crop_height, params.crop_width)]
+        view = tvf.resized_crop(Image.fromarray(image), *box, [24, 24], InterpolationMode.BICUBIC)
+        view = tvf.hflip(view) if params.flip[i] else view
+        torch.testing.assert_close(views[i], to_view(view), rtol=0, atol=1e-6)
+    assert isinstance(v2.RandomResizedCrop(24, scale=(0.6, 1)).scale, tuple)
+
+
+def options_of(*argv):
+    options = finish_options(transfer.make_transfer_parser().parse_args([str(word) for word in argv]))
+    transfer.check(options)
+    return options
+
+
+def session_of(*argv):
+    return Session(options_of(*argv), ALONE)
+
+
+def write_cifar(root, monkeypatch, n=6):
+    """CIFAR-10's own files, tiny, with their checksums."""
+    folder, random = root / "cifar-10-batches-py", np.random.default_rng(0)
+    folder.mkdir(parents=True)
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    def batch():
+        return {"data": random.integers(0, 256, (n, 3072), dtype=np.uint8), "labels": list(range(n))}
+
+    kind = transfer_data.tvd.CIFAR10
+    monkeypatch.setattr(kind, "train_list", [write("data_batch_1", batch())])
+    monkeypatch.setattr(kind, "test_list", [write("test_batch", batch())])
+    filename, checksum = write("batches.meta", {"label_names": list("abcdefghij")})
+    monkeypatch.setattr(kind, "meta", {"filename": filename, "key": "label_names", "md5": checksum})
+
+
+def test_torchvisions_cifar(tmp_path, monkeypatch):
+    write_cifar(tmp_path, monkeypatch)
+    train, test = transfer_data.open_transfer_data(session_of(tmp_path, "--dataset", "cifar10"))
+    assert train.class_names == list("abcdefghij") and (train.num_images, test.num_images) == (6, 6)
+    (batch,) = train.read(iter([torch.tensor([4, 1])]))
+    assert batch.label.tolist() == [4, 1] and batch.index.tolist() == [4, 1]
+    assert torch.equal(batch.image(1), torch.from_numpy(train.pixels[1]))
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="not complete, or damaged"):
+        transfer_data.open_transfer_data(session_of(tmp_path))
+
+
+def test_whole_caltech_is_split_by_the_seed(make_image_folder, tmp_path, monkeypatch):
+    root = tmp_path / "caltech101"
+    make_image_folder(root, {"101_ObjectCategories": 5}, classes=3)
+    (root / "101_ObjectCategories" / "class1").rename(root / "101_ObjectCategories" / "BACKGROUND_Google")
+    monkeypatch.setattr(transfer_data, "CALTECH_PER_CLASS", 3)
+    splits = [
+        transfer_data.open_transfer_data(session_of(tmp_path, "--dataset", "caltech101", "--seed", seed))
+        for seed in (0, 0, 1)
+    ]
+    for train, test in splits:
+        assert train.class_names == ["class0", "class2"] and (train.num_images, test.num_images) == (6, 4)
+        labels = [
+            torch.cat([b.label for b in s.read(iter([torch.arange(s.num_images)]))]).tolist() for s in (train, test)
+        ]
+        assert labels == [[0, 0, 0, 1, 1, 1], [0, 0, 1, 1]]
+        assert not set(train.chosen.tolist()) & set(test.chosen.tolist())
+    chosen = [train.chosen.tolist() for train, _ in splits]
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+class Backbone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, images):
+        return self.norm(images).mean((2, 3))
+
+
+def finetune(data, output, mode):
+    torch.manual_seed(0)
+    flags = ["--finetune", "--finetune-mode", mode, "--image-size", 16, "--epochs", 3, "--lr", 0.1, "-b", 8]
+    session = session_of(data, "--dataset", "caltech101", *flags)
+    session.options.arch = "tiny"
+    train, test = transfer_data.open_transfer_data(session)
+    model = Classifier(Backbone(), 3, 3, 0, unit_length=True)
+    view = transfer.bicubic_view(session)
+    protocol = Protocol(
+        transfer.bicubic_train_view(session, (0.2, 1.0)), view, transfer.LINE, 0.2, True, mode == "reference"
+    )
+    train_classifier(session, model, train, test, protocol, output)
+    return model.backbone.norm
+
+
+def test_finetuning_trains_the_backbone_in_train_mode(image_folder, tmp_path):
+    norm = finetune(image_folder, tmp_path / "a", "train")
+    assert norm.num_batches_tracked == 9 and not torch.equal(norm.weight, torch.ones(3))
+    assert finetune(image_folder, tmp_path / "b", "reference").num_batches_tracked == 3  # of the first epoch only
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def command(line):
+        try:
+            code = run_command(evaluations.main, line.split())
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return command
+
+
+def test_the_commands(run, image_folder, tmp_path):
+    flags = f"transfer {image_folder} --dataset cifar100 -a resnet18 --image-size 32 -b 16"
+    code, out, err = run(f"{flags} --epochs 1 --finetune --lr 0.1 --json a.json")
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert code == 0 and f" * Acc@1 {result['acc1']:.3f} Acc@5 100.000" in out.splitlines(), err
+    assert "fine-tuned" in result["protocol"] and (tmp_path / result["folder"] / "model_best.pth.tar").exists()
+    code, out, _ = run(f"{flags} --protocol cached --epochs 2 --json b.json")
+    assert code == 0 and json.loads((tmp_path / "b.json").read_text())["protocol"].startswith("cached")
+
+
+def test_bad_input_is_one_sentence(run, image_folder, tmp_path):
+    for words, sentence in [
+        (f"{tmp_path} --dataset cifar10", "nor torchvision's cifar-10-batches-py/"),
+        (f"{tmp_path} --dataset caltech101", "nor torchvision's caltech101/101_ObjectCategories/"),
+        (f"{image_folder} --finetune --protocol cached", "it has no --protocol cached"),
+    ]:
+        code, _, err = run(f"transfer {words}")
+        assert code == 1 and sentence in err and "Traceback" not in err, err
+    assert run(f"transfer {image_folder} --dataset mnist")[0] == 2
+
+
+# The command lines of both reference READMEs after the script's name, on small data.
+README_COMMANDS = [
+    "instdisc {views} -a resnet18 -b 8 -j 2 --pretrained {checkpoint} -s 3 --gpu 0 --topk 5 --mode d-sd",
+    "stats-dist {views} -a resnet18 -b 8 -j 2 --pretrained {checkpoint} -s 3 --gpu 0",
+    "knn {images} -a resnet18 -b 8 -k 3 -g 1 --pretrained {checkpoint} --rep-space shifted-norm",
+]
+TORCHRUN_COMMANDS = [  # these start torchrun
+    "linear -a resnet18 --lr 30.0 --batch-size 8 --pretrained {checkpoint} --multiprocessing-distributed "
+    "--world-size 1 --rank 0 --epochs 1 --image-size 32 {images}",
+    "transfer {images} -a resnet18 --lr 30 --batch-size 8 --pretrained {checkpoint} --dist-url tcp://localhost:10001 "
+    "--multiprocessing-distributed --world-size 1 --rank 0 --dataset cifar10 --epochs 1 --image-size 32",
+]
+
+
+@pytest.fixture
+def places(image_folder, tmp_path):
+    from fastssl.models.encoders import make_encoder
+
+    backbone = make_encoder("resnet18").backbone.state_dict()
+    state = {f"module.encoder_{e}.{k}": v for e in "qk" for k, v in backbone.items()}
+    state |= {"module.encoder_q.fc.weight": torch.zeros(128, 512), "module.encoder_q.fc.bias": torch.zeros(128)}
+    state |= {"module.encoder_k.fc.weight": torch.zeros(128, 512), "module.encoder_k.fc.bias": torch.zeros(128)}
+    state |= {"module.queue": torch.zeros(128, 16), "module.queue_ptr": torch.zeros(1, dtype=torch.int64)}
+    path = tmp_path / "checkpoint_0199.pth.tar"
+    torch.save({"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": {}}, path)
+    views = make_view_set(tmp_path / "views", classes=("n1", "n2"), per_class=3, side=32)
+    return {"images": image_folder, "views": views, "checkpoint": path}
+
+
+@pytest.mark.parametrize("line", README_COMMANDS)
+def test_reference_command_lines_run(run, places, line, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # --gpu sets it: put back afterwards
+    code, out, err = run(line.format(**places))
+    assert code == 0 and f"=> loaded pre-trained model '{places['checkpoint']}'" in out, err
+
+
+def test_reference_command_lines_that_start_processes(places, tmp_path):
+    name, *words = TORCHRUN_COMMANDS[0].format(**places).split()
+    done = subprocess.run(
+        [sys.executable, "-m", f"fastssl.eval.{name}", *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and "=> sanity check passed." in done.stdout, done.stderr
+    assert (tmp_path / "lincls/checkpoint_0199.pth.tar/b8_lr30_e60,80,1/model_best.pth.tar").exists()
+    name, *words = TORCHRUN_COMMANDS[1].format(**places).split()
+    command = launch_command(words, f"fastssl.eval.{name}")
+    assert command[1:4] == ["-m", "torch.distributed.run", "--nproc_per_node"]
+    options_of(*command[command.index(f"fastssl.eval.{name}") + 1 :])
