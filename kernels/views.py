@@ -1,4 +1,4 @@
-"""Both views of a batch in three launches: crop, jitter, finish (`views_crop.py`, `views_jitter.py`, `views_finish.py`).
+"""Both views of a batch in three launches: `views_crop.py`, `views_jitter.py`, `views_finish.py`.
 
 Between the launches a view is three planes of bytes, for every operation ends on whole numbers 0..255, as in the Pillow
 pipelines it reproduces. So the result has the bits of the PyTorch chain in `fastssl/augment/views.py`, and two reasons
@@ -20,6 +20,8 @@ from .views_finish import finish_tiles
 from .views_jitter import jitter_rows
 from .views_table import FLOAT_FIELDS, INT_FIELDS, NUM_TAPS
 
+OPTIONS = {"enable_fp_fusion": False}  # the few float64 steps of the weights then round as PyTorch's do
+
 
 class Launch(NamedTuple):
     """How the three kernels are cut."""
@@ -27,7 +29,7 @@ class Launch(NamedTuple):
     tile: int = 32  # side of a square of pixels, launches one and three
     row_pixels: int = 4096  # about so many pixels to a program of launch two, in whole rows
     block: int = 1024  # pixels it holds at a time
-    warps: tuple[int, int, int] = (4, 4, 4)
+    warps: tuple[int, int, int] = (8, 8, 4)
 
 
 # The interpreter runs programs one after the other: few and large ones suit it
@@ -66,7 +68,19 @@ def views_triton(
     batch, means, scales = num // 2, [255 * m for m in mean], [1 / (255 * s) for s in std]
     with _on_device_of(pixels):
         crop_tiles[(tiles, num)](
-            pixels, offset, width, ints, floats, planes, luma, taps, batch, size, BLOCK=cut.tile, num_warps=cut.warps[0]
+            pixels,
+            offset,
+            width,
+            ints,
+            floats,
+            planes,
+            luma,
+            taps,
+            batch,
+            size,
+            BLOCK=cut.tile,
+            num_warps=cut.warps[0],
+            **OPTIONS,
         )
         jitter_rows[(triton.cdiv(size, rows_per_program), num)](
             planes,
@@ -81,9 +95,21 @@ def views_triton(
             BLOCK=cut.block,
             BLOCK_TILES=triton.next_power_of_2(tiles),
             num_warps=cut.warps[1],
+            **OPTIONS,
         )
         finish_tiles[(tiles, num)](
-            planes, rows, taps, ints, floats, out, size, *means, *scales, BLOCK=cut.tile, num_warps=cut.warps[2]
+            planes,
+            rows,
+            taps,
+            ints,
+            floats,
+            out,
+            size,
+            *means,
+            *scales,
+            BLOCK=cut.tile,
+            num_warps=cut.warps[2],
+            **OPTIONS,
         )
     return out
 
