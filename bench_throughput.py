@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 
 STAGES = {  # stage -> the module whose main(argv) measures it
+    "augment": "fastssl.bench.augment",
     "loss": "fastssl.bench.loss",
 }
 

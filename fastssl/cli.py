@@ -12,6 +12,8 @@ from fastssl.command import USAGE, run_command
 COMMANDS = {
     "pretrain": ("fastssl.train", "pretrain an encoder on a folder of images"),
     "demo": ("fastssl.demo", "render images, pretrain and evaluate: the whole chain in minutes, no data needed"),
+    "check-augment": ("fastssl.check_augment", "our augmentation against Pillow and torchvision, in 1/255"),
+    "preview": ("fastssl.preview", "a picture of images beside their augmented views"),
     "doctor": ("fastssl.doctor", "what works on this machine, and the command that mends what does not"),
 }
 
