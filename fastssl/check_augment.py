@@ -1,6 +1,6 @@
 """`fastssl check-augment [DATA]`: our augmentation against Pillow and torchvision, and against its own policy.
 
-Without DATA on pictures rendered here, with it on photographs of that folder. The exit code says whether all bounds hold.
+Without DATA on pictures rendered here, with it on that folder's. The exit code says whether all bounds hold.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ def make_dali(batch: ImageBatch, policy: Policy, size: int) -> Function:
     from nvidia.dali import pipeline_def
 
     device = "gpu" if batch.pixels.is_cuda else "cpu"
-    images = [batch.image(i).contiguous() for i in range(batch.size)]
+    images = [batch.image(i) if device == "gpu" else batch.image(i).numpy() for i in range(batch.size)]
 
     def view(source):
         def between(strength: float):
