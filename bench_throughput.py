@@ -8,6 +8,7 @@ from importlib import import_module
 STAGES = {  # stage -> the module whose main(argv) measures it
     "convert": "fastssl.bench.convert",
     "loader": "fastssl.bench.loader",
+    "augment": "fastssl.bench.augment",
     "loss": "fastssl.bench.loss",
 }
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastssl.augment.policy import Policy, make_policy
+from fastssl.augment.fused import choose_augment_kernel
+from fastssl.augment.policy import CROP_PAIRS, Policy, make_policy, parse_settings
 from fastssl.config import Config
 from fastssl.distributed import Ranks
 from fastssl.loaders.make import Loader, make_loader
@@ -54,6 +55,7 @@ def open_policy(config: Config) -> Policy:
         crop_scale=a.crop_scale,
         hide_and_seek=a.hide_and_seek,
         hide_p=a.has_p,
+        **({"crop_iou": CROP_PAIRS[a.crop_pair], "crop_iou_p": a.crop_pair_p} | parse_settings(a.policy_set)),
     )
 
 
@@ -123,6 +125,7 @@ def describe(config: Config, plan: Plan, loader: Loader, trainee: Trainee, ranks
     temperature = config.loss.temperature if config.loss.contrast_weight else None
     queue = trainee.moco.queue
     kernel, why = choose_kernel(ranks.device, queue.dtype, config.model.dim, t.loss_kernel, temperature)
+    views, why_views = choose_augment_kernel(ranks.device, config.augment.augment_kernel)
     classes = f" of {len(loader.class_names)} classes" if loader.class_names else ""
     fp16 = choose_precision(t.precision, ranks.device) == "fp16"
     slow = fp16 and not supports_scaler_without_sync(trainee.optimizer)
@@ -132,5 +135,5 @@ def describe(config: Config, plan: Plan, loader: Loader, trainee: Trainee, ranks
         f"{config.model.arch}, {config.model.head} head, {millions:.1f} M weights, {t.batch_size} images a step, "
         f"{plan.steps_per_epoch} steps an epoch, {plan.stop} in all",
         f"{ranks.world_size} x {ranks.device.type}, {choose_precision(t.precision, ranks.device)}, "
-        f"losses by {kernel} ({why})",
+        f"losses by {kernel} ({why}), views by {views} ({why_views})",
     ]

@@ -18,6 +18,8 @@ COMMANDS = {
     "export": ("fastssl.export", "an encoder for torchvision, timm, safetensors or MoCo's scripts"),
     "eval": ("fastssl.eval.__main__", "evaluate an encoder: k-NN, linear, transfer, instance discrimination, ..."),
     "demo": ("fastssl.demo", "render images, pretrain and evaluate: the whole chain in minutes, no data needed"),
+    "check-augment": ("fastssl.check_augment", "our augmentation against Pillow and torchvision, in 1/255"),
+    "preview": ("fastssl.preview", "a picture of images beside their augmented views"),
     "doctor": ("fastssl.doctor", "what works on this machine, and the command that mends what does not"),
 }
 

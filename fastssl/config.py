@@ -66,6 +66,14 @@ class AugmentConfig:
     """Black out random cells of a random grid after normalisation."""
     has_p: float = 0.5
     """Probability that hide-and-seek blacks out a cell."""
+    crop_pair: Literal["free", "easy", "hard", "super-hard"] = "free"
+    """How much the two crops share: IoU above .25, above .05, below .05, neither inside the other; free: anything."""
+    crop_pair_p: float = 1.0
+    """Share of the images with such a pair; the others get two free crops."""
+    policy_set: tuple[str, ...] = ()
+    """Any setting of the policy by name, such as solarise_p=0.2 blur_sigma=0.1,1.5 (fastssl/augment/policy.py)."""
+    augment_kernel: Literal["auto", "triton", "reference"] = "auto"
+    """Implementation of the views; auto says what it chose and why."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 # Streams keep uses of one (seed, epoch, index) apart. Views are streams 0 and 1.
+STREAM_PAIR = 2  # crops drawn for both views together
 STREAM_ORDER = 16  # the order of an epoch
 STREAM_SHUFFLE = 17  # the key shuffle of a step
 STREAM_STEP = 18  # torch's own generators, reseeded every step (dropout)

@@ -50,6 +50,7 @@ def make_train_step(
     """
     moco, encoder_q, optimizer, scaler = trainee
     seed, accumulate = config.train.seed, config.optim.accumulate
+    size, views_by = config.augment.image_size, config.augment.augment_kernel
     dtype = DTYPES[choose_precision(config.train.precision, ranks.device)]
     parameters = [p for p in moco.encoder_q.parameters() if p.requires_grad]
     # a shuffle within one sub-batch changes nothing, nor does one under statistics over all ranks
@@ -75,7 +76,7 @@ def make_train_step(
         moco.update_key_encoder(plan.ema_momentum(step))
         keys, losses = [], []
         for micro, part in enumerate(split_batch(batch, accumulate)):
-            view_q, view_k = make_views(part, policy, config.augment.image_size, seed, plan.epoch(step), dtype)
+            view_q, view_k = make_views(part, policy, size, seed, plan.epoch(step), dtype, views_by)
             all_keys = encode_keys(view_k, step * accumulate + micro)
             if ranks.world_size > 1:
                 encoder_q.require_backward_grad_sync = micro + 1 == accumulate

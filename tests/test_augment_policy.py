@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from fastssl.augment.crops import exact_exp
 from fastssl.augment.jitter import jitter_order
-from fastssl.augment.params import NUM_DRAWS, ViewParams, exact_exp
-from fastssl.augment.policy import POLICIES, Policy, make_policy, sample_params
+from fastssl.augment.params import NUM_DRAWS, ViewParams, sample_both
+from fastssl.augment.policy import CROP_PAIRS, POLICIES, Policy, make_policy, parse_settings, sample_params
 from fastssl.batch import ImageBatch
 from fastssl.random_key import uniform
 
@@ -229,3 +230,75 @@ def test_parameters_have_the_same_bits_on_a_gpu(name: str) -> None:
         ViewParams._fields, sample_params(policy, batch, 1, 2, 0), sample_params(policy, batch.to("cuda"), 1, 2, 0)
     ):
         assert torch.equal(cpu, gpu.cpu()), field
+
+
+@pytest.mark.parametrize("name", ["easy", "hard", "super-hard"])
+@pytest.mark.parametrize("sides", [(375, 500), (40, 30)])
+def test_crop_pairs_overlap_within_bounds_and_are_not_nested(name: str, sides: tuple[int, int]) -> None:
+    low, high = CROP_PAIRS[name]
+    batch = batch_of(*sides, count=2000)
+    p = sample_both(make_policy("v2", crop_iou=(low, high)), batch, 0, 0)
+    iou, nested = overlap(*p)
+    fits = (iou >= low) & (iou <= high) & ~nested
+    assert fits.float().mean() > 0.99 and not nested.any()
+    assert (iou[~fits] < high).all()  # and never nearer than asked
+    for view in p:
+        assert (view.top >= 0).all() and (view.top + view.crop_height <= sides[0]).all()
+        assert (view.left >= 0).all() and (view.left + view.crop_width <= sides[1]).all()
+
+
+def overlap(q: ViewParams, k: ViewParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixel by pixel, for pictures of at most 500 pixels a side: IoU of the crops, and is one inside the other?"""
+    shared = torch.ones(len(q.top), dtype=torch.int64)
+    for start, length in (("top", "crop_height"), ("left", "crop_width")):
+        pixel = torch.arange(512)
+        inside = [
+            (getattr(p, start)[:, None] <= pixel) & (pixel < (getattr(p, start) + getattr(p, length))[:, None])
+            for p in (q, k)
+        ]
+        shared = shared * (inside[0] & inside[1]).sum(1)
+    areas = [p.crop_height.long() * p.crop_width for p in (q, k)]
+    return shared / (areas[0] + areas[1] - shared), (shared == areas[0]) | (shared == areas[1])
+
+
+def test_crop_pairs_mix_with_plain_crops() -> None:
+    batch = batch_of(200, 300)
+    plain = sample_both(make_policy("v2"), batch, 0, 0)
+    mixed = sample_both(make_policy("v2", crop_iou=(0.05, 0.25), crop_iou_p=0.5), batch, 0, 0)
+    same = [(a.crop_width == b.crop_width) & (a.left == b.left) & (a.top == b.top) for a, b in zip(plain, mixed)]
+    assert rate_is(same[0] & same[1], 0.5)
+    for field in set(ViewParams._fields) - {"top", "left", "crop_height", "crop_width"}:
+        assert all(torch.equal(getattr(a, field), getattr(b, field)) for a, b in zip(plain, mixed))
+
+
+def test_both_views_together_are_the_views_one_by_one() -> None:
+    batch = batch_of(60, 80, count=50)
+    for policy in (make_policy("small", hide_and_seek=True), make_policy("v1", crop_iou=(0.05, 0.25))):
+        for view, together in enumerate(sample_both(policy, batch, 3, 4)):
+            alone = sample_params(policy, batch, 3, 4, view)
+            assert all(torch.equal(a, b) for a, b in zip(alone, together))
+    part = batch.select(torch.tensor([7, 3]))
+    assert torch.equal(sample_both(policy, part, 3, 4)[1].left, together.left[[7, 3]])
+
+
+def test_settings_in_words() -> None:
+    words = ("solarise_p=0.2", "blur_sigma=0.5,1.5", "grey_first=true", "crop_iou=0.1,0.3")
+    expected = {"solarise_p": 0.2, "blur_sigma": (0.5, 1.5), "grey_first": True, "crop_iou": (0.1, 0.3)}
+    assert parse_settings(words) == expected
+    assert make_policy("v2", **parse_settings(words)).crop_iou == (0.1, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("solarize_p=0.2", "there is no 'solarize_p'; did you mean 'solarise_p'"),
+        ("hue", "hue takes a number, such as 0.2"),
+        ("hue=0.1,0.2", "hue takes a number"),
+        ("blur_sigma=1", "blur_sigma takes two numbers with a comma between them"),
+        ("grey_first=1", "grey_first takes true or false"),
+        ("name=v3", "there is no 'name'"),
+    ],
+)
+def test_bad_settings_in_words(word: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_settings([word])

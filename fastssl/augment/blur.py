@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastssl.augment.params import MAX_BLUR_SIGMA, exact_exp
+from fastssl.augment.crops import exact_exp
+from fastssl.augment.params import MAX_BLUR_SIGMA
 
 BLUR_RADIUS = int(4 * MAX_BLUR_SIGMA)
 

@@ -6,12 +6,12 @@ square roots of exact 24-bit uniforms, which IEEE rounds alike on every device; 
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastssl.augment.crops import central_square, pair_crops, random_crop
 from fastssl.batch import ImageBatch
 from fastssl.random_key import uniform
 
@@ -21,11 +21,8 @@ if TYPE_CHECKING:
 MAX_BLUR_SIGMA = 2.0  # pixels; the blur's taps are laid out for it
 
 # The number of each draw: word `draw` of the Philox stream `view` of (seed, epoch, index). A kernel repeats these.
-CROP_TRIES = 10
-DRAW_CROP_AREA = 0  # and the nine after it, one for each try
-DRAW_CROP_RATIO = 10  # and the nine after it
-DRAW_TOP, DRAW_LEFT, DRAW_FLIP = 20, 21, 22
-DRAW_JITTER, DRAW_ORDER = 23, 24
+# 0 to 21 are the crop's (crops.py)
+DRAW_FLIP, DRAW_JITTER, DRAW_ORDER = 22, 23, 24
 DRAW_BRIGHTNESS, DRAW_CONTRAST, DRAW_SATURATION, DRAW_HUE = 25, 26, 27, 28
 DRAW_GREY, DRAW_BLUR, DRAW_SIGMA, DRAW_SOLARISE = 29, 30, 31, 32
 DRAW_HIDE_CELLS, DRAW_HIDE_KEY = 33, 34
@@ -67,6 +64,35 @@ class ViewParams(NamedTuple):
 def sample_params(policy: Policy, batch: ImageBatch, seed: int, epoch: int, view: int) -> ViewParams:
     """Draws the parameters of view `view` (0 = q, 1 = k) of every image; a pure function, see the top of the file."""
     u = uniform(seed, epoch, batch.index, view, NUM_DRAWS).double()  # (B, NUM_DRAWS)
+    params = _params_of(policy, u, batch.height, batch.width)
+    return _pair_up(policy, batch, seed, epoch, [(view, params)])[0]
+
+
+def sample_both(policy: Policy, batch: ImageBatch, seed: int, epoch: int) -> tuple[ViewParams, ViewParams]:
+    """`sample_params` of both views, computed together: on a GPU half the launches."""
+    u = torch.cat([uniform(seed, epoch, batch.index, view, NUM_DRAWS) for view in (0, 1)]).double()
+    both = _params_of(policy, u, batch.height.repeat(2), batch.width.repeat(2))
+    views = both.split(batch.size) if batch.size else [both, both]
+    view_q, view_k = _pair_up(policy, batch, seed, epoch, list(enumerate(views)))
+    return view_q, view_k
+
+
+def _pair_up(
+    policy: Policy, batch: ImageBatch, seed: int, epoch: int, views: list[tuple[int, ViewParams]]
+) -> list[ViewParams]:
+    """The views, with the crops of those images whose two crops the policy draws together."""
+    if policy.crop_iou is None:
+        return [params for _, params in views]
+    paired, boxes = pair_crops(policy, batch, seed, epoch)
+    names = ("top", "left", "crop_height", "crop_width")
+    return [
+        params._replace(**{n: torch.where(paired, new.int(), getattr(params, n)) for n, new in zip(names, boxes[view])})
+        for view, params in views
+    ]
+
+
+def _params_of(policy: Policy, u: Tensor, height: Tensor, width: Tensor) -> ViewParams:
+    """The parameters that the draws u (N, NUM_DRAWS) float64 mean for images of these sizes (N,)."""
 
     def between(draw: int, low: float, high: float) -> Tensor:
         return u[:, draw] * (high - low) + low
@@ -75,7 +101,7 @@ def sample_params(policy: Policy, batch: ImageBatch, seed: int, epoch: int, view
         value = between(draw, max(0.0, 1.0 - strength), 1.0 + strength)
         return (torch.round(value * FACTOR_STEPS) * (1 / FACTOR_STEPS)).float()
 
-    height, width = batch.height.double(), batch.width.double()
+    height, width = height.double(), width.double()
     box = central_square(height, width) if policy.crop_scale is None else random_crop(policy, u, height, width)
     top, left, crop_height, crop_width = (t.int() for t in box)
     jitter, grey = u[:, DRAW_JITTER] < policy.jitter_p, u[:, DRAW_GREY] < policy.grey_p
@@ -102,44 +128,3 @@ def sample_params(policy: Policy, batch: ImageBatch, seed: int, epoch: int, view
         hide_p=torch.full_like(u[:, 0], policy.hide_p, dtype=torch.float32),
         hide_key=(u[:, DRAW_HIDE_KEY] * 2**24).long(),
     )
-
-
-def exact_exp(x: Tensor) -> Tensor:
-    """e^x of float64 |x| <= 16 to 1e-13: Taylor series and squarings, so the same bits in any batch and on any device.
-
-    torch.exp rounds differently in the vector and in the scalar part of one and the same tensor.
-    """
-    x = x * 2.0**-6
-    power = torch.ones_like(x)
-    for n in range(12, 0, -1):
-        power = power * x * (1 / n) + 1
-    for _ in range(6):
-        power = power * power
-    return power
-
-
-def random_crop(policy: Policy, u: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """torchvision's RandomResizedCrop box (top, left, height, width), float64 integers: the first of ten tries that
-    fits, else the largest central crop within the range of ratios."""
-    (scale_low, scale_high), (low, high) = policy.crop_scale, policy.crop_ratio
-    crop_width = torch.where(width > height * high, torch.round(height * high), width).clamp(min=1)
-    crop_height = torch.where(width < height * low, torch.round(width * (1 / low)), height).clamp(min=1)
-    area = u[:, DRAW_CROP_AREA : DRAW_CROP_AREA + CROP_TRIES] * (scale_high - scale_low) + scale_low
-    log_ratio = u[:, DRAW_CROP_RATIO : DRAW_CROP_RATIO + CROP_TRIES] * (math.log(high) - math.log(low)) + math.log(low)
-    side, root_ratio = ((height * width)[:, None] * area).sqrt(), exact_exp(log_ratio * 0.5)
-    w, h = torch.round(side * root_ratio), torch.round(side / root_ratio)  # (B, CROP_TRIES)
-    fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
-    for t in reversed(range(CROP_TRIES)):
-        crop_width = torch.where(fits[:, t], w[:, t], crop_width)
-        crop_height = torch.where(fits[:, t], h[:, t], crop_height)
-    central = ~fits.any(dim=1)
-    rows, columns = height - crop_height, width - crop_width
-    top = torch.where(central, rows * 0.5, u[:, DRAW_TOP] * (rows + 1)).floor()
-    left = torch.where(central, columns * 0.5, u[:, DRAW_LEFT] * (columns + 1)).floor()
-    return top, left, crop_height, crop_width
-
-
-def central_square(height: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The largest central square as (top, left, height, width), float64 integers."""
-    side = torch.minimum(height, width)
-    return ((height - side) * 0.5).floor(), ((width - side) * 0.5).floor(), side, side

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from fastssl.augment.params import MAX_BLUR_SIGMA, ViewParams, sample_params
 
@@ -18,6 +18,8 @@ class Policy:
     name: str
     crop_scale: tuple[float, float] | None = (0.2, 1.0)  # area of the crop / area of the image; None: central square
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, log-uniform
+    crop_iou: tuple[float, float] | None = None  # bounds on the two crops' IoU, neither inside the other; None: free
+    crop_iou_p: float = 1.0  # of such a pair; other images get two free crops
     flip_p: float = 0.5
     jitter_p: float = 0.0
     brightness: float = 0.0  # factor from U(max(0, 1 - b), 1 + b); contrast and saturation alike
@@ -48,6 +50,9 @@ POLICIES = {
     # the centre of the image, untouched
     "none": Policy("none", crop_scale=None, flip_p=0.0),
 }
+
+# Pairs of crops by how much they share, as the small-model reference calls them: bounds on the IoU
+CROP_PAIRS = {"free": None, "easy": (0.25, 1.0), "hard": (0.05, 0.25), "super-hard": (1e-4, 0.05)}
 
 
 def make_policy(
@@ -85,6 +90,41 @@ def make_policy(
     return policy
 
 
+def parse_settings(settings: Sequence[str]) -> dict[str, object]:
+    """Fields of `Policy` from words like "solarise_p=0.2", "blur_sigma=0.1,1.5" or "grey_first=true".
+
+    Raises ValueError that names the word and the nearest field or the kind of value it takes.
+    """
+    defaults = {f.name: f.default for f in dataclasses.fields(Policy) if f.name != "name"}
+    values: dict[str, object] = {}
+    for setting in settings:
+        key, _, text = setting.partition("=")
+        if key not in defaults:
+            raise ValueError(f"policy setting {setting!r}: there is no {key!r}{_nearest(key, defaults)}")
+        if isinstance(defaults[key], bool):
+            kind, value = "true or false", {"true": True, "false": False}.get(text)
+        else:
+            numbers = _numbers(text)
+            single = isinstance(defaults[key], float)
+            kind = "a number" if single else "two numbers with a comma between them"
+            value = numbers[0] if single and len(numbers) == 1 else None if len(numbers) != 2 - single else numbers
+        if value is None:
+            raise ValueError(f"policy setting {setting!r}: {key} takes {kind}, such as {_example(defaults[key])}")
+        values[key] = value
+    return values
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError:
+        return ()
+
+
+def _example(default: object) -> str:
+    return "true" if isinstance(default, bool) else "0.2" if isinstance(default, float) else "0.1,1.0"
+
+
 def _nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; choose from {', '.join(sorted(known))}"
@@ -99,7 +139,11 @@ def _check(policy: Policy) -> None:
             raise ValueError(f"augmentation setting {f.name} must lie in [0, 3], got {value}")
     if not 0 <= policy.hue <= 0.5:
         raise ValueError(f"augmentation setting hue must lie in [0, 0.5] turns, got {policy.hue}")
-    scale, ratio, sigma = policy.crop_scale, policy.crop_ratio, policy.blur_sigma
+    scale, ratio, sigma, iou = policy.crop_scale, policy.crop_ratio, policy.blur_sigma, policy.crop_iou
+    if iou is not None and scale is None:
+        raise ValueError("crop_iou has no meaning for the policy 'none', which keeps the centre of every image")
+    if iou is not None and not (len(iou) == 2 and 0 <= iou[0] < iou[1] <= 1):
+        raise ValueError(f"crop_iou must be two numbers with 0 <= low < high <= 1, got {iou}")
     if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
         raise ValueError(f"crop_scale must be two numbers with 0 < low <= high <= 1, got {scale}")
     if not (len(ratio) == 2 and 0.01 <= ratio[0] <= ratio[1] <= 100):

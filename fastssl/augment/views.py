@@ -1,9 +1,9 @@
 """ImageBatch -> views: crop and resize, flip, colour jitter, greyscale, blur, normalise; all parameters per image.
 
-This is the plain PyTorch chain: the path of the CPU, and the truth any faster kernel is held to. Between operations
-pixels are whole numbers 0..255, as in the Pillow pipelines it reproduces. The result for an image has the same bits
-in whatever batch it sits, for any number of threads: all sums over pixels or taps are exact (see color.py, blur.py).
-On a GPU nothing waits for the device.
+This is the plain PyTorch chain: the path of the CPU, and the truth the Triton kernels are held to (fused.py). Between
+operations pixels are whole numbers 0..255, as in the Pillow pipelines it reproduces. The result for an image has the
+same bits in whatever batch it sits, for any number of threads: all sums over pixels or taps are exact (color.py,
+blur.py). On a GPU nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fastssl.augment.blur import gaussian_taps, update_blur
 from fastssl.augment.color import update_greyscale, update_solarise
+from fastssl.augment.fused import choose_augment_kernel, make_views_fused
 from fastssl.augment.hide import update_hide
 from fastssl.augment.jitter import apply_jitter, apply_where, jitter_plan
-from fastssl.augment.params import ViewParams, sample_params
+from fastssl.augment.params import ViewParams, sample_both
 from fastssl.augment.policy import Policy
 from fastssl.augment.resample import crop_resize, eval_resize
 from fastssl.batch import ImageBatch
@@ -37,9 +38,18 @@ def make_views(
     seed: int,
     epoch: int,
     dtype: torch.dtype = torch.float32,
+    kernel: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(view_q, view_k) of `batch` under `policy`: two independent draws of parameters, then `make_view`."""
-    view_q, view_k = (make_view(batch, sample_params(policy, batch, seed, epoch, view), size, dtype) for view in (0, 1))
+    """(view_q, view_k) of `batch` under `policy`: each (B, 3, size, size), channels_last, normalised.
+
+    kernel: auto, triton or reference (`make_view` of each), see `choose_augment_kernel`; both give the same bits on a
+    GPU. Raises ValueError for size < 1 and for a kernel that cannot run.
+    """
+    _check_size(size)
+    params = sample_both(policy, batch, seed, epoch)
+    if choose_augment_kernel(batch.pixels.device, kernel)[0] == "triton":
+        return make_views_fused(batch, params, size, MEAN, STD, dtype)
+    view_q, view_k = (make_view(batch, p, size, dtype) for p in params)
     return view_q, view_k
 
 

@@ -35,6 +35,20 @@ def time_in_turn(functions: dict[str, Function], device: torch.device, rounds: i
     return {name: summarise(measured) for name, measured in seconds.items()}
 
 
+def time_calls(functions: dict[str, Function], device: torch.device, rounds: int) -> dict[str, Timing]:
+    """`time_in_turn` for what cannot be captured in a graph: the wall clock of each call until the device is done."""
+
+    def finished(function: Function) -> Function:
+        def call() -> None:
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        return call
+
+    return time_in_turn({name: finished(f) for name, f in functions.items()}, torch.device("cpu"), rounds)
+
+
 def peak_extra_bytes(function: Function, device: torch.device) -> int:
     """The most memory held by tensors during one call, beyond what was held before it."""
     function()

@@ -1,0 +1,118 @@
+"""Crop boxes: torchvision's random-resized crop, and pairs of crops that overlap as much as asked, no more, no less.
+
+A box is (top, left, height, width): four float64 tensors of whole numbers, in pixels of the image.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastssl.batch import ImageBatch
+from fastssl.random_key import STREAM_PAIR, uniform
+
+if TYPE_CHECKING:
+    from fastssl.augment.policy import Policy
+
+Box = tuple[Tensor, Tensor, Tensor, Tensor]
+
+CROP_TRIES = 10
+DRAW_CROP_AREA = 0  # and the nine after it, one for each try
+DRAW_CROP_RATIO = 10  # and the nine after it
+DRAW_TOP, DRAW_LEFT = 20, 21
+# Pairs have a stream of their own: its first draw decides, then come four for each try of sizes and of places.
+PAIR_TRIES = 64
+
+
+def exact_exp(x: Tensor) -> Tensor:
+    """e^x of float64 |x| <= 16 to 1e-13: Taylor series and squarings, so the same bits in any batch and on any device.
+
+    torch.exp rounds differently in the vector and in the scalar part of one and the same tensor.
+    """
+    x = x * 2.0**-6
+    power = torch.ones_like(x)
+    for n in range(12, 0, -1):
+        power = power * x * (1 / n) + 1
+    for _ in range(6):
+        power = power * power
+    return power
+
+
+def random_crop(policy: Policy, u: Tensor, height: Tensor, width: Tensor) -> Box:
+    """torchvision's RandomResizedCrop box (top, left, height, width), float64 integers: the first of ten tries that
+    fits, else the largest central crop within the range of ratios."""
+    (scale_low, scale_high), (low, high) = policy.crop_scale, policy.crop_ratio
+    crop_width = torch.where(width > height * high, torch.round(height * high), width).clamp(min=1)
+    crop_height = torch.where(width < height * low, torch.round(width * (1 / low)), height).clamp(min=1)
+    area = u[:, DRAW_CROP_AREA : DRAW_CROP_AREA + CROP_TRIES] * (scale_high - scale_low) + scale_low
+    log_ratio = u[:, DRAW_CROP_RATIO : DRAW_CROP_RATIO + CROP_TRIES] * (math.log(high) - math.log(low)) + math.log(low)
+    side, root_ratio = ((height * width)[:, None] * area).sqrt(), exact_exp(log_ratio * 0.5)
+    w, h = torch.round(side * root_ratio), torch.round(side / root_ratio)  # (B, CROP_TRIES)
+    fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
+    for t in reversed(range(CROP_TRIES)):
+        crop_width = torch.where(fits[:, t], w[:, t], crop_width)
+        crop_height = torch.where(fits[:, t], h[:, t], crop_height)
+    central = ~fits.any(dim=1)
+    rows, columns = height - crop_height, width - crop_width
+    top = torch.where(central, rows * 0.5, u[:, DRAW_TOP] * (rows + 1)).floor()
+    left = torch.where(central, columns * 0.5, u[:, DRAW_LEFT] * (columns + 1)).floor()
+    return top, left, crop_height, crop_width
+
+
+def central_square(height: Tensor, width: Tensor) -> Box:
+    """The largest central square as (top, left, height, width), float64 integers."""
+    side = torch.minimum(height, width)
+    return ((height - side) * 0.5).floor(), ((width - side) * 0.5).floor(), side, side
+
+
+def pair_crops(policy: Policy, batch: ImageBatch, seed: int, epoch: int) -> tuple[Tensor, tuple[Box, Box]]:
+    """Two crops of each image whose IoU lies within `policy.crop_iou`, neither inside the other; and who gets them.
+
+    The first of PAIR_TRIES independent pairs of sizes that can lie so, in the first of PAIR_TRIES pairs of places where
+    they do: places are uniform at first, and each try moves them further apart, the last one to opposite corners.
+    Where none fits, the one whose IoU is nearest. Returns ((B,) bool, (box of q, box of k)).
+    """
+    u = uniform(seed, epoch, batch.index, STREAM_PAIR, 1 + 8 * PAIR_TRIES).double()
+    sizes, places = u[:, 1:].unflatten(1, (2, PAIR_TRIES, 2, 2)).unbind(1)  # (B, tries, view, draw)
+    height, width = (side.double()[:, None, None] for side in (batch.height, batch.width))
+    (scale_low, scale_high), (low, high) = policy.crop_scale, policy.crop_ratio
+    area = sizes[..., 0] * (scale_high - scale_low) + scale_low
+    log_ratio = sizes[..., 1] * (math.log(high) - math.log(low)) + math.log(low)
+    side, root_ratio = (height * width * area).sqrt(), exact_exp(log_ratio * 0.5)
+    w, h = torch.round(side * root_ratio).clamp(min=1), torch.round(side / root_ratio).clamp(min=1)
+    outside = ((w > width) | (h > height)).any(dim=2)
+    w, h = torch.minimum(w, width), torch.minimum(h, height)
+    far = torch.arange(2, device=u.device)  # opposite corners: as little in common as there can be
+    least, nested = _overlap((far * (height - h), far * (width - w), h, w))
+    most, _ = _overlap((h * 0, h * 0, h, w))
+    bounds = policy.crop_iou
+    miss = torch.maximum(least - bounds[1], bounds[0] - most).clamp(min=0) + 2 * nested + 2 * outside
+    best = _first_smallest(miss)[:, None, None].expand(-1, 1, 2)
+    w, h = w.gather(1, best), h.gather(1, best)  # (B, 1, view)
+    apart = (places > places.flip(2)).double()  # each away from the other, in the direction it already lies
+    places = places + (apart - places) * (torch.arange(PAIR_TRIES, device=u.device) / (PAIR_TRIES - 1)).view(-1, 1, 1)
+    top, left = ((places[..., i] * (room + 1)).floor() for i, room in enumerate((height - h, width - w)))
+    top, left = torch.minimum(top, height - h), torch.minimum(left, width - w)  # the last try lies at 1 itself
+    iou, nested = _overlap((top, left, h, w))
+    best = _first_smallest(torch.maximum(bounds[0] - iou, iou - bounds[1]).clamp(min=0) + 2 * nested)
+    row = torch.arange(batch.size, device=u.device)
+    boxes = [(top[row, best, view], left[row, best, view], h[:, 0, view], w[:, 0, view]) for view in (0, 1)]
+    return u[:, 0] < policy.crop_iou_p, (boxes[0], boxes[1])
+
+
+def _first_smallest(x: Tensor) -> Tensor:
+    """The first place of the smallest value in each row of (B, n), on every device."""
+    place = torch.arange(x.shape[1], device=x.device)
+    return torch.where(x == x.amin(dim=1, keepdim=True), place, x.shape[1]).amin(dim=1)
+
+
+def _overlap(boxes: Box) -> tuple[Tensor, Tensor]:
+    """Boxes (..., 2): their IoU (...) and whether one lies inside the other."""
+    top, left, height, width = boxes
+    shared_height = ((top + height).amin(dim=-1) - top.amax(dim=-1)).clamp(min=0)
+    shared_width = ((left + width).amin(dim=-1) - left.amax(dim=-1)).clamp(min=0)
+    shared, area = shared_height * shared_width, height * width
+    return shared / (area.sum(dim=-1) - shared), shared == area.amin(dim=-1)

@@ -1,0 +1,167 @@
+"""`bench_throughput.py augment`: two views of a batch, ours beside torchvision per image, kornia and DALI.
+
+Images wait decoded where the contestant wants them (ours: bytes on the device); what is timed ends with two
+normalised batches on the device. The floor is what the crops' bytes and the views' take at the speed of a copy
+measured in the same run. Neither kornia nor DALI makes the same views (DALI's hue is linear, its order of operations
+is fixed), but the same list of operations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torchvision.transforms.v2 as T
+from PIL import Image, ImageFilter
+from torch import Tensor
+
+from fastssl.augment.fused import choose_augment_kernel
+from fastssl.augment.params import sample_both
+from fastssl.augment.policy import Policy, make_policy
+from fastssl.augment.views import MEAN, STD, make_views
+from fastssl.batch import ImageBatch
+from fastssl.bench.timing import Function, time_calls
+from fastssl.environment import environment
+from fastssl.loaders.synthetic_loader import SyntheticLoader
+
+PEERS = ("kornia", "nvidia.dali", "triton_augment")
+
+
+def torchvision_chain(policy: Policy, size: int, on_pil: bool) -> T.Compose:
+    """The policy as a torchvision user writes it, for one image at a time."""
+    jitter = T.ColorJitter(policy.brightness, policy.contrast, policy.saturation, policy.hue)
+    blur = T.Lambda(pillow_blur) if on_pil else T.GaussianBlur(17, policy.blur_sigma)
+    grey = T.RandomGrayscale(policy.grey_p)
+    chain = [T.RandomResizedCrop(size, policy.crop_scale, antialias=True)]
+    chain += [grey] * policy.grey_first + [T.RandomApply([jitter], policy.jitter_p)] + [grey] * (not policy.grey_first)
+    chain += [T.RandomApply([blur], policy.blur_p)] * (policy.blur_p > 0) + [T.RandomHorizontalFlip(policy.flip_p)]
+    return T.Compose([*chain, T.ToImage(), T.ToDtype(torch.float32, scale=True), T.Normalize(MEAN, STD)])
+
+
+def pillow_blur(image: Image.Image) -> Image.Image:
+    """MoCo's blur."""
+    return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+
+
+def per_image(images: list, chain: Callable, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both views of every image, one by one, stacked to batches as a DataLoader does."""
+    view_q, view_k = zip(*[(chain(image), chain(image)) for image in images])
+    return torch.stack(view_q).to(dtype), torch.stack(view_k).to(dtype)
+
+
+def make_kornia(batch: ImageBatch, policy: Policy, size: int, dtype: torch.dtype) -> Function:
+    """kornia's modules, compiled, on a batch of equal images."""
+    import kornia.augmentation as K
+
+    jitter = (policy.brightness, policy.contrast, policy.saturation, policy.hue)
+    chain = torch.nn.Sequential(
+        K.RandomResizedCrop((size, size), scale=policy.crop_scale),
+        K.ColorJitter(*jitter, p=policy.jitter_p),
+        K.RandomGrayscale(p=policy.grey_p),
+        K.RandomGaussianBlur((17, 17), policy.blur_sigma, p=policy.blur_p),
+        K.RandomHorizontalFlip(p=policy.flip_p),
+        K.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
+    )
+    images = torch.stack([batch.image(i) for i in range(batch.size)]).permute(0, 3, 1, 2).to(dtype) / 255
+    compiled = torch.compile(chain)
+    return lambda: (compiled(images), compiled(images))
+
+
+def make_contestants(
+    batch: ImageBatch, policy: Policy, size: int, dtype: torch.dtype
+) -> tuple[dict[str, Function], dict[str, str]]:
+    """Name -> a call that makes both views; and name -> why it is not measured."""
+    device = batch.pixels.device
+    tensors = [batch.image(i).permute(2, 0, 1) for i in range(batch.size)]
+    pictures = [Image.fromarray(t.permute(1, 2, 0).cpu().numpy()) for t in tensors]
+    on_pil, on_tensors = (torchvision_chain(policy, size, on_pil) for on_pil in (True, False))
+    reference = partial(make_views, batch, policy, size, 0, 0, dtype, "reference")
+    contestants: dict[str, Function] = {"ours, reference": reference}
+    missing = {}
+    if choose_augment_kernel(device)[0] == "triton":
+        contestants["ours, triton"] = partial(make_views, batch, policy, size, 0, 0, dtype, "triton")
+    else:
+        missing["ours, triton"] = choose_augment_kernel(device)[1]
+    contestants["torchvision, PIL images"] = partial(per_image, pictures, on_pil, torch.float32)
+    contestants[f"torchvision, {device.type} tensors"] = partial(per_image, tensors, on_tensors, dtype)
+    found = {name: find_spec(name.split(".")[0]) is not None and find_spec(name) is not None for name in PEERS}
+    if found["kornia"]:
+        contestants["kornia, compiled"] = make_kornia(batch, policy, size, dtype)
+    else:
+        missing["kornia, compiled"] = "not installed"
+    if not found["nvidia.dali"]:
+        missing["DALI"] = "not installed"
+    elif device.type != "cuda":
+        missing["DALI"] = "no CUDA device"
+    else:
+        from fastssl.bench.augment_dali import make_dali
+
+        contestants["DALI"] = make_dali(batch, policy, size)
+    reason = "has no resized crop, blur or hue: not the same work" if found["triton_augment"] else "not installed"
+    return contestants, missing | {"triton-augment": reason}
+
+
+def moved_bytes(batch: ImageBatch, policy: Policy, size: int, dtype: torch.dtype) -> int:
+    """What no implementation can avoid: the crops read once each, the views written once."""
+    crops = sum(int((p.crop_height.long() * p.crop_width).sum()) for p in sample_both(policy, batch, 0, 0))
+    return 3 * crops + 2 * batch.size * 3 * size**2 * dtype.itemsize
+
+
+def copy_speed(device: torch.device, rounds: int) -> float:
+    """Bytes read and written per second by a large copy."""
+    source = torch.zeros(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    timing = time_calls({"copy": lambda: target.copy_(source)}, device, rounds)["copy"]
+    return 2 * source.numel() / timing.median
+
+
+def main(argv: list[str]) -> None:
+    """Measures, prints and writes JSON with device, versions and commit."""
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog="bench_throughput.py augment", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--policy", default="v2")
+    parser.add_argument("--batch-size", type=int, default=256 if cuda else 32)
+    parser.add_argument("--size", type=int, nargs="+", default=[224])
+    parser.add_argument("--source-size", type=int, default=256, help="height and width of the images, in pixels")
+    parser.add_argument("--rounds", type=int, default=30 if cuda else 7)
+    parser.add_argument("--output", type=Path, help="where to write the JSON")
+    args = parser.parse_args(argv)
+    device, dtype = torch.device(args.device), torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    policy, count = make_policy(args.policy), args.batch_size
+    loader = SyntheticLoader(num_images=count, size=args.source_size, batch_size=count, seed=0, device=device)
+    batch, lines = next(loader.batches()), []
+    speed = copy_speed(device, args.rounds)
+    for size in args.size:
+        contestants, missing = make_contestants(batch, policy, size, dtype)
+        timings = time_calls(contestants, device, args.rounds)
+        work = moved_bytes(batch, policy, size, dtype)
+        print(
+            f"policy {args.policy}, {count} images of {args.source_size} pixels, views of {size}, {work} bytes to move"
+        )
+        for name, timing in timings.items():
+            print_line(name, timing, count, work / speed)
+        for name, reason in missing.items():
+            print(f"  {name:28} {reason}")
+        seconds = {name: timing._asdict() for name, timing in timings.items()}
+        lines.append({"size": size, "seconds": seconds, "not_measured": missing, "bytes": work})
+    if args.output:
+        settings = {"policy": args.policy, "batch_size": count, "source_size": args.source_size}
+        result = {"environment": environment() | {"device": str(device)}, **settings, "copy": speed, "lines": lines}
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def print_line(name: str, timing, count: int, floor: float) -> None:
+    """One contestant: time of a pair and its spread, pairs a second, share of the floor."""
+    micro = [seconds / count * 1e6 for seconds in (timing.median, timing.low, timing.high)]
+    print(
+        f"  {name:28} {micro[0]:9.1f} us a pair ({micro[1]:.1f} to {micro[2]:.1f}), {1e6 / micro[0]:9.0f} pairs/s, "
+        f"{100 * floor / timing.median:5.1f} % of the floor",
+        flush=True,
+    )

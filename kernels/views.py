@@ -1,0 +1,119 @@
+"""Both views of a batch in three launches: `views_crop.py`, `views_jitter.py`, `views_finish.py`.
+
+Between the launches a view is three planes of bytes, for every operation ends on whole numbers 0..255, as in the Pillow
+pipelines it reproduces. So the result has the bits of the PyTorch chain in `fastssl/augment/views.py`, and two reasons
+alone cut the chain in three: contrast turns on a mean over the whole image, and a blur needs its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .views_crop import crop_tiles
+from .views_finish import finish_tiles
+from .views_jitter import jitter_rows
+from .views_table import FLOAT_FIELDS, INT_FIELDS, NUM_TAPS
+
+OPTIONS = {"enable_fp_fusion": False}  # the few float64 steps of the weights then round as PyTorch's do
+
+
+class Launch(NamedTuple):
+    """How the three kernels are cut."""
+
+    tile: int = 32  # side of a square of pixels, launches one and three
+    row_pixels: int = 4096  # about so many pixels to a program of launch two, in whole rows
+    block: int = 1024  # pixels it holds at a time
+    warps: tuple[int, int, int] = (8, 8, 4)
+
+
+# The interpreter runs programs one after the other: few and large ones suit it
+COMPILED, INTERPRETED = Launch(), Launch(tile=64, row_pixels=1 << 20, block=1 << 14)
+
+
+def views_triton(
+    pixels: Tensor,
+    offset: Tensor,
+    width: Tensor,
+    ints: Tensor,
+    floats: Tensor,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """N = 2 B views of B images in N x S x S x 3 order, in `dtype` (float32, float16, bfloat16): (N, S, S, 3).
+
+    pixels (P,) uint8, offset (B,) int64 and width (B,) int32 are the windows of an `ImageBatch`; ints (N, INTS) int32
+    and floats (N, FLOATS) float32 the parameters, see `views_table.py`; mean and std per channel in 0..1. Sigmas are
+    at most 2 pixels. Nothing waits for the device.
+    """
+    num = ints.shape[0]
+    assert ints.shape[1] == len(INT_FIELDS) and floats.shape == (num, len(FLOAT_FIELDS)) and num == 2 * len(offset)
+    assert ints.is_contiguous() and floats.is_contiguous() and pixels.is_contiguous()
+    out = pixels.new_empty(num, size, size, 3, dtype=dtype)
+    if num == 0:
+        return out
+    cut = COMPILED if pixels.is_cuda else INTERPRETED
+    tiles = triton.cdiv(size, cut.tile) ** 2
+    planes = pixels.new_empty(num, 3, size, size)
+    rows = pixels.new_empty(num, 3, size, size, dtype=torch.int16)
+    luma, taps = ints.new_empty(num, tiles), floats.new_empty(num, NUM_TAPS)
+    rows_per_program = max(1, cut.row_pixels // size)
+    batch, means, scales = num // 2, [255 * m for m in mean], [1 / (255 * s) for s in std]
+    with _on_device_of(pixels):
+        crop_tiles[(tiles, num)](
+            pixels,
+            offset,
+            width,
+            ints,
+            floats,
+            planes,
+            luma,
+            taps,
+            batch,
+            size,
+            BLOCK=cut.tile,
+            num_warps=cut.warps[0],
+            **OPTIONS,
+        )
+        jitter_rows[(triton.cdiv(size, rows_per_program), num)](
+            planes,
+            rows,
+            luma,
+            taps,
+            ints,
+            floats,
+            size,
+            tiles,
+            rows_per_program,
+            BLOCK=cut.block,
+            BLOCK_TILES=triton.next_power_of_2(tiles),
+            num_warps=cut.warps[1],
+            **OPTIONS,
+        )
+        finish_tiles[(tiles, num)](
+            planes,
+            rows,
+            taps,
+            ints,
+            floats,
+            out,
+            size,
+            *means,
+            *scales,
+            BLOCK=cut.tile,
+            num_warps=cut.warps[2],
+            **OPTIONS,
+        )
+    return out
+
+
+def _on_device_of(tensor: Tensor) -> AbstractContextManager:
+    """Launches go to the current GPU, so make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,0 +1,83 @@
+"""Launch three of the views: the blur along columns, solarise, normalise, hide-and-seek, and the encoder's format."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .views_color import round_even
+from .views_table import BLUR, FLOATS, HIDE_CELLS, HIDE_KEY, HIDE_P, INTS, NUM_TAPS, SIGMA, SOLARISE
+
+_NUM_TAPS = tl.constexpr(NUM_TAPS)
+
+
+@triton.jit
+def _blur_columns(rows_ptr, taps_ptr, radius, y, x, valid, S):
+    """Rows blurred in quarters -> bytes blurred both ways; edges are repeated."""
+    total = tl.load(rows_ptr + y * S + x, mask=valid, other=0).to(tl.float32) * tl.load(taps_ptr)
+    for k in range(1, radius + 1):
+        above = tl.load(rows_ptr + tl.maximum(y - k, 0) * S + x, mask=valid, other=0).to(tl.float32)
+        below = tl.load(rows_ptr + tl.minimum(y + k, S - 1) * S + x, mask=valid, other=0).to(tl.float32)
+        total += (above + below) * tl.load(taps_ptr + k)
+    return round_even(total * 0.25)
+
+
+@triton.jit
+def _shown(y, x, S, cells, key, probability):
+    """Whether hide-and-seek shows pixel (y, x); see `update_hide` in fastssl/augment/hide.py."""
+    row, column = y * cells // S + x * 0, x * cells // S + y * 0
+    zero = row * 0
+    word, _, _, _ = tl.philox(zero.to(tl.int64) * 0, row, column, zero + key, zero)
+    return (word >> 8).to(tl.float32) * (1.0 / 16777216) >= probability
+
+
+@triton.jit
+def finish_tiles(
+    planes_ptr,  # (N, 3, S, S) uint8
+    rows_ptr,  # (N, 3, S, S) int16, read where a view is blurred
+    taps_ptr,  # (N, NUM_TAPS) float32
+    ints_ptr,  # (N, INTS) int32
+    floats_ptr,  # (N, FLOATS) float32
+    out_ptr,  # (N, S, S, 3) float32, float16 or bfloat16, result
+    S,
+    # normalised = (byte - mean) * scale, channel by channel
+    mean0,
+    mean1,
+    mean2,
+    scale0,
+    scale1,
+    scale2,
+    BLOCK: tl.constexpr,
+):
+    """One program: BLOCK x BLOCK pixels of one view."""
+    n = tl.program_id(1).to(tl.int64)
+    plane = S * S
+    across = tl.cdiv(S, BLOCK)
+    y = ((tl.program_id(0) // across) * BLOCK + tl.arange(0, BLOCK))[:, None]
+    x = ((tl.program_id(0) % across) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    valid = (y < S) & (x < S)
+    planes_ptr += n * (3 * plane)
+    rows_ptr += n * (3 * plane)
+    out_ptr += n * (3 * plane)
+    taps_ptr += n * _NUM_TAPS
+    ints_ptr += n * INTS
+    floats_ptr += n * FLOATS
+    blur, solarise, cells = tl.load(ints_ptr + BLUR), tl.load(ints_ptr + SOLARISE), tl.load(ints_ptr + HIDE_CELLS)
+    radius = (4.0 * tl.load(floats_ptr + SIGMA)).to(tl.int32)
+    factor = tl.full([BLOCK, BLOCK], 1.0, tl.float32)
+    if cells != 0:
+        factor = _shown(y, x, S, cells, tl.load(ints_ptr + HIDE_KEY), tl.load(floats_ptr + HIDE_P)).to(tl.float32)
+    for channel in tl.static_range(3):
+        if blur != 0:
+            value = _blur_columns(rows_ptr + channel * plane, taps_ptr, radius, y, x, valid, S)
+        else:
+            value = tl.load(planes_ptr + channel * plane + y * S + x, mask=valid, other=0).to(tl.float32)
+        if solarise != 0:
+            value = tl.where(value < 128.0, value, 255.0 - value)
+        if channel == 0:
+            value = (value - mean0) * scale0
+        elif channel == 1:
+            value = (value - mean1) * scale1
+        else:
+            value = (value - mean2) * scale2
+        tl.store(out_ptr + (y * S + x) * 3 + channel, (value * factor).to(out_ptr.dtype.element_ty), mask=valid)

@@ -1,0 +1,95 @@
+"""`fastssl check-augment` and `fastssl preview`: what they print, and that a wrong operation is found out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import bench_throughput
+from fastssl import check_augment, preview
+from fastssl.augment import parity, rates
+from fastssl.augment.policy import make_policy
+from fastssl.bench import augment_dali
+from fastssl.cli import main
+from fastssl.loaders.synthetic_loader import SyntheticLoader
+
+
+def test_all_bounds_hold_on_rendered_pictures(capsys: pytest.CaptureFixture) -> None:
+    assert main(["check-augment", "--images", "6", "--size", "48"]) == 0
+    said = capsys.readouterr().out
+    assert "TOO FAR" not in said and "WRONG" not in said and "whole chain, small" in said
+    held, of = map(int, said.splitlines()[-1].replace("hold", "").split(" of "))
+    assert held == of > 40
+
+
+def test_photographs_of_a_folder(image_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["check-augment", str(image_folder), "--images", "4", "--size", "32", "--policy", "v2"]) == 0
+    assert capsys.readouterr().out.startswith("4 pictures, views of 32 pixels")
+
+
+@pytest.mark.parametrize("name", ["update_hue", "update_contrast", "update_blur"])
+def test_a_wrong_operation_is_found_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(parity, name)
+
+    def wrong(x: torch.Tensor, *params: torch.Tensor) -> None:
+        right(x, *params)
+        x[..., ::2] += 3
+
+    monkeypatch.setattr(parity, name, wrong)
+    rows = list(parity.operation_rows(check_augment.render_pictures(2), 32))
+    assert any(not row.holds for row in rows)
+
+
+def test_wrong_rates_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = rates.sample_params
+
+    def one_sided(*args):
+        p = right(*args)
+        return p._replace(hue=p.hue.abs(), blur=~p.jitter, order=p.order // 2)
+
+    monkeypatch.setattr(rates, "sample_params", one_sided)
+    wrong = {name for name, holds, _ in rates.count_checks(make_policy("v2")) if not holds}
+    assert {"blur fires at 0.5", "hue turns as often back as forth", "the 24 orders are equally frequent"} <= wrong
+    assert "flip fires at 0.5" not in wrong
+
+
+def test_a_failed_check_is_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(check_augment, "operation_rows", lambda *_: [parity.Row("crop", 2.0, 9.0, 0.3, 1)])
+    assert main(["check-augment", "--images", "1", "--size", "16", "--policy", "none"]) == 1
+    assert "TOO FAR" in capsys.readouterr().out
+
+
+def test_bad_arguments_of_check_augment(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["check-augment", "--images", "0"]) == 1
+    assert "--images and --size must be at least 1, got 0 and 96" in capsys.readouterr().err
+    assert main(["check-augment", str(tmp_path)]) == 1
+
+
+def test_preview_writes_a_picture(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "views.png"
+    flags = ["--policy", "v2", "--image-size", "32", "--policy-set", "solarise_p=1", "--crop-pair", "hard"]
+    assert main(["preview", str(image_folder), *flags, "--output", str(file)]) == 0
+    with Image.open(file) as picture:
+        assert picture.width > 1000
+    assert "8 images and their views, policy v2" in capsys.readouterr().out
+    assert main(["preview", str(image_folder), "--output", str(tmp_path)]) == 1
+    assert "is a folder: name a file" in capsys.readouterr().err
+    assert preview.COUNT == 8
+
+
+def test_bench_augment(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    flags = "--device cpu --batch-size 2 --size 32 --source-size 40 --rounds 1"
+    bench_throughput.main(["augment", *flags.split(), "--output", str(tmp_path / "augment.json")])
+    said = capsys.readouterr().out
+    assert "torchvision, PIL images" in said and "triton-augment" in said and "% of the floor" in said
+    assert (tmp_path / "augment.json").stat().st_size > 500
+
+
+def test_dali_makes_views_of_the_same_shape() -> None:
+    pytest.importorskip("nvidia.dali", reason="needs DALI")
+    loader = SyntheticLoader(num_images=4, size=40, batch_size=4, seed=0, device="cpu")
+    views = augment_dali.make_dali(next(loader.batches()), make_policy("v2"), 32)()
+    assert [view.at(3).shape for view in views] == [(32, 32, 3)] * 2

@@ -1,0 +1,199 @@
+"""The Triton kernels of the views: the bits of the PyTorch chain, interpreted on a CPU, compiled on a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from photos import photo_batch, render_photo
+
+from fastssl.augment import views
+from fastssl.augment.fused import choose_augment_kernel, make_tables, make_views_fused
+from fastssl.augment.params import ViewParams, sample_both
+from fastssl.augment.policy import POLICIES, make_policy
+from fastssl.augment.resample import crop_axes, resample_reference
+from fastssl.augment.views import MEAN, STD, make_view, make_views
+from fastssl.batch import ImageBatch, pack_images
+from fastssl.kernels.views import COMPILED, INTERPRETED, Launch, views_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EVERYTHING = {"solarise_p": 0.4, "hide_and_seek": True, "blur_p": 0.6}
+SMALL = ((40, 52), (33, 20), (1, 1), (1, 60))  # few and small: the interpreter takes a millisecond for a pixel and tap
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
+
+
+@pytest.fixture(autouse=True)
+def exact_resampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference resizes with Pillow's bits, as on a GPU; the CPU's compiled loops may be 1 from them."""
+
+    def resample_then_flip(images: ImageBatch, p: ViewParams, size: int) -> torch.Tensor:
+        x = resample_reference(images, *crop_axes(p, size), size)
+        return torch.where(p.flip.view(-1, 1, 1, 1), x.flip(3), x)
+
+    monkeypatch.setattr(views, "crop_resize", resample_then_flip)
+
+
+def assert_same_bits(batch: ImageBatch, params: tuple[ViewParams, ViewParams], size: int, dtype=torch.float32) -> None:
+    batch, params = batch.to(DEVICE), [ViewParams(*(t.to(DEVICE) for t in p)) for p in params]
+    for found, p in zip(make_views_fused(batch, params, size, MEAN, STD, dtype), params):
+        assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(found, make_view(batch, p, size, dtype))
+
+
+def with_boxes(params: ViewParams, boxes: list[tuple[int, int, int, int]]) -> ViewParams:
+    top, left, height, width = (torch.tensor(side, dtype=torch.int32) for side in zip(*boxes))
+    return params._replace(top=top, left=left, crop_height=height, crop_width=width)
+
+
+@pytest.mark.parametrize(("size", "sides"), [(1, ((2, 3),)), (7, ((9, 12),)), (32, SMALL), (65, ((50, 60),))])
+@pytest.mark.parametrize("name", POLICIES)
+def test_kernel_has_the_bits_of_the_reference(name: str, size: int, sides: tuple, nan_poisoned_empty: None) -> None:
+    batch = photo_batch(sides)
+    assert_same_bits(batch, sample_both(make_policy(name, **EVERYTHING), batch, 1, 2), size)
+
+
+def test_every_order_of_the_jitter() -> None:
+    """With contrast in each place: what stands before it belongs to the first launch, what follows to the second."""
+    batch = photo_batch(((20, 24),) * 12)
+    params = sample_both(make_policy("small", jitter_p=1.0, blur_p=0.3), batch, 0, 0)
+    order = torch.arange(24, dtype=torch.int32).split(12)
+    assert_same_bits(batch, [p._replace(order=o) for p, o in zip(params, order)], 24)
+
+
+@pytest.mark.parametrize("missing", ["brightness", "contrast", "saturation", "hue"])
+def test_operations_that_change_nothing_are_left_out(missing: str) -> None:
+    batch = photo_batch(((20, 24),) * 3)
+    params = sample_both(make_policy("small", jitter_p=1.0, blur_p=0.0, **{missing: 0.0}), batch, 0, 0)
+    number = ["brightness", "contrast", "saturation", "hue"].index(missing)
+    plan = make_tables(params[0])[0][:, 6]
+    assert not any((plan >> 3 * p & 7).eq(number).any() for p in range(4))
+    assert_same_bits(batch, params, 24)
+
+
+GPU_ONLY = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)  # the interpreter cuts bfloat16 off instead of rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, GPU_ONLY], ids=str)
+def test_output_formats(dtype: torch.dtype, nan_poisoned_empty: None) -> None:
+    batch = photo_batch(SMALL)
+    assert_same_bits(batch, sample_both(make_policy("v2", **EVERYTHING), batch, 0, 0), 32, dtype)
+
+
+def test_every_sigma() -> None:
+    sigmas = torch.tensor([0.1, 0.24, 0.25, 0.26, 0.7, 1.3, 1.99, 2.0])
+    batch = photo_batch(((20, 24),) * 4)
+    params = sample_both(make_policy("v2", blur_p=1.0, jitter_p=0.0), batch, 0, 0)
+    assert_same_bits(batch, [p._replace(sigma=s) for p, s in zip(params, sigmas.split(4))], 24)
+
+
+def test_crops_that_touch_every_border_and_sizes_above_the_image() -> None:
+    sides = (13, 17)
+    batch = photo_batch((sides,) * 8)
+    h, w = sides
+    corners = [(0, 0, 5, 9), (0, w - 9, 5, 9), (h - 5, 0, 5, 9), (h - 5, w - 9, 5, 9)]
+    edges = [(0, 0, h, w), (0, 3, h, 1), (h - 1, 0, 1, w), (h - 1, w - 1, 1, 1)]
+    params = sample_both(make_policy("v1"), batch, 0, 0)
+    for size in (12, 40):
+        assert_same_bits(batch, [with_boxes(p, corners + edges) for p in params], size)
+
+
+@pytest.mark.parametrize("sides", [(1, 1), (1, 5000), (5000, 1), (400, 300)])
+def test_awkward_windows(sides: tuple[int, int]) -> None:
+    batch = photo_batch((sides,))
+    whole = [(0, 0, *sides)]
+    assert_same_bits(batch, [with_boxes(p, whole) for p in sample_both(make_policy("v1"), batch, 0, 0)], 64)
+
+
+@pytest.mark.gpu
+def test_a_window_of_5000_pixels() -> None:
+    batch = pack_images([render_photo(5000, 5000, 0)], [0], [0])
+    params = [with_boxes(p, [(0, 0, 5000, 5000)]) for p in sample_both(make_policy("v2"), batch, 0, 0)]
+    for size in (32, 224):
+        assert_same_bits(batch, params, size)
+
+
+@pytest.mark.gpu
+def test_windows_beyond_two_gigabytes() -> None:
+    """Offsets are 64 bits wide: the same image behind 2^31 bytes."""
+    batch = photo_batch(((40, 52), (33, 20)))
+    far = torch.zeros(2**31 + len(batch.pixels) + 64, dtype=torch.uint8, device="cuda")
+    far[-len(batch.pixels) :] = batch.pixels.cuda()
+    moved = batch.to("cuda")._replace(pixels=far, offset=batch.offset.cuda() + len(far) - len(batch.pixels))
+    policy = make_policy("small", **EVERYTHING)
+    for a, b in zip(make_views(moved, policy, 32, 0, 0), make_views(batch.to("cuda"), policy, 32, 0, 0)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [32, 96, 224, 384])
+def test_compiled_kernel_at_real_sizes(size: int) -> None:
+    batch = photo_batch(((300, 420), (160, 107), (224, 224), (640, 480)) * 4)
+    assert_same_bits(batch, sample_both(make_policy("small", **EVERYTHING), batch, 0, 0), size)
+
+
+@pytest.mark.gpu
+def test_the_kernel_never_makes_the_host_wait() -> None:
+    batch, policy = photo_batch().to("cuda"), make_policy("small", **EVERYTHING)
+    make_views(batch, policy, 32, 0, 0, kernel="triton")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        make_views(batch, policy, 32, 0, 1, kernel="triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the compiled kernels have one way of being cut")
+def test_the_cut_does_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = photo_batch(((33, 20),))
+    params = sample_both(make_policy("small", **EVERYTHING), batch, 0, 0)
+    for cut in (Launch(16, 100, 64), COMPILED):
+        monkeypatch.setattr(f"{views_triton.__module__}.INTERPRETED", cut)
+        assert_same_bits(batch, params, 33)
+    assert INTERPRETED != COMPILED
+
+
+def test_grey_sources_stay_grey() -> None:
+    batch = pack_images([render_photo(30, 40, s, grey=True) for s in range(3)], range(3), [0] * 3).to(DEVICE)
+    policy = make_policy("v2", hue=0.5, jitter_p=1.0)
+    for view in make_views(batch, policy, 32, 0, 0, kernel="triton"):
+        pixels = view * torch.tensor(STD, device=DEVICE).view(3, 1, 1) + torch.tensor(MEAN, device=DEVICE).view(3, 1, 1)
+        assert (pixels - pixels[:, :1]).abs().max() < 1e-5
+
+
+def test_make_views_takes_the_kernel_asked_for() -> None:
+    batch, policy = photo_batch(SMALL).to(DEVICE), make_policy("v2", **EVERYTHING)
+    views = [make_views(batch, policy, 32, 0, 0, kernel=kernel) for kernel in ("triton", "reference")]
+    assert all(torch.equal(a, b) for a, b in zip(*views))
+    empty = batch.select(slice(0, 0))
+    assert [v.shape for v in make_views(empty, policy, 32, 0, 0, kernel="triton")] == [(0, 3, 32, 32)] * 2
+
+
+def test_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert choose_augment_kernel(cpu) == ("reference", "no CUDA device")
+    assert choose_augment_kernel(cpu, "reference") == ("reference", "requested")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"cannot run \(no CUDA device\): take --augment-kernel auto"):
+        choose_augment_kernel(cpu, "triton")
+    with pytest.raises(ValueError, match="unknown augmentation kernel 'cuda': choose one of auto, triton, reference"):
+        choose_augment_kernel(cpu, "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert choose_augment_kernel(torch.device("cuda")) == (
+        "reference",
+        "the GPU is older than compute capability 8.0",
+    )
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [(80, "bf16"), (90, "bf16"), (100, "bf16"), (90, "fp32"), (80, "fp16")])
+def test_compiles_ahead_of_time_without_spilling(arch: int, dtype: str) -> None:
+    command = [sys.executable, "-m", "fastssl.bench.compile_views", "--arch", str(arch), "--dtype", dtype]
+    compiled = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=compiled, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [kernel["kernel"] for kernel in kernels] == ["crop_tiles", "jitter_rows", "finish_tiles"]
+    assert all(kernel["spilled"] == 0 and kernel["shared"] <= SHARED[arch] for kernel in kernels)
