@@ -12,6 +12,10 @@ from fastssl.command import USAGE, run_command
 COMMANDS = {
     "pretrain": ("fastssl.train", "pretrain an encoder on a folder of images"),
     "demo": ("fastssl.demo", "render images, pretrain and evaluate: the whole chain in minutes, no data needed"),
+    "recipes": (
+        "fastssl.recipes_command",
+        "list the recipes, each with its command, source and published accuracy",
+    ),
     "doctor": ("fastssl.doctor", "what works on this machine, and the command that mends what does not"),
 }
 
