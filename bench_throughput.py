@@ -6,7 +6,9 @@ import sys
 from importlib import import_module
 
 STAGES = {  # stage -> the module whose main(argv) measures it
+    "all": "fastssl.bench.whole_loop",
     "loss": "fastssl.bench.loss",
+    "step": "fastssl.bench.step",
 }
 
 

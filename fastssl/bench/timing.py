@@ -32,7 +32,7 @@ def time_in_turn(functions: dict[str, Function], device: torch.device, rounds: i
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             seconds[name].append(clocks[name]())
-    return {name: _summarise(measured) for name, measured in seconds.items()}
+    return {name: summarise(measured) for name, measured in seconds.items()}
 
 
 def peak_extra_bytes(function: Function, device: torch.device) -> int:
@@ -55,7 +55,8 @@ def peak_extra_bytes(function: Function, device: torch.device) -> int:
     return peak
 
 
-def _summarise(seconds: list[float]) -> Timing:
+def summarise(seconds: list[float]) -> Timing:
+    """Median, tenth and ninetieth percentile."""
     low, median, high = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.1, 0.5, 0.9]).double())
     return Timing(median.item(), low.item(), high.item(), len(seconds))
 
