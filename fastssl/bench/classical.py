@@ -8,6 +8,7 @@ Algorithm 1, with the augmentation of arXiv 2003.04297).
 from __future__ import annotations
 
 import copy
+import os
 import random
 from collections.abc import Callable, Iterator
 
@@ -26,10 +27,11 @@ from fastssl.distributed import Ranks
 from fastssl.models.encoders import make_encoder
 
 
-def classical_loop(folder: str, config: Config, ranks: Ranks, workers: int, amp: bool) -> Loop:
-    """The loop over the class folders of `folder` with the settings of `config`, policy v2 whatever it says."""
+def classical_loop(data: str, config: Config, ranks: Ranks, workers: int, amp: bool) -> Loop:
+    """The loop over data/train/<class>/* or data/<class>/* with the settings of `config`, policy v2 whatever it says."""
+    folder = os.path.join(data, "train")
     loader = DataLoader(
-        datasets.ImageFolder(folder, TwoViews(config.augment.image_size)),
+        datasets.ImageFolder(folder if os.path.isdir(folder) else data, TwoViews(config.augment.image_size)),
         batch_size=config.train.batch_size,
         shuffle=True,
         num_workers=workers,

@@ -62,8 +62,8 @@ def compare(args: argparse.Namespace, data: str) -> None:
         "step": our_loop(make_config(args, args.arch), ranks),
         "all": our_loop(config, ranks),
         "loader alone": loader_alone(config, ranks),
-        "classical": classical_loop(f"{data}/train", config, ranks, args.workers, amp=False),
-        "classical, AMP": classical_loop(f"{data}/train", config, ranks, args.workers, amp=True),
+        "classical": classical_loop(data, config, ranks, args.workers, amp=False),
+        "classical, AMP": classical_loop(data, config, ranks, args.workers, amp=True),
     }
     timings = time_loops(loops, args.steps, args.rounds)
     print(f"{args.arch}, {args.image_size} pixels, batch {args.batch_size}, queue {args.queue_size}, {ranks.device}:")
