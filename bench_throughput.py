@@ -8,6 +8,7 @@ from importlib import import_module
 STAGES = {  # stage -> the module whose main(argv) measures it
     "all": "fastssl.bench.whole_loop",
     "loss": "fastssl.bench.loss",
+    "report": "fastssl.bench.report",
     "step": "fastssl.bench.step",
 }
 

@@ -28,7 +28,7 @@ from fastssl.models.encoders import make_encoder
 
 
 def classical_loop(data: str, config: Config, ranks: Ranks, workers: int, amp: bool) -> Loop:
-    """The loop over data/train/<class>/* or data/<class>/* with the settings of `config`, policy v2 whatever it says."""
+    """The loop over data/train/<class>/* or data/<class>/* with the settings of `config`, always under policy v2."""
     folder = os.path.join(data, "train")
     loader = DataLoader(
         datasets.ImageFolder(folder if os.path.isdir(folder) else data, TwoViews(config.augment.image_size)),
