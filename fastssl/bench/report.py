@@ -51,7 +51,7 @@ def fill(text: str) -> str:
 
 def where(environment: dict) -> str:
     """The line over a table: command, machine, versions, commit, date."""
-    device = ", ".join(environment["gpus"]) or f"{environment['threads']} threads of {environment.get('cpu', 'a CPU')}"
+    device = ", ".join(environment["gpus"]) or f"{environment['threads']} CPU thread(s) of {environment.get('cpu', 'a CPU')}"
     return (
         f"`python {' '.join(environment['command'])}` on {device}, torch {environment['torch']}, "
         f"commit {str(environment['commit'])[:8]}, {environment['started'][:10]}:"
@@ -69,17 +69,23 @@ def loss_table(lines: Sequence[dict]) -> str:
     for line in lines:
         seconds, extra, floor = line["seconds"], line["extra_bytes"], line["percent_of_floor"]
         ours = list(seconds)[-1]
-        others = [f"{seconds[name]['median'] * 1e3:.3g}" for name in list(seconds)[:-1]]
-        spread = f"{seconds[ours]['low'] * 1e3:.3g} to {seconds[ours]['high'] * 1e3:.3g}"
+        others = [f"{ms(seconds[name]['median'])}" for name in list(seconds)[:-1]]
+        spread = f"{ms(seconds[ours]['low'])} to {ms(seconds[ours]['high'])}"
         rows.append(
             [line["terms"], line["num"], line["queue_size"], *others]
-            + [f"{seconds[ours]['median'] * 1e3:.3g} ({spread})"]
+            + [f"{ms(seconds[ours]['median'])} ({spread})"]
             + [f"{seconds['eager float32']['median'] / seconds[ours]['median']:.1f}", f"{floor[ours]:.0f}"]
             + [f"{extra['eager float32'] / 2**20:.0f}", f"{extra[ours] / 2**20:.1f}"]
         )
     names = [f"{name}, ms" for name in lines[0]["seconds"]]
     tail = ["times eager", "% of the floor", "eager extra MiB", "ours"]
     return as_table(["terms", "N", "K", *names, *tail], rows)
+
+
+def ms(seconds: float) -> str:
+    """Milliseconds with three digits, without an exponent."""
+    value = seconds * 1e3
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def loop_table(lines: Sequence[dict]) -> str:
