@@ -9,7 +9,10 @@ STAGES = {  # stage -> the module whose main(argv) measures it
     "convert": "fastssl.bench.convert",
     "loader": "fastssl.bench.loader",
     "augment": "fastssl.bench.augment",
+    "all": "fastssl.bench.whole_loop",
     "loss": "fastssl.bench.loss",
+    "report": "fastssl.bench.report",
+    "step": "fastssl.bench.step",
 }
 
 

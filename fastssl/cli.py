@@ -9,18 +9,19 @@ from collections.abc import Sequence
 
 from fastssl.command import USAGE, run_command
 
-COMMANDS = {
-    "pretrain": ("fastssl.train", "pretrain an encoder on a folder of images"),
-    "prep": ("fastssl.prep", "convert images to .beton files or tar shards, check and describe them"),
-    "check-loader": ("fastssl.check_loader", "do the loaders keep their contract on these images?"),
-    "models": ("fastssl.list_models", "architectures: weights, features, whose definition"),
-    "convert": ("fastssl.convert", "a SEED student, or any checkpoint, for MoCo's scripts"),
-    "export": ("fastssl.export", "an encoder for torchvision, timm, safetensors or MoCo's scripts"),
-    "eval": ("fastssl.eval.__main__", "evaluate an encoder: k-NN, linear, transfer, instance discrimination, ..."),
+COMMANDS = {  # in the order of a first day
     "demo": ("fastssl.demo", "render images, pretrain and evaluate: the whole chain in minutes, no data needed"),
-    "check-augment": ("fastssl.check_augment", "our augmentation against Pillow and torchvision, in 1/255"),
-    "preview": ("fastssl.preview", "a picture of images beside their augmented views"),
     "doctor": ("fastssl.doctor", "what works on this machine, and the command that mends what does not"),
+    "prep": ("fastssl.prep", "convert images to .beton files or tar shards, check and describe them"),
+    "preview": ("fastssl.preview", "a picture of images beside their augmented views"),
+    "pretrain": ("fastssl.train", "pretrain an encoder on a folder of images"),
+    "recipes": ("fastssl.recipes_command", "list the recipes, each with its command, source and published accuracy"),
+    "models": ("fastssl.list_models", "architectures: weights, features, whose definition"),
+    "eval": ("fastssl.eval.__main__", "evaluate an encoder: k-NN, linear, transfer, instance discrimination, ..."),
+    "export": ("fastssl.export", "an encoder for torchvision, timm, safetensors or MoCo's scripts"),
+    "convert": ("fastssl.convert", "a SEED student, or any checkpoint, for MoCo's scripts"),
+    "check-loader": ("fastssl.check_loader", "do the loaders keep their contract on these images?"),
+    "check-augment": ("fastssl.check_augment", "our augmentation against Pillow and torchvision, in 1/255"),
 }
 
 

@@ -27,7 +27,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     results: dict[int, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
-        port = _free_port()
+        port = free_port()
         processes = [
             context.Process(target=_rank_main, args=(function, rank, world_size, folder, port, pipe, args), daemon=True)
             for rank, (_, pipe) in enumerate(pipes)
@@ -89,7 +89,8 @@ def _rank_main(
     distributed.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -139,8 +139,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--terms", choices=TERMS, nargs="+", default=["all"])
     parser.add_argument("--rounds", type=int, default=30 if cuda else 7)
     parser.add_argument("--no-compiled", action="store_true", help="leave torch.compile of the formulas out")
+    parser.add_argument("--threads", type=int, help="of the CPU; by default all cores")
     parser.add_argument("--output", type=Path, help="where to write the JSON")
     args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     lines = []
     for terms, num, queue_size in product(args.terms, args.num, args.queue_size):

@@ -70,7 +70,7 @@ def peak_extra_bytes(function: Function, device: torch.device) -> int:
 
 
 def summarise(seconds: list[float]) -> Timing:
-    """Median and spread of measured values."""
+    """Median, tenth and ninetieth percentile."""
     low, median, high = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.1, 0.5, 0.9]).double())
     return Timing(median.item(), low.item(), high.item(), len(seconds))
 

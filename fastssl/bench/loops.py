@@ -1,0 +1,64 @@
+"""Training loops to time: ours over the bytes it finds, over the real loader, and the loader alone.
+
+Each is a function of a number of steps that runs them after some warm-up and returns the seconds they took.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import closing
+
+import torch
+
+from fastssl.bench.timing import Timing, summarise
+from fastssl.build import compile_and_wrap, make_trainee, open_loader, open_policy
+from fastssl.config import Config
+from fastssl.distributed import Ranks
+from fastssl.health import Health
+from fastssl.plan import make_plan
+from fastssl.train import make_train_step
+
+WARM_UP = 3  # steps before the clock starts, in every turn: prefetch queues are then as full as they stay
+Loop = Callable[[int], float]
+
+
+def our_loop(config: Config, ranks: Ranks) -> Loop:
+    """The product's loop: its loader, its training step, one look at the metrics at the end, as at a log line."""
+    loader = open_loader(config, ranks)
+    plan = make_plan(config, loader.batches_per_epoch)
+    trainee = compile_and_wrap(config, make_trainee(config, ranks), ranks)
+    train_step = make_train_step(config, plan, trainee, open_policy(config), ranks, Health(ranks))
+
+    def step(batch: object, number: int) -> object:
+        return train_step(batch, number)["loss"]
+
+    return lambda steps: time_steps(loader.batches(), step, steps)
+
+
+def loader_alone(config: Config, ranks: Ranks) -> Loop:
+    """Batches on the device, and nothing done with them."""
+    loader = open_loader(config, ranks)
+    return lambda steps: time_steps(loader.batches(), lambda batch, number: batch.pixels[-1], steps)
+
+
+def time_steps(batches: Iterable, step: Callable[[object, int], torch.Tensor], steps: int) -> float:
+    """Seconds of `steps` steps from a fresh iterator, the warm-up not counted, until the last result is there."""
+    with closing(iter(batches)) as iterator:
+        for number in range(WARM_UP):
+            result = step(next(iterator), number)
+        result.item()
+        start = time.perf_counter()
+        for number in range(WARM_UP, WARM_UP + steps):
+            result = step(next(iterator), number)
+        result.item()  # waits for the device
+        return time.perf_counter() - start
+
+
+def time_loops(loops: dict[str, Loop], steps: int, rounds: int) -> dict[str, Timing]:
+    """Runs every loop once per round, each round beginning with another one; seconds of one step."""
+    names, seconds = list(loops), {name: [] for name in loops}
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            seconds[name].append(loops[name](steps) / steps)
+    return {name: summarise(measured) for name, measured in seconds.items()}

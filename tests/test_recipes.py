@@ -1,0 +1,51 @@
+"""The recipes: each trains its own architecture, each says where it comes from."""
+
+import re
+
+import pytest
+
+from fastssl.cli import main
+from fastssl.config import replace
+from fastssl.recipe import RECIPES, load_recipe
+from fastssl.recipes_command import header
+from fastssl.train import pretrain
+
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_three_steps_of_every_recipe(name, tmp_path):
+    recipe = load_recipe(name)
+    tiny = {"batch_size": 8, "queue_size": 24, "image_size": 32, "bn_splits": min(recipe.model.bn_splits, 2)}
+    config = replace(
+        recipe,
+        **tiny,
+        loader="synthetic",
+        synthetic_images=16,
+        synthetic_size=40,
+        steps=3,
+        knn_every=0,
+        device="cpu",
+        output=str(tmp_path / "run"),
+    )
+    assert pretrain(config) == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert '"step": 3' in lines[-1] and "NaN" not in lines[-1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_header_holds_the_command_and_the_status_of_its_accuracy(name):
+    text = " ".join(header(RECIPES / f"{name}.yaml"))
+    assert f"--config {name}" in text
+    if name != "smoke":
+        assert "Source:" in text and re.search(r"Accuracy.*(published|measured)", text) and "Cost: " in text
+
+
+def test_the_list_names_every_recipe_and_prints_one(capsys):
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert all(re.search(rf"^{name}  +\S", listed, re.MULTILINE) for name in NAMES)
+    assert main(["recipes", "smoke"]) == 0
+    assert capsys.readouterr().out == (RECIPES / "smoke.yaml").read_text()
+    assert main(["recipes", "resnet81"]) == 1
+    assert "did you mean 'resnet18'" in capsys.readouterr().err
