@@ -36,8 +36,8 @@ def partial_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         except BaseException as error:
             partial.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.filename is None:  # "no space left on device": which?
-                raise OSError(error.errno, error.strerror, str(partial)) from error
+            if isinstance(error, OSError) and error.filename is None:  # "no space left on device": where?
+                raise OSError(error.errno, error.strerror, str(partial.parent)) from error
             raise
 
 

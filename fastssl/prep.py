@@ -30,9 +30,12 @@ Positional = tyro.conf.Positional
 class Beton:
     """Convert images to one .beton file, which FFCV and the beton and resident loaders read.
 
-    fastssl prep beton imagenet train.beton                    short side 256, JPEG quality 90: 36 GB for ImageNet
-    fastssl prep beton imagenet train.beton --originals        the files' own bytes: 140 GB, done as fast as the disk
-    fastssl prep beton imagenet train.beton --raw              pixels, no decoding when training: 333 GB
+    fastssl prep beton imagenet train.beton   (short side 256, JPEG quality 90: 38 GB for ImageNet)
+
+    fastssl prep beton imagenet train.beton --originals   (the files' own bytes: 140 GB, done as fast as the disk)
+
+    fastssl prep beton imagenet train.beton --raw   (pixels, no decoding when training: 333 GB)
+
     fastssl prep beton imagenet train.beton --classes imagenet100
     """
 
@@ -84,7 +87,8 @@ class Shards:
 class Subset:
     """Make a data set of some classes of another one, as links: no image is copied.
 
-    fastssl prep subset imagenet imagenet-100                  the 100 classes that papers call ImageNet-100
+    fastssl prep subset imagenet imagenet-100   (the 100 classes that papers call ImageNet-100)
+
     fastssl prep subset imagenet imagenet-dogs --classes dogs.txt
     """
 
