@@ -68,7 +68,7 @@ def evaluate(session: Session) -> dict:
     if views:
         found = collect_views(session, backbone, views, (0, 1, 2))
         result["instdisc"] = discriminate(session, found)
-        result["stats"] = stats.report(session, *found, views.labels)
+        result["stats"] = stats.report(session, o.views, *found, views.labels)
         if session.ranks.rank == 0:
             coordinates = tsne.embed(session, [x[shown.to(x.device)] for x in found], views.labels[shown])
     if session.ranks.rank == 0:

@@ -43,11 +43,11 @@ def evaluate(session: Session) -> dict:
     backbone = session.open_backbone()
     session.say("=> iterating through the dataset...")
     original, view1, view2 = collect_views(session, backbone, views, (0, 1, 2))
-    return report(session, original, view1, view2, views.labels)
+    return report(session, o.data, original, view1, view2, views.labels)
 
 
-def report(session: Session, original: Tensor, view1: Tensor, view2: Tensor, labels: Tensor) -> dict:
-    """All statistics of (n, C) unit features, printed and as numbers."""
+def report(session: Session, data: str, original: Tensor, view1: Tensor, view2: Tensor, labels: Tensor) -> dict:
+    """All statistics of (n, C) unit features of the view set `data`, printed and as numbers."""
     o = session.options
     session.say("=> calculating instance-level alignment...")
     values = [alignment(original, view1), alignment(view1, view2)]
@@ -55,7 +55,7 @@ def report(session: Session, original: Tensor, view1: Tensor, view2: Tensor, lab
     values += [class_alignment(x, labels) for x in (original, view1)]
     session.say("=> calculating instance-level uniformity...")
     values += [subset_uniformity(x, o.seed) for x in (original, view1)]
-    session.say(f"{o.pretrained},{o.data}")
+    session.say(f"{o.pretrained},{data}")
     session.say("".join(f"{name:<15}" for name in COLUMNS))
     session.say("".join(f"{value:<15.4f}" for value in values))
     everything = [uniformity(x, session.ranks) for x in (original, view1)]
