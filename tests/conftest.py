@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 
@@ -106,5 +107,12 @@ def by_ffcv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ffcv")
     np.savez(folder / "photos.npz", *FFCV_PHOTOS)
     command = [sys.executable, str(Path(__file__).with_name("ffcv_writer.py")), str(folder)]
-    subprocess.run(command, check=True, timeout=60, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return folder
+    for _ in range(3):  # FFCV's writer now and then waits for ever: its worker is forked beside OpenCV's threads
+        writer = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            assert writer.wait(timeout=40) == 0
+            return folder
+        except subprocess.TimeoutExpired:
+            os.killpg(writer.pid, signal.SIGKILL)
+            writer.wait()
+    raise AssertionError("FFCV's own writer hung three times")

@@ -36,9 +36,11 @@ class Photos:
 
 def main(folder: Path) -> None:
     """Writes FOLDER/<mode>.beton for every mode, and FOLDER/many.beton."""
+    import cv2
     from ffcv.fields import BytesField, FloatField, IntField, JSONField, NDArrayField, RGBImageField
     from ffcv.writer import DatasetWriter
 
+    cv2.setNumThreads(0)  # its threads do not outlive the fork of the writer's worker
     with np.load(folder / "photos.npz") as file:
         images = [file[name] for name in file.files]
     np.random.seed(1)  # of proportion
