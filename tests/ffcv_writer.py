@@ -14,7 +14,7 @@ MODES = {  # name -> options of RGBImageField
     "jpg": {"write_mode": "jpg", "jpeg_quality": 95},
     "raw": {"write_mode": "raw"},
     "proportion": {"write_mode": "proportion", "compress_probability": 0.5},
-    "smart": {"write_mode": "smart", "smart_threshold": 9000},
+    "smart": {"write_mode": "smart", "smart_threshold": 7800},
 }
 
 
