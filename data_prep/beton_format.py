@@ -1,9 +1,10 @@
-"""The layout of a .beton file, version 2, as FFCV 1.0 reads it.
+"""The layout of a .beton file, version 2, as FFCV 1.0 reads it, and its tables, read and checked without FFCV.
 
     header | one descriptor a field | one metadata row a sample | padding | records in pages | allocation table
 
 All numbers are little-endian. A record (an image's bytes) lies within one page: FFCV's process cache reads whole
-pages. The allocation table runs to the end of the file, so nothing may follow it.
+pages. The allocation table runs to the end of the file, so nothing may follow it. Metadata tells where a sample's
+bytes begin, only the table how many they are; FFCV reads past a table that is cut short and shows wrong pixels.
 """
 
 from __future__ import annotations
@@ -14,83 +15,125 @@ from typing import NamedTuple
 import numpy as np
 
 VERSION = 2
+JPEG, RAW = 0, 1  # an image's `mode`
 HEADER = np.dtype(
-    [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("alloc_table", "<u8")]
+    [("version", "<u2"), ("fields", "<u2"), ("page_size", "<u4"), ("samples", "<u8"), ("table", "<u8")], align=True
 )
-FIELD = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "u1", 1024)])
-ALLOCATION = np.dtype([("sample_id", "<u8"), ("pointer", "<u8"), ("size", "<u8")])
+DESCRIPTOR = np.dtype([("type", "u1"), ("name", "S16"), ("arguments", "V1024")])
+ALLOCATION = np.dtype([("sample", "<u8"), ("pointer", "<u8"), ("size", "<u8")])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])  # 13 bytes, not aligned
-INT, RGB_IMAGE = 1, 2  # type ids
+INT_FIELD, IMAGE_FIELD = 1, 2  # types
 _SPAN = np.dtype([("pointer", "<u8"), ("size", "<u8")])
-# Metadata of a sample by type id: float, int, image, bytes, array, JSON, torch tensor
-TYPES = {0: "<f8", INT: "<i8", RGB_IMAGE: IMAGE, 3: _SPAN, 4: "<u8", 5: _SPAN, 6: "<u8"}
+FIELD_METADATA = {  # by a descriptor's type: float, int, image, bytes, array, JSON, torch tensor
+    0: np.dtype("<f8"),
+    INT_FIELD: np.dtype("<i8"),
+    IMAGE_FIELD: IMAGE,
+    3: _SPAN,
+    4: np.dtype("<u8"),
+    5: _SPAN,
+    6: np.dtype("<u8"),
+}
 SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)  # 24 bytes: what our files have
-FRONT = HEADER.itemsize + 2 * FIELD.itemsize  # where the metadata of our files begins
+FRONT = HEADER.itemsize + 2 * DESCRIPTOR.itemsize  # where the metadata of our files begins
 
 
 class BetonTables(NamedTuple):
-    """Everything in a beton but the records: any file's, also one FFCV wrote."""
+    """Everything in a beton but the records: any file's, also one FFCV wrote. Arrays are views of the mapped file."""
 
+    path: str
+    data: np.ndarray  # (file bytes,) uint8, mapped and read-only
     page_size: int
-    fields: dict[str, int]  # name -> type id
-    samples: np.ndarray  # (n,) structured, one entry a field, in the order of `fields`
+    fields: list[tuple[str, int]]  # (name, type), in the order of the columns
+    samples: np.ndarray  # (n,) structured, one column a field
     allocations: np.ndarray  # (m,) ALLOCATION
     allocations_at: int
-    file_bytes: int
 
-    def column(self, type_id: int) -> np.ndarray | None:
-        """The metadata of the first field of a type, None where there is none."""
-        ids = list(self.fields.values())
-        return self.samples[self.samples.dtype.names[ids.index(type_id)]] if type_id in ids else None
+    def column(self, kind: int, name: str) -> np.ndarray | None:
+        """The metadata of the only field of a type, or of the one called `name` among several; None without one.
+
+        Raises ValueError when there are several of other names.
+        """
+        found = [i for i, (_, k) in enumerate(self.fields) if k == kind]
+        named = [i for i in found if self.fields[i][0] == name]
+        if len(found) > 1 and not named:
+            raise ValueError(f"{self.path} has {len(found)} fields that could be the {name}: call one of them {name!r}")
+        return self.samples[self.samples.dtype.names[(named or found)[0]]] if found else None
 
 
 def read_tables(path: str | os.PathLike) -> BetonTables:
-    """Reads and checks the tables of a beton; needs no FFCV.
+    """Maps a beton and reads its tables; reads no record.
 
-    Raises ValueError when the file is no beton, is cut short, or its tables contradict each other.
+    Raises ValueError, one sentence, when the file is missing, no beton, cut short, or was never finished.
     """
-    file_bytes = os.stat(path).st_size
-    with open(path, "rb") as file:
-        (header,) = _read(file, HEADER, 1, path)
-        if header["version"] != VERSION or not 1 <= header["num_fields"] <= 256:
-            raise ValueError(f"{path} is not a .beton file of version {VERSION}")
-        fields = _read(file, FIELD, int(header["num_fields"]), path)
-        if unknown := [int(kind) for kind in fields["type_id"] if int(kind) not in TYPES]:
-            raise ValueError(f"{path} has a field of a kind only its maker can read (type id {unknown[0]})")
-        sample = np.dtype([("", TYPES[int(kind)]) for kind in fields["type_id"]], align=True)
-        samples = _read(file, sample, int(header["num_samples"]), path)
-        at, metadata_end = int(header["alloc_table"]), file.tell()
-        if not metadata_end <= at <= file_bytes or (file_bytes - at) % ALLOCATION.itemsize:
-            raise ValueError(f"{path} is cut short or was never finished: it does not end with its allocation table")
-        file.seek(at)
-        allocations = _read(file, ALLOCATION, (file_bytes - at) // ALLOCATION.itemsize, path)
-    names = [name.decode("ascii", "replace") for name in fields["name"]]
-    types = dict(zip(names, map(int, fields["type_id"])))
-    tables = BetonTables(int(header["page_size"]), types, samples, allocations, at, file_bytes)
-    _check(tables, metadata_end, path)
-    return tables
+    path = os.fspath(path)
+    data = _map(path)
+    header = data[: HEADER.itemsize].view(HEADER)[0]
+    if header["version"] != VERSION or not 0 < header["fields"] < 256:
+        raise ValueError(f"{path} is not a .beton file that FFCV 1.0 wrote: give one that 'fastssl prep beton' made")
+    if header["table"] == 0:
+        raise ValueError(f"the conversion that wrote {path} did not finish: convert the images again")
+    at = int(header["table"])
+    fields, samples = _read_samples(path, data, header)
+    if at > len(data):
+        raise cut_short(path, f"its allocation table begins at byte {at:,}, the file ends at {len(data):,}")
+    if (len(data) - at) % ALLOCATION.itemsize:
+        raise cut_short(path, f"{len(data) - at:,} bytes are no whole allocation table")
+    return BetonTables(path, data, int(header["page_size"]), fields, samples, data[at:].view(ALLOCATION), at)
 
 
-def _read(file, dtype: np.dtype, count: int, path: str | os.PathLike) -> np.ndarray:
-    if file.tell() + count * dtype.itemsize > os.fstat(file.fileno()).st_size:
-        raise ValueError(f"{path} is cut short or no .beton file: it ends within its tables")
-    return np.fromfile(file, dtype, count)
+def _map(path: str) -> np.ndarray:
+    """The file's bytes, not read until they are used."""
+    if not os.path.isfile(path):
+        what = "is a folder, not a .beton file" if os.path.isdir(path) else "does not exist"
+        raise ValueError(f"{path} {what}: give a file that 'fastssl prep beton' made")
+    if os.path.getsize(path) < HEADER.itemsize:
+        raise cut_short(path, f"{os.path.getsize(path)} bytes are less than its header")
+    return np.asarray(np.memmap(path, np.uint8, "r"))
 
 
-def _check(tables: BetonTables, metadata_end: int, path: str | os.PathLike) -> None:
-    """Every record inside the file, every image's pointer in the allocation table."""
-    pointer, size = tables.allocations["pointer"], tables.allocations["size"]
-    inside = (pointer >= metadata_end) & (pointer <= tables.allocations_at) & (size <= tables.allocations_at - pointer)
+def _read_samples(path: str, data: np.ndarray, header: np.void) -> tuple[list[tuple[str, int]], np.ndarray]:
+    """The fields and the metadata rows."""
+    start = HEADER.itemsize + int(header["fields"]) * DESCRIPTOR.itemsize
+    if start > len(data):
+        raise cut_short(path, "it ends within its header")
+    descriptors = data[HEADER.itemsize : start].view(DESCRIPTOR)
+    names = [name.decode("ascii", "replace") for name in descriptors["name"].tolist()]
+    fields = list(zip(names, descriptors["type"].tolist()))
+    if unknown := [name for name, kind in fields if kind not in FIELD_METADATA]:
+        raise ValueError(f"{path} has a field {unknown[0]!r} of a kind that FFCV does not define: write it without")
+    row = np.dtype([("", FIELD_METADATA[kind]) for _, kind in fields], align=True)
+    end = start + int(header["samples"]) * row.itemsize
+    if end > min(len(data), int(header["table"])):
+        raise cut_short(path, f"there is no room for the metadata of {header['samples']:,} images")
+    return fields, data[start:end].view(row)
+
+
+def record_sizes(tables: BetonTables, pointer: np.ndarray) -> np.ndarray:
+    """(n,) int64: the bytes that were allocated to each sample at its `pointer` (n,).
+
+    Raises ValueError when the table misses one.
+    """
+    table, pointer = tables.allocations[tables.allocations["sample"] < len(pointer)], pointer.astype(np.int64)
+    sample = table["sample"].astype(np.int64)
+    own = table["pointer"] == pointer.view(np.uint64)[sample]  # a sample's other fields have allocations, too
+    size = np.full(len(pointer), -1, np.int64)
+    np.maximum.at(size, sample[own], table["size"][own].astype(np.int64))
+    if (size < 0).any():
+        first = int((size < 0).argmax())
+        raise cut_short(tables.path, f"its allocation table misses {(size < 0).sum():,} images, the first is {first}")
+    return size
+
+
+def check_records(tables: BetonTables) -> None:
+    """Raises ValueError when a record lies outside the file's data, or the allocation table misses an image."""
+    pointer, size, end = tables.allocations["pointer"], tables.allocations["size"], np.uint64(tables.allocations_at)
+    inside = (pointer >= HEADER.itemsize) & (pointer <= end) & (size <= end - np.minimum(pointer, end))
     if not inside.all():
-        raise ValueError(f"{path} is damaged: the record of sample {int(np.argmin(inside))} lies outside the file")
-    if (images := tables.column(RGB_IMAGE)) is not None:
-        known = np.isin(images["pointer"], pointer)
-        if not known.all():
-            raise ValueError(f"{path} is damaged: image {int(np.argmin(known))} is not in the allocation table")
+        raise ValueError(f"{tables.path} is damaged: record {int(np.argmin(inside))} lies outside the file")
+    if (image := tables.column(IMAGE_FIELD, "image")) is not None:
+        record_sizes(tables, image["pointer"])
 
 
-def record_sizes(tables: BetonTables) -> np.ndarray:
-    """(n,) uint64 bytes of each sample's image."""
-    order = np.argsort(tables.allocations["pointer"], kind="stable")
-    pointers, sizes = tables.allocations["pointer"][order], tables.allocations["size"][order]
-    return sizes[np.searchsorted(pointers, tables.column(RGB_IMAGE)["pointer"])]
+def cut_short(path: str, how: str) -> ValueError:
+    """The error for a file that is not whole."""
+    return ValueError(f"{path} is cut short or damaged: {how}; copy it again, or convert the images again")

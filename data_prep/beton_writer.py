@@ -8,7 +8,16 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fastssl.data_prep.beton_format import ALLOCATION, FIELD, FRONT, HEADER, INT, RGB_IMAGE, SAMPLE, VERSION
+from fastssl.data_prep.beton_format import (
+    ALLOCATION,
+    DESCRIPTOR,
+    FRONT,
+    HEADER,
+    IMAGE_FIELD,
+    INT_FIELD,
+    SAMPLE,
+    VERSION,
+)
 from fastssl.data_prep.prepare import Prepared
 
 BLOCK = 1 << 23  # bytes under one checksum, and in FFCV's usual page
@@ -55,8 +64,8 @@ class BetonWriter:
         header[0] = VERSION, 2, self._page_size, self.num_images, allocations_at
         self._buffer += self._allocations[: self.num_images].tobytes()
         self._flush(whole=True)
-        fields = np.zeros(2, FIELD)
-        fields["type_id"], fields["name"] = (RGB_IMAGE, INT), ("image", "label")
+        fields = np.zeros(2, DESCRIPTOR)
+        fields["type"], fields["name"] = (IMAGE_FIELD, INT_FIELD), (b"image", b"label")
         front = header.tobytes() + fields.tobytes() + self._samples[: self.num_images].tobytes()
         front += bytes(self._start - len(front))
         sums = [written.result() for written in self._sums]

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastssl.data_prep.beton_format import INT, RGB_IMAGE, BetonTables, read_tables, record_sizes
+from fastssl.data_prep.beton_format import IMAGE_FIELD, INT_FIELD, RAW, BetonTables, read_tables, record_sizes
 from fastssl.data_prep.manifest import manifest_path, read_manifest
-from fastssl.data_prep.prepare import RAW
 
 _BAR = 40  # characters of the longest bar
 _MOST_LISTED = 10
@@ -34,25 +33,25 @@ def describe(path: str | os.PathLike) -> str:
         ]
         return "\n".join(lines + _manifest_lines(manifest))
     tables = read_tables(path)
-    lines = [f"{path}: {len(tables.samples):,} samples, {tables.file_bytes:,} bytes, pages of {tables.page_size:,}"]
+    lines = [f"{path}: {len(tables.samples):,} samples, {len(tables.data):,} bytes, pages of {tables.page_size:,}"]
     lines += _table_lines(tables)
     lines += ["manifest  none: made by another program"] if manifest is None else _manifest_lines(manifest)
     return "\n".join(lines)
 
 
 def _table_lines(tables: BetonTables) -> list[str]:
-    lines = ["fields    " + ", ".join(f"{name} ({_FIELD_NAMES[kind]})" for name, kind in tables.fields.items())]
-    labels = tables.column(INT)
+    lines = ["fields    " + ", ".join(f"{name} ({_FIELD_NAMES[kind]})" for name, kind in tables.fields)]
+    labels = tables.column(INT_FIELD, "label")
     if labels is not None and len(labels):
         counts = np.unique(labels, return_counts=True)[1]
         lines.append(
             f"labels    {len(counts):,} different, {labels.min()} to {labels.max()}; "
             f"{counts.min():,} to {counts.max():,} samples each"
         )
-    images = tables.column(RGB_IMAGE)
+    images = tables.column(IMAGE_FIELD, "image")
     if images is None or not len(images):
         return [*lines, "images    none"]
-    raw, sizes = int((images["mode"] == RAW).sum()), record_sizes(tables)
+    raw, sizes = int((images["mode"] == RAW).sum()), record_sizes(tables, images["pointer"])
     lines.append(f"images    {len(images) - raw:,} JPEG, {raw:,} raw; {int(sizes.mean()):,} bytes on average")
     for name in ("width", "height"):
         low, middle, high = np.quantile(images[name], [0, 0.5, 1], method="nearest")

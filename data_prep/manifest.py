@@ -26,9 +26,10 @@ from typing import BinaryIO
 
 import numpy as np
 
+from fastssl.data_prep.beton_format import RAW
 from fastssl.data_prep.files import partial_file
 from fastssl.data_prep.images import BadImage
-from fastssl.data_prep.prepare import RAW, Prepared, Store
+from fastssl.data_prep.prepare import Prepared, Store
 from fastssl.data_prep.sources import Place, Selection, Source
 
 FORMAT = 1

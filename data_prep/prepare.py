@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from fastssl.data_prep.beton_format import JPEG, RAW
 from fastssl.data_prep.images import MAX_PIXELS, BadImage, open_image, orientation_of
 from fastssl.data_prep.jpeg import NotPlain, read_jpeg_facts
 
-JPEG, RAW = 0, 1  # FFCV's numbers for how an image is stored
 _LONGEST = 65535  # FFCV records sides in 16 bits
 _LONGEST_JPEG = 65500  # libjpeg's own limit
 _JPEG_NAMES = (".jpg", ".jpeg", ".jpe", ".jfif")

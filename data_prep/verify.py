@@ -11,11 +11,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fastssl.data_prep.beton_format import RGB_IMAGE, BetonTables, read_tables, record_sizes
+from fastssl.data_prep.beton_format import IMAGE_FIELD, JPEG, BetonTables, check_records, read_tables, record_sizes
 from fastssl.data_prep.files import file_sum
 from fastssl.data_prep.images import BadImage, open_image
 from fastssl.data_prep.manifest import manifest_path, read_manifest
-from fastssl.data_prep.prepare import JPEG
 from fastssl.data_prep.sources import Place, read_place
 from fastssl.data_prep.work_pool import Died, WorkPool, ahead, usable_cores
 
@@ -45,6 +44,7 @@ def verify(path: str | os.PathLike, decode: bool = False, workers: int | None = 
         _check_sum(path.with_name(manifest["listing"]["name"]), manifest["listing"]["sha256"])
         done.append(f"all {len(manifest['block_sha256']):,} checksums hold")
     tables = read_tables(path)
+    check_records(tables)
     done.append("the tables are sound")
     if decode:
         _check_images(path, tables, workers)
@@ -103,10 +103,10 @@ def _check_blocks(path: Path, manifest: dict, workers: int) -> None:
 
 def _check_images(path: Path, tables: BetonTables, workers: int) -> None:
     """Decodes every image in processes: a damaged one may end the process that decodes it."""
-    images = tables.column(RGB_IMAGE)
+    images = tables.column(IMAGE_FIELD, "image")
     if images is None:
         raise ValueError(f"{path} has no image field: there is nothing to decode")
-    sizes = record_sizes(tables)
+    sizes = record_sizes(tables, images["pointer"])
 
     def begin(first: int) -> tuple[list, object]:
         rows = range(first, min(first + _CHUNK, len(images)))

@@ -9,10 +9,11 @@ import tarfile
 from contextlib import closing
 from pathlib import Path
 
+from fastssl.data_prep.beton_format import RAW
 from fastssl.data_prep.convert import converted
 from fastssl.data_prep.files import file_sum, partial_file, partial_path, sync_folder
 from fastssl.data_prep.manifest import Tally, write_manifest
-from fastssl.data_prep.prepare import RAW, Prepared, Store
+from fastssl.data_prep.prepare import Prepared, Store
 from fastssl.data_prep.sources import Selection, open_source
 from fastssl.data_prep.work_pool import Work
 

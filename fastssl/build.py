@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from inspect import signature
 from typing import NamedTuple
 
@@ -103,16 +104,27 @@ def compile_and_wrap(config: Config, trainee: Trainee, ranks: Ranks) -> Trainee:
     if config.train.compile == "on" or (config.train.compile == "auto" and ranks.device.type == "cuda"):
         moco.encoder_q.compile()
         moco.encoder_k.compile()
-    return trainee if ranks.world_size == 1 else trainee._replace(encoder_q=wrap_ddp(moco.encoder_q, ranks.device))
+    return (
+        trainee
+        if ranks.world_size == 1
+        else trainee._replace(encoder_q=wrap_ddp(moco.encoder_q, ranks.device, config.train.deterministic))
+    )
 
 
-def wrap_ddp(module: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """DDP that averages gradients and leaves each rank its own buffers."""
+def wrap_ddp(module: nn.Module, device: torch.device, deterministic: bool = False) -> DistributedDataParallel:
+    """DDP that averages gradients and leaves each rank its own buffers.
+
+    After its first step DDP sorts gradients into other buckets, which are summed in another order: a resumed run would
+    differ in the last bits. Looking for unused parameters, of which there are none, keeps the first buckets.
+    """
+    if deterministic:
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # torch 2.15
     return DistributedDataParallel(
         module,
         device_ids=[device] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
+        find_unused_parameters=deterministic,
         **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},
     )
 

@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+TIMEOUT = timedelta(minutes=10)  # of a collective, and of meeting
 
 
 class Ranks(NamedTuple):
@@ -41,8 +44,25 @@ def start(device: str = "auto") -> Ranks:
         torch.cuda.set_device(target)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         # Host decisions (stop, resume) go through gloo beside NCCL, so that they never wait for the GPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=open_store(),
+            rank=rank,
+            world_size=world_size,
+            timeout=TIMEOUT,
+        )
     return Ranks(rank, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), target)
+
+
+def open_store() -> dist.Store:
+    """Where the ranks meet. torchrun keeps one store for all attempts of a run, with the addresses of ranks that are
+    gone: on one node each attempt gets a part of its own. Over several nodes no attempt has a number that all know;
+    there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun open a new store (recipes/slurm).
+    """
+    store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        return store
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def stop() -> None:

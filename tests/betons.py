@@ -11,7 +11,7 @@ import numpy as np
 from photos import render_photo
 from PIL import Image
 
-from fastssl.loaders.beton_file import ALLOCATION, DESCRIPTOR, FIELD_METADATA, HEADER, IMAGE_FIELD, INT_FIELD, JPEG
+from fastssl.data_prep.beton_format import ALLOCATION, DESCRIPTOR, FIELD_METADATA, HEADER, IMAGE_FIELD, INT_FIELD, JPEG
 
 FFCV_PHOTOS = [render_photo(40 + 3 * i, 60 - 2 * i, seed=i) for i in range(12)]  # what the fixture by_ffcv writes
 PAGE = 1 << 21

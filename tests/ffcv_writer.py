@@ -14,7 +14,7 @@ MODES = {  # name -> options of RGBImageField
     "jpg": {"write_mode": "jpg", "jpeg_quality": 95},
     "raw": {"write_mode": "raw"},
     "proportion": {"write_mode": "proportion", "compress_probability": 0.5},
-    "smart": {"write_mode": "smart", "smart_threshold": 9000},
+    "smart": {"write_mode": "smart", "smart_threshold": 7800},
 }
 
 
@@ -36,9 +36,11 @@ class Photos:
 
 def main(folder: Path) -> None:
     """Writes FOLDER/<mode>.beton for every mode, and FOLDER/many.beton."""
+    import cv2
     from ffcv.fields import BytesField, FloatField, IntField, JSONField, NDArrayField, RGBImageField
     from ffcv.writer import DatasetWriter
 
+    cv2.setNumThreads(0)  # its threads do not outlive the fork of the writer's worker
     with np.load(folder / "photos.npz") as file:
         images = [file[name] for name in file.files]
     np.random.seed(1)  # of proportion

@@ -8,8 +8,9 @@ import pytest
 from betons import FFCV_PHOTOS, ROW, encode_jpeg, stored_jpeg, write_beton
 from photos import render_photo
 
+from fastssl.data_prep.beton_format import ALLOCATION, DESCRIPTOR, HEADER, JPEG, RAW
 from fastssl.loaders import beton_file
-from fastssl.loaders.beton_file import ALLOCATION, DESCRIPTOR, HEADER, JPEG, RAW, number_labels, open_beton
+from fastssl.loaders.beton_file import number_labels, open_beton
 
 PHOTOS = [render_photo(20 + 7 * i, 31 + 5 * (i % 3), seed=i) for i in range(6)]
 

@@ -17,7 +17,7 @@ from photos import render_photo
 from PIL import Image
 from ranks import run_ranks
 
-from fastssl.loaders.beton_file import JPEG, RAW
+from fastssl.data_prep.beton_format import JPEG, RAW
 from fastssl.loaders.make import make_loader
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="needs ffcv")

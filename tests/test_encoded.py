@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from fastssl.conformance import samples
+from fastssl.data_prep.beton_format import ALLOCATION, DESCRIPTOR, HEADER, IMAGE_FIELD, INT_FIELD, JPEG, RAW, VERSION
 from fastssl.data_prep.images import BadImage
-from fastssl.loaders.beton_file import ALLOCATION, DESCRIPTOR, HEADER, IMAGE_FIELD, INT_FIELD, JPEG, RAW, VERSION
 from fastssl.loaders.encoded import open_encoded
 from fastssl.loaders.make import make_loader
 

@@ -14,8 +14,8 @@ from betons import write_beton
 from PIL import Image
 
 from fastssl.data_prep import images
+from fastssl.data_prep.beton_format import RAW
 from fastssl.loaders import bad_images, folder_loader, prefetch
-from fastssl.loaders.beton_file import RAW
 from fastssl.loaders.make import choose_loader, make_loader
 from fastssl.loaders.synthetic_loader import render_images
 from fastssl.random_key import permutation

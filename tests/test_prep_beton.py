@@ -15,12 +15,12 @@ from PIL import Image
 from prep_images import bad_kinds, jpeg, kinds, prepare_or_die, render, turned, write_kinds, write_photos
 
 from fastssl.data_prep import convert
-from fastssl.data_prep.beton_format import RGB_IMAGE, read_tables, record_sizes
+from fastssl.data_prep.beton_format import IMAGE_FIELD, JPEG, RAW, read_tables, record_sizes
 from fastssl.data_prep.beton_writer import BLOCK, BetonWriter
 from fastssl.data_prep.images import decode_image, find_images
 from fastssl.data_prep.jpeg import NotPlain
 from fastssl.data_prep.manifest import manifest_path, read_manifest
-from fastssl.data_prep.prepare import JPEG, RAW, Store, pass_image, prepare_image, shrink
+from fastssl.data_prep.prepare import Store, pass_image, prepare_image, shrink
 from fastssl.data_prep.sources import Selection
 from fastssl.data_prep.verify import verify
 from fastssl.data_prep.work_pool import Work
@@ -37,10 +37,10 @@ def write(data, out, store=None, selection=None, work=ONE, **options):
 def records(path):
     """(metadata row, bytes) of every image, read as numpy sees the file."""
     tables, content = read_tables(path), path.read_bytes()
-    images = tables.column(RGB_IMAGE)
+    images = tables.column(IMAGE_FIELD, "image")
     return [
         (row, content[int(row["pointer"]) : int(row["pointer"] + size)])
-        for row, size in zip(images, record_sizes(tables).astype(int))
+        for row, size in zip(images, record_sizes(tables, images["pointer"]))
     ]
 
 

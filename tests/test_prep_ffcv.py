@@ -10,13 +10,13 @@ from prep_images import jpeg, render, write_kinds, write_photos
 
 from fastssl.data_prep.beton_format import (
     ALLOCATION,
-    FIELD,
+    DESCRIPTOR,
+    FIELD_METADATA,
     HEADER,
     IMAGE,
-    INT,
-    RGB_IMAGE,
+    IMAGE_FIELD,
+    INT_FIELD,
     SAMPLE,
-    TYPES,
     VERSION,
     read_tables,
 )
@@ -110,7 +110,7 @@ def test_our_layout_is_ffcvs():
     sample = get_metadata_type([RGBImageField(), IntField()])
     for ours, theirs in (
         (HEADER, HeaderType),
-        (FIELD, FieldDescType),
+        (DESCRIPTOR, FieldDescType),
         (ALLOCATION, ALLOC_TABLE_TYPE),
         (SAMPLE, sample),
     ):
@@ -124,11 +124,15 @@ def test_the_metadata_of_every_kind_of_field_is_ffcvs():
     from ffcv.types import TYPE_ID_HANDLER, get_metadata_type
 
     known = {kind: Handler for kind, Handler in TYPE_ID_HANDLER.items() if Handler is not None}
-    assert known.keys() == TYPES.keys() and known[RGB_IMAGE] is fields.RGBImageField and known[INT] is fields.IntField
+    assert (
+        known.keys() == FIELD_METADATA.keys()
+        and known[IMAGE_FIELD] is fields.RGBImageField
+        and known[INT_FIELD] is fields.IntField
+    )
     for kind, Handler in known.items():
         field = Handler.__new__(Handler)  # some want a shape, which does not change their metadata
-        assert np.dtype(TYPES[kind]).itemsize == np.dtype(field.metadata_type).itemsize, Handler
-        pair = np.dtype([("", IMAGE), ("", TYPES[kind])], align=True)
+        assert np.dtype(FIELD_METADATA[kind]).itemsize == np.dtype(field.metadata_type).itemsize, Handler
+        pair = np.dtype([("", IMAGE), ("", FIELD_METADATA[kind])], align=True)
         theirs = get_metadata_type([fields.RGBImageField(), field])
         assert pair.itemsize == theirs.itemsize and pair.fields["f1"][1] == theirs.fields["f1"][1]
 
@@ -136,8 +140,8 @@ def test_the_metadata_of_every_kind_of_field_is_ffcvs():
 def foreign_beton(path):
     """A beton as another program may write it: other fields, another order, small pages, records back to front."""
     sample = np.dtype([("", "<i8"), ("", "<f8"), ("", IMAGE)], align=True)
-    header, fields = np.zeros(1, HEADER), np.zeros(3, FIELD)
-    fields["type_id"], fields["name"] = (INT, 0, RGB_IMAGE), ("label", "weight", "image")
+    header, fields = np.zeros(1, HEADER), np.zeros(3, DESCRIPTOR)
+    fields["type"], fields["name"] = (INT_FIELD, 0, IMAGE_FIELD), (b"label", b"weight", b"image")
     samples, allocations, data = np.zeros(12, sample), np.zeros(12, ALLOCATION), b""
     start = HEADER.itemsize + fields.nbytes + samples.nbytes
     for i in reversed(range(12)):
@@ -152,7 +156,7 @@ def foreign_beton(path):
 def test_betons_of_other_programs_are_described_and_verified(tmp_path):
     out = tmp_path / "theirs.beton"
     foreign_beton(out)
-    assert read_tables(out).column(RGB_IMAGE)["height"].tolist() == [20 + i for i in range(12)]
+    assert read_tables(out).column(IMAGE_FIELD, "image")["height"].tolist() == [20 + i for i in range(12)]
     text = describe(out)
     assert "12 samples" in text and "label (int), weight (float), image (image)" in text
     assert "6 JPEG, 6 raw" in text

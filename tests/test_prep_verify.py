@@ -86,7 +86,7 @@ def test_truncation_is_found_with_and_without_the_manifest(beton, cut):
         with pytest.raises(ValueError, match="cut short"):
             verify(beton)
     else:
-        with pytest.raises(ValueError, match="image 11 is not in the allocation table"):
+        with pytest.raises(ValueError, match="its allocation table misses 1 images, the first is 11"):
             verify(beton)
 
 
@@ -94,7 +94,7 @@ def test_what_is_no_beton_or_was_never_finished(tmp_path, beton):
     for content in (b"", b"PK\3\4" + bytes(100), bytes(5000)):
         (tmp_path / "y.beton").write_bytes(content)
         for command in (verify, describe):
-            with pytest.raises(ValueError, match=r"no \.beton|not a \.beton"):
+            with pytest.raises(ValueError, match=r"cut short|not a \.beton|did not finish"):
                 command(tmp_path / "y.beton")
     unfinished = bytearray(beton.read_bytes())
     unfinished[: HEADER.itemsize] = bytes(HEADER.itemsize)

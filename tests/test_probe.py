@@ -111,7 +111,7 @@ def test_probe_asks_the_held_out_split(image_folder, ends_in_train):
 def test_probe_without_a_held_out_split_keeps_the_asked_out_of_the_bank(make_image_folder, tmp_path):
     config = config_of(make_image_folder(tmp_path, {"train": 30}))
     probe, note = make_probe(config, open_loader(config), ALONE)
-    assert "asks about one training image in 5" in note and "no folder val" in note
+    assert "asks about one training image in 5" in note and "there is no val, valid" in note
     every = list(open_loader(config).eval_batches(7))
     bank, asked = list(keep_asked(every, False)), list(keep_asked(every, True))
     indices = [torch.cat([b.index for b in part]).tolist() for part in (bank, asked)]

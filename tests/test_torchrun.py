@@ -90,7 +90,7 @@ def test_two_agents_of_two_are_one_agent_of_four(one_agent, tmp_path):
 
 def test_a_killed_worker_is_restarted_and_ends_with_the_same_weights(one_agent, tmp_path):
     folder = tmp_path / "elastic"
-    agent = torchrun("--standalone --nproc_per_node 4 --max-restarts 1", folder, "--resume", "auto")
+    agent = torchrun("--standalone --nproc_per_node 4 --max-restarts 3", folder, "--resume", "auto")
     wait_for_step(agent, folder, 6)
     os.kill(worker(folder, rank=2), signal.SIGKILL)
     assert "going on from" in finish(agent)

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastssl.data_prep.beton_format import RAW
 from fastssl.data_prep.images import BadImage, find_images
-from fastssl.loaders.beton_file import RAW, open_beton
+from fastssl.loaders.beton_file import open_beton
 
 _INDEX_VERSIONS = ("v1.1", "v1.2")
 
