@@ -104,11 +104,9 @@ def compile_and_wrap(config: Config, trainee: Trainee, ranks: Ranks) -> Trainee:
     if config.train.compile == "on" or (config.train.compile == "auto" and ranks.device.type == "cuda"):
         moco.encoder_q.compile()
         moco.encoder_k.compile()
-    return (
-        trainee
-        if ranks.world_size == 1
-        else trainee._replace(encoder_q=wrap_ddp(moco.encoder_q, ranks.device, config.train.deterministic))
-    )
+    if ranks.world_size == 1:
+        return trainee
+    return trainee._replace(encoder_q=wrap_ddp(moco.encoder_q, ranks.device, config.train.deterministic))
 
 
 def wrap_ddp(module: nn.Module, device: torch.device, deterministic: bool = False) -> DistributedDataParallel:

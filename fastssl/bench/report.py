@@ -51,9 +51,8 @@ def fill(text: str) -> str:
 
 def where(environment: dict) -> str:
     """The line over a table: command, machine, versions, commit, date."""
-    device = (
-        ", ".join(environment["gpus"]) or f"{environment['threads']} CPU thread(s) of {environment.get('cpu', 'a CPU')}"
-    )
+    cpu = f"{environment['threads']} CPU thread(s) of {environment.get('cpu', 'a CPU')}"
+    device = ", ".join(environment["gpus"]) or cpu
     return (
         f"`python {' '.join(environment['command'])}` on {device}, torch {environment['torch']}, "
         f"commit {str(environment['commit'])[:8]}, {environment['started'][:10]}:"
