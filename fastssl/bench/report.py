@@ -44,7 +44,7 @@ def fill(text: str) -> str:
         layout = next((make for name, make in LAYOUTS.items() if match[2].startswith(name)), None)
         if layout is None:
             raise ValueError(f"no layout for {path.name}: its name must begin with {', '.join(LAYOUTS)}")
-        return f"{match[1]}{where(result['environment'])}\n\n{layout(result['lines'])}\n{match[3]}"
+        return f"{match[1]}{where(result['environment'])}\n\n{layout(result.get('lines', result))}\n{match[3]}"
 
     return BLOCK.sub(table, text)
 
@@ -102,4 +102,24 @@ def loop_table(lines: Sequence[dict]) -> str:
     return as_table(["encoder", "loop", "pairs/s", "times the peer"], rows)
 
 
-LAYOUTS: dict[str, Callable[[Sequence[dict]], str]] = {"loss": loss_table, "step": loop_table, "all": loop_table}
+def loader_table(result: dict) -> str:
+    """One row for each loader: CPU time, rate, share of the bare decoder's."""
+    loaders = result["loaders"]
+    bare = loaders["libjpeg-turbo alone"]["cpu_ms_per_pair"]["median"]
+    rows = []
+    for name, line in sorted(loaders.items(), key=lambda item: item[1]["cpu_ms_per_pair"]["median"]):
+        cpu = line["cpu_ms_per_pair"]
+        rows.append(
+            [name, f"{cpu['median']:.3f} ({cpu['low']:.3f} to {cpu['high']:.3f})"]
+            + [f"{line['pairs_per_second']['median']:,.0f}", f"{100 * bare / cpu['median']:,.0f} %"]
+            + [f"{line['first_batch_seconds']:.2f}"]
+        )
+    return as_table(["loader", "CPU ms a pair", "pairs/s", "of the bare decoder's rate", "first batch, s"], rows)
+
+
+LAYOUTS: dict[str, Callable[..., str]] = {
+    "loss": loss_table,
+    "step": loop_table,
+    "all": loop_table,
+    "loader": loader_table,
+}
