@@ -28,6 +28,7 @@ from tqdm import tqdm
 from fastssl.command import run_command
 from fastssl.data_prep.images import BadImage, ImageFolder, decode_image, find_images
 from fastssl.data_prep.view_pairs import AUGS, count_views, make_view_pair
+from fastssl.data_prep.work_pool import usable_cores
 
 
 class Job(NamedTuple):
@@ -123,8 +124,7 @@ def _take(jobs: Iterator[Job], count: int) -> list[Job]:
 
 
 def _run(jobs: Sequence[Job], workers: int | None) -> Iterator[Outcome]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(workers or cores, len(jobs))
+    workers = min(workers or usable_cores(), len(jobs))
     if workers == 1:
         yield from map(draw, jobs)
         return

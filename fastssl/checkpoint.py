@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from fastssl.data_prep.files import sync_folder
+
 FORMAT = 1
 PARTS = ("format", "step", "config", "num_images", "model", "optimizer", "scaler")
 
@@ -43,15 +45,6 @@ def save(state: dict, path: Path) -> None:
         raise CheckpointError(
             f"could not write {path} ({cause}); earlier checkpoints are untouched: make room, then --resume auto"
         ) from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a rename last through a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def load(path: Path) -> dict:

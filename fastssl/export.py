@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastssl import checkpoint
 from fastssl.checkpoint import CheckpointError
+from fastssl.data_prep.files import sync_folder
 from fastssl.foreign import Report, load_pretrained
 from fastssl.foreign.formats import (
     FORMATS,
@@ -89,7 +90,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    checkpoint.sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _parts(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
 from fastssl.kernels.row_lse_blocks import DIMS
 from fastssl.kernels.row_lse_tiled import MAX_SCALE
+from fastssl.triton_device import triton_obstacle
 
 KERNELS = ("auto", "triton", "tiled", "reference")
 
@@ -38,7 +36,7 @@ def choose_kernel(
         return "reference", reason
     if requested == "tiled":
         return requested, "requested"
-    obstacle = _triton_obstacle(device, dtype, dim)
+    obstacle = _obstacle(device, dtype, dim)
     if requested == "auto" and device.type == "cpu":  # where Triton may run too, interpreted, for tests
         return "tiled", "no CUDA device"
     if requested == "auto":
@@ -48,16 +46,10 @@ def choose_kernel(
     return requested, "requested"
 
 
-def _triton_obstacle(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
+def _obstacle(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
     """Why the Triton kernel cannot run, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "no CUDA device"
-    if device.type not in ("cpu", "cuda"):
-        return f"no kernel for {device.type}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
+    if (obstacle := triton_obstacle(device)) is not None:
+        return obstacle
     if dim not in DIMS:
         return f"D = {dim} is not one of {', '.join(map(str, DIMS))}"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):

@@ -25,6 +25,7 @@ from fastssl.eval import __main__ as evaluations
 from fastssl.eval import transfer, transfer_data
 from fastssl.eval.bicubic import bicubic_crop_view, bicubic_eval_view
 from fastssl.eval.classifier import Classifier
+from fastssl.eval.linear import make_train_view
 from fastssl.eval.linear_train import Protocol, train_classifier
 from fastssl.eval.options import finish_options
 from fastssl.eval.session import Session
@@ -141,9 +142,8 @@ def finetune(data, output, mode):
     train, test = transfer_data.open_transfer_data(session)
     model = Classifier(Backbone(), 3, 3, 0, unit_length=True)
     view = transfer.bicubic_view(session)
-    protocol = Protocol(
-        transfer.bicubic_train_view(session, (0.2, 1.0)), view, transfer.LINE, 0.2, True, mode == "reference"
-    )
+    train_view = make_train_view(session, (0.2, 1.0), bicubic_crop_view)
+    protocol = Protocol(train_view, view, transfer.LINE, 0.2, True, mode == "reference")
     train_classifier(session, model, train, test, protocol, output)
     return model.backbone.norm
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
 from fastssl.augment.jitter import jitter_order, jitter_plan
 from fastssl.augment.params import ViewParams
 from fastssl.batch import ImageBatch
+from fastssl.triton_device import triton_obstacle
 
 AUGMENT_KERNELS = ("auto", "triton", "reference")
 MAX_BATCH = 32_767  # two views an image along the second axis of a launch, which ends at 65,535
@@ -27,25 +25,12 @@ def choose_augment_kernel(device: torch.device, requested: str = "auto") -> tupl
         return requested, "requested"
     if requested == "auto" and device.type == "cpu":  # where Triton may run too, interpreted, for tests
         return "reference", "no CUDA device"
-    obstacle = _obstacle(device)
+    obstacle = triton_obstacle(device)
     if requested == "auto":
         return ("triton", "a CUDA device") if obstacle is None else ("reference", obstacle)
     if obstacle is not None:
         raise ValueError(f"the triton augmentation kernel cannot run ({obstacle}): take --augment-kernel auto")
     return requested, "requested"
-
-
-def _obstacle(device: torch.device) -> str | None:
-    """Why the Triton kernels cannot run, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "no CUDA device"
-    if device.type not in ("cpu", "cuda"):
-        return f"no kernel for {device.type}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
-    return None
 
 
 def make_views_fused(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torchvision.transforms.v2 as T
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch import Tensor
 
 from fastssl.augment.fused import choose_augment_kernel
@@ -26,6 +25,7 @@ from fastssl.augment.params import sample_both
 from fastssl.augment.policy import Policy, make_policy
 from fastssl.augment.views import MEAN, STD, make_views
 from fastssl.batch import ImageBatch
+from fastssl.bench.classical_views import pillow_blur
 from fastssl.bench.timing import Function, time_calls
 from fastssl.environment import environment
 from fastssl.loaders.synthetic_loader import SyntheticLoader
@@ -42,11 +42,6 @@ def torchvision_chain(policy: Policy, size: int, on_pil: bool) -> T.Compose:
     chain += [grey] * policy.grey_first + [T.RandomApply([jitter], policy.jitter_p)] + [grey] * (not policy.grey_first)
     chain += [T.RandomApply([blur], policy.blur_p)] * (policy.blur_p > 0) + [T.RandomHorizontalFlip(policy.flip_p)]
     return T.Compose([*chain, T.ToImage(), T.ToDtype(torch.float32, scale=True), T.Normalize(MEAN, STD)])
-
-
-def pillow_blur(image: Image.Image) -> Image.Image:
-    """MoCo's blur."""
-    return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
 
 
 def per_image(images: list, chain: Callable, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import copy
 import os
-import random
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision import datasets, transforms
+from torchvision import datasets
 
-from fastssl.augment.views import MEAN, STD
+from fastssl.bench.classical_views import TwoViews
 from fastssl.bench.loops import Loop, time_steps
 from fastssl.bench.loss import published_loss
 from fastssl.config import Config
@@ -46,32 +44,6 @@ def endless(loader: DataLoader) -> Iterator:
     """Epoch after epoch."""
     while True:
         yield from loader
-
-
-class TwoViews:
-    """One Pillow image to two augmented views."""
-
-    def __init__(self, size: int) -> None:
-        jitter = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
-                transforms.RandomApply([jitter], p=0.8),
-                transforms.RandomGrayscale(p=0.2),
-                transforms.RandomApply([blur], p=0.5),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(MEAN, STD),
-            ]
-        )
-
-    def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
-        return self.transform(image), self.transform(image)
-
-
-def blur(image: Image.Image) -> Image.Image:
-    """Pillow's gaussian blur with a sigma from U(0.1, 2)."""
-    return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
 
 
 def make_classical_step(config: Config, device: torch.device, amp: bool) -> Callable[[Tensor, Tensor], Tensor]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from importlib import metadata
 from pathlib import Path
 
 from fastssl.bench.loader_peers import CONTESTANTS, DECODES, RAW, Options
 from fastssl.bench.loader_process import LoaderProcess, Round
 from fastssl.bench.timing import summarise
+from fastssl.data_prep.work_pool import usable_cores
 from fastssl.environment import environment
 
 PACKAGES = ("torch", "torchvision", "pillow", "ffcv", "numba", "nvidia-dali-cuda120")
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("data", help="folder of JPEGs in class folders, read once before: the page cache is warm")
     parser.add_argument("--beton", help="the same files as a .beton: fastssl prep beton DATA FILE --originals")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="these alone")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="where to write the JSON")
@@ -88,15 +88,10 @@ def main(argv: list[str]) -> None:
         print(f"left out: {name} ({why})")
     if args.output:
         versions = {package: metadata.version(package) for package in PACKAGES if _installed(package)}
-        machine = environment() | {"packages": versions, "cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0))}
+        machine = environment() | {"packages": versions, "cores": usable_cores()}
         content = {"environment": machine, "options": options._asdict(), "loaders": results, "left_out": missing}
         args.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _installed(package: str) -> bool:
     return any(True for _ in metadata.distributions(name=package))
-
-
-def _cpu_name() -> str:
-    with open("/proc/cpuinfo") as file:
-        return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "unknown")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import itertools
-import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -94,25 +93,15 @@ def start_torchvision(kind: str, options: Options) -> Callable[[], Epoch]:
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
+    from fastssl.bench.classical_views import TwoViews
+
     views = {
         "crops": transforms.Compose([transforms.RandomResizedCrop(SIZE, SCALE), transforms.PILToTensor()]),
         "tensor": v2.RandomResizedCrop(SIZE, SCALE, antialias=True),
-        "full": transforms.Compose(
-            [
-                transforms.RandomResizedCrop(SIZE, SCALE),
-                transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
-                transforms.RandomGrayscale(0.2),
-                transforms.RandomApply([_pillow_blur], 0.5),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-            ]
-        ),
-    }[kind]
+    }.get(kind)
     reader = {"loader": lambda path: io.decode_image(io.read_file(path), io.ImageReadMode.RGB)}
-    images = ImageFolder(
-        options.folder, lambda image: (views(image), views(image)), **(reader if kind == "tensor" else {})
-    )
+    two_views = TwoViews(SIZE) if kind == "full" else lambda image: (views(image), views(image))
+    images = ImageFolder(options.folder, two_views, **(reader if kind == "tensor" else {}))
 
     def start() -> Epoch:
         loader = DataLoader(
@@ -173,13 +162,6 @@ def start_dali(options: Options) -> Callable[[], Epoch]:
         return lambda: (len(pipeline.run()[0]) for _ in range(batches))
 
     return start
-
-
-def _pillow_blur(image):
-    """MoCo v2's blur."""
-    from PIL import ImageFilter
-
-    return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
 
 
 OTHERS: dict[str, Callable[[Options], Callable[[], Epoch]]] = {

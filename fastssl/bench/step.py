@@ -18,7 +18,7 @@ from fastssl.bench.timing import Timing
 from fastssl.config import Config, flat, replace
 from fastssl.environment import environment
 
-ARCHS = ("resnet18", "mobilenetv3_small", "mobilenetv3_large", "efficientnet_b0", "resnet50")
+ARCHS = ("resnet18", "mobilenetv3_small", "mobilenetv3_large", "efficientnet_b0", "deit_tiny", "resnet50")
 
 
 def add_step_flags(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,6 @@ The verdict says what the run is bound by. All loops run in this process, in tur
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from fastssl.bench.classical import classical_loop
 from fastssl.bench.loops import loader_alone, our_loop, time_loops
 from fastssl.bench.step import add_step_flags, as_line, make_config, print_timings, save
 from fastssl.bench.timing import Timing
+from fastssl.data_prep.work_pool import usable_cores
 from fastssl.demo_images import write_demo_images
 
 BOUND = 0.95  # of the step's rate: above it the loader does not matter
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--data", help="image folder with train/<class>/*; by default pictures drawn for the purpose")
     parser.add_argument("--arch", default="resnet18")
     parser.add_argument("--loader", default="auto")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="of the classical loop")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="of the classical loop")
     add_step_flags(parser)
     args = parser.parse_args(list(argv))
     with tempfile.TemporaryDirectory() as folder:

@@ -17,7 +17,7 @@ from fastssl.distributed import Ranks
 from fastssl.loaders.make import make_loader
 from fastssl.loaders.prefetch import Prefetcher
 
-HELD_OUT = ("val", "valid", "validation", "test")
+HELD_OUT = ("val", "valid", "validation", "test")  # beside the training images; the first one there is taken
 
 
 class Images(Protocol):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from fastssl.eval.classifier import Classifier
 from fastssl.eval.features import View, collect_features, encode, eval_view
 from fastssl.eval.images import Images, open_splits
 from fastssl.eval.linear_sweep import CACHED, run_sweep
-from fastssl.eval.linear_train import Protocol, train_classifier
+from fastssl.eval.linear_train import Protocol, TrainView, train_classifier
 from fastssl.eval.options import add_training_flags, check_training_flags, finish_options, launch, make_parser
 from fastssl.eval.session import Session, run_session
 
@@ -83,13 +83,16 @@ def make_classifier(
     return model.to(session.ranks.device)
 
 
-def make_train_view(session: Session, crop_scale: tuple[float, float]):
-    """RandomResizedCrop and flip as a function of (batch, epoch), the same for every loader and number of ranks."""
+def make_train_view(session: Session, crop_scale: tuple[float, float], make: Callable = make_view) -> TrainView:
+    """RandomResizedCrop and flip as a function of (batch, epoch), the same for every loader and number of ranks.
+
+    make: `make_view`, or another with its arguments.
+    """
     policy = make_policy("v1", crop_scale=crop_scale, jitter_p=0.0, grey_scale=0.0)
     o = session.options
 
     def view(batch: ImageBatch, epoch: int) -> torch.Tensor:
-        return make_view(batch, sample_params(policy, batch, o.seed, epoch, 0), o.image_size, session.dtype)
+        return make(batch, sample_params(policy, batch, o.seed, epoch, 0), o.image_size, session.dtype)
 
     return view
 

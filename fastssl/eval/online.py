@@ -12,13 +12,13 @@ from fastssl.batch import ImageBatch
 from fastssl.config import Config
 from fastssl.distributed import Ranks, gather_objects
 from fastssl.eval.features import extract_features, gather_features
+from fastssl.eval.images import HELD_OUT
 from fastssl.eval.vote import knn_hits, to_rep_space
 from fastssl.loaders.make import Loader, make_loader
 from fastssl.plan import DTYPES, choose_precision
 from fastssl.random_key import STREAM_HELD_OUT, random_bits
 
 Probe = Callable[[nn.Module], float]
-HELD_OUT = ("val", "valid", "validation", "test")  # beside the training images; the first one there is taken
 ASKED_OF_TRAIN = 5  # without one, one training image in so many is asked, and left out of the bank
 _FEWEST = 50  # images among which the hash is sure to choose some
 _BATCH = 256

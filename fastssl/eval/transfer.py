@@ -10,16 +10,11 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 
-import torch
-
-from fastssl.augment.params import sample_params
-from fastssl.augment.policy import make_policy
-from fastssl.batch import ImageBatch
 from fastssl.command import run_command
 from fastssl.eval.bicubic import bicubic_crop_view, bicubic_eval_view
 from fastssl.eval.features import View
-from fastssl.eval.linear import evaluate_cached, make_classifier, output_folder
-from fastssl.eval.linear_train import Protocol, TrainView, train_classifier
+from fastssl.eval.linear import evaluate_cached, make_classifier, make_train_view, output_folder
+from fastssl.eval.linear_train import Protocol, train_classifier
 from fastssl.eval.options import add_training_flags, check_training_flags, finish_options, launch, make_parser
 from fastssl.eval.session import Session, run_session
 from fastssl.eval.transfer_data import DATASETS, open_transfer_data
@@ -61,7 +56,7 @@ def evaluate(session: Session) -> dict:
         backbone = session.open_backbone()
         model = make_classifier(session, backbone, test, view, len(train.class_names), unit_length=True)
         protocol = Protocol(
-            bicubic_train_view(session, (0.2, 1.0) if o.finetune else (0.6, 1.0)),
+            make_train_view(session, (0.2, 1.0) if o.finetune else (0.6, 1.0), bicubic_crop_view),
             view,
             LINE,
             drop=0.2 if o.finetune else 0.1,
@@ -79,17 +74,6 @@ def bicubic_view(session: Session) -> View:
     o = session.options
     resize = o.image_size if o.dataset.startswith("cifar") else o.resize
     return lambda batch: bicubic_eval_view(batch, o.image_size, resize, session.dtype)
-
-
-def bicubic_train_view(session: Session, crop_scale: tuple[float, float]) -> TrainView:
-    """RandomResizedCrop and flip as a function of (batch, epoch)."""
-    policy = make_policy("v1", crop_scale=crop_scale, jitter_p=0.0, grey_scale=0.0)
-    o = session.options
-
-    def view(batch: ImageBatch, epoch: int) -> torch.Tensor:
-        return bicubic_crop_view(batch, sample_params(policy, batch, o.seed, epoch, 0), o.image_size, session.dtype)
-
-    return view
 
 
 def check(options: argparse.Namespace) -> None:

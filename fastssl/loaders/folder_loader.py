@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastssl.batch import ImageBatch, pack_images
 from fastssl.data_prep.images import decode_image, find_images
+from fastssl.data_prep.work_pool import usable_cores
 from fastssl.loaders.bad_images import BadImages
 from fastssl.loaders.order import FULL, Order, count_batches, eval_shares, train_shares
 from fastssl.loaders.prefetch import Prefetcher
@@ -132,5 +133,4 @@ class FolderLoader:
 
 def default_workers() -> int:
     """Cores this process may use, shared with the other ranks on the machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
