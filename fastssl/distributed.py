@@ -94,7 +94,8 @@ def gather_rows(x: Tensor, ranks: Ranks) -> Tensor:
     if ranks.world_size == 1:
         return x
     result = x.new_empty(ranks.world_size * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(result, x.contiguous())
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.14 renamed it
+    gather(result, x.contiguous())
     return result
 
 

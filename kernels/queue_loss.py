@@ -12,12 +12,13 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from .queue_loss_finish import finish_rows, finish_scalars
 from .row_lse import rows_per_program
 from .row_lse_pass import QueuePass, on_device_of, pass_over_queue
 from .row_lse_plan import weights_need_float32
+from .traceable import traceable
 
 _SCHEMA = (
     "(Tensor q_ND, Tensor k_ND, Tensor queue_KD, float contrast_weight, float temperature, float align_weight, "
@@ -64,7 +65,7 @@ def queue_loss(
         _launch_finish_rows(tensors, main, batch, numbers, contrast, uniform)
         total, factor, parts = q_ND.new_empty(()), q_ND.new_empty(()), q_ND.new_empty(5)
         weights = (contrast_weight, align_weight, uniform_weight)
-        wrap_triton(finish_scalars)[(1,)](
+        traceable(finish_scalars)[(1,)](
             terms_TN,
             parts,
             total,
@@ -88,7 +89,7 @@ def _launch_finish_rows(
     num, dim = q_ND.shape
     inside = main if batch is None else batch  # not read without pairs
     rows = rows_per_program(q_ND)
-    wrap_triton(finish_rows)[(triton.cdiv(num, rows),)](
+    traceable(finish_rows)[(triton.cdiv(num, rows),)](
         q_ND,
         k_ND,
         terms_TN if positive_N is None else positive_N,

@@ -16,12 +16,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from .row_lse_blocks import DIMS
 from .row_lse_pass import on_device_of, pass_over_queue
 from .row_lse_plan import weights_need_float32
 from .row_lse_tiled import MAX_SCALE, SCHEMA, fake_row_lse, row_lse_gradient, save_for_gradient
+from .traceable import traceable
 
 
 @triton.jit
@@ -98,7 +99,7 @@ def row_lse(
         mean_CND = x_ND.new_empty(count, num, dim, dtype=torch.float32)
         above_N = x_ND.new_empty(above_PN.shape[1], dtype=torch.int32)
         rows = rows_per_program(x_ND)
-        wrap_triton(_add_parts)[(triton.cdiv(count * num, rows),)](
+        traceable(_add_parts)[(triton.cdiv(count * num, rows),)](
             sum_PCN,
             mean_PCND,
             above_PN,

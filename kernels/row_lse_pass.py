@@ -19,11 +19,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from .row_lse_blocks import find_blocks
 from .row_lse_plan import dot_precision, split_queue, weight_factors
 from .row_lse_tiled import TIE
+from .traceable import traceable
 
 # Fused multiply-adds are faster and no less exact here; Triton 3.9 warns where nothing is said, 3.10 turns them off.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -138,7 +138,7 @@ def pass_over_queue(
     sum_PCN = x_ND.new_empty(parts, count, num, dtype=torch.float32)
     mean_PCND = x_ND.new_empty(parts, count, num, dim, dtype=torch.float32)
     above_PN = x_ND.new_empty(parts, 0 if positive_N is None else num, dtype=torch.int32)
-    wrap_triton(_pass_over_queue)[(triton.cdiv(num, blocks.block_n), parts)](
+    traceable(_pass_over_queue)[(triton.cdiv(num, blocks.block_n), parts)](
         x_ND,
         y_KD,
         sum_PCN if positive_N is None else positive_N,
