@@ -46,7 +46,7 @@ def launch_command(argv: Sequence[str], module: str) -> list[str] | None:
 
 
 def show_gpus(gpus: Sequence[int]) -> None:
-    """Hides all other GPUs; an id counts those that are visible now, as torch does. ValueError when there is no such."""
+    """Hides all other GPUs. An id counts those visible now, as torch does; ValueError when there are not so many."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else None
     if names and max(gpus) >= len(names):
@@ -70,7 +70,7 @@ def find_address(dist_url: str) -> tuple[str, str]:
     else:
         host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "29500")
     if not host or not port:
-        raise ValueError(f"--dist-url {dist_url or 'is not given and MASTER_ADDR'} names no host and port: use tcp://HOST:PORT")
+        raise ValueError(f"--dist-url {dist_url or 'env://, MASTER_ADDR,'} names no host and port: use tcp://HOST:PORT")
     return host, port
 
 
