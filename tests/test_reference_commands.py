@@ -291,3 +291,21 @@ def test_transfer(run, imagenet, small, dataset, finetune):
     out, _ = run(TRANSFER + finetune, places, f"{SHORT} --output out")
     assert re.search(r"^ \* Acc@1 \d+\.\d{3} Acc@5 100\.000$", out, re.M)
     assert ("=> sanity check passed." in out) == (not finetune)
+
+
+def test_a_classifier_that_main_lincls_saved(run, imagenet, resnet, tmp_path):
+    """Its own checkpoint, with the accuracy as a tensor, is validated and trained on."""
+    weights = {k: v for k, v in torch.load(resnet, weights_only=True)["state_dict"].items() if "encoder_q" in k}
+    state = {k.replace("encoder_q.", ""): v for k, v in weights.items() if ".fc." not in k}
+    fc = torch.nn.Linear(2048, 2)
+    state |= {f"module.fc.{k}": v for k, v in fc.state_dict().items()}
+    optimizer = torch.optim.SGD(fc.parameters(), 30.0, momentum=0.9, weight_decay=0.0)
+    saved = {"epoch": 1, "arch": "resnet50", "state_dict": state, "best_acc1": torch.tensor([100.0]), "acc1": 50.0,
+             "acc5": 100.0, "optimizer": optimizer.state_dict()}  # fmt: skip
+    torch.save(saved, "lincls.pth.tar")
+    places = {"PATH_TO_CHECKPOINT": resnet, "PATH_TO_DATASET": imagenet}
+    out, _ = run(LINEAR, places, f"{SHORT} --resume lincls.pth.tar --evaluate")
+    assert re.search(r"^ \* Acc1 \d+\.\d{3} Acc5 100\.000$", out, re.M) and not (tmp_path / "out").exists()
+    out, _ = run(LINEAR, places, f"{SHORT} --epochs 2 --resume lincls.pth.tar --output out")
+    assert "Epoch: [1][0/1]" in out and "New best" not in out
+    assert torch.load("out/checkpoint_0001.pth.tar", weights_only=True)["best_acc1"] == 100

@@ -124,6 +124,8 @@ def _choose(contents: Contents, layout: Layout, arch: str | None, stem: str | No
     found = [pair for pair in fitting_architectures(layout) if stem in (None, pair[1])]
     if len(found) == 1 and found[0][0] not in _TWINS:
         return found[0]
+    if not found and said_arch in list_architectures():
+        return said_arch, stem or "imagenet"  # which says what does not fit
     if not found:
         raise CheckpointError(f"{contents.path} ({layout.kind}) fits no architecture known here: name one with -a")
     names = [name for found_arch, _ in found for name in (found_arch, _TWINS.get(found_arch)) if name]
