@@ -25,6 +25,7 @@ from fastssl.data_prep.class_list import IMAGENET100
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.launch import launch_command
 
+ROOT = Path(__file__).parents[1]
 SCRIPTS = {  # what stands in place of a script's name
     "main_moco.py": "-m fastssl pretrain",
     "main_moco_final.py": "-m fastssl pretrain",
@@ -115,8 +116,8 @@ def run(capsys, monkeypatch, tmp_path):
     def run_line(line, places, more=""):
         words = words_of(line, places, more)
         if "-g 2" in " ".join(words) or launch_command(words, "fastssl"):
-            command = [sys.executable, *words]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=os.environ)
+            command, environment = [sys.executable, *words], os.environ | {"PYTHONPATH": str(ROOT)}
+            done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment)
             code, out, err = done.returncode, done.stdout, done.stderr
         else:
             code, (out, err) = in_this_process(words[1:], monkeypatch), capsys.readouterr()

@@ -19,6 +19,7 @@ from fastssl.data_prep.images import find_images
 from fastssl.data_prep.static_views import draw, make_static_views
 from fastssl.data_prep.view_pairs import AUGS, count_views
 
+ROOT = Path(__file__).parents[1]
 MASKED = ("normal", "g-mask", "rand-g-mask", "avg-mask", "rand-avg-mask")
 
 
@@ -48,7 +49,9 @@ def test_a_killed_set_is_finished_and_its_processes_end(image_folder, tmp_path):
     data, *flags = arguments
     views = [sys.executable, "-m", "fastssl", "prep", "views"]
     command = [*views, data, str(tmp_path / "killed"), *flags, "--workers", "2"]
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
+    )
     deadline = time.monotonic() + 100
     while len(list(tmp_path.glob("killed/*/*.jpeg"))) < 30:
         assert process.poll() is None and time.monotonic() < deadline
@@ -84,18 +87,19 @@ def test_every_evaluation_of_the_set_it_wrote(image_folder, tmp_path, monkeypatc
     assert main(["prep", "views", str(image_folder / "train"), "set", "--aug", "hard", "--workers", "1"]) == 0
     encoder = ["-a", "resnet18", "--pretrained", "moco.pth.tar", "--image-size", "32", "-b", "16", "--device", "cpu"]
     found = {}
+    modes = ["--mode", "sd-sd", "--dataset-mode", "all"]
     for name, flags in {
-        "instdisc": ["-s", "8", "--dataset-mode", "all"], "stats": ["-s", "8"], "tsne": ["--perplexity", "5"],
+        "instdisc": ["-s", "8", "--topk", "20", *modes], "stats": ["-s", "8"], "tsne": ["--perplexity", "5"],
     }.items():  # fmt: skip
         assert main(["eval", name, "set", *encoder, *flags, "--json", f"{name}.json"]) == 0
         found[name] = json.loads((tmp_path / f"{name}.json").read_text())
     assert tuple(found["instdisc"]["accuracy"]) == MASKED and found["stats"]["samples"] == 24
     assert len({tuple(a) for a in found["instdisc"]["accuracy"].values()}) > 1  # masks change what is found
     assert all((tmp_path / name).is_file() for name in found["tsne"]["files"])
-    more = ["--views", "set", "-s", "8", "-k", "3", "--epochs", "2", "--lrs", "1", "--perplexity", "5"]
+    more = ["--views", "set", "-s", "8", "--topk", "20", "-k", "3", "--epochs", "2", "--lrs", "1", "--perplexity", "5"]
     assert main(["eval", "all", str(image_folder), *encoder, *more, "--json", "all.json"]) == 0
     together = json.loads((tmp_path / "all.json").read_text())
-    assert together["instdisc"]["d-sd"] == found["instdisc"]["accuracy"]["normal"]
+    assert together["instdisc"]["sd-sd"] == found["instdisc"]["accuracy"]["normal"]
     assert together["stats"]["SD-SD align"] == pytest.approx(found["stats"]["SD-SD align"], rel=1e-6)
     assert "24 images with 10 views" in capsys.readouterr().out
     hole = tmp_path / "set" / "class1" / "3-7.jpeg"
