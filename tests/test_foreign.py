@@ -129,7 +129,7 @@ def test_what_a_file_says_it_is_but_is_not(tmp_path):
         load_pretrained(write(tmp_path, saved))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "tv_efficientnet_b0", "mobilenet_v3_small"])
+@pytest.mark.parametrize("name", ["resnet18", "tv_efficientnet_b0", "mobilenet_v3_small", "mnasnet0_5"])
 def test_torchvision_state_dicts(tmp_path, name):
     torch.manual_seed(0)
     model = tv.get_model(name.removeprefix("tv_"), weights=None).eval()
