@@ -16,19 +16,19 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 from fastssl.command import run_command
 from fastssl.data_prep.images import BadImage, ImageFolder, decode_image, find_images
 from fastssl.data_prep.view_pairs import AUGS, count_views, make_view_pair
-from fastssl.data_prep.work_pool import usable_cores
+from fastssl.data_prep.work_pool import Died, WorkPool, ahead, usable_cores
+
+_CHUNK = 4  # images handed out together
 
 
 class Job(NamedTuple):
@@ -124,12 +124,16 @@ def _take(jobs: Iterator[Job], count: int) -> list[Job]:
 
 
 def _run(jobs: Sequence[Job], workers: int | None) -> Iterator[Outcome]:
+    """Outcomes in the order of the jobs; an image that kills the process that decodes it is one that cannot be read."""
     workers = min(workers or usable_cores(), len(jobs))
     if workers == 1:
         yield from map(draw, jobs)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        yield from pool.map(draw, jobs, chunksize=4)
+    with closing(WorkPool(draw, workers)) as pool:
+        begun = (pool.submit(jobs[i : i + _CHUNK]) for i in range(0, len(jobs), _CHUNK))
+        for ticket in ahead(begun, 2 * workers):
+            for job, outcome in zip(ticket.items, pool.results(ticket)):
+                yield Outcome(f"{job.source}: its decoder crashes", True) if isinstance(outcome, Died) else outcome
 
 
 def draw(job: Job) -> Outcome:

@@ -142,7 +142,7 @@ class TrainConfig:
 
     epochs: int = 200
     """Passes over the images; the tail of a pass that does not fill a batch is dropped."""
-    batch_size: Annotated[int, flag("-b")] = 256
+    batch_size: Annotated[int, flag("-b")] = 128
     """Images per step over all GPUs, nodes and micro-batches."""
     steps: int | None = None
     """Stop after this many steps; schedules still follow --epochs."""
@@ -234,7 +234,7 @@ def check(config: Config) -> None:
         raise ValueError(f"--cj belongs to --policy small, not to {a.policy}: add --policy small or leave it out")
     if config.input.resident_shard and config.input.loader != "resident":
         raise ValueError(f"--resident-shard belongs to --loader resident, not to {config.input.loader}")
-    if t.restart and (t.resume in ("no", "auto") or t.start_epoch):
+    if t.restart and (t.resume in ("no", "", "auto") or t.start_epoch):
         raise ValueError("--restart takes the weights of --resume PATH and begins at epoch 0: name the checkpoint")
     if t.batch_size % o.accumulate:
         raise ValueError(f"--batch-size {t.batch_size} must be a multiple of --accumulate {o.accumulate}")

@@ -30,13 +30,12 @@ class Ranks(NamedTuple):
 def start(device: str = "auto") -> Ranks:
     """Joins the process group when torchrun's variables are set (NCCL on GPUs, gloo on CPUs) and picks the device.
 
-    Raises ValueError when CUDA is asked for and there is none.
+    Raises ValueError when CUDA is asked for and there is none, and for variables that cannot be torchrun's.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this torch sees no GPU; run `fastssl doctor`, or use --device cpu")
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank, world_size, local_rank = read_ranks()
     target = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         if local_rank >= torch.cuda.device_count():
@@ -54,12 +53,30 @@ def start(device: str = "auto") -> Ranks:
     return Ranks(rank, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), target)
 
 
+def read_ranks() -> tuple[int, int, int]:
+    """(rank, world size, local rank) of torchrun's variables. ValueError where an earlier shell left some of them."""
+    if "WORLD_SIZE" not in os.environ:  # one process, whatever else is left
+        return 0, 1, 0
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ValueError(f"WORLD_SIZE is set, {' and '.join(missing)} not: start with torchrun, or unset WORLD_SIZE")
+    words = [os.environ.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    if not all(word.isdecimal() for word in words) or int(words[0]) >= int(words[1]):
+        found = "RANK={}, WORLD_SIZE={}, LOCAL_RANK={}".format(*words)
+        raise ValueError(f"{found} cannot be torchrun's: start with torchrun, or unset WORLD_SIZE")
+    rank, world_size, local_rank = map(int, words)
+    return rank, world_size, local_rank
+
+
 def open_store() -> dist.Store:
     """Where the ranks meet. torchrun keeps one store for all attempts of a run, with the addresses of ranks that are
     gone: on one node each attempt gets a part of its own. Over several nodes no attempt has a number that all know;
     there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun open a new store (recipes/slurm).
     """
-    store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+    except dist.DistError:
+        address, size = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", os.environ["WORLD_SIZE"]
+        raise ValueError(f"{size} ranks did not meet at {address} within {TIMEOUT}: start with torchrun") from None
     if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
         return store
     return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,7 +54,9 @@ def export(source: str, out: str, to: str = "plain", *, arch: str | None = None,
     if to == "moco":
         checkpoint.save(_to_moco(contents, report, module, path, key), Path(out))
     else:
-        tensors = name_tensors(report.arch, to, *_parts(module))
+        backbone, projection = _parts(module)
+        tensors = OrderedDict(name_tensors(report.arch, to, backbone, projection))
+        tensors._metadata = backbone._metadata  # torchvision's MNASNet asks for its version
         save_tensors(tensors, Path(out), {"format": "pt", "arch": report.arch, "stem": report.stem})
     return report, name
 
@@ -77,7 +80,8 @@ def find_source(source: str) -> Path:
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """A state dict as .safetensors or by torch.save, whole or not at all."""
-    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.detach().clone().contiguous()
     if path.suffix != ".safetensors":
         checkpoint.save(tensors, path)
         return

@@ -15,10 +15,10 @@ def split_launch_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[st
     """The reference scripts' launch flags, and the rest of the command line."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--multiprocessing-distributed", action="store_true")
-    parser.add_argument("--world-size", type=int, default=1)  # of nodes
-    parser.add_argument("--rank", type=int, default=0)  # of this node
-    parser.add_argument("--dist-url", default="env://")
-    parser.add_argument("--dist-backend", default="nccl")
+    parser.add_argument("--world-size", type=int, default=-1)  # of nodes
+    parser.add_argument("--rank", type=int, default=-1)  # of this node
+    parser.add_argument("--dist-url", default="")
+    parser.add_argument("--dist-backend", choices=("nccl", "gloo"))  # the device decides which of them moves what
     parser.add_argument("--gpus", type=int, nargs="+")
     parser.add_argument("--gpu", type=int)
     return parser.parse_known_args(list(argv))
@@ -30,25 +30,48 @@ def launch_command(argv: Sequence[str], module: str) -> list[str] | None:
     Sets CUDA_VISIBLE_DEVICES for --gpu and --gpus. Raises ValueError when --dist-url is no address.
     """
     flags, rest = split_launch_flags(argv)
-    gpus = flags.gpus or ([flags.gpu] if flags.gpu is not None else None)
+    gpus = flags.gpus or ([flags.gpu] if flags.gpu is not None else [])
     if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        show_gpus(gpus)
     if not flags.multiprocessing_distributed:
         return None
-    processes = len(gpus) if gpus else max(1, torch.cuda.device_count())
+    nodes, node = count_nodes(flags)
+    processes = len(gpus) or max(1, torch.cuda.device_count())
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    if flags.world_size <= 1:
-        return [*command, "--standalone", "-m", module, *rest]
-    if flags.dist_url.startswith("env://"):
-        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "29500")
+    if nodes == 1:
+        return [*command, "--standalone", "-m", module, *rest] if processes > 1 else None
+    host, port = find_address(flags.dist_url)
+    command += ["--nnodes", str(nodes), "--node_rank", str(node), "--master_addr", host, "--master_port", port]
+    return [*command, "-m", module, *per_node_batch(rest, nodes)]
+
+
+def show_gpus(gpus: Sequence[int]) -> None:
+    """Hides all other GPUs. An id counts those visible now, as torch does; ValueError when there are not so many."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else None
+    if names and max(gpus) >= len(names):
+        raise ValueError(f"GPU {max(gpus)} is asked for, CUDA_VISIBLE_DEVICES={visible} shows {len(names)}")
+    if visible != "":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[i] if names else str(i) for i in gpus)
+
+
+def count_nodes(flags: argparse.Namespace) -> tuple[int, int]:
+    """(nodes, this node's number): --world-size and --rank; with env://, as the scripts do, else the variables."""
+    read = os.environ if flags.dist_url.startswith("env://") else {}
+    nodes = flags.world_size if flags.world_size != -1 else int(read.get("WORLD_SIZE", 1))
+    return nodes, flags.rank if flags.rank != -1 else int(read.get("RANK", 0))
+
+
+def find_address(dist_url: str) -> tuple[str, str]:
+    """(host, port) where the nodes meet. ValueError when --dist-url is no address."""
+    if dist_url and not dist_url.startswith("env://"):
+        address = urlparse(dist_url)
+        host, port = address.hostname, str(address.port or "")
     else:
-        address = urlparse(flags.dist_url)
-        host, port = address.hostname, address.port
+        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "29500")
     if not host or not port:
-        raise ValueError(f"--dist-url {flags.dist_url} names no host and port: use tcp://HOST:PORT")
-    command += ["--nnodes", str(flags.world_size), "--node_rank", str(flags.rank)]
-    command += ["--master_addr", str(host), "--master_port", str(port)]
-    return [*command, "-m", module, *per_node_batch(rest, flags.world_size)]
+        raise ValueError(f"--dist-url {dist_url or 'env://, MASTER_ADDR,'} names no host and port: use tcp://HOST:PORT")
+    return host, port
 
 
 def per_node_batch(argv: list[str], nodes: int) -> list[str]:
@@ -62,8 +85,14 @@ def per_node_batch(argv: list[str], nodes: int) -> list[str]:
 
 def launch_if_asked(argv: Sequence[str], module: str) -> list[str]:
     """Becomes torchrun when the command line asks for it; otherwise returns it without the launch flags."""
-    command = None if "LOCAL_RANK" in os.environ else launch_command(argv, module)
+    flags, rest = split_launch_flags(argv)
+    if "LOCAL_RANK" in os.environ:  # torchrun has started this process
+        return rest
+    command = launch_command(argv, module)
     if command is not None:
-        print("fastssl: " + " ".join(["torchrun", *command[3:]]), file=sys.stderr)
+        print("fastssl: " + " ".join(["torchrun", *command[3:]]), file=sys.stderr, flush=True)
         os.execv(command[0], command)
-    return split_launch_flags(argv)[1]
+    if flags.multiprocessing_distributed:
+        for name in ("RANK", "WORLD_SIZE"):  # nodes to these scripts, processes to us
+            os.environ.pop(name, None)
+    return rest

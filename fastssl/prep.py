@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import tyro
 
@@ -96,9 +97,9 @@ class Subset:
     """Folder with train/<class>/ (and val/<class>/), or with <class>/ folders."""
     out: Positional[str]
     """Folder for the links."""
-    classes: str = "imagenet100"
+    classes: Annotated[str, tyro.conf.arg(aliases=("-s", "--subset"))] = "imagenet100"
     """A file with a class a line, names with commas between them, or imagenet100."""
-    force: bool = False
+    force: Annotated[bool, tyro.conf.arg(aliases=("-f",))] = False
     """Replace the links of an earlier subset."""
 
     def run(self) -> int:

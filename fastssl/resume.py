@@ -69,7 +69,7 @@ def start_from_weights(path: Path, trainee: Trainee, config: Config) -> list[str
 
 def find_checkpoint(resume: str, folder: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from, the same on every rank, and notes about those that were passed over."""
-    if resume == "no":
+    if resume in ("no", ""):
         return None, []
     if resume != "auto":
         return Path(resume), []

@@ -49,7 +49,7 @@ def load_as(out: str, to: str, name: str, stem: str, head: bool) -> nn.Module:
     """The exported file in the program it is meant for: torchvision or timm themselves, else fastssl."""
     if to in ("plain", "moco"):
         return load_pretrained(out, name, with_head=head, stem=stem)[0]
-    tensors = read_weights(out).tensors
+    tensors = read_weights(out).tensors if out.endswith(".safetensors") else torch.load(out, weights_only=True)
     if to == "timm":
         import timm
 

@@ -1,8 +1,12 @@
 """What ranks say to each other: rows in rank order, the key shuffle and its undoing, one decision to stop."""
 
-import torch
-from ranks import run_ranks
+from datetime import timedelta
 
+import pytest
+import torch
+from ranks import free_port, run_ranks
+
+from fastssl import distributed
 from fastssl.distributed import Ranks, StopSignal, gather_rows, shuffle_rows, unshuffle_keys
 from fastssl.random_key import STREAM_SHUFFLE, permutation
 
@@ -49,3 +53,32 @@ def test_over_ranks_shuffle_then_unshuffle_is_the_identity_and_all_stop_at_the_s
 
 def test_on_one_process_shuffle_then_unshuffle_is_the_identity():
     exchange(0, 1, 6, "float32")
+
+
+@pytest.mark.parametrize(
+    ("left", "sentence"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set, RANK and MASTER_ADDR and MASTER_PORT not: start with torchrun, or"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}, "WORLD_SIZE is set, MASTER_ADDR not"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2, WORLD_SIZE=2, LOCAL_RANK=0 cannot be torchrun's"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "RANK=0, WORLD_SIZE=two, LOCAL_RANK=0 cannot be torchrun's"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 cannot be torchrun's"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "2 ranks did not meet at 127.0.0.1:"),
+    ],
+)
+def test_variables_an_earlier_shell_left_are_one_sentence(monkeypatch, left, sentence):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=2))
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in {**(address if "is set" not in sentence else {}), **left}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=sentence):
+        distributed.start("cpu")
+
+
+def test_without_a_world_size_other_variables_do_not_count(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "3")
+    assert distributed.start("cpu")[:2] == (0, 1)

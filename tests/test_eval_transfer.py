@@ -3,15 +3,12 @@
 import hashlib
 import json
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as tvf
 from PIL import Image
-from test_eval_views import make_view_set
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
@@ -29,7 +26,6 @@ from fastssl.eval.linear import make_train_view
 from fastssl.eval.linear_train import Protocol, train_classifier
 from fastssl.eval.options import finish_options
 from fastssl.eval.session import Session
-from fastssl.launch import launch_command
 
 ALONE = Ranks(0, 1, 1, torch.device("cpu"))
 
@@ -187,56 +183,3 @@ def test_bad_input_is_one_sentence(run, image_folder, tmp_path):
         code, _, err = run(f"transfer {words}")
         assert code == 1 and sentence in err and "Traceback" not in err, err
     assert run(f"transfer {image_folder} --dataset mnist")[0] == 2
-
-
-# The command lines of both reference READMEs after the script's name, on small data.
-README_COMMANDS = [
-    "instdisc {views} -a resnet18 -b 8 -j 2 --pretrained {checkpoint} -s 3 --gpu 0 --topk 5 --mode d-sd",
-    "stats-dist {views} -a resnet18 -b 8 -j 2 --pretrained {checkpoint} -s 3 --gpu 0",
-    "knn {images} -a resnet18 -b 8 -k 3 -g 1 --pretrained {checkpoint} --rep-space shifted-norm",
-]
-TORCHRUN_COMMANDS = [  # these start torchrun
-    "linear -a resnet18 --lr 30.0 --batch-size 8 --pretrained {checkpoint} --multiprocessing-distributed "
-    "--world-size 1 --rank 0 --epochs 1 --image-size 32 {images}",
-    "transfer {images} -a resnet18 --lr 30 --batch-size 8 --pretrained {checkpoint} --dist-url tcp://localhost:10001 "
-    "--multiprocessing-distributed --world-size 1 --rank 0 --dataset cifar10 --epochs 1 --image-size 32",
-]
-
-
-@pytest.fixture
-def places(image_folder, tmp_path):
-    from fastssl.models.encoders import make_encoder
-
-    backbone = make_encoder("resnet18").backbone.state_dict()
-    state = {f"module.encoder_{e}.{k}": v for e in "qk" for k, v in backbone.items()}
-    state |= {"module.encoder_q.fc.weight": torch.zeros(128, 512), "module.encoder_q.fc.bias": torch.zeros(128)}
-    state |= {"module.encoder_k.fc.weight": torch.zeros(128, 512), "module.encoder_k.fc.bias": torch.zeros(128)}
-    state |= {"module.queue": torch.zeros(128, 16), "module.queue_ptr": torch.zeros(1, dtype=torch.int64)}
-    path = tmp_path / "checkpoint_0199.pth.tar"
-    torch.save({"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": {}}, path)
-    views = make_view_set(tmp_path / "views", classes=("n1", "n2"), per_class=3, side=32)
-    return {"images": image_folder, "views": views, "checkpoint": path}
-
-
-@pytest.mark.parametrize("line", README_COMMANDS)
-def test_reference_command_lines_run(run, places, line, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # --gpu sets it: put back afterwards
-    code, out, err = run(line.format(**places))
-    assert code == 0 and f"=> loaded pre-trained model '{places['checkpoint']}'" in out, err
-
-
-def test_reference_command_lines_that_start_processes(places, tmp_path):
-    name, *words = TORCHRUN_COMMANDS[0].format(**places).split()
-    done = subprocess.run(
-        [sys.executable, "-m", f"fastssl.eval.{name}", *words],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0 and "=> sanity check passed." in done.stdout, done.stderr
-    assert (tmp_path / "lincls/checkpoint_0199.pth.tar/b8_lr30_e60,80,1/model_best.pth.tar").exists()
-    name, *words = TORCHRUN_COMMANDS[1].format(**places).split()
-    command = launch_command(words, f"fastssl.eval.{name}")
-    assert command[1:4] == ["-m", "torch.distributed.run", "--nproc_per_node"]
-    options_of(*command[command.index(f"fastssl.eval.{name}") + 1 :])

@@ -141,7 +141,7 @@ def test_instdisc_line(run, view_set, tmp_path):
     code, out, err = run("instdisc", view_set, *FLAGS, "-s", 6, "--topk", 3, "--mode", "sd-sd", "--json", "a.json")
     accuracy = json.loads((tmp_path / "a.json").read_text())["accuracy"]["normal"]
     assert code == 0, err
-    line = f"Masked: normal; Mode: sd-sd; Top1-3: {[round(a, 6) for a in accuracy]}; Ckpt: ; Dataset: {view_set}"
+    line = f"Masked: normal; Mode: sd-sd; Top1-3: {[round(a, 6) for a in accuracy]}; CKPT: ; Dataset: {view_set}"
     assert out.splitlines()[0] == str(view_set) and out.splitlines()[-1] == line
 
 

@@ -91,6 +91,8 @@ def test_the_head_on_request(tmp_path, head):
 @pytest.mark.parametrize("arch", ["mobilenetv3_large", "resnet18"])
 def test_seed_students(tmp_path, arch):
     saved, tensors, forward = make_seed(arch)
+    if arch == "resnet18":  # distilled with small patches too
+        saved["state_dict"]["module.small_queue"] = torch.randn(128, 64)
     backbone, report = load_pretrained(write(tmp_path, saved), arch)
     assert_features(backbone, tensors, forward, 96)
     assert report.kind == "SEED checkpoint, the student" and report.head == "simple"
@@ -118,7 +120,16 @@ def test_compiled_parts_inside_and_nested_ddp(tmp_path):
     assert_features(load_pretrained(simclr)[0], tensors, forward, 64)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "tv_efficientnet_b0", "mobilenet_v3_small"])
+def test_what_a_file_says_it_is_but_is_not(tmp_path):
+    """GoogLeNet is known here without its auxiliary classifiers alone."""
+    saved, _, _ = make_moco("resnet18")
+    saved["arch"] = "googlenet"
+    saved["state_dict"]["module.encoder_q.aux1.conv.conv.weight"] = torch.zeros(1)
+    with pytest.raises(CheckpointError, match=r"is no googlenet: conv1.conv.weight is missing, .*no architecture"):
+        load_pretrained(write(tmp_path, saved))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tv_efficientnet_b0", "mobilenet_v3_small", "mnasnet0_5"])
 def test_torchvision_state_dicts(tmp_path, name):
     torch.manual_seed(0)
     model = tv.get_model(name.removeprefix("tv_"), weights=None).eval()
@@ -203,6 +214,18 @@ def test_arguments_and_numpy_numbers_of_old_checkpoints_are_read(tmp_path):
     for name, options in [("new.pth.tar", {}), ("old.pth.tar", {"_use_new_zipfile_serialization": False})]:
         torch.save(saved, tmp_path / name, **options)
         assert_features(load_pretrained(tmp_path / name)[0], tensors, forward, 64)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 2e-2), (torch.bfloat16, 2e-1)])
+def test_halved_checkpoints_are_loaded_as_float32(tmp_path, dtype, tolerance):
+    tensors, forward, _ = make_network("resnet18")
+    halved = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+    backbone, _ = load_pretrained(write(tmp_path, halved, "half.pth"))
+    assert all(p.dtype == torch.float32 for p in backbone.parameters())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        ours, expected = backbone(images), forward(tensors, images)
+    assert 0 < (ours - expected).abs().max() < tolerance * expected.abs().max()
 
 
 class Unknown:

@@ -2,6 +2,7 @@
 
 import copy
 
+import old_checkpoints
 import pytest
 import timm
 import torch
@@ -34,6 +35,68 @@ def test_features_and_names_are_those_of_the_formulas(arch, size):
     assert ours.shape == (2, features)
     assert (expected[0] - expected[1]).abs().max() > 1e-2 * expected.abs().max()  # the images matter
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def normalise_by_the_batch(t, name, x, eps=1e-5):
+    """Batch norm in training, written out."""
+    weight, bias = (t[f"{name}.{k}"][:, None, None] for k in ("weight", "bias"))
+    var, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
+    return (x - mean) / (var + eps).sqrt() * weight + bias
+
+
+def switch_dropout_off(model):
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif hasattr(module, "drop") and hasattr(module.drop, "p"):
+            module.drop.p = 0.0
+
+
+def assert_gradients(ours, expected, tolerance):
+    """Each within `tolerance` of the largest gradient of its layer; of those that are truly 0 nothing else is left."""
+    layers = {}
+    for name, gradient in expected.items():
+        layers.setdefault(name.rpartition(".")[0], []).append(float(gradient.abs().max()))
+    for name, gradient in ours.items():
+        error = float((gradient - expected[name]).abs().max())
+        assert error <= tolerance * max(layers[name.rpartition(".")[0]]), (name, error)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("arch", ["mobilenetv3_small", "mobilenetv3_large", "efficientnet_b0", "vit_tiny"])
+def test_gradients_are_those_of_the_formulas(arch, training, monkeypatch):
+    """In float64. A shift before a convolution that batch norm follows has no gradient while training."""
+    if training:
+        monkeypatch.setattr(old_checkpoints, "batch_norm", normalise_by_the_batch)
+    tensors, forward, features = make_network(arch)
+    tensors = {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
+    backbone = load(arch, tensors).double().train(training)
+    switch_dropout_off(backbone)
+    size = 224 if arch == "vit_tiny" else 64
+    images, weight = torch.randn(3, 3, size, size).double(), torch.randn(3, features).double()
+    (backbone(images) * weight).sum().backward()
+    ours = {n: p.grad for n, p in backbone.named_parameters() if p.requires_grad}
+    leaves = {n: tensors[n].clone().requires_grad_() for n in ours}
+    output = (forward({**tensors, **leaves}, images) * weight).sum()
+    expected = dict(zip(leaves, torch.autograd.grad(output, list(leaves.values()))))
+    assert_gradients(ours, expected, 1e-9 if "mobile" not in arch else 1e-6)  # torch's hardsigmoid: a float32 1/6
+    if arch == "efficientnet_b0":
+        shift = ours["_blocks.4._bn2.bias"].abs().max() / ours["_blocks.4._bn2.weight"].abs().max()
+        assert (shift < 1e-12) == training
+
+
+def test_gradients_of_b0_are_timms():
+    torch.manual_seed(0)
+    other = timm.create_model("tf_efficientnet_b0", num_classes=0).double().train()
+    tensors, _, _ = make_network("efficientnet_b0")
+    backbone = load("efficientnet_b0", tensors).double().train()
+    other.load_state_dict(dict(zip(other.state_dict(), tensors.values())), strict=True)
+    images, weight = torch.randn(2, 3, 224, 224).double(), torch.randn(2, 1280).double()
+    for model in (backbone, other):
+        switch_dropout_off(model)
+        (model(images) * weight).sum().backward()
+    expected = dict(zip((n for n, _ in backbone.named_parameters()), (p.grad for p in other.parameters())))
+    assert_gradients({n: p.grad for n, p in backbone.named_parameters()}, expected, 1e-9)
 
 
 @pytest.mark.parametrize("number, nominal", [(0, 224), (1, 240), (2, 260), (3, 300)])
@@ -100,11 +163,7 @@ def test_every_one_trains_at_32_pixels_with_every_parameter(arch, stem):
 def test_split_batchnorm_is_batchnorm_of_the_parts(arch):
     torch.manual_seed(0)
     whole = make_encoder(arch, dim=8)
-    for module in whole.modules():  # what is random would differ
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif hasattr(module, "drop") and hasattr(module.drop, "p"):
-            module.drop.p = 0.0
+    switch_dropout_off(whole)  # what is random would differ
     split = copy.deepcopy(whole)
     split_batchnorm(split, 2)
     images = torch.randn(8, 3, 64, 64)

@@ -22,7 +22,7 @@ from fastssl.eval.linear_sweep import CACHED, run_sweep
 from fastssl.eval.memory import Rows
 from fastssl.eval.options import finish_options, launch, make_parser, numbers, positive, positive_float
 from fastssl.eval.search import knn_over_ranks
-from fastssl.eval.session import Session, run_session
+from fastssl.eval.session import Session, check_writable, run_session
 from fastssl.eval.tsne_figures import save_figure
 from fastssl.eval.view_set import check_per_class, collect_views, open_view_set
 from fastssl.eval.vote import REP_SPACES, odd_ks, to_rep_space
@@ -49,6 +49,8 @@ def make_all_parser() -> argparse.ArgumentParser:
 def evaluate(session: Session) -> dict:
     """All evaluations; the page of figures by rank 0."""
     o = session.options
+    if session.ranks.rank == 0:
+        check_writable(f"{o.figure}.pdf", "--figure")
     train, val = open_splits(o, session.ranks)
     views = open_view_set(argparse.Namespace(**{**vars(o), "data": o.views}), session.ranks) if o.views else None
     if views:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -46,8 +47,10 @@ class Classifier(nn.Module):
         """What `export_state` gave. Raises ValueError when it is another model's."""
         own = {f"module.{name}": f"backbone.{name}" for name in self.backbone.state_dict()}
         own |= {f"module.fc.{name}": f"fc.{name}" for name in self.fc.state_dict()}
+        named = OrderedDict((own.get(name, name), tensor) for name, tensor in state.items())
+        named._metadata = self.state_dict()._metadata  # the versions that MNASNet asks for
         try:
-            self.load_state_dict({own.get(name, name): tensor for name, tensor in state.items()})
+            self.load_state_dict(named)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"the checkpoint of --resume holds another classifier: {reason}") from error

@@ -55,7 +55,7 @@ def evaluate(session: Session) -> dict:
         results[mode] = accuracy
         session.say(
             f"Masked: {mode}; Mode: {o.mode}; Top1-{o.topk}: {[round(a, 6) for a in accuracy]}; "
-            f"Ckpt: {o.pretrained}; Dataset: {o.data}"
+            f"CKPT: {o.pretrained}; Dataset: {o.data}"
         )
     return {"mode": o.mode, "samples": len(query), "accuracy": results}
 

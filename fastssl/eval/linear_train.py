@@ -20,7 +20,7 @@ from fastssl.distributed import Ranks, gather_objects
 from fastssl.eval.classifier import Classifier, Keeper, count_hits, predict, validate
 from fastssl.eval.features import View
 from fastssl.eval.images import Images
-from fastssl.eval.session import Session
+from fastssl.eval.session import Session, check_writable
 from fastssl.loaders.order import epoch_order
 from fastssl.schedules import learning_rate
 
@@ -54,6 +54,8 @@ def train_classifier(
     frozen = None if protocol.finetune else copy_state(model.backbone)
     if o.evaluate:
         return report(session, model, val, protocol, {"epochs_trained": first})
+    if session.ranks.rank == 0:
+        check_writable(folder / "model_best.pth.tar", "--output")
     result = {"epochs_trained": first, "best_acc1": best, "acc1_by_epoch": []}
     for epoch in range(first, o.epochs):
         rate = learning_rate(

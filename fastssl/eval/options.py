@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fastssl.data_prep.work_pool import usable_cores
 from fastssl.launch import launch_if_asked
 
 
@@ -92,14 +93,24 @@ def launch(argv: Sequence[str], module: str, *, counts_gpus: bool = False) -> li
         found, argv = first.parse_known_args(argv)
         argv += ["--device", found.device]
         if found.gpus > 1 and "LOCAL_RANK" not in os.environ:
-            have = torch.cuda.device_count()
-            if found.gpus > have and (have or found.device == "cuda") and found.device != "cpu":
-                raise ValueError(f"-g {found.gpus} asks for {found.gpus} GPUs, this machine shows {have}")
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            command += ["--nproc_per_node", str(found.gpus), "-m", module, *argv]
-            print("fastssl: " + " ".join(["torchrun", *command[3:]]), file=sys.stderr, flush=True)
-            os.execv(command[0], command)
+            count = count_processes(found.gpus, found.device)
+            if count < found.gpus:
+                print(f"fastssl: no GPU: {count} processes, as many as cores, not {found.gpus}", file=sys.stderr)
+            argv += ["--multiprocessing-distributed", "--gpus", *map(str, range(count))]
     return launch_if_asked(argv, module)
+
+
+def count_processes(gpus: int, device: str) -> int:
+    """How many processes `-g N` means: N; without a GPU no more than cores, since the answer is the same.
+
+    Raises ValueError when there are GPUs, but fewer.
+    """
+    have = torch.cuda.device_count()
+    if device == "cuda" or (have and device == "auto"):
+        if gpus > have:
+            raise ValueError(f"-g {gpus} asks for {gpus} GPUs, this machine shows {have}")
+        return gpus
+    return min(gpus, usable_cores())
 
 
 def positive(text: str) -> int:

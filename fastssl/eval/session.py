@@ -98,8 +98,23 @@ def run_session(command: str, options: argparse.Namespace, evaluate: Callable[[S
     """Joins the processes, evaluates, writes the JSON. Returns the exit code."""
     ranks = distributed.start(options.device)
     try:
+        if options.json and ranks.rank == 0:
+            check_writable(options.json, "--json")
         session = Session(options, ranks)
         session.write(command, evaluate(session))
     finally:
         distributed.stop()
     return 0
+
+
+def check_writable(path: str | Path, flag: str) -> None:
+    """Raises ValueError where the file that `flag` names cannot be written: better before an evaluation than after."""
+    if Path(path).is_dir():
+        raise ValueError(f"{flag} {path} is a folder: name a file")
+    partial = Path(f"{path}.partial")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise ValueError(f"{flag} {path} cannot be written ({error.strerror}): name another place") from None

@@ -18,7 +18,7 @@ from sklearn.manifold import TSNE
 
 from fastssl.command import run_command
 from fastssl.eval.options import finish_options, launch, make_parser, positive, positive_float
-from fastssl.eval.session import Session, run_session
+from fastssl.eval.session import Session, check_writable, run_session
 from fastssl.eval.tsne_figures import draw_class, draw_space, save_figure
 from fastssl.eval.view_set import collect_views, open_view_set
 
@@ -40,6 +40,8 @@ def make_tsne_parser() -> argparse.ArgumentParser:
 def evaluate(session: Session) -> dict:
     """Coordinates, unless --paint, then the figures. Rank 0 computes and draws."""
     o = session.options
+    if session.ranks.rank == 0:
+        check_writable(f"{o.pic_name}.full_rep.pdf", "--pic-name")
     found = None if o.paint else features_to_show(session)
     if session.ranks.rank != 0:
         return {}

@@ -1,7 +1,7 @@
 """Which project wrote a set of weights, and which of them belong to one encoder. Works on names alone.
 
   MoCo v1, v2, align + uniform, small models   [module.]encoder_q.* encoder_k.* queue queue_ptr [scalar_label]
-  SEED                                         [module.]student.* teacher.* [queue queue_ptr]
+  SEED                                         [module.]student.* teacher.* [queue small_queue queue_ptr]
   fastssl                                      encoder_q.backbone.* encoder_q.head.* encoder_k.* queue queue_ptr
   SwAV                                         [module.]conv1 ... projection_head.* prototypes.*
   SimCLR (in the small-model project)          [module.]encoder_q.module.*
@@ -25,7 +25,7 @@ _ENCODERS = {  # prefix -> (project, which encoder, what people call it)
     "student.": ("SEED", "q", "the student"),
     "teacher.": ("SEED", "k", "the teacher"),
 }
-_STATE = {"queue": "the queue", "queue_ptr": "the queue", "scalar_label": "a constant"}
+_STATE = {**dict.fromkeys(("queue", "small_queue", "queue_ptr"), "the queue"), "scalar_label": "a constant"}
 _OTHER_HEADS = {"projection_head.": "SwAV's projection head", "prototypes": "SwAV's prototypes"}
 
 

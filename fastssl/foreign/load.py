@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from fastssl.checkpoint import CheckpointError
 from fastssl.foreign.fit import COUNTER, differences, fits, fitting_architectures
@@ -124,6 +124,8 @@ def _choose(contents: Contents, layout: Layout, arch: str | None, stem: str | No
     found = [pair for pair in fitting_architectures(layout) if stem in (None, pair[1])]
     if len(found) == 1 and found[0][0] not in _TWINS:
         return found[0]
+    if not found and said_arch in list_architectures():
+        return said_arch, stem or "imagenet"  # which says what does not fit
     if not found:
         raise CheckpointError(f"{contents.path} ({layout.kind}) fits no architecture known here: name one with -a")
     names = [name for found_arch, _ in found for name in (found_arch, _TWINS.get(found_arch)) if name]
@@ -143,8 +145,9 @@ def _load_backbone(
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         shown = f"{arch}" + ("" if stem == "imagenet" else f" --stem {stem}")
         raise CheckpointError(f"{contents.path} is no {shown}: {', '.join(wrong[:3])}{more}; {advice}")
-    counters: dict[str, Tensor] = {k: v for k, v in own.items() if k not in layout.backbone}
-    backbone.load_state_dict({**layout.backbone, **counters})
+    counters = [k for k in own if k not in layout.backbone]
+    own.update(layout.backbone)  # this very dict: it holds the versions that MNASNet asks for
+    backbone.load_state_dict(own)
     return layout, [f"{len(counters)} {COUNTER} are not in the file and start at 0"] * bool(counters)
 
 

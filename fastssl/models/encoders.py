@@ -149,6 +149,8 @@ def make_classifier(arch: str) -> nn.Module:
     """The classifier of an architecture, randomly initialised. Raises ValueError for an unknown name."""
     if arch.startswith("timm:"):
         return _build_timm(arch.removeprefix("timm:"))
+    if arch in _WITHOUT_LINEAR:
+        raise ValueError(f"{arch} classifies with a convolution: it has no features before a last Linear layer")
     if arch not in _ARCHITECTURES:
         near = difflib.get_close_matches(arch, _ARCHITECTURES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "`fastssl models` lists those known"
