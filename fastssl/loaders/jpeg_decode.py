@@ -1,10 +1,10 @@
-"""JPEGs and raw pixels of a .beton file decoded by libjpeg-turbo, the decoder of FFCV, many images a call without the GIL.
+"""JPEGs and raw pixels of a .beton file decoded by libjpeg-turbo, FFCV's decoder, many images a call without the GIL.
 
 Between two images there must be no Python: a thread that asks for the GIL while the training loop holds it waits up to
-5 ms, ten times what an image takes. The loop is therefore machine code, which llvmlite makes at import in 5 ms. The same
-loop compiled by numba takes 2 s to compile and, once kept on disk, 0.4 s to load. FFCV itself is not needed: importing
-it takes seconds and sets torch to one thread, and its `imdecode` hides why it failed, scales an image whose size is not
-the stated one, and always takes the fast, inexact IDCT.
+5 ms, ten times what an image takes. So the loop is machine code, which llvmlite makes at import in 5 ms; written for
+numba it took 0.4 s to load even when numba had kept it on disk. FFCV's own library is not used: importing ffcv takes
+seconds and sets torch to one thread, and its `imdecode` hides why it failed, scales an image whose size is not the
+stated one, and always takes the fast, inexact IDCT.
 """
 
 from __future__ import annotations
