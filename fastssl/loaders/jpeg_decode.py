@@ -113,20 +113,18 @@ def _write_image(build: ir.IRBuilder, calls: dict[str, ir.Function], decoder: ir
             call("memcpy", target, source, size)
         with jpeg:
             own = [place(name) for name in ("own_width", "own_height", "subsampling", "colours")]
-            failed = build.alloca(_INT)
-            build.store(call("tjDecompressHeader3", decoder, source, size, *own), failed)
-            as_stated = build.icmp_signed("==", build.load(failed), _INT(0))
+            status = pointer("status")  # first what the call returns
+            build.store(call("tjDecompressHeader3", decoder, source, size, *own), status)
+            as_stated = build.icmp_signed("==", build.load(status), _INT(GOOD))
             for stated, found in ((width, "own_width"), (height, "own_height")):
                 as_stated = build.and_(as_stated, build.icmp_signed("==", stated, build.load(pointer(found))))
             with build.if_then(as_stated):  # else it would be scaled
                 row_bytes = build.mul(width, _INT(3))
                 pixels = (target, width, row_bytes, height, _INT(_RGB), _INT(_ACCURATE))
-                build.store(call("tjDecompress2", decoder, source, size, *pixels), failed)
-            with build.if_then(build.icmp_signed("!=", build.load(failed), _INT(0))):
-                code = build.select(
-                    build.icmp_signed("!=", call("tjGetErrorCode", decoder), _INT(0)), _INT(FATAL), _INT(WARNING)
-                )
-                build.store(code, pointer("status"))
+                build.store(call("tjDecompress2", decoder, source, size, *pixels), status)
+            with build.if_then(build.icmp_signed("!=", build.load(status), _INT(GOOD))):
+                fatal = build.icmp_signed("!=", call("tjGetErrorCode", decoder), _INT(0))
+                build.store(build.select(fatal, _INT(FATAL), _INT(WARNING)), status)
                 call("strncpy", place("message"), call("tjGetErrorStr2", decoder), _ADDRESS(_MESSAGE - 1))
 
 
