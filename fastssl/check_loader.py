@@ -23,6 +23,7 @@ FAULTS = {
     "decodes once a pair": faults.check_decoded_once,
     "50 early breaks": faults.check_breaks,
     "memory over 20 epochs": faults.check_memory,
+    "ten loaders in turn": faults.check_many_loaders,
     "dead producer": faults.check_dead_producer,
 }
 

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from fastssl.imports import REQUIRED, try_imports
+from fastssl.imports import BETON_DECODER, REQUIRED, try_imports
 
 OK, ABSENT, BROKEN = "ok", "absent", "broken"  # only `broken` stops training
 DEBIAN = {"libturbojpeg": "libturbojpeg0-dev", "opencv4": "libopencv-dev"}  # pkg-config's name: apt's
@@ -26,7 +26,7 @@ LOADERS = {
     "folder": ("torch", "PIL"),
     "synthetic": ("torch",),
     "resident": ("torch", "PIL"),
-    "beton": ("torch", "ffcv", "numba"),
+    "beton": ("torch", BETON_DECODER),
     "dali": ("torch", "nvidia.dali"),
 }
 PIP = f"{sys.executable} -m pip install"
@@ -77,8 +77,8 @@ def optional_rows(facts: dict[str, dict[str, str]]) -> list[Row]:
     apex = "# built from source: see https://github.com/NVIDIA/apex (PyPI's apex is another project)"
     extras = [
         ("triton", "triton", "fused GPU kernels", f"{PIP} triton"),
-        ("FFCV", "ffcv", "the .beton loader", f"{_apt_for_ffcv()}{PIP} ffcv numba"),
-        ("numba", "numba", "FFCV's pipelines", f"{PIP} --upgrade numba"),
+        ("libjpeg-turbo", BETON_DECODER, "the .beton loader", "sudo apt-get install -y libturbojpeg0"),
+        ("FFCV", "ffcv", "optional: its own loader and writer, to compare", f"{_apt_for_ffcv()}{PIP} ffcv numba"),
         ("DALI", "nvidia.dali", "decoding on the GPU", f"{PIP} nvidia-dali-cuda{dali}"),
         ("NVIDIA apex", "apex.optimizers", "optional: torch's fused optimizers do the same", apex),
     ]

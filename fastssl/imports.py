@@ -16,6 +16,7 @@ REQUIRED = {  # module: what pip calls it
     "torchvision": "torchvision",
     "numpy": "numpy",
     "PIL": "pillow",
+    "llvmlite": "llvmlite",
     "tyro": "tyro",
     "yaml": "PyYAML",
     "tqdm": "tqdm",
@@ -25,7 +26,8 @@ REQUIRED = {  # module: what pip calls it
     "safetensors": "safetensors",
     "timm": "timm",
 }
-GROUPS = (tuple(REQUIRED), ("triton", "numba", "ffcv"), ("nvidia.dali",), ("apex.optimizers",))  # one process each
+BETON_DECODER = "fastssl.loaders.jpeg_decode"  # ours, but it stands or falls with the system's libturbojpeg
+GROUPS = (tuple(REQUIRED), ("triton", BETON_DECODER), ("ffcv",), ("nvidia.dali",), ("apex.optimizers",))
 
 
 def import_facts(module: str) -> dict[str, str]:
@@ -55,7 +57,7 @@ def _torch_facts(torch: ModuleType) -> dict[str, str]:
 
 
 def try_imports(groups: Sequence[Sequence[str]] = GROUPS, timeout: float = 300) -> dict[str, dict[str, str]]:
-    """`import_facts` of every module; a group whose process crashes or takes over `timeout` seconds says so."""
+    """`import_facts` of every module, a process for each group; one that crashes or takes over `timeout` s says so."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONWARNINGS": "ignore"}
     children = [
         subprocess.Popen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import io
 import json
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from PIL import Image
 
 from fastssl.data_prep.beton_format import ALLOCATION, DESCRIPTOR, FIELD_METADATA, HEADER, IMAGE_FIELD, INT_FIELD, JPEG
 
+NO_TURBOJPEG = ctypes.util.find_library("turbojpeg") is None  # then nothing decodes the images of a beton
 FFCV_PHOTOS = [render_photo(40 + 3 * i, 60 - 2 * i, seed=i) for i in range(12)]  # what the fixture by_ffcv writes
 PAGE = 1 << 21
 ROW = np.dtype([("image", FIELD_METADATA[IMAGE_FIELD]), ("label", "<i8")], align=True)

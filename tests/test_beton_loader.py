@@ -1,6 +1,5 @@
 """The beton loader beyond the contract all loaders share: its pixels, damaged images, FFCV's failures, its threads."""
 
-import importlib.util
 import io
 import itertools
 import os
@@ -12,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from betons import FFCV_PHOTOS, encode_jpeg, stored_jpeg, write_beton
+from betons import FFCV_PHOTOS, NO_TURBOJPEG, encode_jpeg, stored_jpeg, write_beton
 from photos import render_photo
 from PIL import Image
 from ranks import run_ranks
@@ -20,7 +19,7 @@ from ranks import run_ranks
 from fastssl.data_prep.beton_format import JPEG, RAW
 from fastssl.loaders.make import make_loader
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="needs ffcv")
+pytestmark = pytest.mark.skipif(NO_TURBOJPEG, reason="needs libturbojpeg")
 
 N = 23
 PHOTOS = [render_photo(24 + 5 * (i % 7), 90 - 8 * (i % 5), seed=i, grey=i % 6 == 5) for i in range(N)]
@@ -99,7 +98,7 @@ def test_auto_chooses_it_by_the_name_of_the_file(good):
     assert loader.name == "beton" and "good.beton is a .beton file" in loader.reason
 
 
-def test_a_missing_ffcv_is_one_sentence_with_the_mend(good, monkeypatch):
+def test_a_missing_library_is_one_sentence_with_the_mend(good, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastssl.loaders.beton_loader", None)
     with pytest.raises(ValueError, match=r"'beton' needs a library that is missing .*'fastssl doctor' gives the"):
         open_loader(good, "auto")
@@ -200,12 +199,21 @@ def test_each_image_is_decoded_exactly_once(good, monkeypatch):
     assert sorted(decoded) == sorted(loader.beton.pointer.tolist()) and loader.decoded == N
 
 
+def wait_until_idle(loader):
+    """Until it has read ahead as far as it may."""
+    decoded = -1
+    while loader.decoded != decoded:
+        decoded = loader.decoded
+        time.sleep(0.5)
+
+
 def test_a_file_that_is_cut_while_it_is_read_is_an_error_not_a_signal(tmp_path):
     for cache in ("page", "process"):
         path = write_beton(tmp_path / f"{cache}.beton", [stored(i) for i in range(N)])
         loader = open_loader(path, beton_cache=cache)
         batches = loader.batches()
         next(batches)
+        wait_until_idle(loader)  # what is being decoded at that moment would still touch pages that are gone
         os.truncate(path, 1 << 21)
         with pytest.raises(ValueError, match="was cut short while it was read"):
             take(batches, 60)
@@ -263,25 +271,40 @@ def test_importing_and_reading_leaves_torch_s_threads_and_ffcv_alone(good):
     subprocess.run([sys.executable, "-c", code, str(good)], check=True, timeout=120)
 
 
-def test_the_first_batch_comes_soon_the_compiled_loop_is_kept(good, tmp_path):
-    """Loosely: a busy machine is slow. A second process must find the loop on disk, in far less time."""
+def test_the_first_batch_comes_soon(good):
+    """In CPU time, loosely: a busy machine is slow. Compiled code must not need numba, which alone takes 0.4 s."""
     code = (
         "import sys, time, torch\n"
-        "from fastssl.loaders.make import make_loader\n"
         "start = time.process_time()\n"
+        "from fastssl.loaders.make import make_loader\n"
         "next(make_loader('beton', sys.argv[1], batch_size=4, seed=0, device='cpu').batches())\n"
-        "from fastssl.loaders.jpeg_decode import _decode_stored\n"
-        "print(time.process_time() - start, sum(_decode_stored.stats.cache_hits.values()))\n"
+        "print(time.process_time() - start)\n"
+        "assert not {'numba', 'ffcv'} & set(sys.modules)\n"
     )
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-    runs = []
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(good)], env=environment, capture_output=True, text=True, check=True
-        )
-        runs.append([float(word) for word in done.stdout.split()])
-    assert runs[0][1] == 0 and runs[1][1] == 1
-    assert runs[1][0] < runs[0][0] and runs[0][0] < 10
+    seconds = [
+        float(subprocess.run([sys.executable, "-c", code, str(good)], stdout=subprocess.PIPE, check=True).stdout)
+        for _ in range(3)
+    ]
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="needs Linux's /proc to measure memory")
+def test_a_large_batch_takes_little_beyond_its_buffers(tmp_path):
+    """The reader holds a batch, one waits for it, one waits to wait, three are being decoded: six of 256 images."""
+    photos = [render_photo(256, 384, seed=i) for i in range(8)]
+    path = write_beton(tmp_path / "large.beton", [stored_jpeg(photo) for photo in photos] * 64)
+    code = (
+        "import itertools, sys, torch\n"
+        "from fastssl.bench.loader_process import own_bytes\n"
+        "before, most = own_bytes(), 0\n"
+        "from fastssl.loaders.make import make_loader\n"
+        "loader = make_loader('beton', sys.argv[1], batch_size=256, seed=0, device='cpu', workers=4)\n"
+        "for batch in itertools.islice(loader.batches(), 12):\n"
+        "    most = max(most, own_bytes() - before)\n"
+        "print(most - 6 * len(batch.pixels))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, check=True, timeout=120)
+    assert int(done.stdout) < 0.1e9
 
 
 def rank_images(rank, world_size, path):

@@ -29,7 +29,7 @@ def run_doctor(tmp_path, fakes=(), path=None, arguments=("--json",)):
 
 
 # Everything heavy is faked, so that a report takes a second.
-LIGHT = {name: "__version__ = '9.9'" for name in (*imports.REQUIRED, "triton", "numba", "nvidia", "apex")}
+LIGHT = {name: "__version__ = '9.9'" for name in (*imports.REQUIRED, "triton", "nvidia", "apex")}
 LIGHT["torch"] = """
 __version__ = "9.9"
 class version: cuda = "13.0"

@@ -38,7 +38,14 @@ def test_pixels_are_the_files(sets, name):
 
 
 @pytest.mark.parametrize(
-    "check", [faults.check_decoded_once, faults.check_breaks, faults.check_memory, faults.check_dead_producer]
+    "check",
+    [
+        faults.check_decoded_once,
+        faults.check_breaks,
+        faults.check_memory,
+        faults.check_many_loaders,
+        faults.check_dead_producer,
+    ],
 )
 def test_nothing_is_done_twice_or_left_behind(sets, check):
     check(sets["good"])
@@ -125,8 +132,8 @@ def test_leaks_are_seen(tmp_path, monkeypatch):
 def test_the_command_prints_a_table_and_fails_when_a_check_does(image_folder, monkeypatch, capsys):
     assert main([str(image_folder), "--loader", "folder", "--world-sizes", "1", "2", "--steps", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "folder:" and lines[-1] == "19 of 19 checks passed"
-    assert sum(" ok " in line for line in lines) == 19
+    assert lines[0] == "folder:" and lines[-1] == "20 of 20 checks passed"
+    assert sum(" ok " in line for line in lines) == 20
     monkeypatch.setattr(images, "MEAN_GREY_LEVELS", {"cpu": -1})
     assert main([str(image_folder), "--loader", "folder", "synthetic", "--world-sizes", "1", "--steps", "2"]) == 1
     assert capsys.readouterr().out.count("FAILS") == 4  # the pixels, given and odd, of both loaders

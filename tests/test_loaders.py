@@ -1,7 +1,6 @@
 """The loaders' contract, on real files: same images, same order, nothing left behind, nothing hidden."""
 
 import gc
-import importlib.util
 import itertools
 import os
 import threading
@@ -10,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from betons import write_beton
+from betons import NO_TURBOJPEG, write_beton
 from PIL import Image
 
 from fastssl.data_prep import images
@@ -65,8 +64,8 @@ def good_beton(tmp_path_factory):
 @pytest.fixture(params=["folder", "beton", "dali", "resident", "synthetic"])
 def make(request, good_folder):
     """make(**changes) -> loader, for each kind over the same number of images."""
-    if request.param == "beton" and importlib.util.find_spec("ffcv") is None:
-        pytest.skip("needs ffcv")
+    if request.param == "beton" and NO_TURBOJPEG:
+        pytest.skip("needs libturbojpeg")
     data = request.getfixturevalue("good_beton") if request.param == "beton" else good_folder
     loaders = []
 

@@ -1,12 +1,11 @@
 """Features in order and in eval mode, and the k-NN probe of a run: what is asked, what is said, ranks agree."""
 
-import importlib.util
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from betons import stored_jpeg, write_beton
+from betons import NO_TURBOJPEG, stored_jpeg, write_beton
 from ranks import run_ranks
 from torch import nn
 from torch.nn.functional import normalize
@@ -174,7 +173,7 @@ def test_a_held_out_split_that_cannot_serve_is_named(make_image_folder, tmp_path
     assert f"{data / 'val'} has no class folders" in make_probe(config, open_loader(config), ALONE)[1]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="needs ffcv")
+@pytest.mark.skipif(NO_TURBOJPEG, reason="needs libturbojpeg")
 def test_a_beton_is_asked_where_it_lies_or_where_it_is_named(tmp_path):
     red, blue = (np.broadcast_to(np.array(c, np.uint8), (20, 24, 3)) for c in ((200, 10, 10), (10, 10, 200)))
     names = ["red", "blue"]

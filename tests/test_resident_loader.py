@@ -1,12 +1,11 @@
 """The resident loader: decoded once, in place, checked first, shared out over ranks."""
 
-import importlib.util
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from betons import stored_jpeg, write_beton
+from betons import NO_TURBOJPEG, stored_jpeg, write_beton
 from photos import render_photo
 from PIL import Image
 
@@ -37,8 +36,8 @@ def data(request, folder, tmp_path):
     """The same images as a folder and, as JPEGs, in a .beton file."""
     if request.param == "folder":
         return folder
-    if importlib.util.find_spec("ffcv") is None:
-        pytest.skip("needs ffcv")
+    if NO_TURBOJPEG:
+        pytest.skip("needs libturbojpeg")
     photos = [render_photo(20 + i, 50 - i, seed=i) for i in range(N)]
     return write_beton(tmp_path / "some.beton", [stored_jpeg(photo, i % 2) for i, photo in enumerate(photos)])
 
@@ -177,7 +176,7 @@ def test_nothing_readable_is_an_error(tmp_path):
         open_loader(tmp_path, batch_size=1)
 
 
-def test_a_folder_needs_no_ffcv(folder, monkeypatch):
+def test_a_folder_needs_no_libturbojpeg(folder, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "fastssl.loaders.beton_loader", None)

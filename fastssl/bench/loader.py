@@ -17,7 +17,7 @@ from fastssl.bench.timing import summarise
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.environment import environment
 
-PACKAGES = ("torch", "torchvision", "pillow", "ffcv", "numba", "nvidia-dali-cuda120")
+PACKAGES = ("torch", "torchvision", "pillow", "llvmlite", "ffcv", "numba", "nvidia-dali-cuda120")
 
 
 def measure(names: list[str], options: Options, rounds: int) -> tuple[dict[str, dict], dict[str, str]]:

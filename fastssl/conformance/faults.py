@@ -10,6 +10,7 @@ import itertools
 import os
 import threading
 import time
+import weakref
 from unittest import mock
 
 import numpy as np
@@ -66,6 +67,24 @@ def check_memory(case: Case) -> str:
     grown = resident_bytes() - before
     assert grown < GROWTH, f"20 epochs grew the process by {grown / 1e6:.0f} MB"
     return f"{grown / 1e6:+.1f} MB over 20 epochs"
+
+
+def check_many_loaders(case: Case) -> str:
+    """Ten loaders one after another: each is gone with its last reader, without waiting for the garbage collector."""
+    before, alive = resident_bytes(), []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(10):
+            loader = case.open()
+            take(loader, 2)
+            alive.append(weakref.ref(loader))
+            del loader
+    finally:
+        gc.enable()
+    left = sum(reference() is not None for reference in alive)
+    assert not left, f"{left} of 10 loaders that nobody holds are still there, with their buffers"
+    return f"ten are gone, {(resident_bytes() - before) / 1e6:+.1f} MB"
 
 
 def check_bad(case: Case) -> str:

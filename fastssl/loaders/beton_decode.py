@@ -1,4 +1,4 @@
-"""The stored images of a .beton file, decoded whole by libffcv's JPEG decoder into windows of a batch."""
+"""The stored images of a .beton file, decoded whole by libjpeg-turbo into windows of a batch."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from fastssl.loaders.jpeg_decode import FATAL, decode_stored_images
 
 
 class BetonDecoder:
-    """Decodes images of one file from any thread, and remembers in `images` which cannot be.
+    """Decodes images of one file from any thread.
 
     cache: "page" decodes from the mapped file; "process" reads each image's bytes into memory of this process first,
     for file systems on which mapped memory is slow or a read that fails must not end the process by a signal.
-    policy: "skip" or "error" (`BadImages`). Raises ValueError for another cache.
+    Raises ValueError for another cache.
     """
 
-    def __init__(self, beton: BetonFile, cache: str, policy: str) -> None:
+    def __init__(self, beton: BetonFile, cache: str) -> None:
         if cache not in ("page", "process"):
             raise ValueError(f"--beton-cache must be 'page' or 'process', got {cache!r}")
         self.beton, self.cache = beton, cache
-        self.images = BadImages(policy, len(beton), self.decode_one)
         self._file = os.open(beton.path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
 
@@ -38,17 +37,17 @@ class BetonDecoder:
         """(n,) int64, what each of the images takes when it is decoded."""
         return self.beton.height[record].astype(np.int64) * self.beton.width[record] * 3
 
-    def decode(self, record: np.ndarray, pixels: np.ndarray, offset: np.ndarray) -> list[int]:
+    def decode(self, record: np.ndarray, pixels: np.ndarray, offset: np.ndarray, images: BadImages) -> list[int]:
         """Decodes the images `record` (n,) int64 into `pixels` (P,) uint8 at `offset` (n,) int64.
 
-        Returns which of the n cannot be decoded; their windows hold anything. Raises ValueError instead with policy
-        "error".
+        Returns which of the n cannot be decoded; their windows hold anything. `images`, over `decode_one`, counts and
+        remembers them, and raises ValueError instead with policy "error".
         """
         failed = self._decode_stored(record, pixels, offset)
-        self.images.count(len(record) - len(failed))
+        images.count(len(record) - len(failed))
         bad = []
         for i in failed:
-            image = self.images.load(int(record[i]))  # again, alone: what it takes to say why, or to know better
+            image = images.load(int(record[i]))  # again, alone: what it takes to say why, or to know better
             if image is None:
                 bad.append(i)
             else:

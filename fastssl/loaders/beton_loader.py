@@ -1,4 +1,4 @@
-"""Images from an FFCV .beton file: each decoded once, whole, at its own size, by threads in libffcv's JPEG decoder.
+"""Images from an FFCV .beton file: each decoded once, whole, at its own size, by threads in libjpeg-turbo.
 
 Not through FFCV's `Loader`: it decodes once for each view, overwrites a batch while it is read, leaves a thread behind
 at every `break`, waits for ever when one dies, and shows another image's pixels for one it cannot decode.
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastssl.batch import ImageBatch
+from fastssl.loaders.bad_images import BadImages
 from fastssl.loaders.beton_decode import BetonDecoder
 from fastssl.loaders.beton_file import number_labels, open_beton
 from fastssl.loaders.folder_loader import default_workers
@@ -68,8 +69,8 @@ class BetonLoader:
         self.batches_per_epoch = count_batches(self.num_images, batch_size, world_size)
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.order, self.workers = order, workers or default_workers()
-        self._decoder = BetonDecoder(self.beton, cache, on_bad_image)
-        self._images = self._decoder.images
+        self._decoder = BetonDecoder(self.beton, cache)
+        self._images = BadImages(on_bad_image, self.num_images, self._decoder.decode_one)
         self._buffers = RecycledBuffers()
         self._prefetcher = Prefetcher(device)
 
@@ -135,7 +136,7 @@ class BetonLoader:
 
         def decode(row: int) -> list[int]:
             rows = slice(row, row + step)
-            return [row + i for i in self._decoder.decode(record[rows], pixels.numpy(), offset[rows])]
+            return [row + i for i in self._decoder.decode(record[rows], pixels.numpy(), offset[rows], self._images)]
 
         tasks = [pool.submit(decode, row) for row in range(0, len(record), step)]
         return _Pending(index, record, offset, pixels, tasks)

@@ -60,7 +60,8 @@ class FolderLoader:
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.workers = workers or default_workers()
         self.order = order
-        self._images = BadImages(on_bad_image, self.num_images, lambda i: decode_image(self.folder.path(i)))
+        path = self.folder.path  # not self: a loader in a cycle would keep its buffers until the garbage collector runs
+        self._images = BadImages(on_bad_image, self.num_images, lambda i: decode_image(path(i)))
         self._prefetcher = Prefetcher(device)
         self._buffers = RecycledBuffers()
 

@@ -1,22 +1,20 @@
-"""JPEGs and raw pixels of a .beton file decoded by libffcv's libjpeg-turbo, in compiled loops that do not hold the GIL.
+"""JPEGs and raw pixels of a .beton file decoded by libjpeg-turbo, FFCV's decoder, many images a call without the GIL.
 
-libffcv's own `imdecode` hides why it failed, scales an image whose size is not the stated one, and always takes the
-fast, inexact IDCT. So the functions it is linked to are called instead. They are bound by name, which lets numba keep
-the compiled loop on disk (FFCV binds addresses and compiles at every start), and ffcv is not imported, which would
-take seconds and set torch to one thread.
+Between two images there must be no Python: a thread that asks for the GIL while the training loop holds it waits up to
+5 ms, ten times what an image takes. So the loop is machine code, which llvmlite makes at import in 5 ms; written for
+numba it took 0.4 s to load even when numba had kept it on disk. FFCV's own library is not used: importing ffcv takes
+seconds and sets torch to one thread, and its `imdecode` hides why it failed, scales an image whose size is not the
+stated one, and always takes the fast, inexact IDCT.
 """
 
 from __future__ import annotations
 
-import glob
-import importlib.util
-import os
-from collections.abc import Callable
+import ctypes
+import ctypes.util
 
 import llvmlite.binding as llvm
 import numpy as np
-from numba import njit
-from numba.core.types import ExternalFunction, int32, intp, void
+from llvmlite import ir
 
 GOOD, WARNING, FATAL, WRONG_SIZE = range(4)  # of an image, after decoding
 _MESSAGE = 200  # bytes of libjpeg's longest message
@@ -25,73 +23,123 @@ _ACCURATE = 4096  # TJFLAG_ACCURATEDCT, as Pillow's; the fast one is off by a gr
 # All rows are there by then: some cameras and tools pad the data before the end-of-image marker
 _HARMLESS = ("extraneous bytes before marker 0xd9",)
 
-_SYMBOLS = {
-    "tjInitDecompress": intp(),
-    "tjDestroy": int32(intp),
-    "tjDecompressHeader3": int32(intp, intp, intp, intp, intp, intp, intp),
-    "tjDecompress2": int32(intp, intp, intp, intp, int32, int32, int32, int32, int32),
-    "tjGetErrorCode": int32(intp),
-    "tjGetErrorStr2": intp(intp),
-    "strncpy": intp(intp, intp, intp),
-    "my_memcpy": void(intp, intp, intp),
+_STORED = np.dtype(  # one image as the compiled loop sees it: where it lies, where it goes; then what came of it
+    [
+        ("source", "i8"),  # addresses
+        ("target", "i8"),
+        ("size", "i8"),
+        ("width", "i4"),
+        ("height", "i4"),
+        ("raw", "i4"),
+        ("status", "i4"),  # GOOD, WARNING or FATAL
+        ("own_width", "i4"),  # what the JPEG itself says
+        ("own_height", "i4"),
+        ("subsampling", "i4"),
+        ("colours", "i4"),
+        ("message", f"S{_MESSAGE}"),  # libjpeg's, after a WARNING or FATAL
+    ]
+)
+
+_ADDRESS, _INT = ir.IntType(64), ir.IntType(32)
+_CALLS = {  # name: (result, arguments)
+    "tjInitDecompress": (_ADDRESS, []),
+    "tjDestroy": (_INT, [_ADDRESS]),
+    "tjDecompressHeader3": (_INT, [_ADDRESS] * 7),
+    "tjDecompress2": (_INT, [_ADDRESS] * 4 + [_INT] * 5),
+    "tjGetErrorCode": (_INT, [_ADDRESS]),
+    "tjGetErrorStr2": (_ADDRESS, [_ADDRESS]),
+    "strncpy": (_ADDRESS, [_ADDRESS] * 3),
+    "memcpy": (_ADDRESS, [_ADDRESS] * 3),
 }
 
 
-def _load_libffcv() -> None:
-    """Makes libffcv's functions known to compiled code; raises ImportError where that cannot be."""
-    spec = importlib.util.find_spec("ffcv")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError("ffcv is not installed")
-    found = glob.glob(os.path.join(spec.submodule_search_locations[0], "_libffcv*.so"))
+def _find_calls() -> None:
+    """Tells LLVM where the functions of _CALLS are; raises ImportError where libturbojpeg is not."""
+    name = "libturbojpeg.so.0"
     try:
-        llvm.load_library_permanently(found[0])
-    except (IndexError, RuntimeError) as error:
-        raise ImportError(f"libffcv cannot be loaded: {error}") from error
-    if missing := [name for name in _SYMBOLS if llvm.address_of_symbol(name) is None]:
-        raise ImportError(f"libffcv comes without {missing[0]}")
+        turbojpeg = ctypes.CDLL(name)
+    except OSError:
+        name = ctypes.util.find_library("turbojpeg")
+        if name is None:
+            raise ImportError("libturbojpeg is not installed") from None
+        turbojpeg = ctypes.CDLL(name)
+    process = ctypes.CDLL(None)
+    for call in _CALLS:
+        function = getattr(turbojpeg if call.startswith("tj") else process, call, None)
+        if function is None:
+            raise ImportError(f"{name} comes without {call}")
+        llvm.add_symbol(call, ctypes.cast(function, ctypes.c_void_p).value)
 
 
-_load_libffcv()
-_init, _destroy, _header, _decompress, _code, _text, _strncpy, _memcpy = (
-    ExternalFunction(name, signature) for name, signature in _SYMBOLS.items()
-)
+def _write_loop() -> ir.Module:
+    """decode(first, end): the images of an array of _STORED by the addresses of its first and behind its last."""
+    module = ir.Module()
+    calls = {name: ir.Function(module, ir.FunctionType(*types), name) for name, types in _CALLS.items()}
+    decode = ir.Function(module, ir.FunctionType(ir.VoidType(), [_ADDRESS, _ADDRESS]), "decode")
+    first, end = decode.args
+    start, each, done = (decode.append_basic_block(name) for name in ("start", "each", "done"))
+    build = ir.IRBuilder(start)
+    decoder = build.call(calls["tjInitDecompress"], [])
+    build.branch(each)
+    build.position_at_end(each)
+    image = build.phi(_ADDRESS)
+    image.add_incoming(first, start)
+    _write_image(build, calls, decoder, image)
+    following = build.add(image, _ADDRESS(_STORED.itemsize))
+    image.add_incoming(following, build.block)
+    build.cbranch(build.icmp_unsigned("<", following, end), each, done)
+    build.position_at_end(done)
+    build.call(calls["tjDestroy"], [decoder])
+    build.ret_void()
+    return module
 
 
-def _compile(function: Callable) -> Callable:
-    """The function compiled, and kept on disk for the next start."""
-    try:
-        return njit(function, cache=True, nogil=True)
-    except RuntimeError:  # neither this folder nor the user's cache can be written: every start takes a second longer
-        return njit(function, nogil=True)
+def _write_image(build: ir.IRBuilder, calls: dict[str, ir.Function], decoder: ir.Value, image: ir.Value) -> None:
+    """What the loop does with the image whose _STORED is at the address `image`."""
+
+    def place(name: str) -> ir.Value:
+        return build.add(image, _ADDRESS(_STORED.fields[name][1]))
+
+    def pointer(name: str) -> ir.Value:
+        kind = ir.IntType(8 * _STORED.fields[name][0].itemsize)
+        return build.inttoptr(place(name), kind.as_pointer())
+
+    def call(name: str, *arguments: ir.Value) -> ir.Value:
+        return build.call(calls[name], arguments)
+
+    source, target, size, width, height, raw = (build.load(pointer(name)) for name in _STORED.names[:6])
+    with build.if_else(build.icmp_signed("!=", raw, _INT(0))) as (copy, jpeg):
+        with copy:
+            call("memcpy", target, source, size)
+        with jpeg:
+            own = [place(name) for name in ("own_width", "own_height", "subsampling", "colours")]
+            status = pointer("status")  # first what the call returns
+            build.store(call("tjDecompressHeader3", decoder, source, size, *own), status)
+            as_stated = build.icmp_signed("==", build.load(status), _INT(GOOD))
+            for stated, found in ((width, "own_width"), (height, "own_height")):
+                as_stated = build.and_(as_stated, build.icmp_signed("==", stated, build.load(pointer(found))))
+            with build.if_then(as_stated):  # else it would be scaled
+                row_bytes = build.mul(width, _INT(3))
+                pixels = (target, width, row_bytes, height, _INT(_RGB), _INT(_ACCURATE))
+                build.store(call("tjDecompress2", decoder, source, size, *pixels), status)
+            with build.if_then(build.icmp_signed("!=", build.load(status), _INT(GOOD))):
+                fatal = build.icmp_signed("!=", call("tjGetErrorCode", decoder), _INT(0))
+                build.store(build.select(fatal, _INT(FATAL), _INT(WARNING)), status)
+                call("strncpy", place("message"), call("tjGetErrorStr2", decoder), _ADDRESS(_MESSAGE - 1))
 
 
-@_compile
-def _decode_stored(data, pointer, size, raw, height, width, pixels, offset, status, found, message):
-    """The loop of `decode_stored_images`; data and pixels are addresses.
+def _compile_loop() -> tuple[llvm.ExecutionEngine, ctypes._CFuncPtr]:
+    """The machine code's owner, and the loop as a function that gives up the GIL while it runs."""
+    _find_calls()
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine()
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(_write_loop())), machine)
+    engine.finalize_object()
+    return engine, ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(engine.get_function_address("decode"))
 
-    Writes status (n,) uint8, found (n, 4) int32 (the JPEG's own width, height, subsampling and colours) and message
-    (n, 200) uint8 (libjpeg's, after a WARNING or FATAL).
-    """
-    decoder = _init()
-    for i in range(len(pointer)):
-        source, target = data + pointer[i], pixels + offset[i]
-        status[i] = GOOD
-        if raw[i]:
-            _memcpy(source, target, size[i])
-            continue
-        own = found.ctypes.data + i * 16
-        failed = _header(decoder, source, size[i], own, own + 4, own + 8, own + 12)
-        if failed == 0 and (found[i, 0] != width[i] or found[i, 1] != height[i]):
-            status[i] = WRONG_SIZE
-            continue
-        if failed == 0:
-            failed = _decompress(
-                decoder, source, size[i], target, width[i], width[i] * 3, height[i], int32(_RGB), int32(_ACCURATE)
-            )
-        if failed != 0:
-            status[i] = FATAL if _code(decoder) != 0 else WARNING
-            _strncpy(message.ctypes.data + i * _MESSAGE, _text(decoder), _MESSAGE - 1)
-    _destroy(decoder)
+
+_engine, _decode = _compile_loop()
 
 
 def decode_stored_images(
@@ -104,7 +152,7 @@ def decode_stored_images(
     pixels: np.ndarray,
     offset: np.ndarray,
 ) -> dict[int, tuple[int, str]]:
-    """Decodes n stored images, each once and whole, into `pixels` at `offset`; which cannot be used, and why.
+    """Decodes n >= 1 stored images, each once and whole, into `pixels` at `offset`; which cannot be used, and why.
 
     data, pixels: (bytes,) uint8, contiguous. pointer, size, offset: (n,) int64; raw: (n,) bool; height, width: (n,)
     int32. The caller has checked that they stay within `data` and `pixels`.
@@ -112,16 +160,18 @@ def decode_stored_images(
     anything. What libjpeg-turbo warns of counts, since pixels are then missing or wrong, but for padding before the
     end of an image, which costs no pixel.
     """
-    n = len(pointer)
-    status, found = np.empty(n, np.uint8), np.zeros((n, 4), np.int32)
-    message = np.zeros((n, _MESSAGE), np.uint8)
-    stored = (data.ctypes.data, pointer, size, raw, height, width)
-    _decode_stored(*stored, pixels.ctypes.data, offset, status, found, message)
-    bad = {}
+    images = np.zeros(len(pointer), _STORED)
+    images["source"], images["target"] = data.ctypes.data + pointer, pixels.ctypes.data + offset
+    images["size"], images["width"], images["height"], images["raw"] = size, width, height, raw
+    _decode(images.ctypes.data, images.ctypes.data + images.nbytes)
+    status = images["status"]
+    resized = (status == GOOD) & ~raw & ((images["own_width"] != width) | (images["own_height"] != height))
+    bad = {
+        i: (WRONG_SIZE, f"the JPEG is {image['own_width']} x {image['own_height']}, the index says {w} x {h}")
+        for i, image, w, h in zip(np.flatnonzero(resized).tolist(), images[resized], width[resized], height[resized])
+    }
     for i in np.flatnonzero(status).tolist():
-        text = message[i].tobytes().rstrip(b"\0").decode("ascii", "replace")
-        if status[i] == WRONG_SIZE:
-            text = f"the JPEG is {found[i, 0]} x {found[i, 1]}, the index says {width[i]} x {height[i]}"
+        text = images["message"][i].decode("ascii", "replace")
         if status[i] != WARNING or not text.endswith(_HARMLESS):
             bad[i] = int(status[i]), text
     return bad

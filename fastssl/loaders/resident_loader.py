@@ -136,7 +136,7 @@ def _open_source(data: str | os.PathLike, cache: str, options: dict[str, object]
     if os.path.isdir(data):
         return FolderLoader(data, batch_size=1, seed=0, **options)
     try:
-        from fastssl.loaders.beton_loader import BetonLoader  # here, for ffcv is not needed to hold a folder
+        from fastssl.loaders.beton_loader import BetonLoader  # here, for a folder needs no libturbojpeg
     except ImportError as error:
         raise ValueError(
             f"{os.fspath(data)} needs a library that is missing ({error}): 'fastssl doctor' gives the command that "
