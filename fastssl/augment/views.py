@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastssl.augment.blur import gaussian_taps, update_blur
 from fastssl.augment.color import update_greyscale, update_solarise
-from fastssl.augment.fused import choose_augment_kernel, make_views_fused
+from fastssl.augment.fused import choose_augment_kernel, draw_views_fused
 from fastssl.augment.hide import update_hide
 from fastssl.augment.jitter import apply_jitter, apply_where, jitter_plan
 from fastssl.augment.params import ViewParams, sample_both
@@ -46,10 +46,9 @@ def make_views(
     GPU. Raises ValueError for size < 1 and for a kernel that cannot run.
     """
     _check_size(size)
-    params = sample_both(policy, batch, seed, epoch)
     if choose_augment_kernel(batch.pixels.device, kernel)[0] == "triton":
-        return make_views_fused(batch, params, size, MEAN, STD, dtype)
-    view_q, view_k = (make_view(batch, p, size, dtype) for p in params)
+        return draw_views_fused(batch, policy, seed, epoch, size, MEAN, STD, dtype)
+    view_q, view_k = (make_view(batch, p, size, dtype) for p in sample_both(policy, batch, seed, epoch))
     return view_q, view_k
 
 
