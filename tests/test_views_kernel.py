@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from photos import photo_batch, render_photo
@@ -160,6 +161,25 @@ def test_awkward_windows(sides: tuple[int, int]) -> None:
     batch = photo_batch((sides,))
     whole = [(0, 0, *sides)]
     assert_same_bits(batch, [with_boxes(p, whole) for p in sample_both(make_policy("v1"), batch, 0, 0)], 64)
+
+
+@pytest.mark.parametrize(("sides", "size"), [((1, 1), 3), ((1, 5000), 2), ((5000, 1), 2), ((3, 2), 9)])
+@pytest.mark.parametrize("name", ["small", "none"])
+def test_awkward_windows_with_drawn_parameters(name: str, sides: tuple[int, int], size: int) -> None:
+    """A single pixel, needles, views larger than the image: by the reference and by the kernel."""
+    images = [render_photo(*sides, seed, grey=seed == 0) for seed in range(2)]
+    batch, policy = pack_images(images, [0, 1], [0, 0]).to(DEVICE), make_policy(name, **EVERYTHING)
+    found, expected = (make_views(batch, policy, size, 0, 0, kernel=kernel) for kernel in ("triton", "reference"))
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(found, expected))
+
+
+def test_crops_at_the_far_ends_of_a_window_of_5000_pixels() -> None:
+    """Of so many pixels the interpreter can only read few: corners, a whole row and a whole column."""
+    side = 5000
+    image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    batch = pack_images([image], [0], [0]).select(torch.zeros(4, dtype=torch.int64))
+    far = [(side - 9, side - 7, 9, 7), (side - 1, side - 1, 1, 1), (side - 1, 0, 1, side), (0, side - 1, side, 1)]
+    assert_same_bits(batch, [with_boxes(p, far) for p in sample_both(make_policy("v1"), batch, 0, 0)], 3)
 
 
 @pytest.mark.gpu

@@ -55,11 +55,12 @@ def make_kornia(batch: ImageBatch, policy: Policy, size: int, dtype: torch.dtype
     import kornia.augmentation as K
 
     jitter = (policy.brightness, policy.contrast, policy.saturation, policy.hue)
+    colours = [K.ColorJitter(*jitter, p=policy.jitter_p), K.RandomGrayscale(p=policy.grey_p)]
+    blur = [K.RandomGaussianBlur((17, 17), policy.blur_sigma, p=policy.blur_p)] * (policy.blur_p > 0)
     chain = torch.nn.Sequential(
         K.RandomResizedCrop((size, size), scale=policy.crop_scale),
-        K.ColorJitter(*jitter, p=policy.jitter_p),
-        K.RandomGrayscale(p=policy.grey_p),
-        K.RandomGaussianBlur((17, 17), policy.blur_sigma, p=policy.blur_p),
+        *(reversed(colours) if policy.grey_first else colours),
+        *blur,
         K.RandomHorizontalFlip(p=policy.flip_p),
         K.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
     )
@@ -92,8 +93,6 @@ def make_contestants(
         missing["kornia, compiled"] = "not installed"
     if not found["nvidia.dali"]:
         missing["DALI"] = "not installed"
-    elif device.type != "cuda":
-        missing["DALI"] = "no CUDA device"
     else:
         from fastssl.bench.augment_dali import make_dali
 
