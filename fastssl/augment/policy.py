@@ -61,7 +61,8 @@ POLICIES = {
     "none": Policy("none", crop_scale=None, flip_p=0.0),
 }
 
-# Pairs of crops by how much they share, as the small-model reference calls them: bounds on the IoU
+# Pairs of crops by how much they share, as the small-model reference calls them: bounds on the IoU. Its code can also
+# drop pixels of the region both crops share; no option of its training script asks for that, so it is not built.
 CROP_PAIRS = {"free": None, "easy": (0.25, 1.0), "hard": (0.05, 0.25), "super-hard": (1e-4, 0.05)}
 
 
