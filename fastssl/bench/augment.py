@@ -161,8 +161,7 @@ def main(argv: list[str]) -> None:
     else:
         loader = SyntheticLoader(num_images=count, size=args.source_size, batch_size=count, seed=0, device=device)
         batch = next(loader.batches())
-    lines = []
-    speed = copy_speed(device, args.rounds)
+    speed, lines = copy_speed(device, args.rounds), []
     for size in args.size:
         contestants, missing = make_contestants(batch, policy, size, dtype)
         timings = time_calls(contestants, device, args.rounds)
