@@ -18,7 +18,7 @@ from torch import Tensor
 from .views_crop import crop_tiles
 from .views_finish import finish_tiles
 from .views_jitter import jitter_rows
-from .views_table import FLOAT_FIELDS, INT_FIELDS, NUM_TAPS
+from .views_table import FLOAT_FIELDS, INT_FIELDS, NUM_TAPS, POLICY_FIELDS
 
 OPTIONS = {"enable_fp_fusion": False}  # the few float64 steps of the weights then round as PyTorch's do
 
@@ -27,21 +27,52 @@ class Launch(NamedTuple):
     """How the three kernels are cut."""
 
     tile: int = 32  # side of a square of pixels, launches one and three
+    tiles: int = 4  # squares to a program of launch one, which draws a view's parameters once for them
     row_pixels: int = 4096  # about so many pixels to a program of launch two, in whole rows
     block: int = 1024  # pixels it holds at a time
     warps: tuple[int, int, int] = (8, 8, 4)
 
 
 # The interpreter runs programs one after the other: few and large ones suit it
-COMPILED, INTERPRETED = Launch(), Launch(tile=64, row_pixels=1 << 20, block=1 << 14)
+COMPILED, INTERPRETED = Launch(), Launch(tile=64, tiles=1 << 20, row_pixels=1 << 20, block=1 << 14)
+
+
+class Windows(NamedTuple):
+    """The images: fields of an `ImageBatch`."""
+
+    pixels: Tensor  # (P,) uint8
+    offset: Tensor  # (B,) int64
+    height: Tensor  # (B,) int32
+    width: Tensor  # (B,) int32
+    index: Tensor  # (B,) int64
+
+
+class Tables(NamedTuple):
+    """The parameters of N views, see `views_table.py`."""
+
+    ints: Tensor  # (N, INTS) int32
+    floats: Tensor  # (N, FLOATS) float32
+
+
+class Draw(NamedTuple):
+    """What the parameters are drawn from."""
+
+    policy: Tensor  # (POLICY_FIELDS,) float64
+    seed: int  # in [-2^63, 2^63)
+    epoch: int  # in [0, 2^32)
+
+
+def empty_tables(windows: Windows) -> Tables:
+    """Rows for both views of every image, to be written by launch one."""
+    num = 2 * len(windows.offset)
+    floats = windows.pixels.new_empty(num, len(FLOAT_FIELDS), dtype=torch.float32)
+    return Tables(windows.width.new_empty(num, len(INT_FIELDS)), floats)
 
 
 def views_triton(
-    pixels: Tensor,
-    offset: Tensor,
-    width: Tensor,
-    ints: Tensor,
-    floats: Tensor,
+    windows: Windows,
+    tables: Tables,
+    draw: Draw | None,
     size: int,
     mean: Sequence[float],
     std: Sequence[float],
@@ -49,13 +80,16 @@ def views_triton(
 ) -> Tensor:
     """N = 2 B views of B images in N x S x S x 3 order, in `dtype` (float32, float16, bfloat16): (N, S, S, 3).
 
-    pixels (P,) uint8, offset (B,) int64 and width (B,) int32 are the windows of an `ImageBatch`; ints (N, INTS) int32
-    and floats (N, FLOATS) float32 the parameters, see `views_table.py`; mean and std per channel in 0..1. Sigmas are
-    at most 2 pixels. Nothing waits for the device.
+    draw: what to draw the parameters from, which are written to `tables`; None: `tables` holds them. mean and std per
+    channel in 0..1. Sigmas are at most 2 pixels. Nothing waits for the device.
     """
+    pixels, (ints, floats) = windows.pixels, tables
     num = ints.shape[0]
-    assert ints.shape[1] == len(INT_FIELDS) and floats.shape == (num, len(FLOAT_FIELDS)) and num == 2 * len(offset)
-    assert ints.is_contiguous() and floats.is_contiguous() and pixels.is_contiguous()
+    assert ints.shape[1] == len(INT_FIELDS) and floats.shape == (num, len(FLOAT_FIELDS))
+    assert num == 2 * len(windows.offset)
+    assert all(t.is_contiguous() for t in (*windows, *tables)), "the kernels read whole rows"
+    policy, seed, epoch = draw or Draw(floats.new_empty(0, dtype=torch.float64), 0, 0)
+    assert draw is None or policy.shape == (len(POLICY_FIELDS),)
     out = pixels.new_empty(num, size, size, 3, dtype=dtype)
     if num == 0:
         return out
@@ -67,17 +101,21 @@ def views_triton(
     rows_per_program = max(1, cut.row_pixels // size)
     batch, means, scales = num // 2, [255 * m for m in mean], [1 / (255 * s) for s in std]
     with _on_device_of(pixels):
-        crop_tiles[(tiles, num)](
-            pixels,
-            offset,
-            width,
+        crop_tiles[(triton.cdiv(tiles, cut.tiles), num)](
+            *windows,
+            policy,
             ints,
             floats,
             planes,
             luma,
             taps,
+            seed,
+            epoch,
             batch,
             size,
+            tiles,
+            cut.tiles,
+            DRAW=draw is not None,
             BLOCK=cut.tile,
             num_warps=cut.warps[0],
             **OPTIONS,

@@ -127,6 +127,25 @@ def test_contrast_turns_on_the_mean_at_its_place_in_the_order() -> None:
     assert first == int(luma.mean() + 0.5) and last > first  # clipping lowers the mean of the brightened image
 
 
+@pytest.mark.parametrize("size", [24, 150])
+def test_threads_change_nothing(size: int) -> None:
+    """Several threads, each with images of its own: the same bits, errors are raised, the setting is left as it was."""
+    batch, policy = photo_batch(SIZES[:6]), make_policy("small", **EVERYTHING)
+    alone = make_views(batch, policy, size, 1, 2)
+    torch.set_num_threads(3)
+    try:
+        for _ in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(alone, make_views(batch, policy, size, 1, 2)))
+        assert torch.get_num_threads() == 3
+        with torch.inference_mode():
+            assert torch.equal(make_views(batch, policy, size, 1, 2)[0], alone[0])
+        broken = batch._replace(offset=batch.offset + len(batch.pixels))
+        with pytest.raises(RuntimeError):
+            make_views(broken, policy, size, 1, 2)
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("size", [32, 72])
 def test_a_view_has_the_same_bits_in_any_batch(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = photo_batch(SIZES + ((90, 90),) * 5)

@@ -12,6 +12,7 @@ import bench_throughput
 from fastssl import check_augment, preview
 from fastssl.augment import parity, rates
 from fastssl.augment.policy import make_policy
+from fastssl.bench import augment as bench_augment
 from fastssl.bench import augment_dali
 from fastssl.cli import main
 from fastssl.loaders.synthetic_loader import SyntheticLoader
@@ -80,12 +81,27 @@ def test_preview_writes_a_picture(image_folder: Path, tmp_path: Path, capsys: py
     assert preview.COUNT == 8
 
 
-def test_bench_augment(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.fixture
+def no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if kornia and DALI were not installed: to compile kornia takes minutes."""
+    monkeypatch.setattr(bench_augment, "find_spec", lambda name: None)
+
+
+def test_bench_augment(tmp_path: Path, capsys: pytest.CaptureFixture, no_peers: None) -> None:
     flags = "--device cpu --batch-size 2 --size 32 --source-size 40 --rounds 1"
     bench_throughput.main(["augment", *flags.split(), "--output", str(tmp_path / "augment.json")])
     said = capsys.readouterr().out
     assert "torchvision, PIL images" in said and "triton-augment" in said and "% of the floor" in said
     assert (tmp_path / "augment.json").stat().st_size > 500
+
+
+def test_bench_augment_on_photographs(image_folder: Path, capsys: pytest.CaptureFixture, no_peers: None) -> None:
+    flags = "--device cpu --batch-size 3 --size 16 --short-side 20 --rounds 1"
+    bench_throughput.main(["augment", str(image_folder), *flags.split()])
+    said = capsys.readouterr().out
+    assert "torchvision, PIL, 1 workers" in said and "kornia, compiled" in said
+    with pytest.raises(ValueError, match="fewer than the batch of 99: set --batch-size"):
+        bench_throughput.main(["augment", str(image_folder), *"--device cpu --batch-size 99".split()])
 
 
 def test_dali_makes_views_of_the_same_shape() -> None:

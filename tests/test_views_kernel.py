@@ -7,18 +7,20 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from photos import photo_batch, render_photo
 
 from fastssl.augment import views
-from fastssl.augment.fused import choose_augment_kernel, make_tables, make_views_fused
+from fastssl.augment.fused import choose_augment_kernel, make_tables, make_views_fused, policy_table
 from fastssl.augment.params import ViewParams, sample_both
-from fastssl.augment.policy import POLICIES, make_policy
+from fastssl.augment.policy import POLICIES, Policy, make_policy
 from fastssl.augment.resample import crop_axes, resample_reference
 from fastssl.augment.views import MEAN, STD, make_view, make_views
 from fastssl.batch import ImageBatch, pack_images
-from fastssl.kernels.views import COMPILED, INTERPRETED, Launch, views_triton
+from fastssl.kernels.views import COMPILED, INTERPRETED, Draw, Launch, Windows, empty_tables, views_triton
+from fastssl.loaders.synthetic_loader import SyntheticLoader
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERYTHING = {"solarise_p": 0.4, "hide_and_seek": True, "blur_p": 0.6}
@@ -54,6 +56,59 @@ def with_boxes(params: ViewParams, boxes: list[tuple[int, int, int, int]]) -> Vi
 def test_kernel_has_the_bits_of_the_reference(name: str, size: int, sides: tuple, nan_poisoned_empty: None) -> None:
     batch = photo_batch(sides)
     assert_same_bits(batch, sample_both(make_policy(name, **EVERYTHING), batch, 1, 2), size)
+
+
+DRAWN = {
+    **{name: {} for name in POLICIES},
+    "extremes": {"crop_ratio": (0.01, 100.0), "crop_scale": (1e-6, 1.0), "brightness": 3.0, "grey_first": True},
+    "nothing": {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "hue": 0.0, "flip_p": 0.0, "contrast": 0.0},
+}
+
+
+@pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (-3, 2**31 + 5), (2**63 + 7, 1)])
+@pytest.mark.parametrize("name", DRAWN)
+def test_parameters_drawn_in_the_kernel_have_the_bits_of_the_reference(name: str, seed: int, epoch: int) -> None:
+    """Crops that fit at the first try, at a later one and never; indices and keys beyond 32 bits."""
+    policy = make_policy(name if name in POLICIES else "small", **EVERYTHING, **DRAWN[name])
+    batch = photo_batch(((9, 12), (1, 1), (1, 40), (40, 1), (7, 3)))
+    batch = batch._replace(index=batch.index + torch.tensor([0, 2**33, 5, 2**40 + 1, 3])).to(DEVICE)
+    drawn = draw_tables(batch, policy, seed, epoch)
+    both = ViewParams(*(torch.cat(fields) for fields in zip(*sample_both(policy, batch, seed, epoch))))
+    for found, expected in zip(drawn, make_tables(both)):
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+def draw_tables(batch: ImageBatch, policy: Policy, seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tables that launch one writes."""
+    windows = Windows(batch.pixels, batch.offset, batch.height, batch.width, batch.index)
+    tables = empty_tables(windows)
+    signed = (seed + 2**63) % 2**64 - 2**63
+    views_triton(
+        windows, tables, Draw(policy_table(policy, batch.pixels.device), signed, epoch), 2, MEAN, STD, torch.float32
+    )
+    return tables
+
+
+@pytest.mark.gpu
+def test_many_drawn_parameters() -> None:
+    loader = SyntheticLoader(num_images=4096, size=16, batch_size=4096, seed=0, device="cuda")
+    batch = next(loader.batches())
+    sides = torch.randint(1, 17, (2, 4096), dtype=torch.int32, device="cuda")
+    batch = batch._replace(height=sides[0], width=sides[1])
+    for policy in (make_policy(name, **EVERYTHING) for name in POLICIES):
+        both = ViewParams(*(torch.cat(fields) for fields in zip(*sample_both(policy, batch, 1, 2))))
+        assert all(torch.equal(a, b) for a, b in zip(draw_tables(batch, policy, 1, 2), make_tables(both)))
+
+
+@pytest.mark.gpu
+def test_both_views_take_three_launches() -> None:
+    batch, policy = photo_batch().to("cuda"), make_policy("small", **EVERYTHING)
+    make_views(batch, policy, 32, 0, 0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        make_views(batch, policy, 32, 0, 1)
+        torch.cuda.synchronize()
+    launched = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert sorted(launched) == ["crop_tiles", "finish_tiles", "jitter_rows"]
 
 
 def test_every_order_of_the_jitter() -> None:
@@ -108,6 +163,25 @@ def test_awkward_windows(sides: tuple[int, int]) -> None:
     assert_same_bits(batch, [with_boxes(p, whole) for p in sample_both(make_policy("v1"), batch, 0, 0)], 64)
 
 
+@pytest.mark.parametrize(("sides", "size"), [((1, 1), 3), ((1, 5000), 2), ((5000, 1), 2), ((3, 2), 9)])
+@pytest.mark.parametrize("name", ["small", "none"])
+def test_awkward_windows_with_drawn_parameters(name: str, sides: tuple[int, int], size: int) -> None:
+    """A single pixel, needles, views larger than the image: by the reference and by the kernel."""
+    images = [render_photo(*sides, seed, grey=seed == 0) for seed in range(2)]
+    batch, policy = pack_images(images, [0, 1], [0, 0]).to(DEVICE), make_policy(name, **EVERYTHING)
+    found, expected = (make_views(batch, policy, size, 0, 0, kernel=kernel) for kernel in ("triton", "reference"))
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(found, expected))
+
+
+def test_crops_at_the_far_ends_of_a_window_of_5000_pixels() -> None:
+    """Of so many pixels the interpreter can only read few: those of its corners."""
+    side = 5000
+    image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    batch = pack_images([image], [0], [0]).select(torch.zeros(4, dtype=torch.int64))
+    far = [(side - 9, side - 7, 9, 7), (side - 1, side - 1, 1, 1), (side - 1, 0, 1, 9), (0, side - 1, 9, 1)]
+    assert_same_bits(batch, [with_boxes(p, far) for p in sample_both(make_policy("v1"), batch, 0, 0)], 3)
+
+
 @pytest.mark.gpu
 def test_a_window_of_5000_pixels() -> None:
     batch = pack_images([render_photo(5000, 5000, 0)], [0], [0])
@@ -150,7 +224,7 @@ def test_the_kernel_never_makes_the_host_wait() -> None:
 def test_the_cut_does_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = photo_batch(((33, 20),))
     params = sample_both(make_policy("small", **EVERYTHING), batch, 0, 0)
-    for cut in (Launch(16, 100, 64), COMPILED):
+    for cut in (Launch(16, 2, 100, 64), COMPILED):
         monkeypatch.setattr(f"{views_triton.__module__}.INTERPRETED", cut)
         assert_same_bits(batch, params, 33)
     assert INTERPRETED != COMPILED
@@ -195,5 +269,5 @@ def test_compiles_ahead_of_time_without_spilling(arch: int, dtype: str) -> None:
     done = subprocess.run(command, env=compiled, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [kernel["kernel"] for kernel in kernels] == ["crop_tiles", "jitter_rows", "finish_tiles"]
+    assert [kernel["kernel"] for kernel in kernels] == ["crop_tiles", "crop_tiles", "jitter_rows", "finish_tiles"]
     assert all(kernel["spilled"] == 0 and kernel["shared"] <= SHARED[arch] for kernel in kernels)

@@ -5,7 +5,6 @@ A box is (top, left, height, width): four float64 tensors of whole numbers, in p
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,13 +43,11 @@ def exact_exp(x: Tensor) -> Tensor:
 def random_crop(policy: Policy, u: Tensor, height: Tensor, width: Tensor) -> Box:
     """torchvision's RandomResizedCrop box (top, left, height, width), float64 integers: the first of ten tries that
     fits, else the largest central crop within the range of ratios."""
-    (scale_low, scale_high), (low, high) = policy.crop_scale, policy.crop_ratio
+    low, high = policy.crop_ratio
     crop_width = torch.where(width > height * high, torch.round(height * high), width).clamp(min=1)
     crop_height = torch.where(width < height * low, torch.round(width * (1 / low)), height).clamp(min=1)
-    area = u[:, DRAW_CROP_AREA : DRAW_CROP_AREA + CROP_TRIES] * (scale_high - scale_low) + scale_low
-    log_ratio = u[:, DRAW_CROP_RATIO : DRAW_CROP_RATIO + CROP_TRIES] * (math.log(high) - math.log(low)) + math.log(low)
-    side, root_ratio = ((height * width)[:, None] * area).sqrt(), exact_exp(log_ratio * 0.5)
-    w, h = torch.round(side * root_ratio), torch.round(side / root_ratio)  # (B, CROP_TRIES)
+    areas, ratios = (u[:, first : first + CROP_TRIES] for first in (DRAW_CROP_AREA, DRAW_CROP_RATIO))
+    w, h = _sides_of(policy, areas, ratios, (height * width)[:, None])  # (B, CROP_TRIES)
     fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
     for t in reversed(range(CROP_TRIES)):
         crop_width = torch.where(fits[:, t], w[:, t], crop_width)
@@ -60,6 +57,14 @@ def random_crop(policy: Policy, u: Tensor, height: Tensor, width: Tensor) -> Box
     top = torch.where(central, rows * 0.5, u[:, DRAW_TOP] * (rows + 1)).floor()
     left = torch.where(central, columns * 0.5, u[:, DRAW_LEFT] * (columns + 1)).floor()
     return top, left, crop_height, crop_width
+
+
+def _sides_of(policy: Policy, u_area: Tensor, u_ratio: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Width and height of the crops that two draws mean for images of so many pixels."""
+    (area_low, area_span), (log_low, log_span) = (policy.ranges()[name] for name in ("area", "log_ratio"))
+    side = (pixels * (u_area * area_span + area_low)).sqrt()
+    root_ratio = exact_exp((u_ratio * log_span + log_low) * 0.5)
+    return torch.round(side * root_ratio), torch.round(side / root_ratio)
 
 
 def central_square(height: Tensor, width: Tensor) -> Box:
@@ -78,11 +83,7 @@ def pair_crops(policy: Policy, batch: ImageBatch, seed: int, epoch: int) -> tupl
     u = uniform(seed, epoch, batch.index, STREAM_PAIR, 1 + 8 * PAIR_TRIES).double()
     sizes, places = u[:, 1:].unflatten(1, (2, PAIR_TRIES, 2, 2)).unbind(1)  # (B, tries, view, draw)
     height, width = (side.double()[:, None, None] for side in (batch.height, batch.width))
-    (scale_low, scale_high), (low, high) = policy.crop_scale, policy.crop_ratio
-    area = sizes[..., 0] * (scale_high - scale_low) + scale_low
-    log_ratio = sizes[..., 1] * (math.log(high) - math.log(low)) + math.log(low)
-    side, root_ratio = (height * width * area).sqrt(), exact_exp(log_ratio * 0.5)
-    w, h = torch.round(side * root_ratio).clamp(min=1), torch.round(side / root_ratio).clamp(min=1)
+    w, h = (side.clamp(min=1) for side in _sides_of(policy, sizes[..., 0], sizes[..., 1], height * width))
     outside = ((w > width) | (h > height)).any(dim=2)
     w, h = torch.minimum(w, width), torch.minimum(h, height)
     far = torch.arange(2, device=u.device)  # opposite corners: as little in common as there can be

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from fastssl.augment.jitter import jitter_order, jitter_plan
-from fastssl.augment.params import ViewParams
+from fastssl.augment.params import ViewParams, sample_both
+from fastssl.augment.policy import Policy
 from fastssl.batch import ImageBatch
 from fastssl.triton_device import triton_obstacle
 
@@ -33,6 +36,26 @@ def choose_augment_kernel(device: torch.device, requested: str = "auto") -> tupl
     return requested, "requested"
 
 
+def draw_views_fused(
+    batch: ImageBatch,
+    policy: Policy,
+    seed: int,
+    epoch: int,
+    size: int,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Both views in three launches, the first of which draws their parameters; each (B, 3, size, size), channels_last.
+
+    Crops drawn for both views together (`crop_iou`) are drawn by PyTorch, by some hundred small operations before.
+    Raises ValueError for more than MAX_BATCH images.
+    """
+    if policy.crop_iou is not None:
+        return make_views_fused(batch, sample_both(policy, batch, seed, epoch), size, mean, std, dtype)
+    return _launch(batch, None, (policy, seed, epoch), size, mean, std, dtype)
+
+
 def make_views_fused(
     batch: ImageBatch,
     params: tuple[ViewParams, ViewParams],
@@ -45,15 +68,38 @@ def make_views_fused(
 
     Raises ValueError for more than MAX_BATCH images.
     """
-    from fastssl.kernels.views import views_triton  # Triton is not installed everywhere
+    both = ViewParams(*(torch.cat(fields) for fields in zip(*params)))
+    return _launch(batch, make_tables(both), None, size, mean, std, dtype)
+
+
+def _launch(
+    batch: ImageBatch, tables: tuple[Tensor, Tensor] | None, key: tuple[Policy, int, int] | None, *format: object
+) -> tuple[Tensor, Tensor]:
+    """The views, by parameters that are given or drawn."""
+    from fastssl.kernels.views import Draw, Tables, Windows, empty_tables, views_triton  # not installed everywhere
 
     if batch.size > MAX_BATCH:
         raise ValueError(f"the triton augmentation kernel takes at most {MAX_BATCH} images, got {batch.size}")
-    both = ViewParams(*(torch.cat(fields) for fields in zip(*params)))
-    ints, floats = make_tables(both)
-    out = views_triton(batch.pixels, batch.offset, batch.width, ints, floats, size, mean, std, dtype)
-    out = out.permute(0, 3, 1, 2)
+    windows, draw = Windows(batch.pixels, batch.offset, batch.height, batch.width, batch.index), None
+    if key is not None:
+        policy, seed, epoch = key
+        draw = Draw(policy_table(policy, batch.pixels.device), (seed + 2**63) % 2**64 - 2**63, epoch)
+    rows = Tables(*tables) if tables is not None else empty_tables(windows)
+    out = views_triton(windows, rows, draw, *format).permute(0, 3, 1, 2)
     return out[: batch.size], out[batch.size :]
+
+
+@lru_cache(maxsize=32)
+def policy_table(policy: Policy, device: torch.device) -> Tensor:
+    """What `draw_view` of `kernels/views_draw.py` draws from: (POLICY_FIELDS,) float64. Copied to a device once."""
+    from fastssl.kernels.views_table import POLICY_FIELDS
+
+    low, high = policy.crop_ratio
+    derived = {"central": policy.crop_scale is None, "ratio_low": low, "ratio_high": high, "ratio_low_inverse": 1 / low}
+    for name, (start, span) in policy.ranges().items():
+        derived |= {f"{name}_low": start, f"{name}_span": span}
+    values = [float(derived[name] if name in derived else getattr(policy, name)) for name in POLICY_FIELDS]
+    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 def make_tables(params: ViewParams) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,8 @@ def apply_chosen(mask: Tensor, x: Tensor, update: Callable[..., None], *params: 
         update(x, *params)
         return x
     rows = mask.nonzero()[:, 0]
-    part = x[rows]
+    part = x.index_select(0, rows)  # several times faster than x[rows], and the loop than x[rows] = part
     update(part, *(p[rows] for p in params))
-    x[rows] = part
+    for row, image in zip(rows.tolist(), part.unbind(0)):
+        x[row].copy_(image)
     return x

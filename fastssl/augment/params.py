@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 MAX_BLUR_SIGMA = 2.0  # pixels; the blur's taps are laid out for it
 
-# The number of each draw: word `draw` of the Philox stream `view` of (seed, epoch, index). A kernel repeats these.
+# The number of each draw: word `draw` of the Philox stream `view` of (seed, epoch, index). The kernel that draws them
+# itself, kernels/views_draw.py, repeats these numbers and this arithmetic, for the same bits.
 # 0 to 21 are the crop's (crops.py)
 DRAW_FLIP, DRAW_JITTER, DRAW_ORDER = 22, 23, 24
 DRAW_BRIGHTNESS, DRAW_CONTRAST, DRAW_SATURATION, DRAW_HUE = 25, 26, 27, 28
@@ -94,12 +95,14 @@ def _pair_up(
 def _params_of(policy: Policy, u: Tensor, height: Tensor, width: Tensor) -> ViewParams:
     """The parameters that the draws u (N, NUM_DRAWS) float64 mean for images of these sizes (N,)."""
 
-    def between(draw: int, low: float, high: float) -> Tensor:
-        return u[:, draw] * (high - low) + low
+    ranges = policy.ranges()
 
-    def factor(draw: int, strength: float) -> Tensor:
-        value = between(draw, max(0.0, 1.0 - strength), 1.0 + strength)
-        return (torch.round(value * FACTOR_STEPS) * (1 / FACTOR_STEPS)).float()
+    def drawn(draw: int, name: str) -> Tensor:
+        low, span = ranges[name]
+        return u[:, draw] * span + low
+
+    def factor(draw: int, name: str) -> Tensor:
+        return (torch.round(drawn(draw, name) * FACTOR_STEPS) * (1 / FACTOR_STEPS)).float()
 
     height, width = height.double(), width.double()
     box = central_square(height, width) if policy.crop_scale is None else random_crop(policy, u, height, width)
@@ -116,13 +119,13 @@ def _params_of(policy: Policy, u: Tensor, height: Tensor, width: Tensor) -> View
         grey_before=grey if policy.grey_first else nothing,
         jitter=jitter,
         order=(u[:, DRAW_ORDER] * 24).floor().int(),
-        brightness=factor(DRAW_BRIGHTNESS, policy.brightness),
-        contrast=factor(DRAW_CONTRAST, policy.contrast),
-        saturation=factor(DRAW_SATURATION, policy.saturation),
-        hue=between(DRAW_HUE, -policy.hue, policy.hue).float(),
+        brightness=factor(DRAW_BRIGHTNESS, "brightness"),
+        contrast=factor(DRAW_CONTRAST, "contrast"),
+        saturation=factor(DRAW_SATURATION, "saturation"),
+        hue=drawn(DRAW_HUE, "hue").float(),
         grey_after=nothing if policy.grey_first else grey,
         blur=u[:, DRAW_BLUR] < policy.blur_p,
-        sigma=between(DRAW_SIGMA, *policy.blur_sigma).float(),
+        sigma=drawn(DRAW_SIGMA, "sigma").float(),
         solarise=u[:, DRAW_SOLARISE] < policy.solarise_p,
         hide_cells=((grid > 0).int() * policy.hide_and_seek * (2 * MAX_HIDE_CELLS)) >> grid,
         hide_p=torch.full_like(u[:, 0], policy.hide_p, dtype=torch.float32),

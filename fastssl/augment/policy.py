@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 
 from fastssl.augment.params import MAX_BLUR_SIGMA, ViewParams, sample_params
@@ -34,6 +35,15 @@ class Policy:
     hide_and_seek: bool = False  # zero cells of a grid of no, 16 x 16, 8 x 8 or 4 x 4 cells (14, 28, 56 of 224 pixels)
     hide_p: float = 0.5  # of each cell
 
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """(low, high - low) of everything that is drawn uniformly from a range, by name."""
+        log_ratio = tuple(math.log(ratio) for ratio in self.crop_ratio)
+        limits = {"area": self.crop_scale or (1.0, 1.0), "log_ratio": log_ratio}
+        for name in ("brightness", "contrast", "saturation"):
+            limits[name] = (max(0.0, 1.0 - getattr(self, name)), 1.0 + getattr(self, name))
+        limits |= {"hue": (-self.hue, self.hue), "sigma": self.blur_sigma}
+        return {name: (low, high - low) for name, (low, high) in limits.items()}
+
 
 def _jitter(strength: float, hue: float) -> dict[str, float]:
     return {"brightness": strength, "contrast": strength, "saturation": strength, "hue": hue}
@@ -51,7 +61,8 @@ POLICIES = {
     "none": Policy("none", crop_scale=None, flip_p=0.0),
 }
 
-# Pairs of crops by how much they share, as the small-model reference calls them: bounds on the IoU
+# Pairs of crops by how much they share, as the small-model reference calls them: bounds on the IoU. Its code can also
+# drop pixels of the region both crops share; no option of its training script asks for that, so it is not built.
 CROP_PAIRS = {"free": None, "easy": (0.25, 1.0), "hard": (0.05, 0.25), "super-hard": (1e-4, 0.05)}
 
 

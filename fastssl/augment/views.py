@@ -13,12 +13,13 @@ from torch import Tensor
 
 from fastssl.augment.blur import gaussian_taps, update_blur
 from fastssl.augment.color import update_greyscale, update_solarise
-from fastssl.augment.fused import choose_augment_kernel, make_views_fused
+from fastssl.augment.fused import choose_augment_kernel, draw_views_fused
 from fastssl.augment.hide import update_hide
 from fastssl.augment.jitter import apply_jitter, apply_where, jitter_plan
 from fastssl.augment.params import ViewParams, sample_both
 from fastssl.augment.policy import Policy
 from fastssl.augment.resample import crop_resize, eval_resize
+from fastssl.augment.threads import run_parts
 from fastssl.batch import ImageBatch
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0..1
@@ -46,10 +47,9 @@ def make_views(
     GPU. Raises ValueError for size < 1 and for a kernel that cannot run.
     """
     _check_size(size)
-    params = sample_both(policy, batch, seed, epoch)
     if choose_augment_kernel(batch.pixels.device, kernel)[0] == "triton":
-        return make_views_fused(batch, params, size, MEAN, STD, dtype)
-    view_q, view_k = (make_view(batch, p, size, dtype) for p in params)
+        return draw_views_fused(batch, policy, seed, epoch, size, MEAN, STD, dtype)
+    view_q, view_k = (make_view(batch, p, size, dtype) for p in sample_both(policy, batch, seed, epoch))
     return view_q, view_k
 
 
@@ -63,18 +63,24 @@ def make_view(batch: ImageBatch, params: ViewParams, size: int, dtype: torch.dty
     if batch.size == 0:
         return out
     step = _images_at_once(batch, size)
-    parts = zip(params.split(step), jitter_plan(params).split(step), gaussian_taps(params.sigma).split(step))
-    for images, view, (p, plan, taps) in zip(_split(batch, step), out.split(step), parts):
-        x = _to_planes(crop_resize(images, p, size))
-        x = apply_where(p.grey_before, x, update_greyscale)
-        x = apply_jitter(x, plan, p)
-        x = apply_where(p.grey_after, x, update_greyscale)
-        x = apply_where(p.blur, x, update_blur, taps)
-        x = apply_where(p.solarise, x, update_solarise)
-        _update_normalise(x)
-        x = apply_where(p.hide_cells > 0, x, update_hide, p.hide_cells, p.hide_p, p.hide_key)
-        view.copy_(x)
+    plans, taps = jitter_plan(params), gaussian_taps(params.sigma)
+    parts = zip(*(whole.split(step) for whole in (params, plans, taps, out)))
+    run_parts(_make_part, [(images, *part) for images, part in zip(_split(batch, step), parts)], out.device)
     return out
+
+
+def _make_part(images: ImageBatch, p: ViewParams, plan: Tensor, taps: Tensor, view: Tensor) -> None:
+    """The views of some images, into `view`."""
+    x = _to_planes(crop_resize(images, p, view.shape[-1]))
+    x = apply_where(p.grey_before, x, update_greyscale)
+    x = apply_jitter(x, plan, p)
+    x = apply_where(p.grey_after, x, update_greyscale)
+    x = apply_where(p.blur, x, update_blur, taps)
+    x = apply_where(p.solarise, x, update_solarise)
+    x = _normalised(x, view)
+    x = apply_where(p.hide_cells > 0, x, update_hide, p.hide_cells, p.hide_p, p.hide_key)
+    if x is not view:
+        view.copy_(x)
 
 
 def make_eval_view(batch: ImageBatch, size: int, resize: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -93,9 +99,9 @@ def make_eval_view(batch: ImageBatch, size: int, resize: int, dtype: torch.dtype
         return out
     step = _images_at_once(batch, size)
     for images, view in zip(_split(batch, step), out.split(step)):
-        x = _to_planes(eval_resize(images, size, resize))
-        _update_normalise(x)
-        view.copy_(x)
+        x = _normalised(_to_planes(eval_resize(images, size, resize)), view)
+        if x is not view:
+            view.copy_(x)
     return out
 
 
@@ -103,9 +109,16 @@ def _to_planes(x: Tensor) -> Tensor:
     return x.to(torch.float32, memory_format=torch.contiguous_format)
 
 
-def _update_normalise(x: Tensor) -> None:
-    for plane, mean, std in zip(x.unbind(1), MEAN, STD):
-        plane.sub_(255 * mean).mul_(1 / (255 * std))
+def _normalised(x: Tensor, view: Tensor) -> Tensor:
+    """x (C, 3, S, S) float32 normalised, channels_last float32: in `view`, where that is float32."""
+    size = x.shape[3]
+    out = view if view.dtype == torch.float32 else torch.empty_like(view, dtype=torch.float32)
+    rows = out.copy_(x).permute(0, 2, 3, 1).view(-1, size, 3 * size)  # whole rows: a colour's values lie three apart
+    mean, scale = (
+        x.new_tensor(values).repeat(size) for values in ([255 * m for m in MEAN], [1 / (255 * s) for s in STD])
+    )
+    rows.sub_(mean).mul_(scale)
+    return out
 
 
 def _check_size(size: int) -> None:
@@ -124,5 +137,6 @@ def _split(batch: ImageBatch, count: int) -> list[ImageBatch]:
 
 def _images_at_once(batch: ImageBatch, size: int) -> int:
     if batch.pixels.device.type == "cpu":
-        return 1 if size >= CPU_ALONE else max(1, CPU_PIXELS // size**2)
+        share = -(-batch.size // torch.get_num_threads())
+        return 1 if size >= CPU_ALONE else max(1, min(share, CPU_PIXELS // size**2))
     return max(1, GPU_PIXELS // (size * max(size, batch.max_side)))

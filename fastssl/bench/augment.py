@@ -1,9 +1,10 @@
-"""`bench_throughput.py augment`: two views of a batch, ours beside torchvision per image, kornia and DALI.
+"""`bench_throughput.py augment [PHOTOS]`: two views of a batch, ours beside torchvision per image, kornia and DALI.
 
 Images wait decoded where the contestant wants them (ours: bytes on the device); what is timed ends with two
 normalised batches on the device. The floor is what the crops' bytes and the views' take at the speed of a copy
-measured in the same run. Neither kornia nor DALI makes the same views (DALI's hue is linear, its order of operations
-is fixed), but the same list of operations.
+measured in the same run. On a CPU the per-image pipeline also runs as a DataLoader's workers run it: one process for
+each of our threads, nothing stacked or sent. Neither kornia nor DALI makes the same views (DALI's hue is linear, its
+order of operations is fixed), but the same list of operations.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision.transforms.v2 as T
 from PIL import Image
@@ -24,9 +26,11 @@ from fastssl.augment.fused import choose_augment_kernel
 from fastssl.augment.params import sample_both
 from fastssl.augment.policy import Policy, make_policy
 from fastssl.augment.views import MEAN, STD, make_views
-from fastssl.batch import ImageBatch
+from fastssl.batch import ImageBatch, pack_images
 from fastssl.bench.classical_views import pillow_blur
+from fastssl.bench.pil_processes import in_processes
 from fastssl.bench.timing import Function, time_calls
+from fastssl.data_prep.images import decode_image, find_images
 from fastssl.environment import environment
 from fastssl.loaders.synthetic_loader import SyntheticLoader
 
@@ -55,11 +59,12 @@ def make_kornia(batch: ImageBatch, policy: Policy, size: int, dtype: torch.dtype
     import kornia.augmentation as K
 
     jitter = (policy.brightness, policy.contrast, policy.saturation, policy.hue)
+    colours = [K.ColorJitter(*jitter, p=policy.jitter_p), K.RandomGrayscale(p=policy.grey_p)]
+    blur = [K.RandomGaussianBlur((17, 17), policy.blur_sigma, p=policy.blur_p)] * (policy.blur_p > 0)
     chain = torch.nn.Sequential(
         K.RandomResizedCrop((size, size), scale=policy.crop_scale),
-        K.ColorJitter(*jitter, p=policy.jitter_p),
-        K.RandomGrayscale(p=policy.grey_p),
-        K.RandomGaussianBlur((17, 17), policy.blur_sigma, p=policy.blur_p),
+        *(reversed(colours) if policy.grey_first else colours),
+        *blur,
         K.RandomHorizontalFlip(p=policy.flip_p),
         K.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
     )
@@ -84,22 +89,39 @@ def make_contestants(
     else:
         missing["ours, triton"] = choose_augment_kernel(device)[1]
     contestants["torchvision, PIL images"] = partial(per_image, pictures, on_pil, torch.float32)
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        contestants[f"torchvision, PIL, {threads} workers"] = in_processes(pictures, on_pil, threads)
     contestants[f"torchvision, {device.type} tensors"] = partial(per_image, tensors, on_tensors, dtype)
+    same_size = len({picture.size for picture in pictures}) == 1
     found = {name: find_spec(name.split(".")[0]) is not None and find_spec(name) is not None for name in PEERS}
-    if found["kornia"]:
-        contestants["kornia, compiled"] = make_kornia(batch, policy, size, dtype)
-    else:
+    if not found["kornia"]:
         missing["kornia, compiled"] = "not installed"
+    elif not same_size:
+        missing["kornia, compiled"] = "takes images of one size only"
+    else:
+        contestants["kornia, compiled"] = make_kornia(batch, policy, size, dtype)
     if not found["nvidia.dali"]:
         missing["DALI"] = "not installed"
-    elif device.type != "cuda":
-        missing["DALI"] = "no CUDA device"
     else:
         from fastssl.bench.augment_dali import make_dali
 
         contestants["DALI"] = make_dali(batch, policy, size)
     reason = "has no resized crop, blur or hue: not the same work" if found["triton_augment"] else "not installed"
     return contestants, missing | {"triton-augment": reason}
+
+
+def read_photos(folder: str, count: int, short_side: int | None) -> ImageBatch:
+    """`count` images of a folder, evenly spread, none enlarged. Raises ValueError for a folder that holds fewer."""
+    found = find_images(folder)
+    if len(found.paths) < count:
+        raise ValueError(f"{folder} holds {len(found.paths)} images, fewer than the batch of {count}: set --batch-size")
+    images = []
+    for i in range(count):
+        image = Image.fromarray(decode_image(Path(found.root) / found.paths[i * len(found.paths) // count]))
+        scale = min(1.0, (short_side or min(image.size)) / min(image.size))
+        images.append(np.asarray(image.resize([round(side * scale) for side in image.size], Image.Resampling.BILINEAR)))
+    return pack_images(images, range(count), [0] * count)
 
 
 def moved_bytes(batch: ImageBatch, policy: Policy, size: int, dtype: torch.dtype) -> int:
@@ -120,26 +142,32 @@ def main(argv: list[str]) -> None:
     """Measures, prints and writes JSON with device, versions and commit."""
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="bench_throughput.py augment", description=__doc__.splitlines()[0])
+    parser.add_argument("photos", nargs="?", help="a folder of images; by default synthetic ones")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--policy", default="v2")
     parser.add_argument("--batch-size", type=int, default=256 if cuda else 32)
     parser.add_argument("--size", type=int, nargs="+", default=[224])
-    parser.add_argument("--source-size", type=int, default=256, help="height and width of the images, in pixels")
+    parser.add_argument("--source-size", type=int, default=256, help="height and width of synthetic images, in pixels")
+    parser.add_argument("--short-side", type=int, help="of photographs, made smaller before; by default their own")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--rounds", type=int, default=30 if cuda else 7)
     parser.add_argument("--output", type=Path, help="where to write the JSON")
     args = parser.parse_args(argv)
     device, dtype = torch.device(args.device), torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     policy, count = make_policy(args.policy), args.batch_size
-    loader = SyntheticLoader(num_images=count, size=args.source_size, batch_size=count, seed=0, device=device)
-    batch, lines = next(loader.batches()), []
-    speed = copy_speed(device, args.rounds)
+    torch.set_num_threads(args.threads)
+    if args.photos:
+        batch = read_photos(args.photos, count, args.short_side).to(device)
+    else:
+        loader = SyntheticLoader(num_images=count, size=args.source_size, batch_size=count, seed=0, device=device)
+        batch = next(loader.batches())
+    speed, lines = copy_speed(device, args.rounds), []
     for size in args.size:
         contestants, missing = make_contestants(batch, policy, size, dtype)
         timings = time_calls(contestants, device, args.rounds)
         work = moved_bytes(batch, policy, size, dtype)
-        print(
-            f"policy {args.policy}, {count} images of {args.source_size} pixels, views of {size}, {work} bytes to move"
-        )
+        sources = f"{count} images of up to {batch.max_side} pixels"
+        print(f"policy {args.policy}, {sources}, views of {size}, {work} bytes to move")
         for name, timing in timings.items():
             print_line(name, timing, count, work / speed)
         for name, reason in missing.items():
@@ -147,7 +175,8 @@ def main(argv: list[str]) -> None:
         seconds = {name: timing._asdict() for name, timing in timings.items()}
         lines.append({"size": size, "seconds": seconds, "not_measured": missing, "bytes": work})
     if args.output:
-        settings = {"policy": args.policy, "batch_size": count, "source_size": args.source_size}
+        sources = {"photos": bool(args.photos), "short_side": args.short_side, "max_side": batch.max_side}
+        settings = {"policy": args.policy, "batch_size": count, **sources}
         result = {"environment": environment() | {"device": str(device)}, **settings, "copy": speed, "lines": lines}
         args.output.write_text(json.dumps(result, indent=1) + "\n")
 

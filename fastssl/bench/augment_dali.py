@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from fastssl.augment.policy import Policy
 from fastssl.augment.views import MEAN, STD
 from fastssl.batch import ImageBatch
@@ -41,7 +43,9 @@ def make_dali(batch: ImageBatch, policy: Policy, size: int) -> Function:
         kind = types.FLOAT16 if device == "gpu" else types.FLOAT
         return fn.crop_mirror_normalize(x, mean=mean, std=std, mirror=mirror, dtype=kind, output_layout="HWC")
 
-    @pipeline_def(batch_size=batch.size, num_threads=4, device_id=0 if device == "gpu" else None, seed=0)
+    threads = torch.get_num_threads()
+
+    @pipeline_def(batch_size=batch.size, num_threads=threads, device_id=0 if device == "gpu" else None, seed=0)
     def both():
         source = fn.external_source(lambda: images, device=device, layout="HWC")
         return view(source), view(source)

@@ -19,26 +19,29 @@ from fastssl.kernels.views_crop import crop_tiles
 from fastssl.kernels.views_finish import finish_tiles
 from fastssl.kernels.views_jitter import jitter_rows
 
-KINDS = {"pixels_ptr": "*u8", "planes_ptr": "*u8", "rows_ptr": "*i16", "offset_ptr": "*i64"}
-KINDS |= {f"{name}_ptr": "*i32" for name in ("width", "ints", "luma")} | {
-    f"{n}_ptr": "*fp32" for n in ("floats", "taps")
-}
-KINDS |= dict.fromkeys(("B", "S", "tiles", "rows_per_program"), "i32")
+KINDS = {"pixels_ptr": "*u8", "planes_ptr": "*u8", "rows_ptr": "*i16", "policy_ptr": "*fp64"}
+KINDS |= {f"{name}_ptr": "*i32" for name in ("height", "width", "ints", "luma")}
+KINDS |= {"offset_ptr": "*i64", "index_ptr": "*i64", "floats_ptr": "*fp32", "taps_ptr": "*fp32"}
+KINDS |= dict.fromkeys(("B", "S", "tiles", "tiles_per_program", "rows_per_program", "epoch"), "i32") | {"seed": "i64"}
 KINDS |= {f"{name}{channel}": "fp32" for name in ("mean", "scale") for channel in range(3)}
 
 
 def compile_views(arch: int, dtype: str, size: int = 224) -> list[dict[str, object]]:
-    """Compiles the three kernels as they are launched for views of `size` pixels in `dtype`."""
+    """Compiles the kernels as they are launched for views of `size` pixels in `dtype`: the first drawing its parameters
+    and with parameters given."""
     tiles = triton.cdiv(size, COMPILED.tile) ** 2
-    constants = (
-        {"BLOCK": COMPILED.tile},
-        {"BLOCK": COMPILED.block, "BLOCK_TILES": triton.next_power_of_2(tiles)},
-        {"BLOCK": COMPILED.tile},
+    crop, jitter, finish = COMPILED.warps
+    launches = (
+        (crop_tiles, {"DRAW": True, "BLOCK": COMPILED.tile}, crop),
+        (crop_tiles, {"DRAW": False, "BLOCK": COMPILED.tile}, crop),
+        (jitter_rows, {"BLOCK": COMPILED.block, "BLOCK_TILES": triton.next_power_of_2(tiles)}, jitter),
+        (finish_tiles, {"BLOCK": COMPILED.tile}, finish),
     )
     kinds = KINDS | {"out_ptr": f"*{dtype}"}
     return [
-        {"dtype": dtype, "warps": warps} | compile_kernel(kernel, arch, kinds, values, {"num_warps": warps} | OPTIONS)
-        for kernel, values, warps in zip((crop_tiles, jitter_rows, finish_tiles), constants, COMPILED.warps)
+        {"dtype": dtype, "warps": warps, "draw": values.get("DRAW")}
+        | compile_kernel(kernel, arch, kinds, values, {"num_warps": warps} | OPTIONS)
+        for kernel, values, warps in launches
     ]
 
 

@@ -1,0 +1,45 @@
+"""A per-image pipeline in several processes, as a DataLoader's workers run it, to be timed beside threads of ours."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+
+import torch
+from PIL import Image
+
+from fastssl.bench.timing import Function
+
+
+def in_processes(images: Sequence[Image.Image], chain: Callable, processes: int) -> Function:
+    """A call that makes two views of every image by `chain`, shared among processes that wait for it with their images.
+
+    The views stay where they were made: neither stacked nor sent, which a DataLoader must do besides.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes = []
+    for k in range(processes):
+        ours, theirs = context.Pipe()
+        context.Process(target=_work, args=(theirs, images[k::processes], chain), daemon=True).start()
+        pipes.append(ours)
+
+    def call() -> None:
+        for pipe in pipes:
+            pipe.send(True)
+        for pipe in pipes:
+            pipe.recv()
+
+    return call
+
+
+def _work(pipe: Connection, images: Sequence[Image.Image], chain: Callable) -> None:
+    torch.set_num_threads(1)
+    try:
+        while pipe.recv():
+            for image in images:
+                chain(image)
+                chain(image)
+            pipe.send(True)
+    except EOFError:  # nobody asks any more
+        return
