@@ -1,0 +1,155 @@
+"""What is made of a result: verdicts that follow from the numbers, comparisons with the spread, plots, the suites."""
+
+import json
+
+import pytest
+
+import bench_throughput
+from fastssl.bench import suite, timing
+from fastssl.bench.compare import compare, differing_machines, judge
+from fastssl.bench.results import Row, read_result, rows
+from fastssl.bench.suite_entries import Sizes, cpu_entries, gpu_entries
+from fastssl.bench.timing import Timing
+from fastssl.bench.verdicts import ADVICE, all_verdict, peers_verdicts, shares, step_verdict
+
+ENVIRONMENT = {"gpus": [], "threads": 1, "cpu": "Z80", "cpus": 1, "command": ["x.py"], "torch": "2", "commit": "abc",
+               "started": "2026-01-02T03"}  # fmt: skip
+
+
+def loop_result(**rounds: list[float]) -> dict:
+    settings = {"arch": "resnet18", "image_size": 64, "batch_size": 10, "compile": "off"}
+    line = {"settings": settings, "beside": "eager step", "seconds_of_rounds": rounds}
+    return {"environment": ENVIRONMENT, "lines": [line]}
+
+
+def write(path, result: dict) -> str:
+    path.write_text(json.dumps(result))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "step, loop, loader, expected",
+    [(1.0, 1.04, 0.5, "bound by the step"), (1.0, 3.0, 3.0, "bound by the loader"), (1.0, 1.5, 0.6, "by the cores")],
+)
+def test_the_verdict_of_all_names_what_is_slow(step, loop, loader, expected):
+    assert expected in all_verdict(step, loop, loader)
+
+
+@pytest.mark.parametrize("slow", ["augmentation", "encoder_q", "loss", "optimiser + EMA + queue"])
+def test_the_verdict_of_a_step_names_its_largest_part(slow):
+    parts = {"augmentation": 1.0, "encoder_k": 1.0, "encoder_q": 1.0, "loss": 1.0, "optimiser + EMA + queue": 1.0}
+    line = {"settings": {"compile": "off"}, "parts": parts | {slow: 12.0}}
+    expected = "encoders" if slow == "encoder_q" else slow
+    assert step_verdict(line).startswith(f"bound by the {expected}, ") and ADVICE[expected] in step_verdict(line)
+    assert sum(shares(parts).values()) == pytest.approx(1) and shares(parts)["encoders"] == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("ours, word", [(0.5, "faster than"), (2.0, "slower than"), (1.0, "within the noise of")])
+def test_the_verdict_of_peers_looks_at_the_fastest_other_within_each_round(ours, word):
+    rounds = {"ours, beton": [ours * t for t in (1.0, 5.0)], "DALI": [1.0, 5.0], "classical": [3.0, 15.0]}
+    line = loop_result()["lines"][0] | {
+        "beside": "classical",
+        "seconds_of_rounds": rounds,
+        "not_measured": {"FFCV": "x"},
+    }
+    (verdict,) = peers_verdicts({"lines": [line]})
+    assert f"is {word} the fastest other, 'DALI'" in verdict and verdict.endswith("not measured: FFCV")
+
+
+@pytest.mark.parametrize(
+    "old, new, word",
+    [
+        ((10, 9, 11), (20, 18, 22), "faster"),
+        ((10, 9, 11), (5, 4, 6), "slower"),
+        ((10, 5, 15), (12, 11, 13), "within the noise"),
+    ],
+)
+def test_a_difference_counts_only_beyond_both_spreads(old, new, word):
+    before, after = (Row("g", "n", Timing(*value, 5), "pairs/s", True) for value in (old, new))
+    assert judge(before, after) == (new[0] / old[0], word)
+    inverse = {"faster": "slower", "slower": "faster"}.get(word, word)
+    before, after = (row._replace(unit="ms", higher_is_better=False) for row in (before, after))
+    assert judge(before, after) == (old[0] / new[0], inverse)
+
+
+def test_rows_that_only_one_result_has_are_named():
+    row = Row("g", "n", Timing(1, 1, 1, 1), "ms", False)
+    lines, slower = compare([row, row._replace(name="gone")], [row, row._replace(name="new")])
+    assert lines[1:] == ["only in the old result: g: gone", "only in the new result: g: new"] and not slower
+    assert "cpu Z80 -> 6502" in differing_machines(ENVIRONMENT, ENVIRONMENT | {"cpu": "6502"})
+
+
+def test_every_stage_reports_and_compares(tmp_path, monkeypatch, capsys):
+    """The options all stages share, with a stage whose measurements are given."""
+
+    class Stage:
+        seconds = 1.0
+
+        def main(self, argv):
+            write(
+                tmp_path / argv[argv.index("--output") + 1],
+                loop_result(step=[self.seconds] * 3, **{"eager step": [2.0] * 3}),
+            )
+
+    stage, imported = Stage(), bench_throughput.import_module
+    monkeypatch.setattr(
+        bench_throughput, "import_module", lambda name: stage if name == "fastssl.bench.whole_loop" else imported(name)
+    )
+    old = tmp_path / "old" / "all.json"
+    assert bench_throughput.main(["all", "--report", str(old.parent), "--seconds", "9"]) == 0
+    assert {path.name for path in old.parent.iterdir()} == {"all.json", "all.md", "all.png"}
+    assert old.with_suffix(".png").read_bytes().startswith(b"\x89PNG") and "Z80" in old.with_suffix(".md").read_text()
+    stage.seconds = 3.0
+    assert bench_throughput.main(["all", "--compare", str(old)]) == 1
+    assert "step: 0.33 times as fast, slower" in capsys.readouterr().out
+    stage.seconds = 0.5
+    assert bench_throughput.main(["all", "--compare", str(old)]) == 0
+    with pytest.raises(ValueError, match=r"missing\.json is not a result"):
+        bench_throughput.main(["all", "--compare", str(tmp_path / "missing.json")])
+
+
+def test_the_time_limit_leaves_three_rounds(monkeypatch):
+    monkeypatch.setattr(timing, "_deadline", 0.0)
+    assert list(timing.turns(9)) == [0, 1, 2] and list(timing.turns(2)) == [0, 1]
+    monkeypatch.setattr(timing, "_deadline", float("inf"))
+    assert len(list(timing.turns(9))) == 9
+
+
+@pytest.mark.parametrize("make, sizes", [(cpu_entries, Sizes.cpu()), (gpu_entries, Sizes.gpu("cuda"))])
+def test_the_shares_of_a_suite_leave_time_to_spare(make, sizes, tmp_path):
+    entries = make(sizes, "DATA", "FILE", tmp_path)
+    minutes = suite.MINUTES["cpu" if sizes.device == "cpu" else "gpu"]
+    assert sum(entry.seconds for entry in entries) + sizes.compile_seconds < 60 * minutes
+    assert {entry.stage for entry in entries} <= set(bench_throughput.STAGES)
+    assert len({entry.name for entry in entries}) == len(entries)
+
+
+def test_a_suite_survives_a_stage_that_fails_and_one_that_hangs(tmp_path, monkeypatch, capsys):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys, time, pathlib\n"
+        "stage, output = sys.argv[1], sys.argv[sys.argv.index('--output') + 1]\n"
+        f"pathlib.Path(output).write_text({json.dumps(loop_result(step=[1.0], **{'eager step': [2.0]}))!r})\n"
+        "time.sleep(60 if stage == 'all' else 0)\n"
+        "sys.exit(stage == 'loss')\n"
+    )
+    monkeypatch.setattr(suite, "PROGRAM", program)
+    entries = [suite.Entry(name, name, [], 0.4) for name in ("loss", "all", "peers")]
+    monkeypatch.setattr(suite, "cpu_entries", lambda *_: entries)
+    monkeypatch.setattr(suite, "open_data", lambda *_: ("DATA", "FILE"))
+    monkeypatch.setattr(suite, "verdicts", lambda stage, result: [f"a verdict of {stage}"])
+    assert suite.main(["--suite", "cpu", "--report", str(tmp_path / "out")]) == 1
+    lines = read_result(tmp_path / "out" / "suite-cpu.json")["lines"]
+    assert [(line["name"], line["state"]) for line in lines] == [
+        ("loss", "failed"),
+        ("all", "killed"),
+        ("peers", "done"),
+    ]
+    assert "a verdict of all" in lines[1]["found"] and (tmp_path / "out" / "all-cpu.png").exists()
+    assert "a verdict of peers" in capsys.readouterr().out.split("== the suite")[1]
+
+
+def test_a_result_of_an_unknown_stage_is_read_by_its_seconds():
+    timings = {"ours": Timing(0.001, 0.001, 0.002, 3)._asdict()}
+    (row,) = rows("eval", {"lines": [{"queries": 5, "seconds": timings}]})
+    assert row.group == "queries 5" and row.value.median == 1.0 and row.unit == "ms" and not row.higher_is_better
