@@ -18,7 +18,7 @@ from fastssl.distributed import Ranks
 from fastssl.health import Health
 from fastssl.loaders.make import Loader
 from fastssl.plan import make_plan
-from fastssl.train import make_train_step
+from fastssl.train import make_deterministic, make_train_step
 
 WARM_UP = 3  # steps before the clock starts, in every turn: prefetch queues are then as full as they stay
 Loop = Callable[[int], float]
@@ -30,7 +30,8 @@ def our_loop(config: Config, ranks: Ranks) -> Loop:
 
 
 def trainee_of(config: Config, ranks: Ranks) -> Trainee:
-    """Fresh weights, their encoders compiled as the configuration says."""
+    """Fresh weights, their encoders compiled, and the device's libraries set, as the configuration says."""
+    make_deterministic(config.train.deterministic)
     return compile_and_wrap(config, make_trainee(config, ranks), ranks)
 
 

@@ -18,6 +18,7 @@ from fastssl.bench.loops import Loop, our_loop, our_loops, time_loops, trainee_o
 from fastssl.bench.results import loop_rows, show_row
 from fastssl.bench.step_floor import step_floor
 from fastssl.bench.step_parts import PART, step_parts
+from fastssl.build import Trainee
 from fastssl.config import Config, flat, replace
 from fastssl.environment import environment
 
@@ -37,6 +38,7 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--steps", type=int, default=50 if cuda else 6, help="steps of one turn")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant")
+    parser.add_argument("--no-eager", action="store_true", help="of step and all: leave the eager step out")
     parser.add_argument("--output", type=Path, help="where to write the JSON")
 
 
@@ -87,16 +89,20 @@ def as_line(config: Config, seconds: dict[str, list[float]], steps: int, beside:
     return line | ({"parts": parts} if parts else {})
 
 
+def step_loops(args: argparse.Namespace, arch: str, trainee: Trainee, ranks: distributed.Ranks) -> dict[str, Loop]:
+    """The step beside the eager one (unless --no-eager), and its parts."""
+    config = make_config(args, arch)
+    loops: dict[str, Loop] = our_loops({"step": config}, ranks, trainee)
+    if not args.no_eager:
+        loops["eager step"] = our_loop(make_config(args, arch, compile="off", loss_kernel="reference"), ranks)
+    return loops | step_parts(config, trainee, ranks)
+
+
 def measure(args: argparse.Namespace, arch: str, ranks: distributed.Ranks) -> dict[str, object]:
     """One architecture, as a line of the JSON."""
     torch.compiler.reset()
     config = make_config(args, arch)
-    plain = make_config(args, arch, compile="off", loss_kernel="reference")
-    trainee = trainee_of(config, ranks)
-    loops: dict[str, Loop] = our_loops({"step": config}, ranks, trainee)
-    if not args.no_eager:
-        loops["eager step"] = our_loop(plain, ranks)
-    loops |= step_parts(config, trainee, ranks)
+    loops = step_loops(args, arch, trainee_of(config, ranks), ranks)
     seconds = time_loops(loops, args.steps, args.rounds)
     line = as_line(config, seconds, args.steps, "step" if args.no_eager else "eager step")
     return line | {"floor": step_floor(config, ranks.device)}
@@ -106,7 +112,6 @@ def main(argv: Sequence[str]) -> None:
     """Measures, prints and writes JSON."""
     parser = argparse.ArgumentParser(prog="bench_throughput.py step", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=ARCHS)
-    parser.add_argument("--no-eager", action="store_true", help="leave the peer out")
     add_step_flags(parser)
     args = parser.parse_args(list(argv))
     ranks, lines = distributed.start(args.device), []

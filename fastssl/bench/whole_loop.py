@@ -14,9 +14,10 @@ import torch
 
 from fastssl import distributed
 from fastssl.bench.classical import classical_loop
-from fastssl.bench.loops import loader_alone, our_loops, time_loops
+from fastssl.bench.loops import loader_alone, our_loops, time_loops, trainee_of
 from fastssl.bench.photos import SOURCE, open_data
-from fastssl.bench.step import add_step_flags, as_line, make_config, print_line, save
+from fastssl.bench.step import add_step_flags, as_line, make_config, print_line, save, step_loops
+from fastssl.bench.step_floor import step_floor
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.distributed import Ranks
 
@@ -48,17 +49,17 @@ def main(argv: Sequence[str]) -> None:
 def compare(args: argparse.Namespace, arch: str, data: str, beton: str, ranks: Ranks) -> dict[str, object]:
     """All loops of one architecture, as a line of the JSON."""
     where = {name: data if name in ("auto", "folder") else beton for name in args.loader}
+    config = make_config(args, arch)
     configs = {name: make_config(args, arch, data=path, loader=name) for name, path in where.items()}
     mark = {name: f", {name}" if len(configs) > 1 else "" for name in configs}
-    loops = our_loops(
-        {"step": make_config(args, arch)} | {f"all{mark[name]}": config for name, config in configs.items()}, ranks
-    )
+    trainee = trainee_of(config, ranks)
+    loops = step_loops(args, arch, trainee, ranks)
+    loops |= our_loops({f"all{mark[name]}": config for name, config in configs.items()}, ranks, trainee)
     loops |= {f"loader alone{mark[name]}": loader_alone(config, ranks) for name, config in configs.items()}
     if not args.no_classical:
-        config = next(iter(configs.values()))
         for name, amp in (("classical", False), ("classical, AMP", True)):
             loops[name] = classical_loop(data, config, ranks, args.workers, amp)
     seconds = time_loops(loops, args.steps, args.rounds)
-    beside = "step" if args.no_classical else "classical"
-    line = as_line(make_config(args, arch, loader=" ".join(args.loader)), seconds, args.steps, beside)
-    return line | {"images": args.data or SOURCE}
+    beside = "classical" if not args.no_classical else "step" if args.no_eager else "eager step"
+    line = as_line(config, seconds, args.steps, beside)
+    return line | {"loaders": args.loader, "images": args.data or SOURCE, "floor": step_floor(config, ranks.device)}
