@@ -16,6 +16,7 @@ STAGES = {  # stage -> the module whose main(argv) measures it and writes JSON t
     "step": "fastssl.bench.step",
     "all": "fastssl.bench.whole_loop",
     "peers": "fastssl.bench.peers",
+    "eval": "fastssl.bench.eval",
 }
 USAGE = f"""usage: python bench_throughput.py STAGE [options]     where STAGE is one of: {", ".join(STAGES)}
        python bench_throughput.py --suite cpu|gpu     everything worth knowing, in minutes

@@ -36,7 +36,7 @@ class Sizes(NamedTuple):
 
     @classmethod
     def cpu(cls) -> Sizes:
-        return cls("cpu", 64, 64, 65536, 4, 5, 512, ARCHS[:-1], 0.0)
+        return cls("cpu", 64, 32, 65536, 3, 5, 512, ARCHS[:-1], 0.0)
 
     @classmethod
     def tiny(cls) -> Sizes:
@@ -71,14 +71,17 @@ def shared_entries(sizes: Sizes, data: str, beton: str, seconds: dict[str, float
 
 
 def cpu_entries(sizes: Sizes, data: str, beton: str) -> list[Entry]:
-    """385 seconds by the shares."""
+    """450 seconds by the shares."""
+    bank, queries = str(40 * sizes.photos), str(8 * sizes.photos)
+    evaluation = ["--rounds", str(sizes.rounds), "--bank", bank, "--queries", queries, "--epochs", "1"]
     files, flags = ["--beton", beton], step_flags(sizes)
     loops = [
-        Entry("peers", "peers", [data, *files, *flags], 100),
-        Entry("all", "all", ["--data", data, *files, *flags, "--loader", "folder", "beton", "resident"], 70),
-        Entry("step", "step", ["--arch", *sizes.archs, *flags], 80),
+        Entry("peers", "peers", [data, *files, *flags], 90),
+        Entry("all", "all", ["--data", data, *files, *flags, "--loader", "folder", "beton", "resident"], 90),
+        Entry("step", "step", ["--arch", *sizes.archs, *flags], 110),
+        Entry("eval", "eval", evaluation, 40),
     ]
-    return [*loops, *shared_entries(sizes, data, beton, {"loss": 40, "augment": 25, "loader": 70})]
+    return [*loops, *shared_entries(sizes, data, beton, {"loss": 40, "augment": 25, "loader": 55})]
 
 
 def gpu_entries(sizes: Sizes, data: str, beton: str) -> list[Entry]:

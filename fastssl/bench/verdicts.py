@@ -170,6 +170,18 @@ def convert_verdicts(result: dict[str, object]) -> Iterator[str]:
     yield f"short side 256 runs at {share:.0%} of decoding, resizing and encoding alone; bound by {binds}"
 
 
+def eval_verdicts(result: dict[str, object]) -> Iterator[str]:
+    """The k-NN search beside the others, and what a sweep costs beside one setting."""
+    for line in result["lines"]:
+        ours, *others = sorted(seconds_rows({"lines": [line]}), key=lambda row: (row.name != "ours", row.value.median))
+        if line["what"] == "knn":
+            change = "fewer images (--knn-images while training) or more cores: its products are bank x queries"
+            yield f"k-NN: {ours.name!r} {beside(ours, others)}; what is left to change: {change}"
+        else:
+            ratio = others[0].value.median / ours.value.median
+            yield f"sweep: {others[0].name!r} take {ratio:.1f} times as long as {ours.name!r}: try them all at once"
+
+
 VERDICTS: dict[str, Callable[[dict], Iterator[str]]] = {
     "step": step_verdicts,
     "all": all_verdicts,
@@ -178,4 +190,5 @@ VERDICTS: dict[str, Callable[[dict], Iterator[str]]] = {
     "loss": loss_verdicts,
     "augment": augment_verdicts,
     "convert": convert_verdicts,
+    "eval": eval_verdicts,
 }
