@@ -17,7 +17,7 @@ ENVIRONMENT = {"gpus": [], "threads": 1, "cpu": "Z80", "cpus": 1, "command": ["x
 
 
 def loop_result(**rounds: list[float]) -> dict:
-    settings = {"arch": "resnet18", "image_size": 64, "batch_size": 10, "compile": "off"}
+    settings = {"arch": "resnet18", "image_size": 64, "batch_size": 10, "compile": "off", "device": "cpu"}
     line = {"settings": settings, "beside": "eager step", "seconds_of_rounds": rounds}
     return {"environment": ENVIRONMENT, "lines": [line]}
 
@@ -38,9 +38,11 @@ def test_the_verdict_of_all_names_what_is_slow(step, loop, loader, expected):
 @pytest.mark.parametrize("slow", ["augmentation", "encoder_q", "loss", "optimiser + EMA + queue"])
 def test_the_verdict_of_a_step_names_its_largest_part(slow):
     parts = {"augmentation": 1.0, "encoder_k": 1.0, "encoder_q": 1.0, "loss": 1.0, "optimiser + EMA + queue": 1.0}
-    line = {"settings": {"compile": "off"}, "parts": parts | {slow: 12.0}}
+    line = {"settings": {"compile": "off", "device": "cpu"}, "parts": parts | {slow: 12.0}}
     expected = "encoders" if slow == "encoder_q" else slow
     assert step_verdict(line).startswith(f"bound by the {expected}, ") and ADVICE[expected] in step_verdict(line)
+    compiled = line | {"settings": {"compile": "auto", "device": "cuda"}}
+    assert "--compile" not in step_verdict(compiled)
     assert sum(shares(parts).values()) == pytest.approx(1) and shares(parts)["encoders"] == pytest.approx(0.4)
 
 
@@ -115,7 +117,7 @@ def test_the_time_limit_leaves_three_rounds(monkeypatch):
     assert len(list(timing.turns(9))) == 9
 
 
-@pytest.mark.parametrize("make, sizes", [(cpu_entries, Sizes.cpu()), (gpu_entries, Sizes.gpu("cuda"))])
+@pytest.mark.parametrize("make, sizes", [(cpu_entries, Sizes.cpu()), (gpu_entries, Sizes.gpu())])
 def test_the_shares_of_a_suite_leave_time_to_spare(make, sizes):
     entries = make(sizes, "DATA", "FILE")
     minutes = suite.MINUTES["cpu" if sizes.device == "cpu" else "gpu"]
@@ -144,6 +146,23 @@ def test_a_suite_survives_a_stage_that_fails_and_one_that_hangs(tmp_path, monkey
     assert states == [("fails", "failed"), ("hangs", "killed"), ("works", "done")]
     assert "a verdict" in lines[1]["found"] and (tmp_path / "out" / "hangs-cpu.png").exists()
     assert "a verdict" in capsys.readouterr().out.split("== the suite")[1]
+
+
+def test_the_gpu_suite_runs_at_its_smallest_sizes(tmp_path, capsys):
+    """The stages that no other test runs as the suite does, in processes of their own, compiled ahead."""
+    assert suite.main(["--suite", "gpu", "--tiny", "--only", "all", "loss", "--report", str(tmp_path)]) == 0
+    lines = read_result(tmp_path / "suite-gpu-tiny.json")["lines"]
+    assert [(line["name"], line["state"]) for line in lines] == [("loss", "done"), ("all-mobilenetv3_small", "done")]
+    assert any("bound by" in sentence for sentence in lines[1]["found"])
+    assert "eager step" in (tmp_path / "all-mobilenetv3_small-gpu-tiny.md").read_text()
+    assert "bound by" in capsys.readouterr().out
+
+
+def test_the_gpu_suite_asks_for_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(suite.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        suite.main(["--suite", "gpu"])
+    assert "--tiny tries itself on the CPU" in capsys.readouterr().err
 
 
 def test_a_result_of_an_unknown_stage_is_read_by_its_seconds():

@@ -15,7 +15,8 @@ from torch import Tensor
 from fastssl.augment.views import MEAN, STD
 
 LUMA = (0.299, 0.587, 0.114)
-TO_YIQ = (LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
+TO_YIQ = torch.tensor((LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)))
+FROM_YIQ = torch.linalg.inv(TO_YIQ)
 
 
 def augment_crops(crops: Tensor) -> Tensor:
@@ -23,9 +24,8 @@ def augment_crops(crops: Tensor) -> Tensor:
     x = crops.float() / 255
     matrix, offset = colour_maps(x)
     x = (torch.einsum("bij,bjhw->bihw", matrix, x) + offset[:, :, None, None]).clamp_(0, 1)
-    blurred = (torch.rand(len(x), device=x.device) < 0.5).nonzero().squeeze(1)
-    if len(blurred):
-        x[blurred] = blur(x[blurred])
+    half = torch.randperm(len(x), device=x.device)[: (len(x) + 1) // 2]  # as many as with a coin, and no wait for one
+    x[half] = blur(x[half])
     flips = torch.rand(len(x), device=x.device) < 0.5
     x = torch.where(flips[:, None, None, None], x.flip(3), x)
     mean, std = (torch.tensor(values, device=x.device)[:, None, None] for values in (MEAN, STD))
@@ -41,10 +41,10 @@ def colour_maps(x: Tensor) -> tuple[Tensor, Tensor]:
     )
     angle = torch.where(jittered, torch.empty(count, device=device).uniform_(-0.1, 0.1), 0.0) * 2 * math.pi
     saturation = torch.where(torch.rand(count, device=device) < 0.2, 0.0, saturation)  # greyscale
-    luma, to_yiq = torch.tensor(LUMA, device=device), torch.tensor(TO_YIQ, device=device)
+    luma, to_yiq, from_yiq = TO_YIQ[0].to(device), TO_YIQ.to(device), FROM_YIQ.to(device)
     turn = torch.eye(3, device=device).repeat(count, 1, 1)
     turn[:, 1, 1], turn[:, 1, 2], turn[:, 2, 1], turn[:, 2, 2] = angle.cos(), -angle.sin(), angle.sin(), angle.cos()
-    hue = torch.linalg.inv(to_yiq) @ turn @ to_yiq
+    hue = from_yiq @ turn @ to_yiq
     grey = luma.expand(3, 3)
     blend = saturation[:, None, None] * torch.eye(3, device=device) + (1 - saturation)[:, None, None] * grey
     colour = hue @ blend

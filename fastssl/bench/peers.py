@@ -62,6 +62,7 @@ def main(argv: Sequence[str]) -> None:
     add_step_flags(parser)
     args = parser.parse_args(list(argv))
     ranks = distributed.start(args.device)
+    args.device = ranks.device.type
     with tempfile.TemporaryDirectory() as scratch:
         data, beton = open_data(args.data, args.beton, Path(scratch), max(args.photos, args.batch_size))
         loops, missing = make_loops(args, data, beton, ranks)

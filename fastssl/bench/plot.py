@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from fastssl.bench.results import Row, number
@@ -18,7 +19,7 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
         groups.setdefault(row.group, []).append(row)
     heights = [0.9 + 0.34 * len(found) for found in groups.values()]
     figure = Figure(figsize=(9, sum(heights) + 0.6), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(textwrap.fill(title, 120), fontsize=8)
     panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
     for panel, (group, found) in zip(panels, groups.items()):
         draw_panel(panel, group, found)

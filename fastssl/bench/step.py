@@ -82,7 +82,9 @@ def save(path: Path | None, lines: Sequence[dict[str, object]]) -> None:
 def as_line(config: Config, seconds: dict[str, list[float]], steps: int, beside: str) -> dict[str, object]:
     """What the JSON keeps of one comparison with the loop `beside`; parts of the step by their medians."""
     changed = {name: value for name, value in flat(config).items() if value != flat(Config())[name]}
-    sizes = {name: flat(config)[name] for name in ("arch", "image_size", "batch_size", "queue_size", "compile")}
+    sizes = {
+        name: flat(config)[name] for name in ("arch", "image_size", "batch_size", "queue_size", "compile", "device")
+    }
     parts = {name.removeprefix(PART): sorted(s)[len(s) // 2] for name, s in seconds.items() if name.startswith(PART)}
     loops = {name: s for name, s in seconds.items() if not name.startswith(PART)}
     line = {"settings": changed | sizes, "steps_a_turn": steps, "beside": beside, "seconds_of_rounds": loops}
@@ -115,6 +117,7 @@ def main(argv: Sequence[str]) -> None:
     add_step_flags(parser)
     args = parser.parse_args(list(argv))
     ranks, lines = distributed.start(args.device), []
+    args.device = ranks.device.type
     for arch in args.arch:
         lines.append(measure(args, arch, ranks))
         print_line(lines[-1], ranks.device)

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from fastssl.bench.photos import SOURCE, open_data, train_folder
 from fastssl.bench.report import write_report
 from fastssl.bench.results import read_result
@@ -46,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     folder, suffix = args.report, f"{args.suite}{'-tiny' * args.tiny}"
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = Sizes.tiny() if args.tiny else Sizes.cpu() if args.suite == "cpu" else Sizes.gpu(args.device)
+    sizes = Sizes.tiny() if args.tiny else Sizes.cpu() if args.suite == "cpu" else Sizes.gpu()
     finish, done = time.monotonic() + 60 * MINUTES[args.suite], []
     with tempfile.TemporaryDirectory() as scratch:
         data, beton = open_data(args.data, args.beton, Path(scratch), sizes.photos)
@@ -69,9 +71,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--beton", help="the same files as a .beton")
     parser.add_argument("--report", type=Path, help="folder for the results; by default runs/bench-SUITE-<time>")
     parser.add_argument("--only", nargs="+", help="these stages alone")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="of the GPU suite")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes on the CPU: whether the suite itself works")
     args = parser.parse_args(list(argv))
+    if args.suite == "gpu" and not args.tiny and not torch.cuda.is_available():
+        parser.error("--suite gpu needs a CUDA device; with --tiny it tries itself on the CPU")
     args.report = args.report or Path("runs") / time.strftime(f"bench-{args.suite}-%Y%m%d-%H%M%S")
     return args
 

@@ -31,8 +31,8 @@ class Sizes(NamedTuple):
     compile_seconds: float
 
     @classmethod
-    def gpu(cls, device: str) -> Sizes:
-        return cls(device, 224, 256, 65536, 12, 5, 2048, ARCHS, 90.0)
+    def gpu(cls) -> Sizes:
+        return cls("cuda", 224, 256, 65536, 12, 5, 2048, ARCHS, 90.0)
 
     @classmethod
     def cpu(cls) -> Sizes:

@@ -41,15 +41,16 @@ def step_verdict(line: dict[str, object]) -> str:
     found = shares(line["parts"])
     first, *rest = found
     advice = ADVICE[first]
-    if first == "encoders" and line["settings"]["compile"] == "on":
+    s = line["settings"]
+    if first == "encoders" and (s["compile"] == "on" or (s["compile"] == "auto" and s["device"] == "cuda")):
         advice = advice.removeprefix("--compile on, ")
     others = ", ".join(f"{name} {found[name]:.0%}" for name in rest)
     said = f"bound by the {first}, {found[first]:.0%} of the step ({others}): {advice}"
     if floor := line.get("floor"):
         seconds = summarise(line["seconds_of_rounds"]["step"]).median
         kind = "arithmetic" if floor["arithmetic_seconds"] >= floor["memory_seconds"] else "memory traffic"
-        said += f"; the step runs at {max(floor['arithmetic_seconds'], floor['memory_seconds']) / seconds:.0%} of the "
-        said += f"floor of its {kind}"
+        share = max(floor["arithmetic_seconds"], floor["memory_seconds"]) / seconds
+        said += f"; its floor, {kind}, is {share:.0%} of its time"
     return said
 
 

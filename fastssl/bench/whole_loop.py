@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> None:
     add_step_flags(parser)
     args = parser.parse_args(list(argv))
     ranks, lines = distributed.start(args.device), []
+    args.device = ranks.device.type
     with tempfile.TemporaryDirectory() as scratch:
         data, beton = open_data(args.data, args.beton, Path(scratch), max(args.photos, args.batch_size))
         for arch in args.arch:
