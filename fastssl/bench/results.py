@@ -91,7 +91,7 @@ READERS: dict[str, Callable[[dict], Iterator[Row]]] = {
 
 
 def number(value: float) -> str:
-    """Three digits, no exponent."""
+    """Three digits."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
