@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -41,10 +42,12 @@ def make_loops(args: argparse.Namespace, data: str, beton: str, ranks: Ranks) ->
     }
     loops, missing = {}, {}
     for name, make in makers.items():
+        start = time.perf_counter()
         try:
             loop = make()
             loop(1)
             loops[name] = loop
+            print(f"{name} is ready after {time.perf_counter() - start:.1f} s", flush=True)
         except Exception as error:  # another library's: it may raise anything, and the others shall still be measured
             missing[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return loops, missing
