@@ -41,6 +41,22 @@ def test_a_table_without_its_json_is_an_error(tmp_path, monkeypatch):
         report.fill("<!-- table: loss-x.json -->\n<!-- end of table -->")
 
 
+def test_the_step_table_says_what_was_not_measured():
+    parts = {"augmentation": 1.0, "encoder_k": 1.0, "encoder_q": 1.0, "loss": 0.5, "optimiser + EMA + queue": 0.5}
+    line = {
+        "settings": {"arch": "resnet18", "image_size": 32, "batch_size": 10},
+        "beside": "step",
+        "seconds_of_rounds": {"step": [2.0, 2.0]},
+        "parts": parts,
+        "floor": {"arithmetic_seconds": 1.0, "memory_seconds": 0.5},
+    }
+    row = report.step_table([line]).splitlines()[-1]
+    middle = "| 5 (5 to 5) | not measured | not measured | 25% | 50% | 12% | 12% | 50% | 25% |"
+    assert row == f"| resnet18 | 32 | 10 {middle}"
+    line |= {"beside": "eager step", "seconds_of_rounds": {"step": [2.0], "eager step": [4.0]}}
+    assert "| 2.5 (2.5 to 2.5) | 2 (2 to 2) |" in report.step_table([line])
+
+
 def test_the_index_lists_every_result():
     index = report.index_table()
     assert all(f"[{path.name}]" in index for path in (report.ROOT / "benchmarks").glob("*.json"))

@@ -98,12 +98,12 @@ def step_table(lines: Sequence[dict]) -> str:
     rows = []
     for line in lines:
         found, settings, floor = {row.name: row for row in loop_rows(line)}, line["settings"], line["floor"]
-        step, peer = found["step"], found[line["beside"]]
+        step, eager = found["step"], found.get("eager step")
         parts = shares(line["parts"])
         seconds = settings["batch_size"] / step.value.median
         rows.append(
-            [settings["arch"], settings["image_size"], settings["batch_size"], spread(step.value), spread(peer.value)]
-            + [spread(step.times)]
+            [settings["arch"], settings["image_size"], settings["batch_size"], spread(step.value)]
+            + ([spread(eager.value), spread(step.times)] if eager else ["not measured"] * 2)
             + [f"{parts[name]:.0%}" for name in PARTS]
             + [f"{floor[name] / seconds:.0%}" for name in ("arithmetic_seconds", "memory_seconds")]
         )
