@@ -1,26 +1,84 @@
-"""Measurements, one stage at a time: `python bench_throughput.py STAGE [options]`; STAGE --help lists its options."""
+"""Measurements: `python bench_throughput.py STAGE [options]`, or `--suite cpu|gpu`; STAGE --help lists its options."""
 
 from __future__ import annotations
 
+import argparse
 import sys
+import tempfile
 from importlib import import_module
+from pathlib import Path
 
-STAGES = {  # stage -> the module whose main(argv) measures it
+STAGES = {  # stage -> the module whose main(argv) measures it and writes JSON to --output
     "convert": "fastssl.bench.convert",
     "loader": "fastssl.bench.loader",
     "augment": "fastssl.bench.augment",
-    "all": "fastssl.bench.whole_loop",
     "loss": "fastssl.bench.loss",
-    "report": "fastssl.bench.report",
     "step": "fastssl.bench.step",
+    "all": "fastssl.bench.whole_loop",
+    "peers": "fastssl.bench.peers",
+    "eval": "fastssl.bench.eval",
 }
+USAGE = f"""usage: python bench_throughput.py STAGE [options]     where STAGE is one of: {", ".join(STAGES)}
+       python bench_throughput.py --suite cpu|gpu     everything worth knowing, in minutes
+       python bench_throughput.py report [--check]    the tables of the pages, from benchmarks/
+
+every STAGE takes, besides its own options:
+  --output FILE        write the result as JSON
+  --report DIR         write JSON, table and plot there
+  --compare OLD.json   say what is faster, slower or within the noise; exit code 1 when anything is slower
+  --seconds N          begin no further round after so many seconds (three at least)
+"""
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
+    """Runs a stage, then says what its result means."""
+    if argv and argv[0] == "report":
+        import_module("fastssl.bench.report").main(argv[1:])
+        return 0
+    if argv and argv[0].startswith("--suite"):
+        return import_module("fastssl.bench.suite").main(argv)
     if not argv or argv[0] not in STAGES:
-        sys.exit(f"usage: python bench_throughput.py STAGE [options], where STAGE is one of: {', '.join(STAGES)}")
-    import_module(STAGES[argv[0]]).main(argv[1:])
+        sys.exit(USAGE)
+    if {"-h", "--help"} & set(argv):
+        print(USAGE)
+        import_module(STAGES[argv[0]]).main(argv[1:])
+    return run_stage(argv[0], argv[1:])
+
+
+def run_stage(stage: str, argv: list[str]) -> int:
+    """Measures; prints the verdicts; writes the report; compares. The exit code."""
+    from fastssl.bench import compare, report, results, timing, verdicts
+
+    shared, own = shared_parser().parse_known_args(argv)
+    old = results.read_result(shared.compare) if shared.compare else None
+    if shared.seconds:
+        timing.stop_after(shared.seconds)
+    with tempfile.TemporaryDirectory() as scratch:
+        output = shared.output or (shared.report or Path(scratch)) / f"{stage}.json"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        import_module(STAGES[stage]).main([*own, "--output", str(output)])
+        result = results.read_result(output)
+        for verdict in verdicts.verdicts(stage, result):
+            print(f"verdict: {verdict}")
+        if shared.report:
+            print(f"written: {', '.join(map(str, [output, *report.write_report(output, stage)]))}")
+        if old is None:
+            return 0
+        lines, slower = compare.compare(results.rows(stage, old), results.rows(stage, result))
+        note = compare.differing_machines(old["environment"], result["environment"])
+        print(*lines, *[note] * bool(note), sep="\n")
+        return int(slower and not note)
+
+
+def shared_parser() -> argparse.ArgumentParser:
+    """The options of every stage."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--report", type=Path)
+    parser.add_argument("--compare", type=Path)
+    parser.add_argument("--seconds", type=float)
+    return parser
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

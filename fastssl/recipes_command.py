@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,9 +23,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def as_list(paths: Sequence[Path]) -> str:
-    """One line a recipe: its name and the first line of its header."""
-    width = max(len(path.stem) for path in paths)
-    lines = [f"{path.stem:{width}}  {header(path)[0]}" for path in paths]
+    """Each recipe's name and the first line of its header, as wide as the terminal."""
+    indent, columns = 2 + max(len(path.stem) for path in paths), shutil.get_terminal_size().columns
+    wrap = textwrap.TextWrapper(width=max(columns, indent + 30), subsequent_indent=" " * indent)
+    lines = [wrap.fill(f"{path.stem:{indent}}{header(path)[0]}") for path in paths]
     return "\n".join([*lines, "", "fastssl recipes NAME prints one; fastssl pretrain DATA --config NAME runs it"])
 
 

@@ -1,38 +1,117 @@
-"""The step and whole-loop benchmarks run, and their verdict follows from what they measured."""
+"""The step, whole-loop and peers benchmarks run: every contestant in the result, figures that add up."""
 
+import argparse
 import json
 
 import pytest
+import torch
 
 from bench_throughput import main
-from fastssl.bench.timing import Timing
-from fastssl.bench.whole_loop import verdict
+from fastssl import distributed
+from fastssl.bench import peers
+from fastssl.bench.peer_views import augment_crops, colour_maps
+from fastssl.bench.photos import write_photos
+from fastssl.bench.step import add_step_flags, make_config
+from fastssl.bench.step_floor import count_encoder
 
-TINY = "--image-size 32 --batch-size 8 --queue-size 40 --steps 2 --rounds 2 --device cpu --compile off".split()
+TINY = "--image-size 32 --batch-size 4 --queue-size 40 --steps 1 --rounds 2 --device cpu --compile off".split()
+
+
+def tiny_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_step_flags(parser)
+    return parser.parse_args(TINY)
 
 
 def test_step(tmp_path, capsys):
-    main(["step", "--arch", "resnet18", *TINY, "--output", str(tmp_path / "step.json")])
-    line = json.loads((tmp_path / "step.json").read_text())["lines"][0]
-    assert set(line["seconds_per_step"]) == {"step", "eager step"}
-    assert all(timing["rounds"] == 2 and timing["median"] > 0 for timing in line["seconds_per_step"].values())
-    assert line["settings"]["image_size"] == 32
-    assert "pairs/s" in capsys.readouterr().out
+    assert (
+        main(["step", "--arch", "resnet18", "mobilenetv3_small", *TINY, "--output", str(tmp_path / "step.json")]) == 0
+    )
+    lines = json.loads((tmp_path / "step.json").read_text())["lines"]
+    assert [line["settings"]["arch"] for line in lines] == ["resnet18", "mobilenetv3_small"]
+    for line in lines:
+        assert {name: len(seconds) for name, seconds in line["seconds_of_rounds"].items()} == {
+            "step": 2,
+            "eager step": 2,
+        }
+        assert set(line["parts"]) == {"augmentation", "encoder_k", "encoder_q", "loss", "optimiser + EMA + queue"}
+        assert min(line["parts"].values()) > 0 and line["floor"]["arithmetic_seconds"] > 0
+        assert line["settings"]["image_size"] == 32
+    text = capsys.readouterr().out
+    assert "pairs/s" in text and "verdict: mobilenetv3_small: bound by the " in text
 
 
-def test_whole_loop_over_a_folder(tmp_path, capsys, make_image_folder):
+def test_whole_loop_over_a_folder_and_a_beton(tmp_path, capsys, make_image_folder):
     data = make_image_folder(tmp_path / "images", {"train": 8})
-    main(["all", "--data", str(data), *TINY, "--workers", "0", "--output", str(tmp_path / "all.json")])
-    line = json.loads((tmp_path / "all.json").read_text())["lines"][0]
-    assert set(line["seconds_per_step"]) == {"step", "all", "loader alone", "classical", "classical, AMP"}
-    assert line["verdict"].startswith("bound by")
-    assert line["verdict"] in capsys.readouterr().out
+    output = tmp_path / "all.json"
+    flags = ["--data", str(data), *TINY, "--workers", "0", "--loader", "folder", "resident", "--output", str(output)]
+    assert main(["all", *flags]) == 0
+    line = json.loads(output.read_text())["lines"][0]
+    ours = {"step", "eager step", "all, folder", "all, resident", "loader alone, folder", "loader alone, resident"}
+    assert set(line["seconds_of_rounds"]) == ours | {"classical", "classical, AMP"}
+    text = capsys.readouterr().out
+    assert "verdict: resnet18, all, folder: bound by" in text and "verdict: resnet18, all, resident: bound by" in text
 
 
-@pytest.mark.parametrize(
-    "step, loop, loader, expected",
-    [(1.0, 1.04, 0.5, "bound by the step"), (1.0, 3.0, 3.0, "bound by the loader"), (1.0, 1.5, 0.6, "by the cores")],
-)
-def test_the_verdict_names_what_is_slow(step, loop, loader, expected):
-    seconds = {"step": step, "all": loop, "loader alone": loader}
-    assert expected in verdict({name: Timing(s, s, s, 1) for name, s in seconds.items()})
+def test_peers_names_what_cannot_run(tmp_path, monkeypatch, capsys, make_image_folder):
+    def broken(*_):
+        raise ImportError("no module named nvidia")
+
+    monkeypatch.setattr(peers, "dali_loop", broken)
+    data = make_image_folder(tmp_path / "images", {"train": 8})
+    flags = [str(data), *TINY, "--workers", "0", "--loader", "folder", "--output", str(tmp_path / "peers.json")]
+    monkeypatch.setattr(peers, "ffcv_loop", broken)
+    assert main(["peers", *flags]) == 0
+    line = json.loads((tmp_path / "peers.json").read_text())["lines"][0]
+    assert set(line["seconds_of_rounds"]) == {"ours, folder", "classical", "classical, AMP"}
+    assert line["not_measured"]["DALI, as solo-learn"] == "ImportError: no module named nvidia"
+    text = capsys.readouterr().out
+    assert "FFCV, a decoder per view" in text and "not measured: ImportError" in text
+    assert "not measured: DALI, as solo-learn, FFCV, a decoder per view" in text
+
+
+@pytest.mark.parametrize("peer, library", [("dali_loop", "nvidia.dali"), ("ffcv_loop", "ffcv")])
+def test_a_peers_loop_trains(tmp_path, peer, library):
+    pytest.importorskip(library)
+    write_photos(tmp_path / "photos", 12, sides=(60, 80))
+    data, beton = peers.open_data(str(tmp_path / "photos"), None, tmp_path, 12)
+    ranks = distributed.start("cpu")
+    loop = getattr(peers, peer)(data if peer == "dali_loop" else beton, make_config(tiny_args(), "resnet18"), ranks, 1)
+    assert loop(2) > 0
+    assert loop(1) > 0  # a second turn goes on
+
+
+def test_photos_differ_and_have_the_sides_asked_for(tmp_path):
+    from PIL import Image
+
+    write_photos(tmp_path, 16, sides=(60, 80))
+    files = sorted(tmp_path.rglob("*.jpg"))
+    assert len(files) == 16 == len({file.read_bytes() for file in files})
+    sizes = set()
+    for file in files:
+        with Image.open(file) as image:
+            sizes.add(image.size)
+    assert sizes == {(80, 60), (60, 80)}
+
+
+def test_the_colour_map_of_an_image_is_its_operations_in_order():
+    torch.manual_seed(0)
+    x = torch.rand(64, 3, 8, 8)
+    matrix, offset = colour_maps(x)
+    grey = torch.full((3,), 0.5)
+    assert torch.allclose(
+        matrix.sum(2), matrix.sum(2).mean(1, keepdim=True).expand(-1, 3), atol=1e-3
+    )  # grey stays grey
+    untouched = (matrix - torch.eye(3)).abs().amax((1, 2)) < 1e-5
+    assert 0 < untouched.sum() < 64 and offset[untouched].abs().max() < 1e-5
+    assert torch.allclose(matrix[untouched] @ grey, grey.expand(int(untouched.sum()), 3), atol=1e-5)
+    views = augment_crops((x * 255).byte())
+    assert views.shape == x.shape and views.isfinite().all() and views.std() > 0.1
+
+
+def test_operations_of_a_step_are_those_of_resnet18():
+    args = tiny_args()
+    args.image_size, args.batch_size = 224, 1
+    operations, elements = count_encoder(make_config(args, "resnet18", head="linear"))
+    assert operations == pytest.approx(4 * 2 * 1.814e9, rel=0.01)  # 1.81 G multiply-adds an image, as published
+    assert elements > 3 * 2 * 1e6

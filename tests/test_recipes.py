@@ -6,6 +6,7 @@ import pytest
 
 from fastssl.cli import main
 from fastssl.config import replace
+from fastssl.flags import parse
 from fastssl.recipe import RECIPES, load_recipe
 from fastssl.recipes_command import header
 from fastssl.train import pretrain
@@ -39,6 +40,22 @@ def test_the_header_holds_the_command_and_the_status_of_its_accuracy(name):
     assert f"--config {name}" in text
     if name != "smoke":
         assert "Source:" in text and re.search(r"Accuracy.*(published|measured)", text) and "Cost: " in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_commands_of_the_header_are_understood(name):
+    lines = [line for line in header(RECIPES / f"{name}.yaml") if f"--config {name}" in line]
+    assert lines
+    for line in lines:
+        _, found, flags = line.partition(" -m fastssl.train " if line.startswith("torchrun") else "fastssl pretrain ")
+        assert found and parse(flags.split()).model.arch == load_recipe(name).model.arch
+
+
+def test_every_small_architecture_has_a_recipe_and_its_distilled_start():
+    small = {"resnet18", "mobilenetv3_small", "mobilenetv3_large", "efficientnet_b0", "deit_tiny"}
+    found = {name: "\n".join(header(RECIPES / f"{name}.yaml")) for name in small}
+    assert all(load_recipe(name).model.arch == name for name in small)
+    assert all(f"--config {name} --resume STUDENT.pth.tar --restart" in text for name, text in found.items())
 
 
 def test_the_list_names_every_recipe_and_prints_one(capsys):

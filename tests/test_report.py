@@ -15,20 +15,22 @@ def test_a_table_is_made_from_the_json(tmp_path, monkeypatch):
     (tmp_path / "benchmarks").mkdir()
     monkeypatch.setattr(report, "ROOT", tmp_path)
     environment = {"gpus": [], "threads": 1, "cpu": "Z80", "command": ["x.py", "loss"], "torch": "2", "commit": "abc"}
-    timing = {"median": 0.5, "low": 0.25, "high": 1.0, "rounds": 3}
     line = {
-        "settings": {"arch": "resnet18", "batch_size": 10},
-        "seconds_per_step": {"step": timing, "eager step": timing},
+        "settings": {"arch": "resnet18", "image_size": 32, "batch_size": 10, "compile": "off"},
+        "beside": "classical",
+        "seconds_of_rounds": {"all": [0.25, 0.5, 1.0], "classical": [0.5, 1.0, 2.0]},
+        "not_measured": {"DALI": "not installed"},
     }
     result = {"environment": environment | {"started": "2026-01-02T03"}, "lines": [line]}
-    (tmp_path / "benchmarks" / "step-cpu.json").write_text(json.dumps(result))
+    (tmp_path / "benchmarks" / "peers-cpu.json").write_text(json.dumps(result))
     page = tmp_path / "README.md"
-    page.write_text("before\n<!-- table: step-cpu.json -->\nold\n<!-- end of table -->\nafter\n")
+    page.write_text("before\n<!-- table: peers-cpu.json -->\nold\n<!-- end of table -->\nafter\n")
     with pytest.raises(SystemExit):
         report.main(["--check"])
     report.main([])
     text = page.read_text()
-    assert "| resnet18 | step | 20 (10 to 40) | 1.00 |" in text and "Z80" in text and "old" not in text
+    assert "| resnet18 | all | 20 (11.1 to 33.3) | 2 (2 to 2) |" in text and "Z80" in text and "old" not in text
+    assert "| resnet18 | DALI | not measured | not installed |" in text
     assert text.startswith("before\n") and text.endswith("<!-- end of table -->\nafter\n")
     report.main(["--check"])
 
@@ -37,3 +39,24 @@ def test_a_table_without_its_json_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "ROOT", tmp_path)
     with pytest.raises(ValueError, match=r"table of .*loss-x\.json, which does not exist"):
         report.fill("<!-- table: loss-x.json -->\n<!-- end of table -->")
+
+
+def test_the_step_table_says_what_was_not_measured():
+    parts = {"augmentation": 1.0, "encoder_k": 1.0, "encoder_q": 1.0, "loss": 0.5, "optimiser + EMA + queue": 0.5}
+    line = {
+        "settings": {"arch": "resnet18", "image_size": 32, "batch_size": 10},
+        "beside": "step",
+        "seconds_of_rounds": {"step": [2.0, 2.0]},
+        "parts": parts,
+        "floor": {"arithmetic_seconds": 1.0, "memory_seconds": 0.5},
+    }
+    row = report.step_table([line]).splitlines()[-1]
+    middle = "| 5 (5 to 5) | not measured | not measured | 25% | 50% | 12% | 12% | 50% | 25% |"
+    assert row == f"| resnet18 | 32 | 10 {middle}"
+    line |= {"beside": "eager step", "seconds_of_rounds": {"step": [2.0], "eager step": [4.0]}}
+    assert "| 2.5 (2.5 to 2.5) | 2 (2 to 2) |" in report.step_table([line])
+
+
+def test_the_index_lists_every_result():
+    index = report.index_table()
+    assert all(f"[{path.name}]" in index for path in (report.ROOT / "benchmarks").glob("*.json"))

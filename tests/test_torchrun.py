@@ -3,11 +3,14 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -100,33 +103,104 @@ def test_a_killed_worker_is_restarted_and_ends_with_the_same_weights(one_agent, 
 
 def test_the_slurm_script_saves_and_asks_to_be_requeued(tmp_path):
     """The script as it is, with a scontrol that only notes what it was asked."""
-    folder, tools = tmp_path / "slurm", tmp_path / "bin"
-    tools.mkdir()
-    for name, text in {
+    tools = {
         "scontrol": f'echo "$@" > {tmp_path}/asked',
         "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
-    }.items():
-        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tools / name).chmod((tools / name).stat().st_mode | stat.S_IXUSR)
-    environment = os.environ | {
-        "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "2", "OMP_NUM_THREADS": "1",
+    }
+    stop_and_requeue(partial(sbatch, "one_node", tmp_path, tools), tmp_path)
+
+
+# Every node's command at once, as srun runs it, and SIGTERM handed on to them.
+SRUN = """trap 'stopped=1; kill -TERM $first $second' TERM
+{nodes[0]} "$@" & first=$!
+{nodes[1]} "$@" & second=$!
+wait $first; code=$?
+while kill -0 $first 2>/dev/null; do wait $first; code=$?; done
+while kill -0 $second 2>/dev/null; do wait $second; done
+exit $code"""
+
+
+def test_the_many_node_script_on_one_machine(one_agent, tmp_path):
+    """Two agents of two processes each, started by the script as it is with an srun that knows two "nodes"."""
+    tools = fake_cluster(tmp_path, "127.0.0.1", ("env", "env"))
+    environment = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "RDZV_PORT": str(free_port())}
+    folder = stop_and_requeue(partial(sbatch, "many_nodes", tmp_path, tools, environment), tmp_path)
+    assert losses(folder) == losses(one_agent)
+    assert weights(folder) == weights(one_agent)
+
+
+def test_the_many_node_script_in_two_network_namespaces(one_agent, tmp_path, two_nodes):
+    """Each agent on a network, a host name and an address of its own, with a cable between them."""
+    tools = fake_cluster(tmp_path, "node-a", two_nodes)
+    environment = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node-[a-b]", "GLOO_SOCKET_IFNAME": "cable"}
+    job = sbatch("many_nodes", tmp_path, tools, environment)
+    finish(job)
+    assert losses(tmp_path / "slurm") == losses(one_agent)
+    assert weights(tmp_path / "slurm") == weights(one_agent)
+
+
+def fake_cluster(tmp_path: Path, first: str, nodes: tuple[str, str]) -> dict[str, str]:
+    """srun and scontrol of a cluster of two; `nodes` are the commands that run another one on a node."""
+    return {
+        "scontrol": f'[ "$1" = show ] && echo {first} || echo "$@" > {tmp_path}/asked',
+        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+        "srun": SRUN.format(nodes=nodes),
+    }
+
+
+def sbatch(script: str, tmp_path: Path, tools: dict[str, str], environment: dict[str, str] | None = None):
+    """The script as it is, with these programs in front of the others, saving to tmp_path/slurm."""
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    for name, text in tools.items():
+        path = tmp_path / "bin" / name
+        path.write_text(f"#!/bin/bash\n{text}\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    environment = os.environ | (environment or {}) | {
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "2", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = ["bash", str(RECIPES / "slurm" / "one_node.sbatch"), *FLAGS, "--output", str(folder)]
+    command = ["bash", str(RECIPES / "slurm" / f"{script}.sbatch"), *FLAGS, "--output", str(tmp_path / "slurm")]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
-    def sbatch() -> subprocess.Popen:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
-    job = sbatch()
+def stop_and_requeue(start: Callable[[], subprocess.Popen], tmp_path: Path) -> Path:
+    """Starts the job, stops it as Slurm does before the time limit, starts it again; its run folder."""
+    folder, job = tmp_path / "slurm", start()
     wait_for_step(job, folder, 5)
     job.send_signal(signal.SIGTERM)
     assert "stopped by a signal" in finish(job)
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
     stopped_at = losses(folder)[-1][0]
     assert max(checkpoint.saved_steps(folder / "checkpoints")) == stopped_at < STEPS
-    assert "going on from" in finish(sbatch())
+    assert "going on from" in finish(start())
     assert [step for step, _ in losses(folder)] == list(range(1, STEPS + 1))
+    return folder
 
 
-def test_the_many_node_script_is_valid_bash():
-    for path in (RECIPES / "slurm").glob("*.sbatch"):
-        assert subprocess.run(["bash", "-n", str(path)], capture_output=True).stderr == b""
+@pytest.fixture
+def two_nodes(tmp_path):
+    """Commands that run another one on node-a and on node-b: network namespaces, a veth pair between them."""
+    names = [f"fastssl-{os.getpid()}-{end}" for end in "ab"]
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 localhost\n10.77.0.1 node-a\n10.77.0.2 node-b\n")
+
+    def ip(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["ip", *words], capture_output=True, text=True)
+
+    try:
+        if shutil.which("ip") is None or shutil.which("unshare") is None or ip("netns", "add", names[0]).returncode:
+            pytest.skip("needs the right to make network namespaces")
+        made = [ip("netns", "add", names[1])]
+        made += [ip("-n", names[0], "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", names[1])]
+        for number, name in enumerate(names, 1):
+            made += [ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "cable")]
+            made += [ip("-n", name, "link", "set", link, "up") for link in ("lo", "cable")]
+        if any(done.returncode for done in made):
+            pytest.skip(f"needs network namespaces: {' '.join(done.stderr.strip() for done in made)}")
+        inside = f'mount --bind {hosts} /etc/hosts; hostname $0; exec "$@"'
+        yield tuple(
+            f"ip netns exec {name} unshare --uts --mount sh -c '{inside}' node-{end}" for name, end in zip(names, "ab")
+        )
+    finally:
+        for name in names:
+            ip("netns", "delete", name)

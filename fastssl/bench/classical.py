@@ -8,8 +8,7 @@ Algorithm 1, with the augmentation of arXiv 2003.04297).
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from torchvision import datasets
 from fastssl.bench.classical_views import TwoViews
 from fastssl.bench.loops import Loop, time_steps
 from fastssl.bench.loss import published_loss
+from fastssl.bench.photos import train_folder
 from fastssl.config import Config
 from fastssl.distributed import Ranks
 from fastssl.models.encoders import make_encoder
@@ -27,12 +27,13 @@ from fastssl.models.encoders import make_encoder
 
 def classical_loop(data: str, config: Config, ranks: Ranks, workers: int, amp: bool) -> Loop:
     """The loop over data/train/<class>/* or data/<class>/* with the settings of `config`, always under policy v2."""
-    folder = os.path.join(data, "train")
     loader = DataLoader(
-        datasets.ImageFolder(folder if os.path.isdir(folder) else data, TwoViews(config.augment.image_size)),
+        datasets.ImageFolder(train_folder(data), TwoViews(config.augment.image_size)),
         batch_size=config.train.batch_size,
         shuffle=True,
         num_workers=workers,
+        persistent_workers=workers > 0,
+        multiprocessing_context="spawn" if workers else None,  # other loops' threads do not survive a fork
         pin_memory=ranks.device.type == "cuda",
         drop_last=True,
     )
@@ -40,7 +41,7 @@ def classical_loop(data: str, config: Config, ranks: Ranks, workers: int, amp: b
     return lambda steps: time_steps(endless(loader), lambda batch, number: step(*batch[0]), steps)
 
 
-def endless(loader: DataLoader) -> Iterator:
+def endless(loader: Iterable) -> Iterator:
     """Epoch after epoch."""
     while True:
         yield from loader

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastssl.bench.loader_peers import CONTESTANTS, DECODES, RAW, Options
 from fastssl.bench.loader_process import LoaderProcess, Round
-from fastssl.bench.timing import summarise
+from fastssl.bench.timing import summarise, turns
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.environment import environment
 
@@ -28,7 +28,7 @@ def measure(names: list[str], options: Options, rounds: int) -> tuple[dict[str, 
         running = [name for name in names if name not in missing]
         first = {name: processes[name].start() for name in running}
         measured: dict[str, list[Round]] = {name: [] for name in running}
-        for turn in range(rounds):
+        for turn in turns(rounds):
             for name in running[turn % len(running) :] + running[: turn % len(running)]:
                 measured[name].append(processes[name].round())
         memory = {name: processes[name].memory() for name in running}

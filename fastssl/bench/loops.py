@@ -11,13 +11,14 @@ from contextlib import closing
 
 import torch
 
-from fastssl.bench.timing import Timing, summarise
-from fastssl.build import compile_and_wrap, make_trainee, open_loader, open_policy
+from fastssl.bench.timing import turns
+from fastssl.build import Trainee, compile_and_wrap, make_trainee, open_loader, open_policy
 from fastssl.config import Config
 from fastssl.distributed import Ranks
 from fastssl.health import Health
+from fastssl.loaders.make import Loader
 from fastssl.plan import make_plan
-from fastssl.train import make_train_step
+from fastssl.train import make_deterministic, make_train_step
 
 WARM_UP = 3  # steps before the clock starts, in every turn: prefetch queues are then as full as they stay
 Loop = Callable[[int], float]
@@ -25,15 +26,30 @@ Loop = Callable[[int], float]
 
 def our_loop(config: Config, ranks: Ranks) -> Loop:
     """The product's loop: its loader, its training step, one look at the metrics at the end, as at a log line."""
-    loader = open_loader(config, ranks)
-    plan = make_plan(config, loader.batches_per_epoch)
-    trainee = compile_and_wrap(config, make_trainee(config, ranks), ranks)
+    return our_loops({"": config}, ranks)[""]
+
+
+def trainee_of(config: Config, ranks: Ranks) -> Trainee:
+    """Fresh weights, their encoders compiled, and the device's libraries set, as the configuration says."""
+    make_deterministic(config.train.deterministic)
+    return compile_and_wrap(config, make_trainee(config, ranks), ranks)
+
+
+def our_loops(configs: dict[str, Config], ranks: Ranks, trainee: Trainee | None = None) -> dict[str, Loop]:
+    """Loops that differ in where their images come from; one training step, compiled once, serves them all."""
+    loaders = {name: open_loader(config, ranks) for name, config in configs.items()}
+    config = next(iter(configs.values()))
+    plan = make_plan(config, next(iter(loaders.values())).batches_per_epoch)
+    trainee = trainee or trainee_of(config, ranks)
     train_step = make_train_step(config, plan, trainee, open_policy(config), ranks, Health(ranks))
 
     def step(batch: object, number: int) -> object:
         return train_step(batch, number)["loss"]
 
-    return lambda steps: time_steps(loader.batches(), step, steps)
+    def loop(loader: Loader) -> Loop:
+        return lambda steps: time_steps(loader.batches(), step, steps)
+
+    return {name: loop(loader) for name, loader in loaders.items()}
 
 
 def loader_alone(config: Config, ranks: Ranks) -> Loop:
@@ -55,10 +71,10 @@ def time_steps(batches: Iterable, step: Callable[[object, int], torch.Tensor], s
         return time.perf_counter() - start
 
 
-def time_loops(loops: dict[str, Loop], steps: int, rounds: int) -> dict[str, Timing]:
-    """Runs every loop once per round, each round beginning with another one; seconds of one step."""
+def time_loops(loops: dict[str, Loop], steps: int, rounds: int) -> dict[str, list[float]]:
+    """Runs every loop once per round, each round beginning with another one; seconds of one step, a number a round."""
     names, seconds = list(loops), {name: [] for name in loops}
-    for turn in range(rounds):
+    for turn in turns(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             seconds[name].append(loops[name](steps) / steps)
-    return {name: summarise(measured) for name, measured in seconds.items()}
+    return seconds

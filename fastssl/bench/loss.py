@@ -149,8 +149,8 @@ def main(argv: list[str]) -> None:
     for terms, num, queue_size in product(args.terms, args.num, args.queue_size):
         lines.append(measure(num, queue_size, args.dim, terms, device, args.rounds, not args.no_compiled))
         print_line(lines[-1])
-    kernel = choose_kernel(device, torch.bfloat16 if device.type == "cuda" else torch.float32, args.dim)
-    result = {"environment": environment() | {"device": str(device)}, "kernel": kernel, "lines": lines}
-    if args.output:
-        settings = {name: asdict(TERMS[name]) for name in args.terms}
-        args.output.write_text(json.dumps(result | {"terms": settings}, indent=1) + "\n")
+        if args.output:
+            kernel = choose_kernel(device, torch.bfloat16 if device.type == "cuda" else torch.float32, args.dim)
+            result = {"environment": environment() | {"device": str(device)}, "kernel": kernel, "lines": lines}
+            settings = {name: asdict(TERMS[name]) for name in args.terms}
+            args.output.write_text(json.dumps(result | {"terms": settings}, indent=1) + "\n")

@@ -1,6 +1,7 @@
 """`bench_throughput.py step`: the real training step, on bytes that lie on the device, for each architecture.
 
-Beside it the same step without what we add to plain PyTorch: eager encoders, the loss with its N x K matrix.
+Beside it the same step without what we add to plain PyTorch (eager encoders, the loss with its N x K matrix), the
+parts of the step, each run by itself, and the floor of its arithmetic and memory traffic.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from pathlib import Path
 import torch
 
 from fastssl import distributed
-from fastssl.bench.loops import Loop, our_loop, time_loops
-from fastssl.bench.timing import Timing
+from fastssl.bench.loops import Loop, our_loop, our_loops, time_loops, trainee_of
+from fastssl.bench.results import loop_rows, show_row
+from fastssl.bench.step_floor import step_floor
+from fastssl.bench.step_parts import PART, step_parts
+from fastssl.build import Trainee
 from fastssl.config import Config, flat, replace
 from fastssl.environment import environment
 
@@ -22,7 +26,7 @@ ARCHS = ("resnet18", "mobilenetv3_small", "mobilenetv3_large", "efficientnet_b0"
 
 
 def add_step_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that step and all share."""
+    """The flags that step, all and peers share."""
     cuda = torch.cuda.is_available()
     parser.add_argument("--image-size", type=int, default=224 if cuda else 64)
     parser.add_argument("--batch-size", type=int, default=256 if cuda else 64)
@@ -34,6 +38,7 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--steps", type=int, default=50 if cuda else 6, help="steps of one turn")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant")
+    parser.add_argument("--no-eager", action="store_true", help="of step and all: leave the eager step out")
     parser.add_argument("--output", type=Path, help="where to write the JSON")
 
 
@@ -53,13 +58,19 @@ def make_config(args: argparse.Namespace, arch: str, **options: object) -> Confi
     return replace(Config(), **(settings | options))
 
 
-def print_timings(timings: dict[str, Timing], batch_size: int, beside: str) -> None:
-    """One line each: pairs/s with the spread, and the ratio to `beside`."""
-    for name, timing in timings.items():
-        low, high = batch_size / timing.high, batch_size / timing.low
-        ratio = timings[beside].median / timing.median
-        rate = batch_size / timing.median
-        print(f"  {name:34} {rate:9.1f} pairs/s ({low:.1f} to {high:.1f}), {ratio:5.2f} x {beside}", flush=True)
+def print_line(line: dict[str, object], device: torch.device) -> None:
+    """Pairs/s of each loop with the spread and the ratio to the peer, the parts of the step, who is missing."""
+    s = line["settings"]
+    print(f"{s['arch']}, {s['image_size']} pixels, batch {s['batch_size']}, queue {s['queue_size']}, {device}:")
+    for row in loop_rows(line):
+        print(f"  {show_row(row)}")
+    if line.get("parts"):
+        total = sum(line["parts"].values())
+        shares = (f"{name} {seconds * 1e3:.3g} ms ({seconds / total:.0%})" for name, seconds in line["parts"].items())
+        print(f"  parts of the step, each by itself: {', '.join(shares)}")
+    for name, reason in line.get("not_measured", {}).items():
+        print(f"  {name:28} not measured: {reason}")
+    print(end="", flush=True)
 
 
 def save(path: Path | None, lines: Sequence[dict[str, object]]) -> None:
@@ -68,11 +79,35 @@ def save(path: Path | None, lines: Sequence[dict[str, object]]) -> None:
         path.write_text(json.dumps({"environment": environment(), "lines": list(lines)}, indent=1) + "\n")
 
 
-def as_line(config: Config, timings: dict[str, Timing], steps: int) -> dict[str, object]:
-    """What the JSON keeps of one comparison."""
+def as_line(config: Config, seconds: dict[str, list[float]], steps: int, beside: str) -> dict[str, object]:
+    """What the JSON keeps of one comparison with the loop `beside`; parts of the step by their medians."""
     changed = {name: value for name, value in flat(config).items() if value != flat(Config())[name]}
-    seconds = {name: timing._asdict() for name, timing in timings.items()}
-    return {"settings": changed, "steps_a_turn": steps, "seconds_per_step": seconds}
+    sizes = {
+        name: flat(config)[name] for name in ("arch", "image_size", "batch_size", "queue_size", "compile", "device")
+    }
+    parts = {name.removeprefix(PART): sorted(s)[len(s) // 2] for name, s in seconds.items() if name.startswith(PART)}
+    loops = {name: s for name, s in seconds.items() if not name.startswith(PART)}
+    line = {"settings": changed | sizes, "steps_a_turn": steps, "beside": beside, "seconds_of_rounds": loops}
+    return line | ({"parts": parts} if parts else {})
+
+
+def step_loops(args: argparse.Namespace, arch: str, trainee: Trainee, ranks: distributed.Ranks) -> dict[str, Loop]:
+    """The step beside the eager one (unless --no-eager), and its parts."""
+    config = make_config(args, arch)
+    loops: dict[str, Loop] = our_loops({"step": config}, ranks, trainee)
+    if not args.no_eager:
+        loops["eager step"] = our_loop(make_config(args, arch, compile="off", loss_kernel="reference"), ranks)
+    return loops | step_parts(config, trainee, ranks)
+
+
+def measure(args: argparse.Namespace, arch: str, ranks: distributed.Ranks) -> dict[str, object]:
+    """One architecture, as a line of the JSON."""
+    torch.compiler.reset()
+    config = make_config(args, arch)
+    loops = step_loops(args, arch, trainee_of(config, ranks), ranks)
+    seconds = time_loops(loops, args.steps, args.rounds)
+    line = as_line(config, seconds, args.steps, "step" if args.no_eager else "eager step")
+    return line | {"floor": step_floor(config, ranks.device)}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -82,13 +117,8 @@ def main(argv: Sequence[str]) -> None:
     add_step_flags(parser)
     args = parser.parse_args(list(argv))
     ranks, lines = distributed.start(args.device), []
+    args.device = ranks.device.type
     for arch in args.arch:
-        torch.compiler.reset()
-        config = make_config(args, arch)
-        plain = make_config(args, arch, compile="off", loss_kernel="reference")
-        loops: dict[str, Loop] = {"step": our_loop(config, ranks), "eager step": our_loop(plain, ranks)}
-        timings = time_loops(loops, args.steps, args.rounds)
-        print(f"{arch}, {args.image_size} pixels, batch {args.batch_size}, queue {args.queue_size}, {ranks.device}:")
-        print_timings(timings, args.batch_size, "eager step")
-        lines.append(as_line(config, timings, args.steps))
-    save(args.output, lines)
+        lines.append(measure(args, arch, ranks))
+        print_line(lines[-1], ranks.device)
+        save(args.output, lines)

@@ -7,12 +7,14 @@ not counted, for anyone. On a CPU the wall clock is read around each call.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 
 Function = Callable[[], object]
+FEWEST_ROUNDS = 3  # a median and a spread need as many
+_deadline = float("inf")
 
 
 class Timing(NamedTuple):
@@ -24,12 +26,26 @@ class Timing(NamedTuple):
     rounds: int
 
 
+def stop_after(seconds: float) -> None:
+    """No measurement of this process begins a further round once so many seconds are over, but each makes three."""
+    global _deadline
+    _deadline = time.monotonic() + seconds
+
+
+def turns(rounds: int) -> Iterator[int]:
+    """0, 1, ... rounds - 1, or fewer when `stop_after` cuts them."""
+    for turn in range(rounds):
+        if turn >= FEWEST_ROUNDS and time.monotonic() > _deadline:
+            return
+        yield turn
+
+
 def time_in_turn(functions: dict[str, Function], device: torch.device, rounds: int) -> dict[str, Timing]:
     """Times every function once per round, `rounds` times, starting each round with another one."""
     clocks = {name: _gpu_clock(f) if device.type == "cuda" else _cpu_clock(f) for name, f in functions.items()}
     names = list(clocks)
     seconds = {name: [] for name in names}
-    for turn in range(rounds):
+    for turn in turns(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             seconds[name].append(clocks[name]())
     return {name: summarise(measured) for name, measured in seconds.items()}
@@ -73,6 +89,11 @@ def summarise(seconds: list[float]) -> Timing:
     """Median, tenth and ninetieth percentile."""
     low, median, high = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.1, 0.5, 0.9]).double())
     return Timing(median.item(), low.item(), high.item(), len(seconds))
+
+
+def times_faster(seconds: dict[str, list[float]], name: str, beside: str) -> Timing:
+    """How many times faster `name` is than `beside`, from the ratio within each round: both shared its weather."""
+    return summarise([theirs / ours for theirs, ours in zip(seconds[beside], seconds[name])])
 
 
 def _cpu_clock(function: Function) -> Callable[[], float]:

@@ -1,0 +1,58 @@
+"""Images for the benchmarks: photographs cut from the two that come with scikit-learn, and a .beton of any folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastssl.data_prep.prepare import Store
+from fastssl.data_prep.sources import Selection
+from fastssl.data_prep.work_pool import Work, usable_cores
+from fastssl.data_prep.write_beton import write_beton
+
+CLASSES = 8
+SOURCE = "photographs cut from scikit-learn's two"
+
+
+def write_photos(folder: Path, count: int, seed: int = 0, sides: tuple[int, int] = (375, 500)) -> None:
+    """Writes folder/train/<class>/*.jpg, `count` in all, at quality 90, landscape and portrait, all different.
+
+    Real photographs, because drawn pictures decode faster or slower than those people train on.
+    """
+    from sklearn.datasets import load_sample_images
+
+    photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]  # 640 x 427 each
+    random = np.random.default_rng(seed)
+    for i in range(count):
+        photograph = photographs[i % len(photographs)]
+        height = random.uniform(0.5, 1.0) * photograph.height
+        width = height * sides[1] / sides[0]
+        scale = min(1.0, photograph.width / width)
+        width, height = width * scale, height * scale
+        left, top = random.uniform(0, photograph.width - width), random.uniform(0, photograph.height - height)
+        box = (left, top, left + width, top + height)
+        picture = photograph.resize((sides[1], sides[0]), Image.Resampling.BICUBIC, box)
+        picture = picture.rotate(90, expand=True) if random.random() < 0.25 else picture
+        target = folder / "train" / f"class{i % CLASSES}" / f"{i:05d}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(target, quality=90)
+
+
+def train_folder(data: str) -> str:
+    """DATA/train where there is one, else DATA: the folder of class folders."""
+    train = os.path.join(data, "train")
+    return train if os.path.isdir(train) else data
+
+
+def open_data(data: str | None, beton: str | None, scratch: Path, count: int) -> tuple[str, str]:
+    """(folder, .beton) of the same files; what is not given is made in `scratch`: photographs, and their own bytes."""
+    if data is None:
+        data = str(scratch / "photos")
+        write_photos(scratch / "photos", count)
+    if beton is None:
+        beton = str(scratch / "images.beton")
+        write_beton(data, beton, Store(originals=True), Selection(), Work(usable_cores()))
+    return data, beton

@@ -1,0 +1,62 @@
+"""What no implementation of a training step can be faster than, from what the device did in the same run.
+
+Arithmetic: the encoders' operations as torch's FlopCounterMode counts them (forward of q and k, twice a forward for the
+gradients of q) and the loss's matrix products, at the rate of a large matrix product. Memory: each convolution and
+linear layer reads its input and writes its output once, forward of q and k; backward it reads its input and the
+gradient of its output, and writes the gradient of its input; all else fused into them; at the rate of a large copy.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastssl.bench.loss import make_ceilings
+from fastssl.bench.timing import time_in_turn
+from fastssl.config import Config
+from fastssl.models.encoders import make_encoder
+from fastssl.plan import DTYPES, choose_precision
+
+
+def step_floor(config: Config, device: torch.device) -> dict[str, float]:
+    """Operations and bytes of a step, the rates of the device, and the seconds of the longer of the two."""
+    operations, elements = count_encoder(config)
+    batch, queue, dim = config.train.batch_size, config.moco.queue_size, config.model.dim
+    products = 1 + (config.loss.contrast_weight > 0) + (config.loss.uniform_weight > 0)
+    operations += 2 * batch * queue * dim * products
+    itemsize = DTYPES[choose_precision(config.train.precision, device)].itemsize
+    ceilings = make_ceilings(device)
+    timings = time_in_turn({name: call for name, (call, _) in ceilings.items()}, device, rounds=5)
+    rates = {name: work / timings[name].median for name, (_, work) in ceilings.items()}
+    arithmetic, memory = operations / rates["matmul"], elements * itemsize / rates["copy"]
+    return {
+        "operations": operations,
+        "bytes": elements * itemsize,
+        "matmul_per_second": rates["matmul"],
+        "copy_bytes_per_second": rates["copy"],
+        "arithmetic_seconds": arithmetic,
+        "memory_seconds": memory,
+    }
+
+
+def count_encoder(config: Config) -> tuple[float, float]:
+    """(operations, elements read and written) of both encoders in one step, counted on tensors without storage."""
+    m, size = config.model, config.augment.image_size
+    with torch.device("meta"):
+        encoder = make_encoder(m.arch, head=m.head, dim=m.dim, stem=m.stem).eval()
+        images = torch.empty(config.train.batch_size, 3, size, size)
+    elements = 0
+
+    def count(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        nonlocal elements
+        elements += 4 * prod(inputs[0].shape) + 3 * prod(output.shape)
+
+    for module in encoder.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(count)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        encoder(images)
+    return 4.0 * counter.get_total_flops(), float(elements)

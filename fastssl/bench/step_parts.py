@@ -1,0 +1,87 @@
+"""The parts of the training step, each run by itself on the step's own weights and shapes, to see what it spends.
+
+Their sum is not the step: what overlaps there, or stays in a cache, is paid here. The learning rate is 0, so that the
+weights stay.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn.functional import normalize
+
+from fastssl.augment.views import make_views
+from fastssl.bench.loops import WARM_UP, Loop
+from fastssl.build import Trainee, open_loader, open_policy
+from fastssl.config import Config
+from fastssl.distributed import Ranks
+from fastssl.losses import moco_loss
+from fastssl.optim import set_lr
+from fastssl.plan import DTYPES, choose_precision
+
+PART = "part: "  # what their names begin with
+REST = "optimiser + EMA + queue"
+
+
+def step_parts(config: Config, trainee: Trainee, ranks: Ranks) -> dict[str, Loop]:
+    """Name -> loop of that part alone."""
+    moco, device, seed = trainee.moco, ranks.device, config.train.seed
+    dtype = DTYPES[choose_precision(config.train.precision, device)]
+    policy, size = open_policy(config), config.augment.image_size
+    batch = next(open_loader(config, ranks).batches())
+
+    def views() -> tuple[torch.Tensor, torch.Tensor]:
+        return make_views(batch, policy, size, seed, 0, dtype, config.augment.augment_kernel)
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    def encode_k() -> torch.Tensor:
+        with torch.no_grad(), autocast():
+            return normalize(moco.encoder_k(view_k).float(), dim=1)
+
+    def encode_q() -> None:
+        trainee.optimizer.zero_grad(set_to_none=True)
+        with autocast():
+            z = trainee.encoder_q(view_q)
+        z.backward(gradient.to(z.dtype))
+
+    def loss() -> None:
+        z.grad = None
+        moco_loss(normalize(z, dim=1), k, moco.queue, config.loss, config.train.loss_kernel).total.backward()
+
+    def rest() -> None:
+        set_lr(trainee.optimizer, 0.0)
+        moco.update_key_encoder(config.moco.ema_momentum)
+        trainee.optimizer.step()
+        moco.update_queue(k)
+
+    view_q, view_k = views()
+    k = encode_k()
+    gradient = torch.randn_like(k) / len(k)
+    z = torch.randn_like(k).requires_grad_()
+    encode_q()  # the optimiser needs gradients
+    parts = {"augmentation": views, "encoder_k": encode_k, "encoder_q": encode_q, "loss": loss, REST: rest}
+    return {PART + name: repeat(function, device) for name, function in parts.items()}
+
+
+def repeat(function: Callable[[], object], device: torch.device) -> Loop:
+    """Calls `function` so often, after some warm-up, and waits for the device at the end, as a loop does."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def loop(steps: int) -> float:
+        for _ in range(WARM_UP):
+            function()
+        wait()
+        start = time.perf_counter()
+        for _ in range(steps):
+            function()
+        wait()
+        return time.perf_counter() - start
+
+    return loop

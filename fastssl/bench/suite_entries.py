@@ -1,0 +1,96 @@
+"""What the suites run: each stage with its options and its share of the time."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import NamedTuple
+
+from fastssl.bench.step import ARCHS
+
+
+class Entry(NamedTuple):
+    """One call of a stage."""
+
+    name: str
+    stage: str
+    argv: list[str]
+    seconds: float
+
+
+class Sizes(NamedTuple):
+    """How large the suite's work is."""
+
+    device: str
+    image_size: int
+    batch_size: int
+    queue_size: int
+    steps: int
+    rounds: int
+    photos: int  # in the generated data set
+    archs: tuple[str, ...]
+    compile_seconds: float
+
+    @classmethod
+    def gpu(cls) -> Sizes:
+        return cls("cuda", 224, 256, 65536, 12, 5, 2048, ARCHS, 90.0)
+
+    @classmethod
+    def cpu(cls) -> Sizes:
+        return cls("cpu", 64, 32, 65536, 3, 5, 512, ARCHS[:-1], 0.0)
+
+    @classmethod
+    def tiny(cls) -> Sizes:
+        return cls("cpu", 32, 4, 16, 1, 1, 24, ("mobilenetv3_small",), 60.0)
+
+
+def step_flags(sizes: Sizes) -> list[str]:
+    """The flags of step, all and peers."""
+    names = ("device", "image_size", "batch_size", "queue_size", "steps", "rounds")
+    return [text for name in names for text in (f"--{name.replace('_', '-')}", str(getattr(sizes, name)))]
+
+
+def compile_ahead(sizes: Sizes) -> list[list[str]]:
+    """A command for each architecture that leaves its compiled encoders in the compiler's cache."""
+    once = step_flags(sizes._replace(steps=1, rounds=1))
+    return [["step", "--no-eager", "--arch", arch, *once] for arch in sizes.archs]
+
+
+def shared_entries(sizes: Sizes, data: str, beton: str, seconds: dict[str, float]) -> list[Entry]:
+    """The stages of both suites but step, all and peers."""
+    device, rounds = ["--device", sizes.device], ["--rounds", str(sizes.rounds)]
+    small, large = str(sizes.batch_size), str(4 * sizes.batch_size)
+    queue = ["--queue-size", str(sizes.queue_size)]
+    loss = [*device, *rounds, *queue, "--num", small, large, "--terms", "all", "contrast"]
+    augment = [*device, *rounds, "--size", str(sizes.image_size), "--batch-size", small]
+    loader = [data, "--beton", beton, *rounds, "--batch-size", small]
+    return [
+        Entry("loss", "loss", loss, seconds["loss"]),
+        Entry("augment", "augment", augment, seconds["augment"]),
+        Entry("loader", "loader", loader, seconds["loader"]),
+    ]
+
+
+def cpu_entries(sizes: Sizes, data: str, beton: str) -> list[Entry]:
+    """450 seconds by the shares."""
+    bank, queries = str(40 * sizes.photos), str(8 * sizes.photos)
+    evaluation = ["--rounds", str(sizes.rounds), "--bank", bank, "--queries", queries, "--epochs", "1"]
+    files, flags = ["--beton", beton], step_flags(sizes)
+    loops = [
+        Entry("peers", "peers", [data, *files, *flags], 90),
+        Entry("all", "all", ["--data", data, *files, *flags, "--loader", "folder", "beton", "resident"], 90),
+        Entry("step", "step", ["--arch", *sizes.archs, *flags], 110),
+        Entry("eval", "eval", evaluation, 40),
+    ]
+    return [*loops, *shared_entries(sizes, data, beton, {"loss": 40, "augment": 25, "loader": 55})]
+
+
+def gpu_entries(sizes: Sizes, data: str, beton: str) -> list[Entry]:
+    """315 seconds by the shares, after the compilation; `all` measures the step too."""
+    flags = step_flags(sizes)
+    loaders = ["--loader", "resident", *["beton"] * (find_spec("ffcv") is not None), "--no-classical"]
+    alls = [
+        Entry(f"all-{arch}", "all", ["--arch", arch, "--data", data, "--beton", beton, *flags, *loaders], 30)
+        for arch in sizes.archs
+    ]
+    first, second, third = shared_entries(sizes, data, beton, {"loss": 25, "augment": 15, "loader": 40})
+    return [first, second, *alls, Entry("peers", "peers", [data, "--beton", beton, *flags], 60), third]

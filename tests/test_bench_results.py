@@ -1,0 +1,171 @@
+"""What is made of a result: verdicts that follow from the numbers, comparisons with the spread, plots, the suites."""
+
+import json
+
+import pytest
+
+import bench_throughput
+from fastssl.bench import suite, timing
+from fastssl.bench.compare import compare, differing_machines, judge
+from fastssl.bench.results import Row, read_result, rows
+from fastssl.bench.suite_entries import Sizes, cpu_entries, gpu_entries
+from fastssl.bench.timing import Timing
+from fastssl.bench.verdicts import ADVICE, all_verdict, peers_verdicts, shares, step_verdict
+
+ENVIRONMENT = {"gpus": [], "threads": 1, "cpu": "Z80", "cpus": 1, "command": ["x.py"], "torch": "2", "commit": "abc",
+               "started": "2026-01-02T03"}  # fmt: skip
+
+
+def loop_result(**rounds: list[float]) -> dict:
+    settings = {"arch": "resnet18", "image_size": 64, "batch_size": 10, "compile": "off", "device": "cpu"}
+    line = {"settings": settings, "beside": "eager step", "seconds_of_rounds": rounds}
+    return {"environment": ENVIRONMENT, "lines": [line]}
+
+
+def write(path, result: dict) -> str:
+    path.write_text(json.dumps(result))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "step, loop, loader, expected",
+    [(1.0, 1.04, 0.5, "bound by the step"), (1.0, 3.0, 3.0, "bound by the loader"), (1.0, 1.5, 0.6, "by the cores")],
+)
+def test_the_verdict_of_all_names_what_is_slow(step, loop, loader, expected):
+    assert expected in all_verdict(step, loop, loader)
+
+
+@pytest.mark.parametrize("slow", ["augmentation", "encoder_q", "loss", "optimiser + EMA + queue"])
+def test_the_verdict_of_a_step_names_its_largest_part(slow):
+    parts = {"augmentation": 1.0, "encoder_k": 1.0, "encoder_q": 1.0, "loss": 1.0, "optimiser + EMA + queue": 1.0}
+    line = {"settings": {"compile": "off", "device": "cpu"}, "parts": parts | {slow: 12.0}}
+    expected = "encoders" if slow == "encoder_q" else slow
+    assert step_verdict(line).startswith(f"bound by the {expected}, ") and ADVICE[expected] in step_verdict(line)
+    compiled = line | {"settings": {"compile": "auto", "device": "cuda"}}
+    assert "--compile" not in step_verdict(compiled)
+    assert sum(shares(parts).values()) == pytest.approx(1) and shares(parts)["encoders"] == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("ours, word", [(0.5, "faster than"), (2.0, "slower than"), (1.0, "within the noise of")])
+def test_the_verdict_of_peers_looks_at_the_fastest_other_within_each_round(ours, word):
+    rounds = {"ours, beton": [ours * t for t in (1.0, 5.0)], "DALI": [1.0, 5.0], "classical": [3.0, 15.0]}
+    line = loop_result()["lines"][0] | {
+        "beside": "classical",
+        "seconds_of_rounds": rounds,
+        "not_measured": {"FFCV": "x"},
+    }
+    (verdict,) = peers_verdicts({"lines": [line]})
+    assert f"is {word} the fastest other, 'DALI'" in verdict and verdict.endswith("not measured: FFCV")
+
+
+@pytest.mark.parametrize(
+    "old, new, word",
+    [
+        ((10, 9, 11), (20, 18, 22), "faster"),
+        ((10, 9, 11), (5, 4, 6), "slower"),
+        ((10, 5, 15), (12, 11, 13), "within the noise"),
+    ],
+)
+def test_a_difference_counts_only_beyond_both_spreads(old, new, word):
+    before, after = (Row("g", "n", Timing(*value, 5), "pairs/s", True) for value in (old, new))
+    assert judge(before, after) == (new[0] / old[0], word)
+    inverse = {"faster": "slower", "slower": "faster"}.get(word, word)
+    before, after = (row._replace(unit="ms", higher_is_better=False) for row in (before, after))
+    assert judge(before, after) == (old[0] / new[0], inverse)
+
+
+def test_rows_that_only_one_result_has_are_named():
+    row = Row("g", "n", Timing(1, 1, 1, 1), "ms", False)
+    lines, slower = compare([row, row._replace(name="gone")], [row, row._replace(name="new")])
+    assert lines[1:] == ["only in the old result: g: gone", "only in the new result: g: new"] and not slower
+    assert "cpu Z80 -> 6502" in differing_machines(ENVIRONMENT, ENVIRONMENT | {"cpu": "6502"})
+
+
+def test_every_stage_reports_and_compares(tmp_path, monkeypatch, capsys):
+    """The options all stages share, with a stage whose measurements are given."""
+
+    class Stage:
+        seconds = 1.0
+
+        def main(self, argv):
+            write(
+                tmp_path / argv[argv.index("--output") + 1],
+                loop_result(step=[self.seconds] * 3, **{"eager step": [2.0] * 3}),
+            )
+
+    stage, imported = Stage(), bench_throughput.import_module
+    monkeypatch.setattr(
+        bench_throughput, "import_module", lambda name: stage if name == "fastssl.bench.whole_loop" else imported(name)
+    )
+    old = tmp_path / "old" / "all.json"
+    assert bench_throughput.main(["all", "--report", str(old.parent), "--seconds", "9"]) == 0
+    assert {path.name for path in old.parent.iterdir()} == {"all.json", "all.md", "all.png"}
+    assert old.with_suffix(".png").read_bytes().startswith(b"\x89PNG") and "Z80" in old.with_suffix(".md").read_text()
+    stage.seconds = 3.0
+    assert bench_throughput.main(["all", "--compare", str(old)]) == 1
+    assert "step: 0.33 times as fast, slower" in capsys.readouterr().out
+    stage.seconds = 0.5
+    assert bench_throughput.main(["all", "--compare", str(old)]) == 0
+    with pytest.raises(ValueError, match=r"missing\.json is not a result"):
+        bench_throughput.main(["all", "--compare", str(tmp_path / "missing.json")])
+
+
+def test_the_time_limit_leaves_three_rounds(monkeypatch):
+    monkeypatch.setattr(timing, "_deadline", 0.0)
+    assert list(timing.turns(9)) == [0, 1, 2] and list(timing.turns(2)) == [0, 1]
+    monkeypatch.setattr(timing, "_deadline", float("inf"))
+    assert len(list(timing.turns(9))) == 9
+
+
+@pytest.mark.parametrize("make, sizes", [(cpu_entries, Sizes.cpu()), (gpu_entries, Sizes.gpu())])
+def test_the_shares_of_a_suite_leave_time_to_spare(make, sizes):
+    entries = make(sizes, "DATA", "FILE")
+    limit = suite.LIMIT["cpu" if sizes.device == "cpu" else "gpu"]
+    assert sum(entry.seconds for entry in entries) + sizes.compile_seconds < limit
+    assert {entry.stage for entry in entries} <= set(bench_throughput.STAGES)
+    assert len({entry.name for entry in entries}) == len(entries)
+
+
+def test_a_suite_survives_a_stage_that_fails_and_one_that_hangs(tmp_path, monkeypatch, capsys):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys, time, pathlib\n"
+        "output = sys.argv[sys.argv.index('--output') + 1]\n"
+        f"pathlib.Path(output).write_text({json.dumps(loop_result(step=[1.0], **{'eager step': [2.0]}))!r})\n"
+        "time.sleep(60 if 'hangs' in output else 0)\n"
+        "sys.exit('fails' in output)\n"
+    )
+    monkeypatch.setattr(suite, "PROGRAM", program)
+    entries = [suite.Entry(name, "all", [], 1.0) for name in ("fails", "hangs", "works")]
+    monkeypatch.setattr(suite, "cpu_entries", lambda *_: entries)
+    monkeypatch.setattr(suite, "open_data", lambda *_: ("DATA", "FILE"))
+    monkeypatch.setattr(suite, "verdicts", lambda stage, result: ["a verdict"])
+    assert suite.main(["--suite", "cpu", "--report", str(tmp_path / "out")]) == 1
+    lines = read_result(tmp_path / "out" / "suite-cpu.json")["lines"]
+    states = [(line["name"], line["state"]) for line in lines]
+    assert states == [("fails", "failed"), ("hangs", "killed"), ("works", "done")]
+    assert "a verdict" in lines[1]["found"] and (tmp_path / "out" / "hangs-cpu.png").exists()
+    assert "a verdict" in capsys.readouterr().out.split("== the suite")[1]
+
+
+def test_the_gpu_suite_runs_at_its_smallest_sizes(tmp_path, capsys):
+    """The stages that no other test runs as the suite does, in processes of their own, compiled ahead."""
+    assert suite.main(["--suite", "gpu", "--tiny", "--only", "all", "--report", str(tmp_path)]) == 0
+    lines = read_result(tmp_path / "suite-gpu-tiny.json")["lines"]
+    assert [(line["name"], line["state"]) for line in lines] == [("all-mobilenetv3_small", "done")]
+    assert any("bound by" in sentence for sentence in lines[0]["found"])
+    assert "eager step" in (tmp_path / "all-mobilenetv3_small-gpu-tiny.md").read_text()
+    assert "bound by" in capsys.readouterr().out
+
+
+def test_the_gpu_suite_asks_for_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(suite.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        suite.main(["--suite", "gpu"])
+    assert "needs a CUDA device; with --tiny it tries itself on the CPU" in capsys.readouterr().err
+
+
+def test_a_result_of_an_unknown_stage_is_read_by_its_seconds():
+    timings = {"ours": Timing(0.001, 0.001, 0.002, 3)._asdict()}
+    (row,) = rows("eval", {"lines": [{"queries": 5, "seconds": timings}]})
+    assert row.group == "queries 5" and row.value.median == 1.0 and row.unit == "ms" and not row.higher_is_better
