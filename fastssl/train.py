@@ -48,7 +48,7 @@ def make_train_step(
     share of step `step` (from 0), taken in --accumulate parts; metrics are 0-dim tensors on the device. Nothing in it
     waits for the device, but for the check of the inputs at the first call.
     """
-    moco, encoder_q, optimizer, scaler = trainee
+    moco, encoder_q, optimizer, scaler, _ = trainee
     seed, accumulate = config.train.seed, config.optim.accumulate
     size, views_by = config.augment.image_size, config.augment.augment_kernel
     dtype = DTYPES[choose_precision(config.train.precision, ranks.device)]
@@ -76,7 +76,8 @@ def make_train_step(
         moco.update_key_encoder(plan.ema_momentum(step))
         keys, losses = [], []
         for micro, part in enumerate(split_batch(batch, accumulate)):
-            view_q, view_k = make_views(part, policy, size, seed, plan.epoch(step), dtype, views_by)
+            views = make_views(part, policy, size, seed, plan.epoch(step), dtype, views_by)
+            view_q, view_k = (view.contiguous(memory_format=moco.memory_format) for view in views)
             all_keys = encode_keys(view_k, step * accumulate + micro)
             if ranks.world_size > 1:
                 encoder_q.require_backward_grad_sync = micro + 1 == accumulate

@@ -32,6 +32,7 @@ def make_config(**values):
     fixed = dict(
         image_size=SIZE, dim=DIM, queue_size=11, batch_size=8, lr=LR, weight_decay=WD, ema_momentum=M, temperature=T,
         contrast_weight=0.7, uniform_t=2.0, lr_schedule="step", milestones=(1,), epochs=4, device="cpu", seed=3,
+        precision="fp32",
     )  # fmt: skip
     return replace(Config(), **{**fixed, **values})
 
