@@ -113,10 +113,12 @@ def compile_and_wrap(config: Config, trainee: Trainee, ranks: Ranks) -> Trainee:
 
     The key encoder, the queue and batch norm's buffers stay outside DDP: it would overwrite them with rank 0's.
     """
-    moco = trainee.moco
-    if config.train.compile == "on" or (config.train.compile == "auto" and ranks.device.type == "cuda"):
-        moco.encoder_q.compile()
-        moco.encoder_k.compile()
+    moco, how, cuda = trainee.moco, config.train.compile, ranks.device.type == "cuda"
+    if how == "graphs" and not cuda:
+        raise ValueError("--compile graphs replays CUDA graphs, and this run is on a CPU: take --compile on")
+    if how in ("on", "graphs") or (how == "auto" and cuda):
+        for encoder in (moco.encoder_q, moco.encoder_k):
+            encoder.compile(mode="reduce-overhead" if how == "graphs" else "default")
     if ranks.world_size == 1:
         return trainee
     return trainee._replace(encoder_q=wrap_ddp(moco.encoder_q, ranks.device, config.train.deterministic))

@@ -34,7 +34,7 @@ def choose_layout(config: Config, encoder: nn.Module, ranks: Ranks) -> tuple[tor
         return RULE, "the rule of deterministic runs"
     with torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []):
         seconds = time_layouts(config, encoder, ranks)
-    seconds = broadcast_object(seconds, ranks)
+    seconds = dict(zip(LAYOUT_NAMES, broadcast_object([seconds[layout] for layout in LAYOUT_NAMES], ranks)))
     other = next(layout for layout in LAYOUT_NAMES if layout != RULE)
     chosen = other if seconds[other] * MARGIN < seconds[RULE] else RULE
     told = ", ".join(f"{LAYOUT_NAMES[layout]} {1e3 * s:.3g} ms" for layout, s in seconds.items())

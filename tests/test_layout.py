@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from ranks import run_ranks
 
 from fastssl import layout
 from fastssl.build import choose_queue_dtype, make_trainee
@@ -37,6 +38,16 @@ def test_no_clock_decides_a_deterministic_run_nor_one_that_was_told(monkeypatch)
     assert choose_layout(replace(TINY, deterministic=True), torch.nn.Identity(), CPU)[0] == NHWC
     assert choose_layout(replace(TINY, channels_last="on"), torch.nn.Identity(), CPU) == (NHWC, "asked for")
     assert choose_layout(replace(TINY, channels_last="off"), torch.nn.Identity(), CPU) == (NCHW, "asked for")
+
+
+def choose_by_a_clock_of_its_own(rank, world_size):
+    layout.time_layouts = seconds(1.0, 0.5 if rank == 0 else 2.0)
+    ranks = Ranks(rank, world_size, world_size, torch.device("cpu"))
+    return LAYOUT_NAMES[choose_layout(TINY, torch.nn.Identity(), ranks)[0]]
+
+
+def test_all_ranks_take_what_the_first_measured():
+    assert run_ranks(choose_by_a_clock_of_its_own, 2) == ["contiguous", "contiguous"]
 
 
 @pytest.mark.parametrize("bn_splits", [1, 2])

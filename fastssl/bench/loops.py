@@ -16,6 +16,7 @@ from fastssl.build import compile_and_wrap, make_trainee, open_loader, open_poli
 from fastssl.config import Config
 from fastssl.distributed import Ranks
 from fastssl.health import Health
+from fastssl.input_stream import InputStream
 from fastssl.plan import make_plan
 from fastssl.train import make_train_step
 
@@ -28,12 +29,13 @@ def our_loop(config: Config, ranks: Ranks) -> Loop:
     loader = open_loader(config, ranks)
     plan = make_plan(config, loader.batches_per_epoch)
     trainee = compile_and_wrap(config, make_trainee(config, ranks), ranks)
-    train_step = make_train_step(config, plan, trainee, open_policy(config), ranks, Health(ranks))
+    inputs = InputStream(ranks.device)
+    train_step = make_train_step(config, plan, trainee, open_policy(config), ranks, Health(ranks), inputs)
 
     def step(batch: object, number: int) -> object:
         return train_step(batch, number)["loss"]
 
-    return lambda steps: time_steps(loader.batches(), step, steps)
+    return lambda steps: time_steps(inputs.draw(loader.batches()), step, steps)
 
 
 def loader_alone(config: Config, ranks: Ranks) -> Loop:
