@@ -1,4 +1,4 @@
-"""The encoders as torch.compile sees them: one graph each, with a gradient (q) and without (k), in every family."""
+"""The encoders as torch.compile sees them: one graph each, with a gradient (q) and without (k), by architecture."""
 
 import pytest
 import torch
@@ -9,9 +9,9 @@ from fastssl.distributed import Ranks
 from fastssl.models.batchnorm import split_batchnorm
 from fastssl.models.encoders import make_encoder
 
-ARCHITECTURES = (
-    "resnet18", "swav_resnet50w2", "mobilenetv3_small", "mobilenetv3_large", "mobilenet_v3_small", "efficientnet_b0",
-    "tf_efficientnet_b0", "deit_tiny", "vit_tiny", "shufflenet_v2_x0_5", "regnet_x_400mf", "convnext_tiny",
+ARCHITECTURES = (  # of the recipes, and families of their own
+    "resnet18", "mobilenetv3_small", "mobilenetv3_large", "efficientnet_b0", "deit_tiny", "vit_tiny",
+    "shufflenet_v2_x0_5",
 )  # fmt: skip
 
 
