@@ -14,13 +14,15 @@ from fastssl.augment.fused import choose_augment_kernel
 from fastssl.augment.policy import CROP_PAIRS, Policy, make_policy, parse_settings
 from fastssl.config import Config
 from fastssl.distributed import Ranks
+from fastssl.host_memory import keep_freed_memory
+from fastssl.layout import LAYOUT_NAMES, choose_layout
 from fastssl.loaders.make import Loader, make_loader
 from fastssl.losses import choose_kernel
 from fastssl.moco import MoCo
 from fastssl.models.batchnorm import convert_sync_batchnorm, split_batchnorm
 from fastssl.models.encoders import make_encoder
 from fastssl.optim import make_optimizer, supports_scaler_without_sync
-from fastssl.plan import DTYPES, Plan, choose_precision, rank_batch_size
+from fastssl.plan import DTYPES, Plan, choose_precision, explain_precision, rank_batch_size
 
 
 def open_loader(config: Config, ranks: Ranks) -> Loader:
@@ -67,11 +69,14 @@ class Trainee(NamedTuple):
     encoder_q: nn.Module  # moco.encoder_q, or its DDP wrapper
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # does nothing unless the precision is fp16
+    why_layout: str = "asked for"  # of the memory format of moco's weights
 
 
 def make_trainee(config: Config, ranks: Ranks) -> Trainee:
     """Fresh state on the device, the same on every rank: weights are a function of the seed."""
     t, m, o = config.train, config.model, config.optim
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(t.seed)
     encoder = make_encoder(m.arch, head=m.head, dim=m.dim, stem=m.stem)
     if m.bn_splits > 1:
@@ -79,10 +84,9 @@ def make_trainee(config: Config, ranks: Ranks) -> Trainee:
     if m.sync_bn:
         encoder = convert_sync_batchnorm(encoder, ranks.device)
     moco = MoCo(encoder, m.dim, config.moco.queue_size, t.seed).to(ranks.device).train()
-    keys = config.moco.queue_dtype
-    moco.queue = moco.queue.to(DTYPES[choose_precision(t.precision, ranks.device) if keys == "auto" else keys])
-    if t.channels_last:
-        moco.to(memory_format=torch.channels_last)
+    moco.queue = moco.queue.to(choose_queue_dtype(config, ranks.device))
+    layout, why_layout = choose_layout(config, moco.encoder_q, ranks)
+    moco.set_memory_format(layout)
     optimizer = make_optimizer(
         moco.encoder_q,
         o.optimizer,
@@ -92,7 +96,16 @@ def make_trainee(config: Config, ranks: Ranks) -> Trainee:
         exclude_norm_bias=o.exclude_norm_bias,
     )
     fp16 = choose_precision(t.precision, ranks.device) == "fp16"
-    return Trainee(moco, moco.encoder_q, optimizer, torch.amp.GradScaler(ranks.device.type, enabled=fp16))
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=fp16)
+    return Trainee(moco, moco.encoder_q, optimizer, scaler, why_layout)
+
+
+def choose_queue_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The queue's dtype: that of the encoders, but on a CPU float32, in which the losses are computed there."""
+    asked = config.moco.queue_dtype
+    if asked == "auto":
+        asked = "fp32" if device.type == "cpu" else choose_precision(config.train.precision, device)
+    return DTYPES[asked]
 
 
 def compile_and_wrap(config: Config, trainee: Trainee, ranks: Ranks) -> Trainee:
@@ -100,10 +113,12 @@ def compile_and_wrap(config: Config, trainee: Trainee, ranks: Ranks) -> Trainee:
 
     The key encoder, the queue and batch norm's buffers stay outside DDP: it would overwrite them with rank 0's.
     """
-    moco = trainee.moco
-    if config.train.compile == "on" or (config.train.compile == "auto" and ranks.device.type == "cuda"):
-        moco.encoder_q.compile()
-        moco.encoder_k.compile()
+    moco, how, cuda = trainee.moco, config.train.compile, ranks.device.type == "cuda"
+    if how == "graphs" and not cuda:
+        raise ValueError("--compile graphs replays CUDA graphs, and this run is on a CPU: take --compile on")
+    if how in ("on", "graphs") or (how == "auto" and cuda):
+        for encoder in (moco.encoder_q, moco.encoder_k):
+            encoder.compile(mode="reduce-overhead" if how == "graphs" else "default")
     if ranks.world_size == 1:
         return trainee
     return trainee._replace(encoder_q=wrap_ddp(moco.encoder_q, ranks.device, config.train.deterministic))
@@ -137,13 +152,14 @@ def describe(config: Config, plan: Plan, loader: Loader, trainee: Trainee, ranks
     kernel, why = choose_kernel(ranks.device, queue.dtype, config.model.dim, t.loss_kernel, temperature)
     views, why_views = choose_augment_kernel(ranks.device, config.augment.augment_kernel)
     classes = f" of {len(loader.class_names)} classes" if loader.class_names else ""
-    fp16 = choose_precision(t.precision, ranks.device) == "fp16"
-    slow = fp16 and not supports_scaler_without_sync(trainee.optimizer)
+    precision, why_precision = explain_precision(t.precision, ranks.device)
+    slow = precision == "fp16" and not supports_scaler_without_sync(trainee.optimizer)
     return [
         *[f"every step waits for the device: fp16 with {config.optim.optimizer} (bf16 or fp32 does not)"] * slow,
         f"{loader.num_images} images{classes}, loader {loader.name} ({loader.reason})",
         f"{config.model.arch}, {config.model.head} head, {millions:.1f} M weights, {t.batch_size} images a step, "
         f"{plan.steps_per_epoch} steps an epoch, {plan.stop} in all",
-        f"{ranks.world_size} x {ranks.device.type}, {choose_precision(t.precision, ranks.device)}, "
+        f"{ranks.world_size} x {ranks.device.type}, {precision} ({why_precision}), "
+        f"{LAYOUT_NAMES[trainee.moco.memory_format]} ({trainee.why_layout}), "
         f"losses by {kernel} ({why}), views by {views} ({why_views})",
     ]

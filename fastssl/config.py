@@ -101,7 +101,7 @@ class MoCoConfig:
     queue_size: Annotated[int, flag("--moco-k")] = 65536
     """Keys in the queue, any number; a batch that does not divide it wraps around."""
     queue_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the keys in the queue; auto: what the encoders compute in, since the loss kernel is fast with 16 bits."""
+    """Of the keys in the queue; auto: on a GPU the encoders', since 16 bits make the losses fast; on a CPU fp32."""
     ema_momentum: Annotated[float, flag("--moco-m")] = 0.999
     """Momentum of the key encoder's moving average."""
     ema_schedule: Literal["constant", "cosine"] = "constant"
@@ -155,11 +155,11 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the encoders; auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU. Losses are fp32."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the encoders (--compile, --no-compile); auto: on a GPU."""
-    channels_last: bool = True
-    """NHWC memory format of the encoders."""
+    """Of the encoders, with fp32 weights and losses; auto: bf16 on a GPU or CPU that has it, fp16 on an older GPU."""
+    compile: Literal["auto", "on", "graphs", "off"] = "auto"
+    """torch.compile of the encoders (--compile, --no-compile); graphs: as CUDA graphs; auto: on, on a GPU."""
+    channels_last: Literal["auto", "on", "off"] = "auto"
+    """NHWC memory format of the encoders (--channels-last, --no-channels-last); auto: measured at the start."""
     loss_kernel: Literal["auto", "triton", "tiled", "reference"] = "auto"
     """Implementation of the losses; auto says what it chose and why."""
     output: Annotated[str | None, flag("--ckpt-dir")] = None
@@ -236,6 +236,8 @@ def check(config: Config) -> None:
         raise ValueError(f"--resident-shard belongs to --loader resident, not to {config.input.loader}")
     if t.restart and (t.resume in ("no", "", "auto") or t.start_epoch):
         raise ValueError("--restart takes the weights of --resume PATH and begins at epoch 0: name the checkpoint")
+    if t.compile == "graphs" and o.accumulate > 1:  # a replay overwrites the gradients of the one before
+        raise ValueError("--compile graphs and --accumulate contradict each other: leave one out")
     if t.batch_size % o.accumulate:
         raise ValueError(f"--batch-size {t.batch_size} must be a multiple of --accumulate {o.accumulate}")
 

@@ -46,6 +46,8 @@ SETTINGS = {
     "lr": 0.06,
     "lr_schedule": "cosine",
     "knn_images": 2000,
+    "precision": "fp32",  # its figures should not depend on the machine
+    "channels_last": "on",
     "compile": "off",  # compiling takes longer than this run on a GPU
     "keep_last": 1,
 }

@@ -20,6 +20,8 @@ REFERENCE_SWITCHES = {
     "--moco-unif-no-intra-batch": ["--no-intra-batch"],
     "--compile": ["--compile", "on"],
     "--no-compile": ["--compile", "off"],
+    "--channels-last": ["--channels-last", "on"],
+    "--no-channels-last": ["--channels-last", "off"],
 }
 REFERENCE_VALUES = {
     "--moco-contr-w": ["--contrast-weight"],
@@ -43,7 +45,7 @@ def translate_reference_flags(argv: Sequence[str]) -> list[str]:
         following = words[i + 1] if i + 1 < len(words) else ""
         if word == "--mlp":  # a switch in one project, a choice in the other
             result += ["--head"] if following in HEADS else ["--head", "simple"]
-        elif word == "--compile" and following in ("auto", "on", "off"):
+        elif word in ("--compile", "--channels-last") and following in ("auto", "on", "off", "graphs"):
             result += [word]
         elif word in REFERENCE_SWITCHES:
             result += REFERENCE_SWITCHES[word]

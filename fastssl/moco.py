@@ -27,6 +27,12 @@ class MoCo(nn.Module):
         rows = torch.randn(queue_size, dim, generator=generator)
         self.register_buffer("queue", nn.functional.normalize(rows, dim=1))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
+        self.memory_format = torch.contiguous_format  # of the weights, and of the views they meet
+
+    def set_memory_format(self, memory_format: torch.memory_format) -> None:
+        """Lays the weights out as channels_last (NHWC) or contiguous (NCHW); numbers stay, up to rounding."""
+        self.to(memory_format=memory_format)
+        self.memory_format = memory_format
 
     @torch.no_grad()
     def update_key_encoder(self, ema_momentum: float) -> None:

@@ -74,8 +74,23 @@ def rank_batch_size(config: Config, ranks: Ranks) -> int:
 
 def choose_precision(precision: str, device: torch.device) -> str:
     """fp32, bf16 or fp16 for `auto`: what the device computes fastest without harm."""
+    return explain_precision(precision, device)[0]
+
+
+def explain_precision(precision: str, device: torch.device) -> tuple[str, str]:
+    """`choose_precision`, and why in a few words."""
     if precision != "auto":
-        return precision
-    if device.type != "cuda":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return precision, "asked for"
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16", "this GPU computes with it") if native else ("fp16", "this GPU has no bf16")
+    if device.type == "cpu" and (unit := bf16_unit()):
+        return "bf16", f"this CPU has {unit}"
+    return "fp32", f"no 16-bit arithmetic on this {device.type}"
+
+
+def bf16_unit() -> str:
+    """The instructions by which this CPU multiplies bf16, "" where it has none or torch (before 2.10) cannot tell."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    units = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}
+    return next((unit for name, unit in units.items() if capabilities.get(name)), "")

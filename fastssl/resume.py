@@ -10,6 +10,8 @@ from fastssl.checkpoint import CheckpointError
 from fastssl.config import Config, flat
 from fastssl.distributed import Ranks, broadcast_object
 from fastssl.foreign import load_into
+from fastssl.layout import LAYOUT_NAMES
+from fastssl.moco import MoCo
 from fastssl.optim import load_optimizer_state
 from fastssl.plan import Plan
 
@@ -30,6 +32,7 @@ def state_of(trainee: Trainee, step: int, config: Config, num_images: int) -> di
         "step": step,
         "config": {k: list(v) if isinstance(v, tuple) else v for k, v in flat(config).items()},
         "num_images": num_images,
+        "layout": LAYOUT_NAMES[trainee.moco.memory_format],
         "model": trainee.moco.state_dict(),
         "optimizer": trainee.optimizer.state_dict(),
         "scaler": trainee.scaler.state_dict(),
@@ -99,15 +102,25 @@ def restore(path: Path, trainee: Trainee, config: Config, num_images: int) -> tu
             )
     try:
         trainee.moco.load_state_dict(state["model"])
+        notes = keep_layout(trainee.moco, state, config)  # first: the optimiser's buffers follow the weights
         load_optimizer_state(trainee.optimizer, state["optimizer"])
         trainee.scaler.load_state_dict(state["scaler"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} does not fit this model: {str(error).splitlines()[0]}") from error
     changed = [k for k in now if k not in HARMLESS and k in then and then[k] != _plain(now[k])]
-    notes = [f"{k} is {now[k]}, was {then[k]}: the run goes on, but not as if it had never stopped" for k in changed]
+    notes += [f"{k} is {now[k]}, was {then[k]}: the run goes on, but not as if it had never stopped" for k in changed]
     if num_images != state["num_images"]:
         notes.append(f"the data set has {num_images} images, had {state['num_images']}: the order of images differs")
     return state["step"], notes
+
+
+def keep_layout(moco: MoCo, state: dict, config: Config) -> list[str]:
+    """The memory format the run had until now, unless another was asked for, so that it goes on bit for bit."""
+    saved = next((layout for layout, name in LAYOUT_NAMES.items() if name == state.get("layout")), moco.memory_format)
+    if config.train.channels_last != "auto" or saved == moco.memory_format:
+        return []
+    moco.set_memory_format(saved)
+    return [f"the encoders stay {LAYOUT_NAMES[saved]}, as before"]
 
 
 def _plain(value: object) -> object:

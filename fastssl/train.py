@@ -26,6 +26,7 @@ from fastssl.distributed import Ranks, StopSignal, gather_rows, shuffle_rows, un
 from fastssl.eval.online import make_probe
 from fastssl.flags import parse
 from fastssl.health import Health
+from fastssl.input_stream import IN_TURN, InputStream
 from fastssl.launch import launch_if_asked
 from fastssl.loaders.make import Loader
 from fastssl.losses import MoCoLoss, check_loss_inputs, moco_loss
@@ -40,15 +41,21 @@ TrainStep = Callable[[ImageBatch, int], dict[str, Tensor]]
 
 
 def make_train_step(
-    config: Config, plan: Plan, trainee: Trainee, policy: Policy, ranks: Ranks, health: Health
+    config: Config,
+    plan: Plan,
+    trainee: Trainee,
+    policy: Policy,
+    ranks: Ranks,
+    health: Health,
+    inputs: InputStream = IN_TURN,
 ) -> TrainStep:
     """The only definition of a training step, `train_step(batch, step) -> metrics`.
 
     The order is the paper's: EMA, keys, losses against the queue as it was, optimiser, enqueue. `batch` is this rank's
-    share of step `step` (from 0), taken in --accumulate parts; metrics are 0-dim tensors on the device. Nothing in it
-    waits for the device, but for the check of the inputs at the first call.
+    share of step `step` (from 0), drawn by `inputs` and taken in --accumulate parts; metrics are 0-dim tensors on the
+    device. Nothing in it waits for the device, but for the check of the inputs at the first call.
     """
-    moco, encoder_q, optimizer, scaler = trainee
+    moco, encoder_q, optimizer, scaler, _ = trainee
     seed, accumulate = config.train.seed, config.optim.accumulate
     size, views_by = config.augment.image_size, config.augment.augment_kernel
     dtype = DTYPES[choose_precision(config.train.precision, ranks.device)]
@@ -71,12 +78,15 @@ def make_train_step(
 
     def train_step(batch: ImageBatch, step: int) -> dict[str, Tensor]:
         nonlocal unchecked
+        if config.train.compile == "graphs":
+            torch.compiler.cudagraph_mark_step_begin()  # what earlier replays returned is not needed any more
         torch.manual_seed(derive_seed(seed, step, STREAM_STEP, ranks.rank))  # dropout: a function of the step
         set_lr(optimizer, plan.learning_rate(step))
         moco.update_key_encoder(plan.ema_momentum(step))
         keys, losses = [], []
         for micro, part in enumerate(split_batch(batch, accumulate)):
-            view_q, view_k = make_views(part, policy, size, seed, plan.epoch(step), dtype, views_by)
+            views = inputs.run(make_views, part, policy, size, seed, plan.epoch(step), dtype, views_by)
+            view_q, view_k = (view.contiguous(memory_format=moco.memory_format) for view in views)
             all_keys = encode_keys(view_k, step * accumulate + micro)
             if ranks.world_size > 1:
                 encoder_q.require_backward_grad_sync = micro + 1 == accumulate
@@ -138,13 +148,14 @@ def train(config: Config, loader: Loader, folder: Path, ranks: Ranks) -> int:
     first, notes = start_or_resume(config, plan, trainee, folder, loader.num_images, ranks)
     trainee = compile_and_wrap(config, trainee, ranks)
     encoder, health = trainee.moco.encoder_q, Health(ranks)
-    train_step = make_train_step(config, plan, trainee, policy, ranks, health)
+    inputs = InputStream(ranks.device)
+    train_step = make_train_step(config, plan, trainee, policy, ranks, health, inputs)
     probe, note = make_probe(config, loader, ranks)
 
     with stop_on_signals(stop), closing(Run(folder, config, plan, first, ranks)) as run:
         run.say_all([*describe(config, plan, loader, trainee, ranks), note, *notes])
         run.preview(loader, policy)
-        for step, batch in zip(range(first, plan.stop), loader.batches(first)):
+        for step, batch in zip(range(first, plan.stop), inputs.draw(loader.batches(first))):
             metrics = train_step(batch, step)
             done, last, asked = step + 1, step + 1 == plan.stop, stop()
             run.advance()

@@ -60,6 +60,9 @@ def test_compile_switches():
     assert [parse(["D", *w]).train.compile for w in ([], ["--compile"], ["--no-compile"], ["--compile", "off"])] == [
         "auto", "on", "off", "off",
     ]  # fmt: skip
+    flags = ([], ["--channels-last"], ["--no-channels-last"], ["--channels-last", "off"])
+    assert [parse(["D", *words]).train.channels_last for words in flags] == ["auto", "on", "off", "off"]
+    assert parse(["D", "--compile", "graphs"]).train.compile == "graphs"
 
 
 @pytest.mark.parametrize(

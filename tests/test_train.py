@@ -13,10 +13,11 @@ from torch import nn
 from fastssl.augment.policy import make_policy
 from fastssl.augment.views import make_views
 from fastssl.batch import pack_images
-from fastssl.build import Trainee, wrap_ddp
+from fastssl.build import Trainee, compile_and_wrap, make_trainee, wrap_ddp
 from fastssl.config import Config, replace
 from fastssl.distributed import Ranks
 from fastssl.health import Health, NonFiniteLoss
+from fastssl.input_stream import IN_TURN, InputStream
 from fastssl.moco import MoCo
 from fastssl.models.batchnorm import split_batchnorm
 from fastssl.optim import make_optimizer
@@ -32,6 +33,7 @@ def make_config(**values):
     fixed = dict(
         image_size=SIZE, dim=DIM, queue_size=11, batch_size=8, lr=LR, weight_decay=WD, ema_momentum=M, temperature=T,
         contrast_weight=0.7, uniform_t=2.0, lr_schedule="step", milestones=(1,), epochs=4, device="cpu", seed=3,
+        precision="fp32",
     )  # fmt: skip
     return replace(Config(), **{**fixed, **values})
 
@@ -260,6 +262,51 @@ def test_a_step_never_waits_for_the_device():
             train_step(batches[step], step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def on_gpu(steps, **values):
+    """Losses of so many steps on a GPU, batches drawn by an input stream or ready on the current one."""
+    inputs = InputStream(torch.device("cuda")) if values.pop("overlap") else IN_TURN
+    config = make_config(**{"device": "cuda", "channels_last": "on", "arch": "resnet18", **values})
+    ranks = Ranks(0, 1, 1, torch.device("cuda"))
+    trainee = compile_and_wrap(config, make_trainee(config, ranks), ranks)
+    train_step = make_train_step(config, Plan(config, 2, 8, 8), trainee, POLICY, ranks, Health(ranks), inputs)
+    batches = (share(step, 0, 1).to("cuda") for step in range(steps))
+    losses = [train_step(batch, step)["loss"] for step, batch in enumerate(inputs.draw(batches))]
+    return [float(loss) for loss in losses]  # read at the end: until then nothing waits for the GPU
+
+
+@pytest.mark.gpu
+def test_views_made_beside_the_training_give_the_same_steps():
+    in_turn, overlapped = (on_gpu(6, overlap=o, deterministic=True, compile="off") for o in (False, True))
+    np.testing.assert_allclose(overlapped, in_turn, rtol=1e-6)
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_train_as_compiled_encoders_do():
+    graphs, compiled = (on_gpu(8, overlap=True, compile=c, image_size=32) for c in ("graphs", "on"))
+    np.testing.assert_allclose(graphs, compiled, rtol=1e-3)
+
+
+def test_without_a_gpu_batches_are_drawn_as_they_come_and_views_made_in_turn():
+    inputs = InputStream(torch.device("cpu"))
+    assert list(inputs.draw(iter("abc"))) == ["a", "b", "c"]
+    assert inputs.run(lambda *args: args, 1, 2) == (1, 2)
+
+
+def test_an_unfinished_draw_ends_its_source():
+    ended = []
+
+    def source():
+        try:
+            yield from range(9)
+        finally:
+            ended.append(True)
+
+    drawn = InputStream(torch.device("cpu")).draw(source())
+    assert next(drawn) == 0
+    drawn.close()
+    assert ended
 
 
 @pytest.mark.parametrize("compile_backend", ["eager"])

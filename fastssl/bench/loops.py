@@ -16,6 +16,7 @@ from fastssl.build import Trainee, compile_and_wrap, make_trainee, open_loader, 
 from fastssl.config import Config
 from fastssl.distributed import Ranks
 from fastssl.health import Health
+from fastssl.input_stream import InputStream
 from fastssl.loaders.make import Loader
 from fastssl.plan import make_plan
 from fastssl.train import make_deterministic, make_train_step
@@ -41,13 +42,14 @@ def our_loops(configs: dict[str, Config], ranks: Ranks, trainee: Trainee | None 
     config = next(iter(configs.values()))
     plan = make_plan(config, next(iter(loaders.values())).batches_per_epoch)
     trainee = trainee or trainee_of(config, ranks)
-    train_step = make_train_step(config, plan, trainee, open_policy(config), ranks, Health(ranks))
+    inputs = InputStream(ranks.device)
+    train_step = make_train_step(config, plan, trainee, open_policy(config), ranks, Health(ranks), inputs)
 
     def step(batch: object, number: int) -> object:
         return train_step(batch, number)["loss"]
 
     def loop(loader: Loader) -> Loop:
-        return lambda steps: time_steps(loader.batches(), step, steps)
+        return lambda steps: time_steps(inputs.draw(loader.batches()), step, steps)
 
     return {name: loop(loader) for name, loader in loaders.items()}
 

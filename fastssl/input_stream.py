@@ -1,0 +1,49 @@
+"""The next batch arrives and becomes views while the GPU still trains on the last one: on a stream of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from fastssl.batch import ImageBatch
+
+
+class InputStream:
+    """A CUDA stream for what comes before the encoders. On a CPU it does nothing: all runs in turn.
+
+    The host is ahead of the GPU, so what it puts on this stream for step i + 1 waits for its batch alone, not for
+    step i. Only the training stream waits, for the views.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def draw(self, batches: Iterator[ImageBatch]) -> Iterator[ImageBatch]:
+        """The same batches, ready on this stream (and not on the current one)."""
+        if self.stream is None:
+            yield from batches
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))  # which may have loaded the images
+        while True:
+            with torch.cuda.stream(self.stream):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def run(self, make_views: Callable[..., tuple[Tensor, Tensor]], *args: object) -> tuple[Tensor, Tensor]:
+        """`make_views(*args)` of a batch that was drawn here: made on this stream, ready on the current one."""
+        if self.stream is None:
+            return make_views(*args)
+        training = torch.cuda.current_stream(self.stream.device)
+        with torch.cuda.stream(self.stream):
+            views = make_views(*args)
+        training.wait_stream(self.stream)
+        for view in views:
+            view.record_stream(training)  # their memory is not used again before training has read them
+        return views
+
+
+IN_TURN = InputStream(torch.device("cpu"))  # for batches that are ready on the current stream, on any device

@@ -1,0 +1,63 @@
+"""The encoders as torch.compile sees them: one graph each, with a gradient (q) and without (k), by architecture."""
+
+import pytest
+import torch
+
+from fastssl.build import compile_and_wrap, make_trainee
+from fastssl.config import Config, replace
+from fastssl.distributed import Ranks
+from fastssl.models.batchnorm import split_batchnorm
+from fastssl.models.encoders import make_encoder
+
+ARCHITECTURES = (  # of the recipes, and families of their own
+    "resnet18", "mobilenetv3_small", "mobilenetv3_large", "efficientnet_b0", "deit_tiny", "vit_tiny",
+    "shufflenet_v2_x0_5",
+)  # fmt: skip
+
+
+def compile_on_meta(arch, splits=1, head="linear"):
+    """Traced without a number computed; fullgraph makes every break of the graph an error."""
+    torch.compiler.reset()
+    encoder = make_encoder(arch, head=head, dim=8)
+    if splits > 1:
+        split_batchnorm(encoder, splits)
+    return torch.compile(encoder.to("meta").train(), backend="eager", fullgraph=True)
+
+
+def make_view():
+    return torch.empty(4, 3, 224, 224, device="meta").contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_an_encoder_is_one_graph(arch):
+    encoder = compile_on_meta(arch)
+    z = encoder(make_view())
+    assert z.shape == (4, 8) and z.requires_grad
+    with torch.no_grad():
+        assert not encoder(make_view()).requires_grad
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "tf_efficientnet_b0"])
+def test_split_batch_norm_and_dropout_heads_stay_in_the_graph(arch):
+    assert compile_on_meta(arch, splits=2, head="dropout")(make_view()).shape == (4, 8)
+
+
+def test_a_break_of_the_graph_would_be_seen():
+    torch.compiler.reset()
+
+    class Breaks(torch.nn.Module):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return x + 1
+
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(Breaks(), backend="eager", fullgraph=True)(torch.ones(1))
+
+
+def test_graphs_are_refused_where_they_cannot_be():
+    with pytest.raises(ValueError, match="--compile graphs and --accumulate"):
+        replace(Config(), compile="graphs", accumulate=2)
+    config = replace(Config(), compile="graphs", arch="resnet18", queue_size=8, channels_last="on", device="cpu")
+    ranks = Ranks(0, 1, 1, torch.device("cpu"))
+    with pytest.raises(ValueError, match="take --compile on"):
+        compile_and_wrap(config, make_trainee(config, ranks), ranks)
