@@ -10,6 +10,7 @@ STAGES = {  # stage -> the module whose main(argv) measures it
     "loader": "fastssl.bench.loader",
     "augment": "fastssl.bench.augment",
     "all": "fastssl.bench.whole_loop",
+    "eval": "fastssl.bench.eval",
     "loss": "fastssl.bench.loss",
     "report": "fastssl.bench.report",
     "step": "fastssl.bench.step",

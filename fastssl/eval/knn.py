@@ -68,6 +68,7 @@ def describe(answers: Answers) -> dict:
         "temperature": TEMPERATURE,
         "bank": answers.bank,
         "queries": answers.queries,
+        "search": answers.search,
     }
 
 
