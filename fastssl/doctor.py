@@ -78,7 +78,7 @@ def optional_rows(facts: dict[str, dict[str, str]]) -> list[Row]:
     extras = [
         ("triton", "triton", "fused GPU kernels", f"{PIP} triton"),
         ("FFCV", "ffcv", "the .beton loader", f"{_apt_for_ffcv()}{PIP} ffcv numba"),
-        ("numba", "numba", "FFCV's pipelines", f"{PIP} --upgrade numba"),
+        ("numba", "numba", "FFCV, k-NN on a CPU", f"{PIP} --upgrade numba"),
         ("DALI", "nvidia.dali", "decoding on the GPU", f"{PIP} nvidia-dali-cuda{dali}"),
         ("NVIDIA apex", "apex.optimizers", "optional: torch's fused optimizers do the same", apex),
     ]

@@ -10,7 +10,7 @@ from test_knn import accuracy_slowly, make_clusters, make_grid
 
 from fastssl.command import run_command
 from fastssl.distributed import Ranks
-from fastssl.eval import knn
+from fastssl.eval import knn, nearest
 from fastssl.eval.features import collect_features, eval_view
 from fastssl.eval.images import open_splits, rank_batches
 from fastssl.eval.memory import GB, DiskRows, Memory, peak_memory
@@ -210,3 +210,13 @@ def test_gpus_become_processes(run, image_folder, monkeypatch, flags):
     run("nowhere", "-k", 3, *flags)  # goes on, since nothing was started, and finds no images
     assert started[0][4:6] == ["--nproc_per_node", "2"] and "--gpus" not in " ".join(started[0])
     assert started[0][6:9] == ["-m", "fastssl.eval.knn", "nowhere"]
+
+
+def test_without_numba_it_says_what_is_missing_and_finds_the_same(run, image_folder, tmp_path, monkeypatch):
+    flags = [image_folder, "-a", "resnet18", "--image-size", 32, "-k", 5, "--device", "cpu", "--json"]
+    assert run(*flags, tmp_path / "a.json")[0] == 0
+    monkeypatch.setattr(nearest, "find_nearest_cpu", None)
+    code, _, err = run(*flags, tmp_path / "b.json")
+    assert code == 0 and "numba is not installed" in err
+    results = [json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json")]
+    assert results[0]["accuracy"] == results[1]["accuracy"] and results[1]["search"] == {nearest.TORCH: 12}

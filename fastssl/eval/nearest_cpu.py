@@ -24,7 +24,7 @@ from fastssl.eval.memory import Rows
 from fastssl.eval.nearest_loops import measure_near, nearest_measured, nearest_of_all, quantise, sample_limits
 
 _SAMPLE = 2048  # bank rows, evenly spread
-_QUERIES, _ROWS = 256, 2048  # of each thread, whose products are looked at while its cache holds them
+_QUERIES, _ROWS = 512, 1024  # of each thread, whose products are looked at while its cache holds them
 _MEASURED_BYTES = 64 * 2**20  # distances and indices of the rows that are measured
 _MANY = 1 / 16  # of the bank: where int8 cannot tell so many apart, float32 takes its place
 _ROUNDING = 1e-6  # of the float32 sums in `measure_near`: several times 2^-24
