@@ -93,7 +93,7 @@ def test_queries_a_sample_misjudges_are_measured_against_every_row(monkeypatch):
 
 def test_too_little_room_is_noticed(monkeypatch):
     bank, queries = make_clusters(0, 6000)[0], make_clusters(1, 40)[0]
-    monkeypatch.setattr(nearest_cpu, "sample_bank", lambda b, q, *_: (np.full(40, np.inf, np.float32), 10))
+    monkeypatch.setattr(nearest_cpu, "sample_bank", lambda *_: (np.full(40, np.inf, np.float32), np.full(40, 10.0)))
     tally = Counter()
     _, index = find_nearest(bank, queries, 7, tally=tally)
     assert tally["every row measured"] == 40
@@ -103,12 +103,22 @@ def test_too_little_room_is_noticed(monkeypatch):
 def test_what_int8_cannot_tell_apart_is_left_to_float32():
     if not int8_is_exact():
         pytest.skip("this CPU has no fast int8")
-    bank = torch.randn(70_000, 8) * 1e-3
+    bank = torch.randn(70_000, 8) * 1e-2
     bank[:, 0] += torch.tensor([-1.0, 1.0]).repeat(35_000)  # two clusters, each far smaller than what rounding leaves
-    queries, tally = bank[:20] + 1e-4, Counter()
+    queries, tally = bank[:20] + 1e-3, Counter()
     _, index = find_nearest(bank, queries, 5, tally=tally)
     assert tally["float32"] == 20
     np.testing.assert_array_equal(index, nearest_slowly(bank, queries, 5)[1])
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-17, 1e16, 1e25])
+def test_numbers_that_float32_cannot_square(scale, in_int8):
+    bank, queries = make_clusters(0, 3000)[0].double(), make_clusters(1, 20)[0].double()
+    sets = [(bank * scale, queries * scale)]
+    if scale > 1:  # some rows far away from all others
+        sets.append((bank * torch.where(torch.arange(3000) % 3 == 0, 1.0, scale)[:, None], queries))
+    for rows, asked in sets:
+        np.testing.assert_array_equal(find_nearest(rows, asked, 7)[1], nearest_slowly(rows, asked, 7)[1])
 
 
 def test_a_bank_on_disk_and_threads_change_nothing():

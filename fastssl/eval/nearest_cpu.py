@@ -27,6 +27,7 @@ _SAMPLE = 2048  # bank rows, evenly spread
 _QUERIES, _ROWS = 512, 1024  # of each thread, whose products are looked at while its cache holds them
 _MEASURED_BYTES = 64 * 2**20  # distances and indices of the rows that are measured
 _MANY = 1 / 16  # of the bank: where int8 cannot tell so many apart, float32 takes its place
+_WIDEST = 100_000  # features whose products int32 holds
 _ROUNDING = 1e-6  # of the float32 sums in `measure_near`: several times 2^-24
 
 
@@ -47,12 +48,13 @@ def find_nearest_cpu(
     "int8", "float32", or "every row measured" where neither could.
     """
     exact, centre = queries.double().contiguous().numpy(), centre.numpy()
-    for in_int8 in (True, False) if int8_is_exact() else (False,):
+    for in_int8 in (True, False) if int8_is_exact() and exact.shape[1] < _WIDEST else (False,):
         coded = encode(exact, centre, in_int8)
         limit, expected = sample_bank(bank, coded, centre, k)
-        if expected <= max(4096, _MANY * len(bank)):
+        if expected.mean() <= max(4096, _MANY * len(bank)):
             break
-    room = min(len(bank), 4 * expected + 4 * k + 256)
+    limit[~in_range(coded.square)] = -np.inf
+    room = min(len(bank), int(1.5 * np.quantile(expected, 0.99)) + 4 * k + 256)
     distance, index = np.empty((len(exact), k)), np.empty((len(exact), k), np.int64)
     for part in slices(len(exact), max(1, _MEASURED_BYTES // (12 * room))):
         some = Coded(coded.rows[part], coded.query[part], coded.row, coded.square)
@@ -77,10 +79,18 @@ def encode(rows: np.ndarray, centre: np.ndarray, in_int8: bool) -> Coded:
         centred = rows - centre
         codes, norm = centred.astype(np.float32), np.sqrt(np.square(centred).sum(1))
         error = norm * (2 + width / 2) * 2.0**-24  # of rounding, and half of what adding C products can lose
+    odd = ~in_range(np.square(norm))
     reach = 2 * (norm + error)
     query = np.stack([-2 * scale, reach * (1 + _ROUNDING), 2 * error + reach * _ROUNDING], axis=1)
     row = np.stack([norm**2 * (1 - _ROUNDING), scale, error, norm])
-    return Coded(torch.from_numpy(codes), query.astype(np.float32), row.astype(np.float32), norm**2)
+    query[odd], row[:, odd] = 0, 0
+    row[0, odd] = -np.inf  # no bound: always measured
+    return Coded(torch.from_numpy(codes), query.astype(np.float32), row.astype(np.float32), np.square(norm))
+
+
+def in_range(square: np.ndarray) -> np.ndarray:
+    """Whether float32 can hold what bounds are made of."""
+    return (square == 0) | ((square > 1e-30) & (square < 1e30))
 
 
 def multiply(queries: Tensor, rows: Tensor, space: Tensor) -> np.ndarray:
@@ -95,17 +105,17 @@ def multiply(queries: Tensor, rows: Tensor, space: Tensor) -> np.ndarray:
         return torch.mm(queries, rows.T, out=product.view(torch.float32)).numpy()
 
 
-def sample_bank(bank: Rows, queries: Coded, centre: np.ndarray, k: int) -> tuple[np.ndarray, int]:
-    """How far k neighbours may lie, (N,) less |q|^2, and how many rows' bounds are within that on average.
+def sample_bank(bank: Rows, queries: Coded, centre: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """How far k neighbours may lie, (N,) less |q|^2, and how many rows' bounds are expected within that, (N,).
 
     In a sample of the bank it is the rank that k has on average and four deviations more, so few queries fall short.
     """
     size = min(_SAMPLE, len(bank))
     mean = k * size / len(bank)
     rank = math.ceil(mean + 4 * math.sqrt(mean) + 4)
-    limit, within = np.full(len(queries.square), np.inf, np.float32), np.zeros(len(queries.square), np.int64)
+    limit, within = np.full(len(queries.square), np.inf, np.float32), np.full(len(queries.square), size, np.int64)
     if size == len(bank) or rank > size:
-        return limit, len(bank)
+        return limit, within * (len(bank) / size)
     sample = bank[torch.arange(size) * len(bank) // size]
     rows = encode(as_rows(sample), centre, queries.rows.dtype == torch.int8)
     at_once = queries_at_once(len(limit))
@@ -113,7 +123,7 @@ def sample_bank(bank: Rows, queries: Coded, centre: np.ndarray, k: int) -> tuple
     for part in slices(len(limit), at_once):
         product = multiply(queries.rows[part], rows.rows, space)
         share(sample_limits, product, queries.query[part], limit[part], within[part], rest=(rows.row, rank))
-    return limit, int(within.mean() * len(bank) / size)
+    return limit, within * (len(bank) / size)
 
 
 def measure_near_rows(
