@@ -44,18 +44,36 @@ def quantise(rows, codes, scale, norm, error, centre):
 
 
 @_compiled
+def _smallest_of_groups(lanes, smallest):
+    """smallest (groups,): column by column of lanes (L, groups), by whole vectors."""
+    smallest[:] = lanes[0]
+    for lane in range(1, len(lanes)):
+        for group in range(len(smallest)):
+            value = lanes[lane, group]
+            smallest[group] = value if value < smallest[group] else smallest[group]
+
+
+@_compiled
 def sample_limits(product, query, limit, expected, row, rank):
-    """limit (n,): the rank-th smallest of the estimates; expected (n,): how many columns' bounds are within it.
+    """limit (n,): about the rank-th smallest of the estimates; expected (n,): how many columns' bounds are within it.
 
     product (n, m) of codes; query (n, 3) and row (4, m): as `nearest_cpu.Coded` has them.
     """
-    bound, estimate = np.empty(product.shape[1], np.float32), np.empty(product.shape[1], np.float32)
+    columns = product.shape[1]
+    square, step, error, norm = row[0], row[1], row[2], row[3]
+    bound, estimate = np.empty(columns, np.float32), np.empty(columns, np.float32)
+    groups = columns // _LANES
+    lanes, smallest = estimate[: groups * _LANES].reshape(_LANES, groups), np.empty(groups, np.float32)
     for i in range(len(product)):
-        scale, alpha, beta = query[i, 0], query[i, 1], query[i, 2]
-        for j in range(product.shape[1]):
-            estimate[j] = row[0, j] + scale * row[1, j] * np.float32(product[i, j])
-            bound[j] = estimate[j] - alpha * row[2, j] - beta * row[3, j]
-        limit[i] = np.partition(estimate, rank - 1)[rank - 1]
+        scale, alpha, beta, p = query[i, 0], query[i, 1], query[i, 2], product[i]
+        for j in range(columns):
+            estimate[j] = square[j] + scale * step[j] * np.float32(p[j])
+            bound[j] = estimate[j] - alpha * error[j] - beta * norm[j]
+        if rank <= groups // 4:  # few of them share a group, and 1/16 is to be sorted
+            _smallest_of_groups(lanes, smallest)
+            limit[i] = np.partition(smallest, rank - 1)[rank - 1]
+        else:
+            limit[i] = np.partition(estimate, rank - 1)[rank - 1]
         expected[i] = np.sum(bound <= limit[i])
 
 
@@ -73,23 +91,18 @@ def measure_near(product, query, limit, queries, count, index, distance, row, ro
     """Adds the rows (m, C) whose bound is within limit (n,), measured in float64, to index and distance (n, R).
 
     product, query, row: as in `sample_limits`. queries (n, C) float64; first: the bank's index of row 0. count (n,)
-    runs on where R are full. Row j is in group j mod m / 16: most groups hold nothing near, and their smallest bounds
-    are found by whole vectors.
+    runs on where R are full. Bounds are looked at in groups, most of which hold nothing near.
     """
     columns, room = product.shape[1], index.shape[1]
-    groups = max(1, columns // _LANES)
-    bound, smallest = np.empty(columns, np.float32), np.empty(groups, np.float32)
+    square, step, error, norm = row[0], row[1], row[2], row[3]
+    groups = -(-columns // _LANES)
+    bound, smallest = np.full(groups * _LANES, np.inf, np.float32), np.empty(groups, np.float32)
+    lanes = bound.reshape(_LANES, groups)
     for i in range(len(product)):
-        scale, alpha, beta, most, kept = query[i, 0], query[i, 1], query[i, 2], limit[i], count[i]
-        smallest[:] = np.inf
-        for start in range(0, columns, groups):
-            part = slice(start, start + groups)
-            p, b = product[i, part], bound[part]
-            square, step, error, norm = row[0, part], row[1, part], row[2, part], row[3, part]
-            for j in range(len(p)):
-                at_least = square[j] + scale * step[j] * np.float32(p[j]) - alpha * error[j] - beta * norm[j]
-                b[j] = at_least
-                smallest[j] = at_least if at_least < smallest[j] else smallest[j]
+        scale, alpha, beta, most, kept, p = query[i, 0], query[i, 1], query[i, 2], limit[i], count[i], product[i]
+        for j in range(columns):
+            bound[j] = square[j] + scale * step[j] * np.float32(p[j]) - alpha * error[j] - beta * norm[j]
+        _smallest_of_groups(lanes, smallest)
         for group in range(groups):
             if smallest[group] <= most:
                 for j in range(group, columns, groups):
