@@ -10,7 +10,7 @@ from test_knn import accuracy_slowly, make_clusters, make_grid
 
 from fastssl.command import run_command
 from fastssl.distributed import Ranks
-from fastssl.eval import knn
+from fastssl.eval import knn, nearest
 from fastssl.eval.features import collect_features, eval_view
 from fastssl.eval.images import open_splits, rank_batches
 from fastssl.eval.memory import GB, DiskRows, Memory, peak_memory
@@ -62,7 +62,9 @@ SPACES = ("original", "shifted-norm")
 def search_on_rank(ranks, parts, make):
     (bank, bank_labels), (queries, labels) = make(0, 90), make(1, 40)
     b, q = (slice(*parts[i][ranks.rank]) for i in (0, 1))
-    return knn_over_ranks(bank[b], bank_labels[b], queries[q], labels[q], odd_ks(21), ranks, FixedChunks(7, 32))
+    answers = knn_over_ranks(bank[b], bank_labels[b], queries[q], labels[q], odd_ks(21), ranks, FixedChunks(7, 32))
+    assert sum(answers.search.values()) == 40 * sum(first < end for first, end in parts[0])  # every query, every bank
+    return answers._replace(search={})
 
 
 def run_command_on_rank(ranks, data, rep_space):
@@ -74,7 +76,8 @@ def everything_on_rank(rank, world_size, cuts, data):
     """In one go, since starting processes takes longer than what they do."""
     ranks = Ranks(rank, world_size, world_size, CPU)
     found = [search_on_rank(ranks, parts, make) for parts in cuts for make in (make_clusters, make_grid)]
-    return found, [run_command_on_rank(ranks, data, rep_space) for rep_space in SPACES]
+    results = [run_command_on_rank(ranks, data, rep_space) for rep_space in SPACES]
+    return found, [{**result, "search": {}} for result in results]
 
 
 def test_two_ranks_answer_as_one(image_folder):
@@ -210,3 +213,13 @@ def test_gpus_become_processes(run, image_folder, monkeypatch, flags):
     command = " ".join(started[0])
     assert "torch.distributed.run --nproc_per_node 2 " in command and "--gpus" not in command
     assert started[0][6:9] == ["-m", "fastssl.eval.knn", "nowhere"]
+
+
+def test_without_numba_it_says_what_is_missing_and_finds_the_same(run, image_folder, tmp_path, monkeypatch):
+    flags = [image_folder, "-a", "resnet18", "--image-size", 32, "-k", 5, "--device", "cpu", "--json"]
+    assert run(*flags, tmp_path / "a.json")[0] == 0
+    monkeypatch.setattr(nearest, "find_nearest_cpu", None)
+    code, _, err = run(*flags, tmp_path / "b.json")
+    assert code == 0 and "numba is not installed" in err
+    results = [json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json")]
+    assert results[0]["accuracy"] == results[1]["accuracy"] and results[1]["search"] == {nearest.TORCH: 12}

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torchvision.transforms.functional as tvf
 from PIL import Image
+from test_eval_linear import train_slowly
+from test_eval_views import make_view_set
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
@@ -128,6 +130,33 @@ class Backbone(nn.Module):
 
     def forward(self, images):
         return self.norm(images).mean((2, 3))
+
+
+def test_frozen_transfer_equals_sgd_in_numpy_on_unit_features(image_folder, tmp_path, monkeypatch):
+    """Both protocols; the reference's crops are those of each epoch."""
+    flags = ["--dataset", "caltech101", "--image-size", 16, "--epochs", 3, "--schedule", 2, "--lr", 2, "-b", 8]
+    results = {}
+    for protocol in ("reference", "cached"):
+        more = ["--output", tmp_path] if protocol == "reference" else []
+        session = session_of(image_folder, *flags, "--protocol", protocol, *more)
+        session.options.arch = "tiny"
+        session.open_backbone = lambda: Backbone().eval()
+        results[protocol] = transfer.evaluate(session)
+    train, test = transfer_data.open_transfer_data(session)
+    whole, held_out = (next(s.read(iter([torch.arange(s.num_images)]))) for s in (train, test))
+    backbone, view = Backbone().eval(), transfer.bicubic_view(session)
+    crops = make_train_view(session, (0.6, 1.0), bicubic_crop_view)
+    with torch.no_grad():
+        unit = lambda images: nn.functional.normalize(backbone(images).double())  # noqa: E731
+        features = {
+            "reference": [unit(crops(whole, epoch)) for epoch in range(3)],
+            "cached": [unit(view(whole))] * 3,
+        }
+        asked = unit(view(held_out))
+    for protocol, by_epoch in features.items():
+        weight, bias = train_slowly(by_epoch, whole.label, (2.0, 2.0, 0.2), 8)
+        truth = 100 * float((torch.argmax(asked @ weight.T + bias, 1) == held_out.label).double().mean())
+        assert results[protocol]["acc1"] == pytest.approx(truth)
 
 
 def finetune(data, output, mode):

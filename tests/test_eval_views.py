@@ -7,12 +7,14 @@ import pytest
 import torch
 from PIL import Image
 from ranks import run_ranks
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
 from torch.nn.functional import normalize
 
 from fastssl.command import run_command
 from fastssl.distributed import Ranks
 from fastssl.eval import __main__ as evaluations
-from fastssl.eval import instdisc, stats
+from fastssl.eval import instdisc, stats, tsne
 from fastssl.eval.instdisc import chunk_accuracy, count_above, count_above_over_ranks
 from fastssl.eval.stats import alignment, class_alignment, subset_uniformity, uniformity
 from fastssl.loaders.order import epoch_order
@@ -182,6 +184,29 @@ def test_tsne_files(run, view_set, tmp_path):
     assert code == 0 and {p.name for p in (tmp_path / "pics").iterdir()} == names, err
     with Image.open(tmp_path / "pics/t.auged_rep.png") as picture:
         assert picture.size == (1000, 1000)
+
+
+def test_tsne_is_given_the_principal_components(tmp_path, monkeypatch, capsys):
+    """Originals, then both views; scikit-learn's PCA as the truth, whose axes may point the other way."""
+    given = {}
+
+    class Recorder(TSNE):
+        def fit_transform(self, x):
+            given.update(x=x, **self.get_params())
+            return super().fit_transform(x)
+
+    monkeypatch.setattr(tsne, "TSNE", Recorder)
+    features, labels = [unit_rows(30, 70, seed=s) for s in range(3)], torch.arange(30) // 10
+    options = tsne.make_tsne_parser().parse_args(
+        ["x", "--perplexity", "7", "--pic-name", str(tmp_path / "p"), "--seed", "5"]
+    )
+    coordinates = tsne.embed(tsne.Session(options, ALONE), features, labels)
+    truth = PCA(50, svd_solver="full").fit_transform(torch.cat(features).double().numpy())
+    np.testing.assert_allclose(given["x"] @ given["x"].T, truth @ truth.T, atol=1e-10)
+    assert (given["perplexity"], given["random_state"], given["init"]) == (7.0, 5, "pca")
+    again = TSNE(perplexity=7.0, init="pca", random_state=5).fit_transform(given["x"])
+    np.testing.assert_array_equal(np.concatenate([coordinates[p] for p in ("Y0", "Y1", "Y2")]), again)
+    np.testing.assert_array_equal(coordinates["labels"], labels)
 
 
 def test_all_gives_the_numbers_of_each(run, image_folder, view_set, tmp_path):

@@ -5,10 +5,20 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
+from fastssl.eval import nearest
 from fastssl.eval.nearest import _smallest, find_nearest
 from fastssl.eval.vote import knn_accuracy, knn_hits, odd_ks, to_rep_space, vote
 
 KS = odd_ks(21)
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def search(request, monkeypatch):
+    """Either search that a CPU may use."""
+    if request.param == "torch":
+        monkeypatch.setattr(nearest, "find_nearest_cpu", None)
+    elif nearest.find_nearest_cpu is None:
+        pytest.skip("needs numba")
 
 
 def make_clusters(seed, n, dim=16, classes=5, spread=2.0, offset=0.0):

@@ -30,7 +30,7 @@ from fastssl.eval.vote import REP_SPACES, odd_ks, to_rep_space
 
 def make_all_parser() -> argparse.ArgumentParser:
     """Flags of the single evaluations, with their meaning there."""
-    p = make_parser("all", __doc__.splitlines()[0], batch_size=256, data="folder with train/<class>/ and val/<class>/")
+    p = make_parser("all", __doc__.splitlines()[0], batch_size=256, data="folder with train and val, as of knn")
     p.add_argument("--views", metavar="DIR", help="static view set; without it only k-NN and linear")
     p.add_argument("-k", "--k", type=positive, default=101, help="largest k of k-NN (default 101)")
     p.add_argument("--rep-space", choices=(*REP_SPACES, "shifted-norm"), default="norm", help="of k-NN (default norm)")
@@ -83,7 +83,7 @@ def find_neighbours(session: Session, bank: tuple[Rows, Tensor], queries: tuple[
     o = session.options
     bank, queries = ((transform_rows(session, rows, o.rep_space), labels) for rows, labels in (bank, queries))
     answers = knn_over_ranks(*bank, *queries, odd_ks(o.k), session.ranks, session.memory, session.bar)
-    return {"rep_space": o.rep_space, **knn.describe(answers)}
+    return {"rep_space": o.rep_space, **knn.describe(session, answers)}
 
 
 def transform_rows(session: Session, rows: Rows, rep_space: str) -> Rows:

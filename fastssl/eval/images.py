@@ -1,4 +1,4 @@
-"""Where evaluated images come from: the splits of a folder, or arrays in memory; read in any order asked for."""
+"""Where evaluated images come from: the splits of a data set, or arrays in memory; read in any order asked for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fastssl.batch import ImageBatch, pack_images
 from fastssl.distributed import Ranks
-from fastssl.loaders.make import make_loader
+from fastssl.eval.shards import ShardImages
+from fastssl.loaders.make import choose_loader, make_loader
 from fastssl.loaders.prefetch import Prefetcher
 
 HELD_OUT = ("val", "valid", "validation", "test")  # beside the training images; the first one there is taken
@@ -74,34 +75,51 @@ class Subset:
         self.images.close()
 
 
-def open_folder(
+def open_images(
     path: str | os.PathLike, options: argparse.Namespace, ranks: Ranks, class_names: Sequence[str] | None = None
 ) -> Images:
-    """The images below a folder. Raises ValueError when they cannot be read in any order, or have no classes."""
-    images = make_loader(
-        "auto", path, batch_size=1, seed=0, device=ranks.device, workers=options.workers, class_names=class_names
-    )
-    if not hasattr(images, "read"):
-        raise ValueError(f"{os.fspath(path)}: evaluations read folders of image files, not {images.name}")
+    """The images of a folder, a .beton file or a folder of tar shards. Raises ValueError when they have no classes."""
+    if choose_loader("auto", path)[0] == "dali":  # shards, which DALI decodes otherwise on a GPU
+        images = ShardImages(path, ranks.device, options.workers, class_names)
+    else:
+        images = make_loader(
+            "auto", path, batch_size=1, seed=0, device=ranks.device, workers=options.workers, class_names=class_names
+        )
     if not images.class_names:
-        raise ValueError(f"{os.fspath(path)} has no class folders: an evaluation needs <class>/ folders of images")
+        what = "class folders" if os.path.isdir(path) else "labels"
+        raise ValueError(f"{os.fspath(path)} has no {what}: an evaluation needs <class>/ folders of images")
     return images
 
 
 def open_splits(options: argparse.Namespace, ranks: Ranks, held_out: Sequence[str] = HELD_OUT) -> tuple[Images, Images]:
-    """The images of DATA/train and of the first of DATA/val, valid, validation, test, with the same class numbers.
+    """The training images of DATA and the first of val, valid, validation, test beside them, numbered alike.
 
+    DATA: a folder with folders train and val (of class folders, or of tar shards) or with train.beton and val.beton,
+    or the .beton file of the training images.
     Raises ValueError for a missing split, or a class of the held-out one that train lacks.
     """
     root = Path(options.data)
-    if not (root / "train").is_dir():
+    train = next((path for path in (root / "train", root / "train.beton") if path.exists()), root)
+    if train == root and not root.is_file():
         what = "has no folder train" if root.is_dir() else "does not exist"
         raise ValueError(f"{root} {what}: give a folder that holds train/<class>/ and {held_out[0]}/<class>/ images")
-    other = next((root / name for name in held_out if (root / name).is_dir()), None)
+    other = find_held_out(train, held_out)
     if other is None:
-        raise ValueError(f"{root} has no folder {' or '.join(held_out)} beside train: evaluations ask its images")
-    train = open_folder(root / "train", options, ranks)
-    return train, open_folder(other, options, ranks, train.class_names)
+        kind = "file" if train.is_file() else "folder"
+        names = " or ".join(name + train.suffix for name in held_out)
+        raise ValueError(f"{train.parent} has no {kind} {names} beside {train.name}: evaluations ask its images")
+    found = open_images(train, options, ranks)
+    return found, open_images(other, options, ranks, found.class_names)
+
+
+def find_held_out(data: Path, held_out: Sequence[str] = HELD_OUT) -> Path | None:
+    """The held-out split beside the training images: val/ beside train/, or val.beton beside a .beton file."""
+    if data.is_file():
+        beside = [data.with_name(name + data.suffix) for name in held_out]
+        return next((path for path in beside if path.is_file() and path != data), None)
+    train = data if data.name == "train" else data / "train"
+    beside = [train.parent / name for name in held_out]
+    return next((path for path in beside if train.is_dir() and path.is_dir()), None)
 
 
 def rank_batches(num_images: int, batch_size: int, ranks: Ranks) -> list[Tensor]:

@@ -13,6 +13,7 @@ from functools import partial
 from fastssl.command import run_command
 from fastssl.eval.features import collect_features, eval_view
 from fastssl.eval.images import open_splits
+from fastssl.eval.nearest import TORCH
 from fastssl.eval.options import finish_options, launch, make_parser, positive
 from fastssl.eval.search import TEMPERATURE, Answers, knn_over_ranks
 from fastssl.eval.session import Session, run_session
@@ -25,7 +26,7 @@ def make_knn_parser() -> argparse.ArgumentParser:
         "knn",
         "Exact k-nearest-neighbour accuracy of frozen features, for k = 1, 3, ..., K.",
         batch_size=512,
-        data="folder with train/<class>/ and val/<class>/ images",
+        data="folder with train and val: class folders, tar shards or .beton files",
     )
     p.add_argument("-k", "--k", type=positive, default=5, help="largest k; 1, 3, ... up to it are tried (default 5)")
     p.add_argument(
@@ -47,7 +48,7 @@ def evaluate(session: Session) -> dict:
     queries = collect_features(session, backbone, val, view, transform=to_space, what="val")
     answers = knn_over_ranks(*bank, *queries, odd_ks(o.k), session.ranks, session.memory, session.bar)
     bad = session.warn_bad(train, val)
-    result = describe(answers)
+    result = describe(session, answers)
     session.say(f"best-NN={result['best']:3.2f}%, k={result['best_k']}.")
     session.say(
         f"weighted (temperature {TEMPERATURE}): best-NN={result['weighted_best']:3.2f}%, k={result['weighted_best_k']}."
@@ -55,8 +56,10 @@ def evaluate(session: Session) -> dict:
     return {"rep_space": o.rep_space, **result, "bad_images": bad}
 
 
-def describe(answers: Answers) -> dict:
-    """Accuracies in percent by k, the best of each vote and its smallest k."""
+def describe(session: Session, answers: Answers) -> dict:
+    """Accuracies in percent by k, the best of each vote and its smallest k; a note on stderr if the search was slow."""
+    if TORCH in answers.search and session.ranks.device.type == "cpu":
+        session.note("numba is not installed, so k-NN took several times as long as it need: pip install numba")
     best_k, weighted_k = (max(found, key=found.get) for found in (answers.majority, answers.weighted))
     return {
         "best": answers.majority[best_k],
@@ -68,6 +71,7 @@ def describe(answers: Answers) -> dict:
         "temperature": TEMPERATURE,
         "bank": answers.bank,
         "queries": answers.queries,
+        "search": answers.search,
     }
 
 

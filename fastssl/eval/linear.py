@@ -37,7 +37,7 @@ def make_linear_parser() -> argparse.ArgumentParser:
         "linear",
         "Linear classification accuracy on frozen features.",
         batch_size=256,
-        data="folder with train/<class>/ and val/<class>/ images",
+        data="folder with train and val: class folders, tar shards or .beton files",
     )
     add_training_flags(p, print_freq=50)
     return p

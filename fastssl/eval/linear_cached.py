@@ -70,8 +70,8 @@ def fit_linear(
         for rows in epoch_order(len(labels), sweep.seed, epoch).split(sweep.batch_size):
             x = take_rows(features, rows, device, dtype)
             g = logit_gradient(torch.addmm(b, x, w), labels[rows.to(labels.device)], num_classes)
-            velocity_w.mul_(sweep.momentum).addmm_(x.T, g)
-            velocity_b.mul_(sweep.momentum).add_(g.sum(0))
+            velocity_w.addmm_(x.T, g, beta=sweep.momentum, alpha=1 / len(rows))
+            velocity_b.mul_(sweep.momentum).add_(g.sum(0), alpha=1 / len(rows))
             if decays:
                 velocity_w.addcmul_(w, decay)
                 velocity_b.addcmul_(b, decay)
@@ -93,13 +93,12 @@ def take_rows(features: Rows, rows: Tensor, device: torch.device | str, dtype: t
 
 
 def logit_gradient(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """d (mean cross entropy) / d logits of every setting: (B, S * Y), computed in place of `logits`."""
+    """B times d (mean cross entropy) / d logits of every setting: (B, S * Y), computed in place of `logits`."""
     p = logits.view(len(labels), -1, num_classes)
     p -= p.amax(2, keepdim=True)
     p.exp_()
-    p /= p.sum(2, keepdim=True) * len(labels)
-    at = labels[:, None, None].expand(-1, p.shape[1], 1)
-    p.scatter_add_(2, at, torch.full_like(p[:, :, :1], -1 / len(labels)))
+    p /= p.sum(2, keepdim=True)
+    p.scatter_add_(2, labels[:, None, None].expand(-1, p.shape[1], 1), p.new_full((), -1.0).expand(*p.shape[:2], 1))
     return logits
 
 

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from fastssl.distributed import gather_objects
-from fastssl.eval.features import gather_features
+from fastssl.eval.features import put_rows
 from fastssl.eval.linear_cached import Setting, Sweep, count_sweep_hits, fit_linear
 from fastssl.eval.memory import Rows
+from fastssl.eval.search import share_chunk
 from fastssl.eval.session import Session
 
+_AT_ONCE = 4096  # features that travel together
 CACHED = "cached: frozen features of centre crops, no augmentation, accuracy after the last epoch"
 
 
@@ -30,7 +32,7 @@ def run_sweep(
     line: for stdout, with {acc1} and {acc5}. Raises ValueError when every setting diverges.
     """
     o, ranks = session.options, session.ranks
-    train, val = (part if ranks.world_size == 1 else gather_features(*part, ranks) for part in (train, val))
+    train, val = (part if ranks.world_size == 1 else gather_all(session, *part) for part in (train, val))
     if not len(val[1]) or not len(train[1]):
         raise ValueError("no image of one of the splits can be read")
     settings = settings_of(session)
@@ -56,3 +58,16 @@ def run_sweep(
     best = max(good, key=lambda r: r["acc1"])
     session.say(line.format(**best))
     return {"acc1": best["acc1"], "acc5": best["acc5"], "best": best, "settings": results}
+
+
+def gather_all(session: Session, rows: Rows, labels: Tensor) -> tuple[Rows, Tensor]:
+    """All ranks' (n, C) features in rank order on every rank, where `Memory.make_rows` finds room, and their labels."""
+    ranks = session.ranks
+    shapes = gather_objects(tuple(rows.shape), ranks)
+    everything, done = session.memory.make_rows(sum(n for n, _ in shapes), max(c for _, c in shapes)), 0
+    for owner, (num, _) in enumerate(shapes):
+        for start in range(0, num, _AT_ONCE):
+            chunk = share_chunk(rows, start, min(_AT_ONCE, num - start), everything.shape[1], owner, ranks)
+            put_rows(everything, done, chunk)
+            done += len(chunk)
+    return everything, torch.cat(gather_objects(labels.cpu(), ranks))

@@ -91,6 +91,14 @@ class Memory:
             )
         return self.cap - used
 
+    def check(self, size: int, what: str) -> None:
+        """Raises ValueError when `size` bytes are more than half of what may still be taken."""
+        if self.cap is not None and size > self.left() // 2:
+            raise ValueError(
+                f"--max-mem-gb {self.cap / GB:g} is too little for {size / GB:.2f} GB of {what}: give at least "
+                f"{(peak_memory() + 2 * size) / GB:.2f}"
+            )
+
     def make_rows(self, num_rows: int, width: int) -> Rows:
         """Room for (n, C) features: float32 on the device or in memory, or float16 on disk under a tight cap."""
         size = num_rows * width * 4
@@ -121,6 +129,10 @@ class Memory:
 
 
 def peak_memory() -> int:
-    """The most bytes this process ever held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """The most bytes this program ever held in memory."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) * 1024
+    except (OSError, StopIteration):  # not Linux; there getrusage also counts what ran here before this program
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -12,7 +12,7 @@ from fastssl.batch import ImageBatch
 from fastssl.config import Config
 from fastssl.distributed import Ranks, gather_objects
 from fastssl.eval.features import extract_features, gather_features
-from fastssl.eval.images import HELD_OUT
+from fastssl.eval.images import HELD_OUT, find_held_out
 from fastssl.eval.vote import knn_hits, to_rep_space
 from fastssl.loaders.make import Loader, make_loader
 from fastssl.plan import DTYPES, choose_precision
@@ -79,16 +79,6 @@ def _try_held_out(path: Path, config: Config, loader: Loader, device: torch.devi
     if next(held_out.eval_batches(_BATCH, limit=_BATCH), None) is None:
         return None, f"no image of {path} can be read"
     return held_out, str(path)
-
-
-def find_held_out(data: Path) -> Path | None:
-    """The held-out split beside the training images: val/ beside train/, or val.beton beside a .beton file."""
-    if data.is_file():
-        beside = [data.with_name(name + data.suffix) for name in HELD_OUT]
-        return next((path for path in beside if path.is_file() and path != data), None)
-    train = data if data.name == "train" else data / "train"
-    beside = [train.parent / name for name in HELD_OUT]
-    return next((path for path in beside if train.is_dir() and path.is_dir()), None)
 
 
 def keep_asked(batches: Iterable[ImageBatch], asked: bool) -> Iterator[ImageBatch]:

@@ -5,6 +5,7 @@ Shapes: N queries of a chunk, K neighbours, W ranks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ class Answers(NamedTuple):
     weighted: dict[int, float]
     bank: int
     queries: int
+    search: dict[str, int]  # searches of one query in one rank's bank, by what nominated the neighbours
 
 
 def knn_over_ranks(
@@ -54,14 +56,14 @@ def knn_over_ranks(
     query_chunk, bank_chunk = min(q for q, _ in chunks), min(b for _, b in chunks)
     centre = bank_mean(bank, ranks.device, bank_chunk) if len(bank) else None
     bank_labels = bank_labels.to(ranks.device)
-    hits = [dict.fromkeys(ks, 0), dict.fromkeys(ks, 0)]
+    hits, tally = [dict.fromkeys(ks, 0), dict.fromkeys(ks, 0)], Counter()
     rounds = [(o, start) for o, (_, n, _, _) in enumerate(sizes) for start in range(0, n, query_chunk)]
     for owner, start in bar(rounds, len(rounds), "neighbours"):
         num = min(query_chunk, sizes[owner][1] - start)
         chunk = share_chunk(queries, start, num, width, owner, ranks)
         k = min(max(ks), len(bank))
         if k:
-            distance, index = find_nearest(bank, chunk, k, bank_chunk, centre)
+            distance, index = find_nearest(bank, chunk, k, bank_chunk, centre, tally)
             labels = bank_labels[index]
         else:
             distance, labels = chunk.new_empty(num, 0, dtype=torch.float64), bank_labels.new_empty(num, 0)
@@ -71,9 +73,9 @@ def knn_over_ranks(
             for found, weighted in zip(hits, (False, True)):
                 more = vote_hits(distance, labels, truth, ks, highest + 1, weighted, TEMPERATURE)
                 found.update({k: found[k] + more[k] for k in ks})
-    everyone = gather_objects(hits, ranks)
+    everyone = gather_objects((*hits, tally), ranks)
     majority, weighted = ({k: 100 * sum(h[i][k] for h in everyone) / asked for k in ks} for i in (0, 1))
-    return Answers(majority, weighted, total, asked)
+    return Answers(majority, weighted, total, asked, dict(+sum((h[2] for h in everyone), Counter())))
 
 
 def check_ks(ks: Sequence[int], bank: int, queries: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastssl.command import run_command
 from fastssl.distributed import Ranks, gather_objects
-from fastssl.eval.nearest import full_float32
+from fastssl.eval.compute import full_float32
 from fastssl.eval.options import finish_options, launch, make_parser, positive
 from fastssl.eval.session import Session, run_session
 from fastssl.eval.view_set import ViewSet, check_per_class, collect_views, open_view_set

@@ -9,7 +9,7 @@ import torchvision.datasets as tvd
 from torch import Tensor
 
 from fastssl.distributed import Ranks
-from fastssl.eval.images import HELD_OUT, ArrayImages, Images, Subset, open_folder, open_splits
+from fastssl.eval.images import HELD_OUT, ArrayImages, Images, Subset, open_images, open_splits
 from fastssl.eval.session import Session
 from fastssl.loaders.order import epoch_order
 
@@ -53,7 +53,7 @@ def open_cifar(root: Path, dataset: str, ranks: Ranks) -> tuple[Images, Images]:
 
 def split_caltech(session: Session, folder: Path) -> tuple[Images, Images]:
     """The whole Caltech-101, split by --seed: 30 images of each class to train, the others to test."""
-    images = open_folder(folder, session.options, session.ranks)
+    images = open_images(folder, session.options, session.ranks)
     names = [name for name in images.class_names if name != _BACKGROUND]
     images.folder.labels[:] = [
         names.index(images.class_names[label]) if images.class_names[label] in names else -1

@@ -15,7 +15,7 @@ from fastssl.augment.views import make_eval_view
 from fastssl.batch import ImageBatch
 from fastssl.distributed import Ranks
 from fastssl.eval.features import View, collect_features, eval_view, gather_features
-from fastssl.eval.images import Images, open_folder, rank_batches
+from fastssl.eval.images import Images, open_images, rank_batches
 from fastssl.eval.session import Session
 
 MODES = {  # which files are the original and its two views
@@ -44,7 +44,9 @@ def open_view_set(
 
     Raises ValueError for files that are no views, and for a sample that lacks one.
     """
-    images = images or open_folder(options.data, options, ranks)
+    images = images or open_images(options.data, options, ranks)
+    if not hasattr(images, "folder"):
+        raise ValueError(f"{options.data} is no folder of image files, which a static view set is")
     wanted, found = MODES[mode], {}
     for i, path in enumerate(images.folder.paths):
         match = _NAME.fullmatch(path)
@@ -83,9 +85,11 @@ def collect_views(session: Session, backbone: torch.nn.Module, views: ViewSet, w
         )  # fmt: skip
         if bad := list(views.images.bad_images):
             raise ValueError(f"{bad[0]}: a view set must be whole; make it again with fastssl prep views")
+        session.memory.check(4 * len(views.files) * features.shape[1] * len(which), "features of a view set")
+        features = features[:].float()
         if session.ranks.world_size > 1:
             features, labels = gather_features(features, labels.to(features.device), session.ranks)
-        found.append(features[:].float())
+        found.append(features)
     return found
 
 

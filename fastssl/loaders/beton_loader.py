@@ -99,8 +99,11 @@ class BetonLoader:
         self, batch_size: int, rank: int = 0, world_size: int = 1, limit: int | None = None
     ) -> Iterator[ImageBatch]:
         """This rank's contiguous part of all images (or of `limit` evenly spread ones) in file order, tail included."""
-        shares = eval_shares(self.num_images, batch_size, rank, world_size, limit)
-        return self._prefetcher.iterate(self._decode_batches(shares, replace=False))
+        return self.read(eval_shares(self.num_images, batch_size, rank, world_size, limit))
+
+    def read(self, shares: Iterator[Tensor], *, replace_bad: bool = False) -> Iterator[ImageBatch]:
+        """As `FolderLoader.read`."""
+        return self._prefetcher.iterate(self._decode_batches(shares, replace_bad))
 
     def close(self) -> None:
         """Ends all threads; iterators still in use raise."""

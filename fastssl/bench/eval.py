@@ -1,0 +1,142 @@
+"""`bench_throughput.py eval`: k-NN beside the reference project's way, and a cached linear sweep beside one setting.
+
+Features are given, drawn from clusters by a seed; all contestants take turns within one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from fastssl.bench.knn_peer import knn_the_reference_way, nearest_by_cdist
+from fastssl.bench.timing import Function, Timing, summarise, time_calls
+from fastssl.distributed import Ranks
+from fastssl.environment import environment
+from fastssl.eval.linear_cached import Setting, Sweep, fit_linear
+from fastssl.eval.memory import Memory
+from fastssl.eval.search import knn_over_ranks
+from fastssl.eval.vote import odd_ks
+
+CPU = torch.device("cpu")
+CLASSES = 10
+REFERENCE, LEAN, OURS = "reference's way", "cdist and topk, no vote", "ours"
+SWEPT = [Setting(lr, wd) for lr, wd in product((0.1, 0.3, 1.0, 3.0, 10.0, 30.0), (0.0, 1e-6))]
+ONE, TWELVE = "one setting", f"{len(SWEPT)} settings"
+
+
+def make_features(num: int, dim: int, seed: int) -> tuple[Tensor, Tensor]:
+    """(num, dim) float32 rows of unit length around ten centres, and their labels (num,) int64."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(CLASSES, (num,), generator=generator)
+    centres = torch.randn(CLASSES, dim, generator=torch.Generator().manual_seed(CLASSES)) / 4
+    return normalize(centres[labels] + torch.randn(num, dim, generator=generator), dim=1), labels
+
+
+def take_turns(contestants: dict[str, Function], rounds: int) -> dict[str, Timing]:
+    """Seconds of whole calls, one after the other, each round beginning with another one."""
+    names, seconds = list(contestants), {name: [] for name in contestants}
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.perf_counter()
+            contestants[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: summarise(measured) for name, measured in seconds.items()}
+
+
+def measure_knn(args: argparse.Namespace) -> dict[str, object]:
+    """Seconds of each contestant, and how far their accuracies and neighbours agree."""
+    bank, (queries, labels) = make_features(args.bank, args.dim, 0), make_features(args.queries, args.dim, 1)
+    ks, cap = odd_ks(args.k), Memory(args.max_mem_gb, CPU)
+    answers: dict[str, dict[int, float]] = {}
+    tally: Counter = Counter()
+
+    def ours(num: int) -> None:
+        found = knn_over_ranks(*bank, queries[:num], labels[:num], ks, Ranks(0, 1, 1, CPU), cap)
+        answers[OURS] = found.majority
+        tally.update(found.search)
+
+    def reference(num: int) -> None:
+        answers[REFERENCE] = knn_the_reference_way(*bank, queries[:num], labels[:num], ks, args.batch_size)
+
+    def lean(num: int) -> None:
+        nearest_by_cdist(bank[0], queries[:num], args.k, 16384)
+
+    contestants = {REFERENCE: reference, LEAN: lean, OURS: ours}
+    for contestant in contestants.values():
+        contestant(16)  # compiles; a whole call would double the minutes of the slowest
+    tally.clear()
+    timings = take_turns({name: partial(f, args.queries) for name, f in contestants.items()}, args.rounds)
+    differ = max(abs(answers[OURS][k] - answers[REFERENCE][k]) for k in ks)
+    return {
+        "what": "knn",
+        **{name: getattr(args, name) for name in ("bank", "queries", "dim", "k", "batch_size", "max_mem_gb")},
+        "seconds": {name: timing._asdict() for name, timing in timings.items()},
+        "largest_difference_in_percent": differ,
+        "search": dict(tally),
+        **{f"times {name}": timings[name].median / timings[OURS].median for name in (REFERENCE, LEAN)},
+    }
+
+
+def measure_sweep(args: argparse.Namespace) -> dict[str, object]:
+    """Seconds of `--epochs` epochs of one setting and of twelve, trained together on the bank."""
+    features, labels = make_features(args.bank, args.dim, 0)
+    sweep = Sweep(epochs=args.epochs)
+    fit = partial(fit_linear, features, labels, CLASSES)
+    timings = time_calls({ONE: partial(fit, SWEPT[:1], sweep), TWELVE: partial(fit, SWEPT, sweep)}, CPU, args.rounds)
+    return {
+        "what": "sweep",
+        **{name: getattr(args, name) for name in ("bank", "dim", "epochs")},
+        "seconds": {name: timing._asdict() for name, timing in timings.items()},
+        "twelve by one": timings[TWELVE].median / timings[ONE].median,
+    }
+
+
+def print_line(line: dict[str, object]) -> None:
+    """The timings, and what they say in one line."""
+    for name, timing in line["seconds"].items():
+        timing = Timing(**timing)
+        print(f"  {name:26} {timing.median:8.3f} s ({timing.low:.3f} to {timing.high:.3f})", flush=True)
+    if line["what"] == "knn":
+        print(
+            f"k-NN is {line[f'times {REFERENCE}']:.1f} times as fast as the reference's way and "
+            f"{line[f'times {LEAN}']:.1f} times as fast as cdist and topk alone; accuracies differ by at most "
+            f"{line['largest_difference_in_percent']:.2g} percent"
+        )
+    else:
+        print(f"{TWELVE} take {line['twelve by one']:.2f} times as long as one")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures, prints and writes JSON with versions and commit."""
+    parser = argparse.ArgumentParser(prog="bench_throughput.py eval", description=__doc__.splitlines()[0])
+    parser.add_argument("--what", choices=("knn", "sweep"), nargs="+", default=["knn", "sweep"])
+    parser.add_argument("--bank", type=int, default=50_000, help="training features (default 50000)")
+    parser.add_argument("--queries", type=int, default=10_000, help="features asked about (default 10000)")
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("-k", type=int, default=101, help="all odd k up to it (default 101)")
+    parser.add_argument("--batch-size", type=int, default=512, help="of the reference's way; its default is 512")
+    parser.add_argument("--max-mem-gb", type=float, help="cap of ours")
+    parser.add_argument("--epochs", type=int, default=2, help="of the sweep (default 2)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="of the CPU; by default all cores")
+    parser.add_argument("--output", type=Path, help="where to write the JSON")
+    args = parser.parse_args(list(argv))
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    measure = {"knn": measure_knn, "sweep": measure_sweep}
+    lines = []
+    for what in args.what:
+        lines.append(measure[what](args))
+        print_line(lines[-1])
+    if args.output:
+        args.output.write_text(json.dumps({"environment": environment(), "lines": lines}, indent=1) + "\n")
