@@ -27,7 +27,7 @@ REQUIRED = {  # module: what pip calls it
     "timm": "timm",
 }
 BETON_DECODER = "fastssl.loaders.jpeg_decode"  # ours, but it stands or falls with the system's libturbojpeg
-GROUPS = (tuple(REQUIRED), ("triton", BETON_DECODER), ("ffcv",), ("nvidia.dali",), ("apex.optimizers",))
+GROUPS = (tuple(REQUIRED), ("triton", BETON_DECODER), ("ffcv",), ("numba",), ("nvidia.dali",), ("apex.optimizers",))
 
 
 def import_facts(module: str) -> dict[str, str]:

@@ -10,7 +10,6 @@ import torch
 import torchvision.transforms.functional as tvf
 from PIL import Image
 from test_eval_linear import train_slowly
-from test_eval_views import make_view_set
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
