@@ -44,4 +44,4 @@ def share(loop: Callable[..., None], *by_row: np.ndarray, rest: tuple) -> None:
 @cache
 def make_threads(num: int, process: int) -> ThreadPoolExecutor:
     """Threads that stay, since a loop takes less time than they take to start; none outlive a fork."""
-    return ThreadPoolExecutor(num, thread_name_prefix="fastssl-nearest")
+    return ThreadPoolExecutor(num, thread_name_prefix="nearest")
