@@ -19,7 +19,6 @@ from fastssl.augment.jitter import apply_jitter, apply_where, jitter_plan
 from fastssl.augment.params import ViewParams, sample_both
 from fastssl.augment.policy import Policy
 from fastssl.augment.resample import crop_resize, eval_resize
-from fastssl.augment.threads import run_parts
 from fastssl.batch import ImageBatch
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0..1
@@ -64,8 +63,8 @@ def make_view(batch: ImageBatch, params: ViewParams, size: int, dtype: torch.dty
         return out
     step = _images_at_once(batch, size)
     plans, taps = jitter_plan(params), gaussian_taps(params.sigma)
-    parts = zip(*(whole.split(step) for whole in (params, plans, taps, out)))
-    run_parts(_make_part, [(images, *part) for images, part in zip(_split(batch, step), parts)], out.device)
+    for images, *part in zip(_split(batch, step), *(whole.split(step) for whole in (params, plans, taps, out))):
+        _make_part(images, *part)
     return out
 
 
@@ -77,10 +76,9 @@ def _make_part(images: ImageBatch, p: ViewParams, plan: Tensor, taps: Tensor, vi
     x = apply_where(p.grey_after, x, update_greyscale)
     x = apply_where(p.blur, x, update_blur, taps)
     x = apply_where(p.solarise, x, update_solarise)
-    x = _normalised(x, view)
+    _update_normalise(x)
     x = apply_where(p.hide_cells > 0, x, update_hide, p.hide_cells, p.hide_p, p.hide_key)
-    if x is not view:
-        view.copy_(x)
+    view.copy_(x)
 
 
 def make_eval_view(batch: ImageBatch, size: int, resize: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -99,9 +97,9 @@ def make_eval_view(batch: ImageBatch, size: int, resize: int, dtype: torch.dtype
         return out
     step = _images_at_once(batch, size)
     for images, view in zip(_split(batch, step), out.split(step)):
-        x = _normalised(_to_planes(eval_resize(images, size, resize)), view)
-        if x is not view:
-            view.copy_(x)
+        x = _to_planes(eval_resize(images, size, resize))
+        _update_normalise(x)
+        view.copy_(x)
     return out
 
 
@@ -109,16 +107,9 @@ def _to_planes(x: Tensor) -> Tensor:
     return x.to(torch.float32, memory_format=torch.contiguous_format)
 
 
-def _normalised(x: Tensor, view: Tensor) -> Tensor:
-    """x (C, 3, S, S) float32 normalised, channels_last float32: in `view`, where that is float32."""
-    size = x.shape[3]
-    out = view if view.dtype == torch.float32 else torch.empty_like(view, dtype=torch.float32)
-    rows = out.copy_(x).permute(0, 2, 3, 1).view(-1, size, 3 * size)  # whole rows: a colour's values lie three apart
-    mean, scale = (
-        x.new_tensor(values).repeat(size) for values in ([255 * m for m in MEAN], [1 / (255 * s) for s in STD])
-    )
-    rows.sub_(mean).mul_(scale)
-    return out
+def _update_normalise(x: Tensor) -> None:
+    for plane, mean, std in zip(x.unbind(1), MEAN, STD):
+        plane.sub_(255 * mean).mul_(1 / (255 * std))
 
 
 def _check_size(size: int) -> None:
@@ -137,6 +128,5 @@ def _split(batch: ImageBatch, count: int) -> list[ImageBatch]:
 
 def _images_at_once(batch: ImageBatch, size: int) -> int:
     if batch.pixels.device.type == "cpu":
-        share = -(-batch.size // torch.get_num_threads())
-        return 1 if size >= CPU_ALONE else max(1, min(share, CPU_PIXELS // size**2))
+        return 1 if size >= CPU_ALONE else max(1, CPU_PIXELS // size**2)
     return max(1, GPU_PIXELS // (size * max(size, batch.max_side)))

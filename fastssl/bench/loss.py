@@ -72,10 +72,13 @@ def make_contestants(
     return contestants
 
 
-def make_ceilings(device: torch.device) -> dict[str, tuple[Function, float]]:
-    """Name -> a call, and the work it does: operations of a large matrix product, bytes of a large copy."""
+def make_ceilings(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, tuple[Function, float]]:
+    """Name -> a call, and the work it does: operations of a large matrix product, bytes of a large copy.
+
+    dtype: of the product; by default bf16 on a GPU, float32 on a CPU, as the loss's.
+    """
     on_gpu = device.type == "cuda"
-    size, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
+    size, dtype = 8192 if on_gpu else 2048, dtype or (torch.bfloat16 if on_gpu else torch.float32)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.empty(2**30 if on_gpu else 2**27, dtype=torch.uint8, device=device).zero_()
     target = torch.empty_like(source)

@@ -27,8 +27,8 @@ def step_floor(config: Config, device: torch.device) -> dict[str, float]:
     batch, queue, dim = config.train.batch_size, config.moco.queue_size, config.model.dim
     products = 1 + (config.loss.contrast_weight > 0) + (config.loss.uniform_weight > 0)
     operations += 2 * batch * queue * dim * products
-    itemsize = DTYPES[choose_precision(config.train.precision, device)].itemsize
-    ceilings = make_ceilings(device)
+    dtype = DTYPES[choose_precision(config.train.precision, device)]
+    itemsize, ceilings = dtype.itemsize, make_ceilings(device, dtype)
     timings = time_in_turn({name: call for name, (call, _) in ceilings.items()}, device, rounds=5)
     rates = {name: work / timings[name].median for name, (_, work) in ceilings.items()}
     arithmetic, memory = operations / rates["matmul"], elements * itemsize / rates["copy"]
