@@ -42,7 +42,7 @@ def step_verdict(line: dict[str, object]) -> str:
     first, *rest = found
     advice = ADVICE[first]
     s = line["settings"]
-    if first == "encoders" and (s["compile"] == "on" or (s["compile"] == "auto" and s["device"] == "cuda")):
+    if s["compile"] != "off":  # auto compiles where it helps
         advice = advice.removeprefix("--compile on, ")
     others = ", ".join(f"{name} {found[name]:.0%}" for name in rest)
     said = f"bound by the {first}, {found[first]:.0%} of the step ({others}): {advice}"
