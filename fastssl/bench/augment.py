@@ -32,6 +32,7 @@ from fastssl.bench.pil_processes import in_processes
 from fastssl.bench.timing import Function, time_calls
 from fastssl.data_prep.images import decode_image, find_images
 from fastssl.environment import environment
+from fastssl.host_memory import keep_freed_memory
 from fastssl.loaders.synthetic_loader import SyntheticLoader
 
 PEERS = ("kornia", "nvidia.dali", "triton_augment")
@@ -156,6 +157,8 @@ def main(argv: list[str]) -> None:
     device, dtype = torch.device(args.device), torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     policy, count = make_policy(args.policy), args.batch_size
     torch.set_num_threads(args.threads)
+    if device.type == "cpu":
+        keep_freed_memory()  # as training does
     if args.photos:
         batch = read_photos(args.photos, count, args.short_side).to(device)
     else:

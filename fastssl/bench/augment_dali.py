@@ -47,9 +47,14 @@ def make_dali(batch: ImageBatch, policy: Policy, size: int) -> Function:
     images = [batch.image(i) if device == "gpu" else batch.image(i).numpy() for i in range(batch.size)]
     kind = types.FLOAT16 if device == "gpu" else types.FLOAT
 
-    threads = torch.get_num_threads()
-
-    @pipeline_def(batch_size=batch.size, num_threads=threads, device_id=0 if device == "gpu" else None, seed=0)
+    @pipeline_def(
+        batch_size=batch.size,
+        num_threads=torch.get_num_threads(),
+        device_id=0 if device == "gpu" else None,
+        seed=0,
+        exec_pipelined=False,  # else it would make its next batch while another contestant is timed
+        exec_async=False,
+    )
     def both():
         source = fn.external_source(lambda: images, device=device, layout="HWC")
         return tuple(dali_view(source, policy, size, kind, "HWC") for _ in range(2))
