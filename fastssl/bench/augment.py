@@ -159,11 +159,7 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(args.threads)
     if device.type == "cpu":
         keep_freed_memory()  # as training does
-    if args.photos:
-        batch = read_photos(args.photos, count, args.short_side).to(device)
-    else:
-        loader = SyntheticLoader(num_images=count, size=args.source_size, batch_size=count, seed=0, device=device)
-        batch = next(loader.batches())
+    batch = read_batch(args, device)
     speed, lines = copy_speed(device, args.rounds), []
     for size in args.size:
         contestants, missing = make_contestants(batch, policy, size, dtype)
@@ -182,6 +178,14 @@ def main(argv: list[str]) -> None:
         settings = {"policy": args.policy, "batch_size": count, **sources}
         result = {"environment": environment() | {"device": str(device)}, **settings, "copy": speed, "lines": lines}
         args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def read_batch(args: argparse.Namespace, device: torch.device) -> ImageBatch:
+    """The images to make views of: photographs, or synthetic ones."""
+    count, size = args.batch_size, args.source_size
+    if args.photos:
+        return read_photos(args.photos, count, args.short_side).to(device)
+    return next(SyntheticLoader(num_images=count, size=size, batch_size=count, seed=0, device=device).batches())
 
 
 def print_line(name: str, timing, count: int, floor: float) -> None:
