@@ -59,7 +59,7 @@ def evaluate(session: Session) -> dict:
 def describe(session: Session, answers: Answers) -> dict:
     """Accuracies in percent by k, the best of each vote and its smallest k; a note on stderr if the search was slow."""
     if TORCH in answers.search and session.ranks.device.type == "cpu":
-        session.note("numba is not installed, so k-NN took several times as long as it need: pip install numba")
+        session.note("numba is not installed, so k-NN took about twice as long as it need: pip install numba")
     best_k, weighted_k = (max(found, key=found.get) for found in (answers.majority, answers.weighted))
     return {
         "best": answers.majority[best_k],
