@@ -24,6 +24,7 @@ REQUIRES = [
     "numpy>=1.26",  # arrays, order files
     "pillow>=10",  # decode any image
     "llvmlite>=0.46",  # the loop around libjpeg-turbo
+    "numba>=0.59",  # compiled CPU loops
     "tyro>=0.9",  # flags from dataclasses
     "PyYAML>=6",  # reading the recipes
     "tqdm>=4.66",  # the progress bar
@@ -34,7 +35,7 @@ REQUIRES = [
     "timm>=1.0.15",  # exact architecture variants
 ]
 EXTRAS = {
-    "ffcv": ["ffcv>=1.0.2", "numba>=0.59"],  # to compare with; its build needs pkg-config, libturbojpeg, OpenCV 4
+    "ffcv": ["ffcv>=1.0.2"],  # to compare with; its build needs pkg-config, libturbojpeg, OpenCV 4
     "dali": ["nvidia-dali-cuda120"],
     "dali-cuda13": ["nvidia-dali-cuda130"],
     "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff==0.17.6", "setuptools>=70.1"],

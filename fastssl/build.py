@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastssl.augment.fused import choose_augment_kernel
+from fastssl.augment.choose import choose_augment_kernel
 from fastssl.augment.policy import CROP_PAIRS, Policy, make_policy, parse_settings
 from fastssl.config import Config
 from fastssl.distributed import Ranks

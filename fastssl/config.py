@@ -72,7 +72,7 @@ class AugmentConfig:
     """Share of the images with such a pair; the others get two free crops."""
     policy_set: tuple[str, ...] = ()
     """Any setting of the policy by name, such as solarise_p=0.2 blur_sigma=0.1,1.5 (fastssl/augment/policy.py)."""
-    augment_kernel: Literal["auto", "triton", "reference"] = "auto"
+    augment_kernel: Literal["auto", "triton", "numba", "reference"] = "auto"
     """Implementation of the views; auto says what it chose and why."""
 
 

@@ -13,9 +13,9 @@ from test_eval_linear import train_slowly
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
+from fastssl.augment.normalise import MEAN, STD
 from fastssl.augment.params import sample_params
 from fastssl.augment.policy import make_policy
-from fastssl.augment.views import MEAN, STD
 from fastssl.batch import pack_images
 from fastssl.command import run_command
 from fastssl.distributed import Ranks

@@ -54,10 +54,15 @@ def update_saturation(x: Tensor, factor: Tensor) -> None:
         torch.addcmul(anchor, plane, factor, out=plane).clamp_(0, 255).floor_()
 
 
+def hue_levels(turns: Tensor) -> Tensor:
+    """turns (C,) of the circle in whole levels of 1/255: torchvision's int(turns * 255)."""
+    return (turns * 255).trunc()
+
+
 def update_hue(x: Tensor, turns: Tensor) -> None:
     """Turns the hue by `turns` (C,) of the circle, through Pillow's HSV of 256 levels each, as torchvision does."""
     hue, chroma, value, spare = _hue_chroma_value(x)
-    hue.add_((turns * 255).trunc_().view(-1, 1, 1))  # torchvision's int(turns * 255)
+    hue.add_(hue_levels(turns).view(-1, 1, 1))
     hue.sub_(torch.mul(hue, 1 / 256, out=spare).floor_(), alpha=256)  # bytes wrap at 256, though 255 is the circle
     saturation = chroma.mul_(255).div_(torch.clamp(value, min=1, out=spare)).floor_()
     # channel = round(value - value * saturation * below), below = how far from its own sectors the hue is, 0..1:

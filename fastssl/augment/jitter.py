@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastssl.augment.color import update_brightness, update_contrast, update_hue, update_saturation
+from fastssl.augment.color import hue_levels, update_brightness, update_contrast, update_hue, update_saturation
 from fastssl.augment.params import ViewParams
 
 # the numbers that `ViewParams.order` permutes, with the value that changes nothing
@@ -35,6 +35,17 @@ def jitter_plan(params: ViewParams) -> Tensor:
     changes = torch.stack([getattr(params, name) != identity for _, name, identity in OPERATIONS], dim=1)
     number = torch.arange(4, device=changes.device, dtype=params.order.dtype)
     return (params.jitter[:, None] & changes)[:, None, :] & (jitter_order(params.order)[:, :, None] == number)
+
+
+def jitter_code(params: ViewParams) -> tuple[Tensor, Tensor]:
+    """For compiled code, both (B,): the plan, and the hue's turn in whole levels of 1/255.
+
+    A plan has the operation of each place in three bits, 7 for none, the first in the lowest.
+    """
+    wanted = jitter_plan(params).any(dim=2)  # (B, 4): is anything done at this place?
+    order = torch.where(wanted, jitter_order(params.order), 7)
+    place = torch.arange(4, device=order.device)
+    return (order << (3 * place)).sum(dim=1), hue_levels(params.hue)
 
 
 def apply_jitter(x: Tensor, plan: Tensor, params: ViewParams) -> Tensor:

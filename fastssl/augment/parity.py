@@ -22,10 +22,11 @@ from fastssl.augment.color import (
     update_saturation,
     update_solarise,
 )
+from fastssl.augment.normalise import MEAN, STD
 from fastssl.augment.params import ViewParams, sample_params
 from fastssl.augment.policy import make_policy
 from fastssl.augment.resample import crop_axes, crop_resize, resample_reference
-from fastssl.augment.views import MEAN, STD, make_view
+from fastssl.augment.views import make_view
 from fastssl.batch import ImageBatch
 
 FACTORS = (0.2, 0.6, 0.9, 1.1, 1.4, 2.2)

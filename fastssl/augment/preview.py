@@ -10,9 +10,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from fastssl.augment.jitter import OPERATIONS, jitter_order
+from fastssl.augment.normalise import MEAN, STD
 from fastssl.augment.params import ViewParams, sample_params
 from fastssl.augment.policy import Policy
-from fastssl.augment.views import MEAN, STD, make_view
+from fastssl.augment.views import make_view
 from fastssl.batch import ImageBatch
 
 TILE, GAP, TEXT = 224, 8, 40  # pixels: a picture's side, the space around it, the room for two lines below it

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastssl.augment.normalise import MEAN, STD
 from fastssl.augment.params import sample_params
 from fastssl.augment.policy import Policy, make_policy
-from fastssl.augment.views import MEAN, STD, make_view
+from fastssl.augment.views import make_view
 from fastssl.batch import ImageBatch, pack_images
 
 DRAWS = 20_000

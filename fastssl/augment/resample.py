@@ -9,6 +9,7 @@ Pillow itself.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -106,13 +107,21 @@ def crop_resize(batch: ImageBatch, params: ViewParams, size: int) -> Tensor:
     if batch.pixels.device.type != "cpu":
         x = resample_reference(batch, *crop_axes(params, size), size)
         return torch.where(params.flip.view(-1, 1, 1, 1), x.flip(3), x)
-    boxes = zip(*(t.tolist() for t in (params.top, params.left, params.crop_height, params.crop_width, params.flip)))
+    rows = (params.top, params.left, params.crop_height, params.crop_width, params.flip, batch.offset, batch.width)
     views = []
-    for i, (top, left, height, width, flip) in enumerate(boxes):
-        window = batch.image(i)[top : top + height, left : left + width].permute(2, 0, 1)[None]
-        view = interpolate(window, (size, size), mode="bilinear", antialias=True)
+    for *box, flip, offset, width in zip(*(t.tolist() for t in rows)):
+        view = resize_box(batch.pixels, offset, width, box, size)
         views.append(view.flip(3) if flip else view)
     return views[0] if len(views) == 1 else torch.cat(views)
+
+
+def resize_box(pixels: Tensor, offset: int, width: int, box: Sequence[int], size: int) -> Tensor:
+    """One box (top, left, height, width) of the image of `width` columns at `offset`, on the CPU: (1, 3, S, S) uint8,
+    channels_last."""
+    top, left, box_height, box_width = box
+    first = pixels.storage_offset() + offset + 3 * (top * width + left)
+    window = pixels.as_strided((1, 3, box_height, box_width), (3 * width * box_height, 1, 3 * width, 3), first)
+    return interpolate(window, (size, size), mode="bilinear", antialias=True)
 
 
 def eval_resize(batch: ImageBatch, size: int, resize: int) -> Tensor:

@@ -1,9 +1,9 @@
 """ImageBatch -> views: crop and resize, flip, colour jitter, greyscale, blur, normalise; all parameters per image.
 
-This is the plain PyTorch chain: the path of the CPU, and the truth the Triton kernels are held to (fused.py). Between
-operations pixels are whole numbers 0..255, as in the Pillow pipelines it reproduces. The result for an image has the
-same bits in whatever batch it sits, for any number of threads: all sums over pixels or taps are exact (color.py,
-blur.py). On a GPU nothing waits for the device.
+This is the plain PyTorch chain, the truth the compiled ones are held to: Triton's kernels on a GPU (fused.py), numba's
+loops on a CPU (compiled_views.py). Between operations pixels are whole numbers 0..255, as in the Pillow pipelines it
+reproduces. The result for an image has the same bits in whatever batch it sits, for any number of threads: all sums
+over pixels or taps are exact (color.py, blur.py). On a GPU nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ import torch
 from torch import Tensor
 
 from fastssl.augment.blur import gaussian_taps, update_blur
+from fastssl.augment.choose import choose_augment_kernel
 from fastssl.augment.color import update_greyscale, update_solarise
-from fastssl.augment.fused import choose_augment_kernel, draw_views_fused
+from fastssl.augment.fused import draw_views_fused
 from fastssl.augment.hide import update_hide
 from fastssl.augment.jitter import apply_jitter, apply_where, jitter_plan
+from fastssl.augment.normalise import MEAN, STD, update_normalise
 from fastssl.augment.params import ViewParams, sample_both
 from fastssl.augment.policy import Policy
 from fastssl.augment.resample import crop_resize, eval_resize
 from fastssl.batch import ImageBatch
-
-MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0..1
-STD = (0.229, 0.224, 0.225)
 
 # How many views go through the chain together. On a CPU, from 144 pixels up one by one, so that a channel stays in a
 # core's L2 cache; smaller ones in company, for there the calls cost more than the memory (both measured). On a GPU as
@@ -42,13 +41,19 @@ def make_views(
 ) -> tuple[Tensor, Tensor]:
     """(view_q, view_k) of `batch` under `policy`: each (B, 3, size, size), channels_last, normalised.
 
-    kernel: auto, triton or reference (`make_view` of each), see `choose_augment_kernel`; both give the same bits on a
-    GPU. Raises ValueError for size < 1 and for a kernel that cannot run.
+    kernel: auto, triton, numba or reference (`make_view` of each), see `choose_augment_kernel`; on a device all give
+    the same bits. Raises ValueError for size < 1 and for a kernel that cannot run.
     """
     _check_size(size)
-    if choose_augment_kernel(batch.pixels.device, kernel)[0] == "triton":
+    chosen, _ = choose_augment_kernel(batch.pixels.device, kernel)
+    if chosen == "triton":
         return draw_views_fused(batch, policy, seed, epoch, size, MEAN, STD, dtype)
-    view_q, view_k = (make_view(batch, p, size, dtype) for p in sample_both(policy, batch, seed, epoch))
+    params = sample_both(policy, batch, seed, epoch)
+    if chosen == "numba":
+        from fastssl.augment.compiled_views import make_views_compiled  # numba takes a second to import
+
+        return make_views_compiled(batch, params, size, dtype)
+    view_q, view_k = (make_view(batch, p, size, dtype) for p in params)
     return view_q, view_k
 
 
@@ -76,7 +81,7 @@ def _make_part(images: ImageBatch, p: ViewParams, plan: Tensor, taps: Tensor, vi
     x = apply_where(p.grey_after, x, update_greyscale)
     x = apply_where(p.blur, x, update_blur, taps)
     x = apply_where(p.solarise, x, update_solarise)
-    _update_normalise(x)
+    update_normalise(x)
     x = apply_where(p.hide_cells > 0, x, update_hide, p.hide_cells, p.hide_p, p.hide_key)
     view.copy_(x)
 
@@ -98,18 +103,13 @@ def make_eval_view(batch: ImageBatch, size: int, resize: int, dtype: torch.dtype
     step = _images_at_once(batch, size)
     for images, view in zip(_split(batch, step), out.split(step)):
         x = _to_planes(eval_resize(images, size, resize))
-        _update_normalise(x)
+        update_normalise(x)
         view.copy_(x)
     return out
 
 
 def _to_planes(x: Tensor) -> Tensor:
     return x.to(torch.float32, memory_format=torch.contiguous_format)
-
-
-def _update_normalise(x: Tensor) -> None:
-    for plane, mean, std in zip(x.unbind(1), MEAN, STD):
-        plane.sub_(255 * mean).mul_(1 / (255 * std))
 
 
 def _check_size(size: int) -> None:

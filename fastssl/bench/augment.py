@@ -22,10 +22,11 @@ import torchvision.transforms.v2 as T
 from PIL import Image
 from torch import Tensor
 
-from fastssl.augment.fused import choose_augment_kernel
+from fastssl.augment.choose import choose_augment_kernel
+from fastssl.augment.normalise import MEAN, STD
 from fastssl.augment.params import sample_both
 from fastssl.augment.policy import Policy, make_policy
-from fastssl.augment.views import MEAN, STD, make_views
+from fastssl.augment.views import make_views
 from fastssl.batch import ImageBatch, pack_images
 from fastssl.bench.classical_views import pillow_blur
 from fastssl.bench.pil_processes import in_processes
@@ -85,10 +86,11 @@ def make_contestants(
     reference = partial(make_views, batch, policy, size, 0, 0, dtype, "reference")
     contestants: dict[str, Function] = {"ours, reference": reference}
     missing = {}
-    if choose_augment_kernel(device)[0] == "triton":
-        contestants["ours, triton"] = partial(make_views, batch, policy, size, 0, 0, dtype, "triton")
+    chosen, why = choose_augment_kernel(device)
+    if chosen == "reference":
+        missing["ours, compiled"] = why
     else:
-        missing["ours, triton"] = choose_augment_kernel(device)[1]
+        contestants[f"ours, {chosen}"] = partial(make_views, batch, policy, size, 0, 0, dtype, chosen)
     contestants["torchvision, PIL images"] = partial(per_image, pictures, on_pil, torch.float32)
     if device.type == "cpu":
         threads = torch.get_num_threads()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fastssl.augment.normalise import MEAN, STD
 from fastssl.augment.policy import Policy
-from fastssl.augment.views import MEAN, STD
 from fastssl.batch import ImageBatch
 from fastssl.bench.timing import Function
 

@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision import transforms
 
-from fastssl.augment.views import MEAN, STD
+from fastssl.augment.normalise import MEAN, STD
 
 
 class TwoViews:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.augment.views import MEAN, STD
+from fastssl.augment.normalise import MEAN, STD
 
 LUMA = (0.299, 0.587, 0.114)
 TO_YIQ = torch.tensor((LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)))

@@ -13,7 +13,7 @@ RAW = "libjpeg-turbo alone"
 NEAR = 60  # percent of the floor from which little is left to gain
 
 ADVICE = {  # part of the step -> what makes it smaller
-    "augmentation": "on a GPU --augment-kernel triton; images stored smaller (fastssl prep beton --short-side)",
+    "augmentation": "a GPU, whose views are Triton's; images stored smaller (fastssl prep beton --short-side)",
     "encoders": "--compile on, a larger --batch-size or a smaller --image-size",
     "loss": "a smaller --queue-size, or on a GPU --queue-dtype bf16",
     "optimiser + EMA + queue": "a larger --batch-size: its cost does not grow with the batch",

@@ -8,8 +8,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from fastssl.augment.normalise import MEAN, STD
 from fastssl.augment.params import ViewParams
-from fastssl.augment.views import MEAN, STD
 from fastssl.batch import ImageBatch
 
 

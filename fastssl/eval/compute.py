@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 
 import numpy as np
 import torch
+
+from fastssl.threads import run_in_threads
 
 
 @contextlib.contextmanager
@@ -32,16 +31,5 @@ def slices(num: int, step: int) -> Iterator[slice]:
 def share(loop: Callable[..., None], *by_row: np.ndarray, rest: tuple) -> None:
     """Runs a compiled loop on torch's number of threads, each on its part of the rows."""
     num, threads = len(by_row[0]), torch.get_num_threads()
-    parts = list(slices(num, max(16, -(-num // threads))))
-    if len(parts) == 1:
-        loop(*by_row, *rest)
-        return
-    pool = make_threads(threads, os.getpid())
-    for task in [pool.submit(loop, *(array[part] for array in by_row), *rest) for part in parts]:
-        task.result()
-
-
-@cache
-def make_threads(num: int, process: int) -> ThreadPoolExecutor:
-    """Threads that stay, since a loop takes less time than they take to start; none outlive a fork."""
-    return ThreadPoolExecutor(num, thread_name_prefix="nearest")
+    parts = slices(num, max(16, -(-num // threads)))
+    run_in_threads(lambda part: loop(*(array[part] for array in by_row), *rest), parts)

@@ -22,7 +22,7 @@ from fastssl.eval.memory import Rows
 
 try:
     from fastssl.eval.nearest_cpu import find_nearest_cpu
-except ImportError:  # numba is an extra
+except ImportError:  # numba does not run everywhere
     find_nearest_cpu = None
 
 TORCH = "float32 by torch"  # how `find_nearest_torch` is counted

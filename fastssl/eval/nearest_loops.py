@@ -7,22 +7,17 @@ Shapes: n queries, m rows of a block, C feature dimensions, K neighbours, R plac
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
-from numba import njit
+
+from fastssl.compiled import compiled
 
 _LANES = 16  # columns compared at once: most groups hold nothing near and are passed over
 
 
-def _compiled(function, **options):
-    try:
-        return njit(function, nogil=True, error_model="numpy", cache=True, **options)
-    except RuntimeError:  # nowhere to keep the compiled code: every start takes some seconds longer
-        return njit(function, nogil=True, error_model="numpy", **options)
-
-
-def _reordered(function):
-    """Sums in the order of vector registers: always the same one, but not that of the source."""
-    return _compiled(function, fastmath={"reassoc", "contract"})
+# sums in the order of vector registers: always the same one, but not that of the source
+_reordered = partial(compiled, fastmath={"reassoc", "contract"})
 
 
 @_reordered
@@ -43,7 +38,7 @@ def quantise(rows, codes, scale, norm, error, centre):
         scale[i], norm[i], error[i] = step, np.sqrt(square), np.sqrt(left)
 
 
-@_compiled
+@compiled
 def _smallest_of_groups(lanes, smallest):
     """smallest (groups,): column by column of lanes (L, groups), by whole vectors."""
     smallest[:] = lanes[0]
@@ -53,7 +48,7 @@ def _smallest_of_groups(lanes, smallest):
             smallest[group] = value if value < smallest[group] else smallest[group]
 
 
-@_compiled
+@compiled
 def sample_limits(product, query, limit, expected, row, rank):
     """limit (n,): about the rank-th smallest of the estimates; expected (n,): how many columns' bounds are within it.
 
@@ -86,7 +81,7 @@ def _squared_distance(row, query):
     return total
 
 
-@_compiled
+@compiled
 def measure_near(product, query, limit, queries, count, index, distance, row, rows, first):
     """Adds the rows (m, C) whose bound is within limit (n,), measured in float64, to index and distance (n, R).
 
@@ -113,7 +108,7 @@ def measure_near(product, query, limit, queries, count, index, distance, row, ro
         count[i] = kept
 
 
-@_compiled
+@compiled
 def _nearest_of(measured, place, distance, index):
     """distance and index (K,) of the K smallest of `measured`, which lie at `place`; equal ones in order of place."""
     far = np.partition(measured, len(distance) - 1)[len(distance) - 1]
@@ -123,7 +118,7 @@ def _nearest_of(measured, place, distance, index):
     distance[:], index[:] = measured[order], place[order]
 
 
-@_compiled
+@compiled
 def nearest_measured(measured, place, count, distance, index):
     """distance and index (n, K) of the nearest of what `measure_near` found: measured and place (n, R), count (n,).
 
@@ -136,7 +131,7 @@ def nearest_measured(measured, place, count, distance, index):
             distance[i] = np.inf
 
 
-@_compiled
+@compiled
 def nearest_of_all(queries, distance, index, rows):
     """distance and index (n, K) of the nearest of all rows (m, C), each of them measured: slow, whatever the ties."""
     measured, place = np.empty(len(rows)), np.arange(len(rows))
