@@ -37,6 +37,7 @@ def open_loader(config: Config, ranks: Ranks) -> Loader:
         rank=ranks.rank,
         world_size=ranks.world_size,
         workers=d.workers,
+        read_ahead=d.read_ahead,
         on_bad_image=d.on_bad_image,
         shuffle=d.shuffle,
         block_size=d.block_size,

@@ -28,6 +28,8 @@ class DataConfig:
     """How images are read; auto says what it chose and why."""
     workers: Annotated[int | None, flag("-j")] = None
     """Decoding threads per process; by default the cores, shared between the processes of this machine."""
+    read_ahead: int | None = None
+    """Batches decoded while the device trains; by default 2 on a GPU and 0 on a CPU, whose cores the step wants."""
     on_bad_image: Literal["skip", "error"] = "skip"
     """An unreadable image is named, counted and replaced by its neighbour, or stops the run."""
     shuffle: Literal["full", "blocks"] = "full"

@@ -44,7 +44,7 @@ def good(tmp_path_factory):
 
 
 def open_loader(data, name="beton", **changes):
-    return make_loader(name, data, **(dict(batch_size=4, seed=1, device="cpu", workers=3) | changes))
+    return make_loader(name, data, **(dict(batch_size=4, seed=1, device="cpu", workers=3, read_ahead=2) | changes))
 
 
 def take(iterator, count):

@@ -30,7 +30,8 @@ def contents(batch):
 
 
 def open_loader(name, data, **changes):
-    return make_loader(name, data, **({"batch_size": 6, "seed": 0, "device": "cpu", "workers": 2} | changes))
+    options = {"batch_size": 6, "seed": 0, "device": "cpu", "workers": 2, "read_ahead": 2}
+    return make_loader(name, data, **(options | changes))
 
 
 @pytest.fixture

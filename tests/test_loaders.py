@@ -61,17 +61,22 @@ def good_beton(tmp_path_factory):
     return write_beton(tmp_path_factory.mktemp("betons") / "good.beton", stored, ["class0", "class1", "class2"])
 
 
-@pytest.fixture(params=["folder", "beton", "dali", "resident", "synthetic"])
+AHEAD = {0: "in turn", 2: "ahead"}
+LOADERS = [(name, ahead) for name in ("folder", "beton", "dali") for ahead in AHEAD]
+
+
+@pytest.fixture(params=[*LOADERS, ("resident", 0), ("synthetic", 0)], ids=lambda one: f"{one[0]}, {AHEAD[one[1]]}")
 def make(request, good_folder):
-    """make(**changes) -> loader, for each kind over the same number of images."""
-    if request.param == "beton" and NO_TURBOJPEG:
+    """make(**changes) -> loader, for each kind over the same number of images, with and without a thread."""
+    name, read_ahead = request.param
+    if name == "beton" and NO_TURBOJPEG:
         pytest.skip("needs libturbojpeg")
-    data = request.getfixturevalue("good_beton") if request.param == "beton" else good_folder
+    data = request.getfixturevalue("good_beton") if name == "beton" else good_folder
     loaders = []
 
     def build(**changes):
         options = dict(batch_size=4, seed=1, device="cpu", synthetic_images=NUM_IMAGES, synthetic_size=6, workers=3)
-        loaders.append(make_loader(request.param, data, **(options | changes)))
+        loaders.append(make_loader(name, data, read_ahead=read_ahead, **(options | changes)))
         return loaders[-1]
 
     yield build
@@ -202,7 +207,7 @@ def test_each_image_is_decoded_once_per_epoch(good_folder, monkeypatch):
     decoded = []
     original = images.decode_image
     monkeypatch.setattr(folder_loader, "decode_image", lambda path: decoded.append(path) or original(path))
-    loader = make_loader("folder", good_folder, batch_size=4, seed=0, device="cpu", workers=4)
+    loader = make_loader("folder", good_folder, batch_size=4, seed=0, device="cpu", workers=4, read_ahead=2)
     batches = loader.batches()
     take(batches, 9)
     batches.close()
@@ -212,15 +217,17 @@ def test_each_image_is_decoded_once_per_epoch(good_folder, monkeypatch):
     assert all(count == 1 or (i in later and count == 2) for i, count in counts.items())
 
 
-def test_reading_ahead_is_bounded(good_folder, monkeypatch):
+@pytest.mark.parametrize(("read_ahead", "batches_decoded"), [(None, 1), (0, 1), (2, 6)])
+def test_reading_ahead_is_bounded(good_folder, monkeypatch, read_ahead, batches_decoded):
     decoded = []
     original = images.decode_image
     monkeypatch.setattr(folder_loader, "decode_image", lambda path: decoded.append(path) or original(path))
-    loader = make_loader("folder", good_folder, batch_size=2, seed=0, device="cpu", workers=4)
+    loader = make_loader("folder", good_folder, batch_size=2, seed=0, device="cpu", workers=4, read_ahead=read_ahead)
     batches = loader.batches()
     next(batches)
-    time.sleep(0.5)
-    assert len(decoded) <= 2 * 6
+    time.sleep(0.3)
+    assert 2 <= len(decoded) <= 2 * batches_decoded
+    assert (len(decoded) > 2) == bool(read_ahead)  # by default a CPU is left to the step
     batches.close()
 
 
@@ -298,8 +305,9 @@ def test_a_failure_in_a_worker_reaches_the_reader_at_once(good_folder, monkeypat
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastssl")]
 
 
-def test_a_reader_of_a_closed_loader_gets_an_error_not_silence(good_folder):
-    loader = make_loader("folder", good_folder, batch_size=4, seed=0, device="cpu")
+@pytest.mark.parametrize("read_ahead", AHEAD)
+def test_a_reader_of_a_closed_loader_gets_an_error_not_silence(good_folder, read_ahead):
+    loader = make_loader("folder", good_folder, batch_size=4, seed=0, device="cpu", read_ahead=read_ahead)
     batches = loader.batches()
     next(batches)
     loader.close()
@@ -313,7 +321,7 @@ def test_a_dead_producer_is_an_error_not_a_wait(good_folder, monkeypatch):
     monkeypatch.setattr(prefetch.Prefetcher, "_produce", lambda *_: None)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="its thread died"):
-        next(make_loader("folder", good_folder, batch_size=4, seed=0, device="cpu").batches())
+        next(make_loader("folder", good_folder, batch_size=4, seed=0, device="cpu", read_ahead=2).batches())
     assert time.monotonic() - start < 5
 
 

@@ -35,6 +35,7 @@ class Case(NamedTuple):
     def open(self, rank: int = 0, world_size: int = 1, **changes: object) -> Loader:
         """The loader of one rank."""
         options = {"batch_size": self.batch_size // world_size, "seed": _SEED, "device": self.device, "workers": 2}
+        options["read_ahead"] = 2  # also on a CPU: what runs beside its reader can fail in more ways
         options |= {"shuffle": self.shuffle, "block_size": _BLOCK, "synthetic_images": 26, "synthetic_size": 24}
         return make_loader(self.loader, self.data, rank=rank, world_size=world_size, **(options | changes))
 

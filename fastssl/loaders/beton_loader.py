@@ -26,7 +26,6 @@ from fastssl.loaders.order import FULL, Order, count_batches, eval_shares, train
 from fastssl.loaders.prefetch import Prefetcher
 from fastssl.loaders.recycle import RecycledBuffers
 
-_AHEAD = 2  # batches being decoded at once: threads never wait for the slowest image of one batch
 _CHUNK = 32  # images per task at most
 
 
@@ -43,9 +42,9 @@ class _Pending(NamedTuple):
 class BetonLoader:
     """Loader over a .beton file of any FFCV 1.0 writer (jpg, raw, proportion, smart); the contract is `make.Loader`.
 
-    cache: "page" or "process" (`BetonDecoder`). on_bad_image: "skip" gives the place of an image that cannot be
-    decoded to the next one that can (pixels and label are the replacement's; index, and so augmentation, stay the
-    place's own), "error" raises ValueError. An evaluation leaves it out instead.
+    cache: "page" or "process" (`BetonDecoder`). read_ahead: as in `Prefetcher`. on_bad_image: "skip" gives the place of
+    an image that cannot be decoded to the next one that can (pixels and label are the replacement's; index, and so
+    augmentation, stay the place's own), "error" raises ValueError. An evaluation leaves it out instead.
     Raises ValueError as `open_beton`, and when there are fewer images than one global batch.
     """
 
@@ -62,6 +61,7 @@ class BetonLoader:
         workers: int | None = None,
         on_bad_image: str = "skip",
         class_names: Sequence[str] | None = None,
+        read_ahead: int | None = None,
         cache: str = "page",
     ) -> None:
         self.beton = number_labels(open_beton(data), class_names)
@@ -72,7 +72,7 @@ class BetonLoader:
         self._decoder = BetonDecoder(self.beton, cache)
         self._images = BadImages(on_bad_image, self.num_images, self._decoder.decode_one)
         self._buffers = RecycledBuffers()
-        self._prefetcher = Prefetcher(device)
+        self._prefetcher = Prefetcher(device, read_ahead)
 
     @property
     def bad_images(self) -> list[str]:
@@ -111,13 +111,14 @@ class BetonLoader:
 
     def _decode_batches(self, shares: Iterator[Tensor], replace: bool) -> Iterator[ImageBatch]:
         """CPU batches in the order of `shares`, however the threads finish."""
+        read_ahead = self._prefetcher.read_ahead  # so that threads never wait for the slowest image of one batch
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="fastssl-decode")
         ahead: deque[_Pending] = deque()
         try:
-            for share in itertools.chain(shares, [None] * _AHEAD):
+            for share in itertools.chain(shares, [None] * read_ahead):
                 if share is not None:
                     ahead.append(self._start(pool, share.numpy().copy(), replace))
-                if len(ahead) > _AHEAD or (share is None and ahead):
+                if len(ahead) > read_ahead or (share is None and ahead):
                     batch = self._finish(ahead.popleft(), replace)
                     if batch.size:
                         yield batch

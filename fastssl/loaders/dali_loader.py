@@ -21,7 +21,6 @@ from fastssl.loaders.order import FULL, Order, count_batches, eval_shares, train
 from fastssl.loaders.prefetch import Prefetcher
 from fastssl.loaders.recycle import RecycledBuffers
 
-_AHEAD = 2  # batches being read while others are decoded
 _CHUNK = 16  # images per task at most
 
 
@@ -29,7 +28,8 @@ class DaliLoader:
     """Loader over a folder, a .beton file of JPEGs, or tar shards; the contract is `make.Loader`.
 
     Unreadable images are treated as `FolderLoader` treats them. On a CPU the pixels are those of the folder loader,
-    since both decode by libjpeg-turbo; on a GPU nvJPEG's may differ by a few grey levels.
+    since both decode by libjpeg-turbo; on a GPU nvJPEG's may differ by a few grey levels. read_ahead: as in
+    `Prefetcher`, of encoded images.
     Raises ValueError when there are no images, fewer than one global batch, or no DALI.
     """
 
@@ -46,6 +46,7 @@ class DaliLoader:
         workers: int | None = None,
         on_bad_image: str = "skip",
         class_names: Sequence[str] | None = None,
+        read_ahead: int | None = None,
     ) -> None:
         encoded = open_encoded(data, class_names)
         self.num_images, self.class_names = len(encoded.label), encoded.class_names
@@ -53,7 +54,7 @@ class DaliLoader:
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.order, self.workers = order, workers or default_workers()
         self._reader = ItemReader(encoded, on_bad_image)
-        self._prefetcher = Prefetcher(device)
+        self._prefetcher = Prefetcher(device, read_ahead)
         self._buffers = RecycledBuffers()
         self._make_decoder(1)  # now, so that what does not work here is an error before a run begins
 
@@ -91,14 +92,15 @@ class DaliLoader:
         def read_chunk(chunk: list[int]) -> list[Item]:
             return [item for i in chunk if (item := self._reader.read(i, replace)) is not None]
 
+        read_ahead = self._prefetcher.read_ahead
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="fastssl-read")
         ahead: deque[list[Future]] = deque()
         try:
-            for share in itertools.chain(shares, [None] * _AHEAD):
+            for share in itertools.chain(shares, [None] * read_ahead):
                 if share is not None:
                     chunks = share.split(max(1, min(_CHUNK, len(share) // (2 * self.workers))))
                     ahead.append([pool.submit(read_chunk, chunk.tolist()) for chunk in chunks])
-                if len(ahead) > _AHEAD or (share is None and ahead):
+                if len(ahead) > read_ahead or (share is None and ahead):
                     yield [item for future in ahead.popleft() for item in future.result()]
         finally:
             pool.shutdown(cancel_futures=True)

@@ -24,7 +24,6 @@ from fastssl.loaders.order import FULL, Order, count_batches, eval_shares, train
 from fastssl.loaders.prefetch import Prefetcher
 from fastssl.loaders.recycle import RecycledBuffers
 
-_AHEAD = 2  # batches being decoded at once: workers never wait for the slowest image of one batch
 _CHUNK = 16  # images per task at most: large enough that handing tasks out costs nothing
 
 Decoded = tuple[np.ndarray, int, int]  # pixels (H, W, 3) uint8, index, label
@@ -35,7 +34,7 @@ class FolderLoader:
 
     on_bad_image: "skip" gives the place of an unreadable image to the next readable one in file order (pixels and
     label are the replacement's; `index`, and so its augmentation, stay the place's own) and lists it in `bad_images`;
-    "error" raises ValueError. An evaluation leaves unreadable images out instead.
+    "error" raises ValueError. An evaluation leaves unreadable images out instead. read_ahead: as in `Prefetcher`.
     Raises ValueError when the folder holds no images or fewer than one global batch.
     """
 
@@ -52,6 +51,7 @@ class FolderLoader:
         workers: int | None = None,
         on_bad_image: str = "skip",
         class_names: Sequence[str] | None = None,
+        read_ahead: int | None = None,
     ) -> None:
         self.folder = find_images(data, class_names)
         self.num_images = len(self.folder.paths)
@@ -62,7 +62,7 @@ class FolderLoader:
         self.order = order
         path = self.folder.path  # not self: a loader in a cycle would keep its buffers until the garbage collector runs
         self._images = BadImages(on_bad_image, self.num_images, lambda i: decode_image(path(i)))
-        self._prefetcher = Prefetcher(device)
+        self._prefetcher = Prefetcher(device, read_ahead)
         self._buffers = RecycledBuffers()
 
     @property
@@ -106,13 +106,14 @@ class FolderLoader:
         def load_chunk(chunk: list[int]) -> list[Decoded]:
             return [decoded for i in chunk if (decoded := load(i)) is not None]
 
+        read_ahead = self._prefetcher.read_ahead  # so that workers never wait for the slowest image of one batch
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="fastssl-decode")
         ahead: deque[list[Future]] = deque()
         try:
-            for share in itertools.chain(shares, [None] * _AHEAD):
+            for share in itertools.chain(shares, [None] * read_ahead):
                 if share is not None:
                     ahead.append([pool.submit(load_chunk, chunk) for chunk in self._chunks(share)])
-                if len(ahead) > _AHEAD or (share is None and ahead):
+                if len(ahead) > read_ahead or (share is None and ahead):
                     decoded = [image for future in ahead.popleft() for image in future.result()]
                     if decoded:
                         yield pack_images(*zip(*decoded), allocate=self._buffers.take)

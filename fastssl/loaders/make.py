@@ -52,6 +52,7 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
     workers: int | None = None,
+    read_ahead: int | None = None,
     on_bad_image: str = "skip",
     class_names: Sequence[str] | None = None,
     shuffle: str = "full",
@@ -63,7 +64,8 @@ def make_loader(
 ) -> Loader:
     """The loader `name` ("auto" chooses by `data`) over `data`; `batch_size` is per rank (1 will do for evaluation).
 
-    workers: decoding threads, None for this process's share of the cores. on_bad_image: "skip" or "error". shuffle:
+    workers: decoding threads, None for this process's share of the cores. read_ahead: batches decoded
+    while the device trains (`Prefetcher`). on_bad_image: "skip" or "error". shuffle:
     "full", or "blocks" of `block_size` images for data sets larger than memory (`order.Order`). beton_cache: "page" or
     "process" (`BetonDecoder`). resident_shard: each rank holds its share only (`ResidentLoader`).
     Raises ValueError for an unknown name or option, for data the loader cannot read, and when the data set is smaller
@@ -74,18 +76,19 @@ def make_loader(
         raise ValueError(f"on_bad_image must be 'skip' or 'error', got {on_bad_image!r}")
     if workers is not None and workers < 1:
         raise ValueError(f"a loader needs at least 1 worker, got {workers}")
+    if read_ahead is not None and read_ahead < 0:
+        raise ValueError(f"a loader reads 0 or more batches ahead, got {read_ahead}")
     order = Order(shuffle, block_size).check()
     shared = dict(batch_size=batch_size, seed=seed, device=device, rank=rank, world_size=world_size, order=order)
     files = dict(workers=workers, on_bad_image=on_bad_image, class_names=class_names)
     if name == "synthetic":
         loader = SyntheticLoader(num_images=synthetic_images, size=synthetic_size, **shared)
-    elif name == "beton":
-        loader = _find_class(name)(data, cache=beton_cache, **files, **shared)
     elif name == "resident":
         loader = _find_class(name)(data, cache=beton_cache, shard=resident_shard, **files, **shared)
         reason = f"{reason}; holds {loader.held}"
     else:
-        loader = _find_class(name)(data, **files, **shared)
+        cache = {"cache": beton_cache} if name == "beton" else {}
+        loader = _find_class(name)(data, read_ahead=read_ahead, **cache, **files, **shared)
     loader.name, loader.reason = name, reason
     return loader
 

@@ -1,4 +1,8 @@
-"""Batches made ahead on a background thread and copied to the device, in order, with nothing left behind."""
+"""Batches made ahead on a background thread and copied to the device, in order, with nothing left behind.
+
+On a CPU they are made when they are asked for, by all threads of the loader: decoding beside a step that wants the same
+cores takes more from it than decoding before it.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +14,25 @@ import torch
 
 from fastssl.batch import ImageBatch
 
+CLOSED = "the loader was closed, or its thread died, while its batches were read"
 _PATIENCE = 1.0  # seconds between looks at whether the producer is still alive
 
 
 class Prefetcher:
     """Hands out iterators that run ahead of their reader, and can end them all.
 
-    device: where the batches go. depth: finished batches that may wait; the bound on memory.
+    device: where the batches go. read_ahead: how many batches a loader decodes beyond the one that is asked for, None
+    for 2 on a GPU and 0 on a CPU, where 0 means no background thread. depth: finished batches that may wait besides;
+    the bound on memory.
     """
 
-    def __init__(self, device: torch.device | str, depth: int = 1) -> None:
+    def __init__(self, device: torch.device | str, read_ahead: int | None = None, depth: int = 1) -> None:
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:  # "current" is another device on another thread
             self.device = torch.device("cuda", torch.cuda.current_device())
+        self.read_ahead = (0 if self.device.type == "cpu" else 2) if read_ahead is None else read_ahead
         self.depth = depth
+        self._in_turn: set[Iterator[ImageBatch]] = set()  # sources that are iterated without a thread
         self._running: dict[threading.Thread, threading.Event] = {}
 
     def iterate(self, source: Iterator[ImageBatch]) -> Iterator[ImageBatch]:
@@ -31,6 +40,20 @@ class Prefetcher:
 
         `source` is iterated, and closed, on a thread that ends with this generator: exhausted, closed or dropped.
         """
+        return self._iterate_ahead(source) if self.read_ahead else self._iterate_in_turn(source)
+
+    def _iterate_in_turn(self, source: Iterator[ImageBatch]) -> Iterator[ImageBatch]:
+        self._in_turn.add(source)
+        try:
+            for batch in source:
+                yield batch.to(self.device)
+            if source not in self._in_turn:
+                raise RuntimeError(CLOSED)
+        finally:
+            self._in_turn.discard(source)
+            source.close()
+
+    def _iterate_ahead(self, source: Iterator[ImageBatch]) -> Iterator[ImageBatch]:
         ready: queue.Queue = queue.Queue(self.depth)
         stop = threading.Event()
         thread = threading.Thread(target=self._produce, args=(source, ready, stop), name="fastssl-load", daemon=True)
@@ -44,6 +67,8 @@ class Prefetcher:
 
     def close(self) -> None:
         """Ends every iterator handed out; their readers get an error, not silence."""
+        while self._in_turn:
+            self._in_turn.pop().close()
         for thread, stop in list(self._running.items()):
             self._end(thread, stop)
 
@@ -73,9 +98,7 @@ class Prefetcher:
                 item = ready.get(timeout=_PATIENCE)
             except queue.Empty:
                 if not thread.is_alive() and ready.empty():
-                    raise RuntimeError(
-                        "the loader was closed, or its thread died, while its batches were read"
-                    ) from None
+                    raise RuntimeError(CLOSED) from None
                 continue
             if isinstance(item, BaseException):
                 raise item

@@ -17,6 +17,7 @@ from fastssl.loaders.memory import check_room, folder_pixel_bytes
 from fastssl.loaders.order import FULL, Order, count_batches, epoch_order, eval_share
 
 _LOAD_BATCH = 64  # images on their way into place at once
+_READ_AHEAD = 2  # such batches decoded ahead on any device: nothing else wants the cores yet
 
 
 class ResidentLoader:
@@ -49,6 +50,7 @@ class ResidentLoader:
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.shard = shard and world_size > 1
         options = {"workers": workers, "on_bad_image": on_bad_image, "class_names": class_names, "device": device}
+        options["read_ahead"] = _READ_AHEAD
         with closing(_open_source(data, cache, options)) as source:
             self.num_images, self.class_names = source.num_images, source.class_names
             self.batches_per_epoch = count_batches(self.num_images, batch_size, world_size)
