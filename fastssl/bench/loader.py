@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fastssl.bench.loader_peers import CONTESTANTS, DECODES, RAW, Options
 from fastssl.bench.loader_process import LoaderProcess, Round
+from fastssl.bench.photos import train_folder
 from fastssl.bench.timing import summarise, turns
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.environment import environment
@@ -73,7 +74,9 @@ def print_table(results: dict[str, dict], threads: int) -> None:
 def main(argv: list[str]) -> None:
     """Measures, prints a table and writes JSON with machine, versions and commit."""
     parser = argparse.ArgumentParser(prog="bench_throughput.py loader", description=__doc__.splitlines()[0])
-    parser.add_argument("data", help="folder of JPEGs in class folders, read once before: the page cache is warm")
+    parser.add_argument(
+        "data", help="folder of JPEGs, train/<class>/* or <class>/*, read once before: the page cache is warm"
+    )
     parser.add_argument("--beton", help="the same files as a .beton: fastssl prep beton DATA FILE --originals")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="these alone")
     parser.add_argument("--threads", type=int, default=usable_cores())
@@ -81,7 +84,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="where to write the JSON")
     args = parser.parse_args(argv)
-    options = Options(args.data, args.beton, args.batch_size, args.threads)
+    options = Options(train_folder(args.data), args.beton, args.batch_size, args.threads)
     results, missing = measure(args.only, options, args.rounds)
     print_table(results, args.threads)
     for name, why in missing.items():

@@ -19,6 +19,7 @@ from fastssl.loaders.make import LOADERS, make_loader
 SCALE = (0.2, 1.0)
 SIZE = 224
 RAW, FFCV = "libjpeg-turbo alone", "FFCV, two decoders"
+READ_AHEAD = 2  # batches
 _TJPF_RGB = 0
 
 Epoch = Callable[[], Iterator[int]]  # one pass over the images: the pairs of each batch
@@ -34,15 +35,14 @@ class Options(NamedTuple):
 
 
 def start_ours(name: str, options: Options) -> Callable[[], Epoch]:
-    """One of our loaders; its iterator goes on from epoch to epoch, reading ahead as it does in training."""
+    """One of our loaders; its iterator goes on from epoch to epoch, reading ahead as it does for a GPU."""
     data = options.folder if name in ("folder", "dali") else options.beton
     if data is None:
         raise ValueError(f"the loader {name!r} reads a .beton file: give one with --beton")
 
     def start() -> Epoch:
-        loader = make_loader(
-            name, data, batch_size=options.batch_size, seed=0, device="cpu", workers=options.threads
-        )  # fmt: skip
+        shared = {"batch_size": options.batch_size, "seed": 0, "device": "cpu"}
+        loader = make_loader(name, data, workers=options.threads, read_ahead=READ_AHEAD, **shared)
         batches = loader.batches()
         return lambda: (batch.size for batch in itertools.islice(batches, loader.batches_per_epoch))
 
