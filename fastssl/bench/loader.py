@@ -74,9 +74,7 @@ def print_table(results: dict[str, dict], threads: int) -> None:
 def main(argv: list[str]) -> None:
     """Measures, prints a table and writes JSON with machine, versions and commit."""
     parser = argparse.ArgumentParser(prog="bench_throughput.py loader", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "data", help="folder of JPEGs, train/<class>/* or <class>/*, read once before: the page cache is warm"
-    )
+    parser.add_argument("data", help="folder of JPEGs in class folders, perhaps below train/; it is read once before")
     parser.add_argument("--beton", help="the same files as a .beton: fastssl prep beton DATA FILE --originals")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="these alone")
     parser.add_argument("--threads", type=int, default=usable_cores())
