@@ -14,6 +14,7 @@ from fastssl.augment.choose import choose_augment_kernel
 from fastssl.augment.policy import CROP_PAIRS, Policy, make_policy, parse_settings
 from fastssl.config import Config
 from fastssl.distributed import Ranks
+from fastssl.faster_sgd import choose_sgd
 from fastssl.host_memory import keep_freed_memory
 from fastssl.layout import LAYOUT_NAMES, choose_layout
 from fastssl.loaders.make import Loader, make_loader
@@ -71,6 +72,7 @@ class Trainee(NamedTuple):
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # does nothing unless the precision is fp16
     why_layout: str = "asked for"  # of the memory format of moco's weights
+    why_optimizer: str = "torch's"  # whose it is
 
 
 def make_trainee(config: Config, ranks: Ranks) -> Trainee:
@@ -88,17 +90,11 @@ def make_trainee(config: Config, ranks: Ranks) -> Trainee:
     moco.queue = moco.queue.to(choose_queue_dtype(config, ranks.device))
     layout, why_layout = choose_layout(config, moco.encoder_q, ranks)
     moco.set_memory_format(layout)
-    optimizer = make_optimizer(
-        moco.encoder_q,
-        o.optimizer,
-        lr=o.lr,
-        momentum=o.momentum,
-        weight_decay=o.weight_decay,
-        exclude_norm_bias=o.exclude_norm_bias,
-    )
+    options = dict(momentum=o.momentum, weight_decay=o.weight_decay, exclude_norm_bias=o.exclude_norm_bias)
+    optimizer, whose = choose_sgd(config, make_optimizer(moco.encoder_q, o.optimizer, lr=o.lr, **options), ranks)
     fp16 = choose_precision(t.precision, ranks.device) == "fp16"
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=fp16)
-    return Trainee(moco, moco.encoder_q, optimizer, scaler, why_layout)
+    return Trainee(moco, moco.encoder_q, optimizer, scaler, why_layout, whose)
 
 
 def choose_queue_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -162,5 +158,5 @@ def describe(config: Config, plan: Plan, loader: Loader, trainee: Trainee, ranks
         f"{plan.steps_per_epoch} steps an epoch, {plan.stop} in all",
         f"{ranks.world_size} x {ranks.device.type}, {precision} ({why_precision}), "
         f"{LAYOUT_NAMES[trainee.moco.memory_format]} ({trainee.why_layout}), "
-        f"losses by {kernel} ({why}), views by {views} ({why_views})",
+        f"losses by {kernel} ({why}), views by {views} ({why_views}), {config.optim.optimizer} {trainee.why_optimizer}",
     ]

@@ -119,8 +119,8 @@ def gather_rows(x: Tensor, ranks: Ranks) -> Tensor:
 def shuffle_rows(x: Tensor, permutation: Tensor, ranks: Ranks) -> Tensor:
     """Rows of the global batch by `permutation`: row j of the result, counted over ranks, is row permutation[j] of x.
 
-    x: (B, C, H, W) of any dtype on each rank, any memory format; permutation: (W * B,) int64 on the CPU, the same on
-    every rank. Each row travels once, to the rank that needs it (all-to-all).
+    x: (B, C, H, W) of any dtype on each rank, contiguous or channels_last, which the result keeps; permutation:
+    (W * B,) int64 on the CPU, the same on every rank. Each row travels once, to the rank that needs it (all-to-all).
     """
     size = x.shape[0]
     mine = slice(ranks.rank * size, (ranks.rank + 1) * size)
@@ -133,12 +133,14 @@ def shuffle_rows(x: Tensor, permutation: Tensor, ranks: Ranks) -> Tensor:
     send_counts = torch.bincount(send_to, minlength=ranks.world_size).tolist()
     receive_counts = torch.bincount(source, minlength=ranks.world_size).tolist()
 
-    rows = x.permute(0, 2, 3, 1)[to_device(send_order, x.device)].contiguous()  # NHWC: channels_last moves as it lies
+    nhwc = x.is_contiguous(memory_format=torch.channels_last)
+    rows = (x.permute(0, 2, 3, 1) if nhwc else x)[to_device(send_order, x.device)].contiguous()  # moved as they lie
     received = torch.empty_like(rows)
     # bytes, since not every backend moves every dtype
     dist.all_to_all_single(as_bytes(received), as_bytes(rows), receive_counts, send_counts)
     arrived_at = torch.argsort(torch.argsort(source, stable=True))  # rows arrive by source rank, in order of place
-    return received[to_device(arrived_at, x.device)].permute(0, 3, 1, 2)
+    result = received[to_device(arrived_at, x.device)]
+    return result.permute(0, 3, 1, 2) if nhwc else result
 
 
 def unshuffle_keys(k: Tensor, permutation: Tensor, ranks: Ranks) -> Tensor:

@@ -81,7 +81,7 @@ def optional_rows(facts: dict[str, dict[str, str]]) -> list[Row]:
         ("FFCV", "ffcv", "optional: its own loader and writer, to compare", f"{_apt_for_ffcv()}{PIP} ffcv"),
         ("numba", "numba", "views and k-NN on a CPU, several times as fast", f"{PIP} --upgrade numba"),
         ("DALI", "nvidia.dali", "decoding on the GPU", f"{PIP} nvidia-dali-cuda{dali}"),
-        ("NVIDIA apex", "apex.optimizers", "optional: torch's fused optimizers do the same", apex),
+        ("NVIDIA apex", "apex.optimizers", "optional: SGD, where it is faster than torch's", apex),
     ]
     rows = []
     for name, module, purpose, mend in extras:

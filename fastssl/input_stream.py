@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
@@ -9,12 +10,15 @@ from torch import Tensor
 
 from fastssl.batch import ImageBatch
 
+AHEAD = 3  # steps whose end the host has not seen: the GPU does not run dry, and memory stays bounded
+
 
 class InputStream:
     """A CUDA stream for what comes before the encoders. On a CPU it does nothing: all runs in turn.
 
     The host is ahead of the GPU, so what it puts on this stream for step i + 1 waits for its batch alone, not for
-    step i. Only the training stream waits, for the views.
+    step i. Only the training stream waits, for the views. The host is AHEAD steps ahead at most, for every step it has
+    prepared holds a batch and its views.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -25,13 +29,18 @@ class InputStream:
         if self.stream is None:
             yield from batches
             return
-        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))  # which may have loaded the images
+        training = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(training)  # which may have loaded the images
+        ends: deque[torch.cuda.Event] = deque()
         while True:
+            if len(ends) == AHEAD:
+                ends.popleft().synchronize()
             with torch.cuda.stream(self.stream):
                 batch = next(batches, None)
             if batch is None:
                 return
             yield batch
+            ends.append(training.record_event(torch.cuda.Event(blocking=True)))  # a core sleeps while it waits
 
     def run(self, make_views: Callable[..., tuple[Tensor, Tensor]], *args: object) -> tuple[Tensor, Tensor]:
         """`make_views(*args)` of a batch that was drawn here: made on this stream, ready on the current one."""

@@ -18,7 +18,8 @@ LAYOUT_NAMES = {torch.channels_last: "channels_last", torch.contiguous_format: "
 RULE = torch.channels_last  # what convolutions in 16 bits want, on GPUs and on CPUs
 MARGIN = 1.1  # how many times as fast the other must be: clocks are noisy, and restarts should choose alike
 ROUNDS = 3
-CPU_IMAGES = 16  # of a measurement on a CPU, where a whole batch can take minutes
+# Images of a measurement: on a CPU a whole batch can take minutes, on a GPU, not compiled, more memory than a step
+MOST_IMAGES = {"cpu": 16, "cuda": 256}
 
 
 def choose_layout(config: Config, encoder: nn.Module, ranks: Ranks) -> tuple[torch.memory_format, str]:
@@ -45,9 +46,8 @@ def time_layouts(config: Config, encoder: nn.Module, ranks: Ranks) -> dict[torch
     """Seconds of q forward and backward and k forward on random views, in each layout, in turn."""
     device, size = ranks.device, config.augment.image_size
     dtype = DTYPES[choose_precision(config.train.precision, device)]
-    batch = rank_batch_size(config, ranks) // config.optim.accumulate
-    if device.type == "cpu":  # the parts of a split batch norm stay equal
-        batch = min(batch, max(CPU_IMAGES // config.model.bn_splits, 1) * config.model.bn_splits)
+    batch, splits = rank_batch_size(config, ranks) // config.optim.accumulate, config.model.bn_splits
+    batch = min(batch, max(MOST_IMAGES[device.type] // splits, 1) * splits)  # split batch norm's parts stay equal
 
     def iteration(layout: torch.memory_format) -> Callable[[], None]:
         model = copy.deepcopy(encoder).to(memory_format=layout)

@@ -55,7 +55,7 @@ def make_train_step(
     share of step `step` (from 0), drawn by `inputs` and taken in --accumulate parts; metrics are 0-dim tensors on the
     device. Nothing in it waits for the device, but for the check of the inputs at the first call.
     """
-    moco, encoder_q, optimizer, scaler, _ = trainee
+    moco, encoder_q, optimizer, scaler = trainee[:4]
     seed, accumulate = config.train.seed, config.optim.accumulate
     size, views_by = config.augment.image_size, config.augment.augment_kernel
     dtype = DTYPES[choose_precision(config.train.precision, ranks.device)]

@@ -31,6 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # What a library says about its own insides is not ours to mend; what it says about our calls names our module.
     for category in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"):
         config.addinivalue_line("filterwarnings", f"default::{category}:(?!fastssl|test|conftest|bench|ranks)")
+    # float32 products stay in full precision where nobody asks for less; older compilers say so of every GPU
+    config.addinivalue_line("filterwarnings", "default:TensorFloat32 tensor cores")
     # a bug of the interpreter that the compiler works round
     config.addinivalue_line("filterwarnings", "default:Guards may run slower on Python 3.13.0")
     torch.set_num_threads(1)

@@ -19,12 +19,13 @@ def exchange(rank, world_size, size, dtype_name):
     dtype = getattr(torch, dtype_name)
     total = world_size * size
     numbers = torch.arange(rank * size, (rank + 1) * size)
-    view = numbers[:, None, None, None].expand(-1, 3, 4, 5).to(dtype).contiguous(memory_format=torch.channels_last)
     for step in range(3):
+        layout = torch.contiguous_format if step == 2 else torch.channels_last
+        view = numbers[:, None, None, None].expand(-1, 3, 4, 5).to(dtype).contiguous(memory_format=layout)
         order = permutation(1, step, total, STREAM_SHUFFLE)
         shuffled = shuffle_rows(view, order, ranks)
         assert shuffled.shape == view.shape and shuffled.dtype == dtype
-        assert shuffled.is_contiguous(memory_format=torch.channels_last)
+        assert shuffled.is_contiguous(memory_format=layout)
         assert torch.equal(shuffled[:, 0, 0, 0].long(), order[rank * size : (rank + 1) * size])
         keys = unshuffle_keys(shuffled[:, :2, 0, 0].float(), order, ranks)
         assert torch.equal(keys[:, 1], torch.arange(total).float())

@@ -23,7 +23,7 @@ from fastssl.models.batchnorm import split_batchnorm
 from fastssl.optim import make_optimizer
 from fastssl.plan import Plan
 from fastssl.random_key import STREAM_SHUFFLE, permutation
-from fastssl.train import in_rank_order, make_train_step
+from fastssl.train import in_rank_order, make_deterministic, make_train_step
 
 DIM, SIZE, STEPS, LR, WD, M, T = 8, 16, 3, 0.5, 1e-3, 0.9, 0.2
 POLICY = make_policy("v2")
@@ -276,14 +276,23 @@ def on_gpu(steps, **values):
     return [float(loss) for loss in losses]  # read at the end: until then nothing waits for the GPU
 
 
+@pytest.fixture
+def deterministic():
+    benchmark = torch.backends.cudnn.benchmark
+    make_deterministic(True)
+    yield
+    make_deterministic(False)
+    torch.backends.cudnn.benchmark = benchmark
+
+
 @pytest.mark.gpu
-def test_views_made_beside_the_training_give_the_same_steps():
-    in_turn, overlapped = (on_gpu(6, overlap=o, deterministic=True, compile="off") for o in (False, True))
+def test_views_made_beside_the_training_give_the_same_steps(deterministic):
+    in_turn, overlapped = (on_gpu(6, overlap=o, compile="off") for o in (False, True))
     np.testing.assert_allclose(overlapped, in_turn, rtol=1e-6)
 
 
 @pytest.mark.gpu
-def test_cuda_graphs_train_as_compiled_encoders_do():
+def test_cuda_graphs_train_as_compiled_encoders_do(deterministic):
     graphs, compiled = (on_gpu(8, overlap=True, compile=c, image_size=32) for c in ("graphs", "on"))
     np.testing.assert_allclose(graphs, compiled, rtol=1e-3)
 

@@ -94,7 +94,9 @@ def pair_crops(policy: Policy, batch: ImageBatch, seed: int, epoch: int) -> tupl
     best = _first_smallest(miss)[:, None, None].expand(-1, 1, 2)
     w, h = w.gather(1, best), h.gather(1, best)  # (B, 1, view)
     apart = (places > places.flip(2)).double()  # each away from the other, in the direction it already lies
-    places = places + (apart - places) * (torch.arange(PAIR_TRIES, device=u.device) / (PAIR_TRIES - 1)).view(-1, 1, 1)
+    # times, not over: a GPU would divide by a number otherwise than a CPU does
+    fraction = torch.arange(PAIR_TRIES, device=u.device, dtype=torch.float64) * (1 / (PAIR_TRIES - 1))
+    places = places + (apart - places) * fraction.view(-1, 1, 1)
     top, left = ((places[..., i] * (room + 1)).floor() for i, room in enumerate((height - h, width - w)))
     top, left = torch.minimum(top, height - h), torch.minimum(left, width - w)  # the last try lies at 1 itself
     iou, nested = _overlap((top, left, h, w))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fastssl import distributed
 from fastssl.bench.classical import classical_loop
-from fastssl.bench.loops import Loop, our_loop, time_loops
+from fastssl.bench.loops import Loop, our_loops, time_loops, trainee_of
 from fastssl.bench.peer_loops import dali_loop, ffcv_loop
 from fastssl.bench.photos import SOURCE, open_data
 from fastssl.bench.step import add_step_flags, as_line, make_config, print_line, save
@@ -30,10 +30,12 @@ def make_loops(args: argparse.Namespace, data: str, beton: str, ranks: Ranks) ->
     """(name -> loop, each tried for one step; name -> why it cannot run)."""
     plain = make_config(args, args.arch)
     files = {"resident": beton, "beton": beton, "dali": data, "folder": data}
-    makers: dict[str, Callable[[], Loop]] = {
-        f"ours, {name}": partial(our_loop, make_config(args, args.arch, data=files[name], loader=name), ranks)
-        for name in args.loader
-    }
+    trainee = trainee_of(plain, ranks)  # compiled once, for all of ours
+
+    def ours(name: str) -> Loop:
+        return our_loops({"": make_config(args, args.arch, data=files[name], loader=name)}, ranks, trainee)[""]
+
+    makers: dict[str, Callable[[], Loop]] = {f"ours, {name}": partial(ours, name) for name in args.loader}
     makers |= {
         "DALI, as solo-learn": partial(dali_loop, data, plain, ranks, args.workers),
         "FFCV, a decoder per view": partial(ffcv_loop, beton, plain, ranks, args.workers),

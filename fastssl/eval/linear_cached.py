@@ -60,14 +60,15 @@ def fit_linear(
     b = b.to(device, dtype).repeat(count)
     velocity_w, velocity_b = torch.zeros_like(w), torch.zeros_like(b)
     base, decay = (column(settings, i, num_classes, w) for i in (0, 1))
-    decays = bool((decay != 0).any())
+    decays = any(setting.weight_decay for setting in settings)
     labels = labels.to(device)
     for epoch in bar(range(sweep.epochs), sweep.epochs, "classifiers"):
         rate = base * learning_rate(
             epoch, base_lr=1.0, epochs=sweep.epochs, steps_per_epoch=1, schedule="step", milestones=sweep.schedule,
             drop=sweep.drop,
         )  # fmt: skip
-        for rows in epoch_order(len(labels), sweep.seed, epoch).split(sweep.batch_size):
+        order = epoch_order(len(labels), sweep.seed, epoch).to(features.device)  # once: each copy waits for the steps
+        for rows in order.split(sweep.batch_size):
             x = take_rows(features, rows, device, dtype)
             g = logit_gradient(torch.addmm(b, x, w), labels[rows.to(labels.device)], num_classes)
             velocity_w.addmm_(x.T, g, beta=sweep.momentum, alpha=1 / len(rows))
