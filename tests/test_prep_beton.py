@@ -4,9 +4,6 @@ import errno
 import io
 import json
 import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -278,40 +275,6 @@ def test_workers_that_always_die_end_the_run(tmp_path, monkeypatch):
     files = {f"deadly{i}.jpg": (jpeg(20, 20), "") for i in range(30)}
     data = write_kinds(tmp_path / "images", files)
     monkeypatch.setattr(convert, "prepare_place", prepare_or_die)
-    with pytest.raises(ValueError, match="8 worker processes died one after another"):
+    with pytest.raises(ValueError, match=r"every process died on 8 images in a row, the last deadly15\.jpg"):
         write(data, tmp_path / "x.beton")
     assert os.listdir(tmp_path) == ["images"]
-
-
-def test_a_kill_leaves_no_file_and_no_process(tmp_path):
-    data = write_kinds(tmp_path / "images", dict.fromkeys(map("{:03}.jpg".format, range(300)), (jpeg(700, 700), "")))
-    out = tmp_path / "x.beton"
-    command = [sys.executable, "-m", "fastssl", "prep", "beton", str(data), str(out), "--workers", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-    partial = tmp_path / "x.beton.partial"
-    deadline = time.monotonic() + 60
-    while not (partial.exists() and (tmp_path / "x.beton.images.jsonl.partial").stat().st_size):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert sorted(os.listdir(tmp_path)) == ["images", "x.beton.images.jsonl.partial", "x.beton.partial"]
-    while session_members(process.pid):
-        assert time.monotonic() < deadline, "workers live on"
-        time.sleep(0.05)
-    write(data, out, Store(originals=True), Selection(count=3))
-    assert sorted(os.listdir(tmp_path)) == ["images", "x.beton", "x.beton.images.jsonl", "x.beton.json"]
-
-
-def session_members(session):
-    """Processes of a session that still run."""
-    found = []
-    for entry in os.listdir("/proc"):
-        try:
-            text = Path("/proc", entry, "stat").read_text() if entry.isdigit() else ""
-        except OSError:
-            continue
-        state = text.rpartition(")")[2].split()
-        if state and int(state[3]) == session and state[0] != "Z":
-            found.append(int(entry))
-    return found
