@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from prep_images import bad_kinds, jpeg, kinds, prepare_or_die, render, turned, write_kinds, write_photos
+from prep_images import bad_kinds, encode, jpeg, kinds, prepare_or_die, render, turned, write_kinds, write_photos
 
 from fastssl.data_prep import convert
 from fastssl.data_prep.beton_format import IMAGE_FIELD, JPEG, RAW, read_tables, record_sizes
 from fastssl.data_prep.beton_writer import BLOCK, BetonWriter
-from fastssl.data_prep.images import decode_image, find_images
+from fastssl.data_prep.images import BadImage, decode_image, find_images
 from fastssl.data_prep.jpeg import NotPlain
 from fastssl.data_prep.manifest import manifest_path, read_manifest
 from fastssl.data_prep.prepare import Store, pass_image, prepare_image, shrink
@@ -24,6 +24,7 @@ from fastssl.data_prep.work_pool import Work
 from fastssl.data_prep.write_beton import write_beton
 
 ONE = Work(workers=1)
+XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="%d"/></x:xmpmeta>'
 SIZES = {"ant": [(40, 60), (64, 64), (30, 90)], "bee": [(20, 24), (100, 50)], "wasp": [(33, 47)]}
 
 
@@ -147,6 +148,8 @@ def test_originals_pass_byte_for_byte_where_they_can(tmp_path):
         "progressive.jpg": (jpeg(300, 400, progressive=True), None),
         "full_colour.jpg": (jpeg(31, 17, subsampling=0), None),
         "upright.jpg": (turned(1), None),
+        "upright_by_xmp.jpg": (jpeg(30, 50, xmp=XMP % 1), None),
+        "turned_by_xmp.jpg": (jpeg(30, 50, xmp=XMP % 6), "EXIF orientation 6"),
         "longer.jpg": (jpeg(30, 50) + b"and something behind it", None),
     }
     data, out = write_kinds(tmp_path / "images", good, bad), tmp_path / "x.beton"
@@ -201,6 +204,14 @@ def test_nothing_usable_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"none of the 4 images can be used; cut\.jpg"):
         write(data, tmp_path / "x.beton")
     assert os.listdir(tmp_path) == ["images"]
+
+
+@pytest.mark.parametrize("store", [Store(), Store(raw=True), Store(originals=True)])
+def test_a_png_that_is_damaged_inside_is_not_used(store):
+    """Pillow decodes a PNG to find its EXIF, and says only once that it cannot."""
+    data = encode(Image.fromarray(render(60, 84)), "PNG")
+    with pytest.raises(BadImage, match="broken data stream"):
+        prepare_image(data[:200] + bytes(4) + data[204:], "x.png", store)
 
 
 def test_sides_beyond_16_bits_are_left_out(tmp_path):

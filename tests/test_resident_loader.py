@@ -153,6 +153,13 @@ def test_the_prediction_is_what_the_images_take(folder):
     assert 1 << 20 < free < 1 << 50
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_with_too_many_pixels_needs_no_room(tmp_path):
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "0.png")
+    Image.new("RGB", (5, 7)).save(tmp_path / "1.png")
+    assert memory.folder_pixel_bytes(images.find_images(tmp_path), 0, 2, 1) == 5 * 7 * 3
+
+
 @pytest.mark.parametrize("name", ["folder", "resident"])
 def test_unreadable_images_are_replaced_as_the_folder_loader_does(tmp_path, name):
     for i in range(12):
