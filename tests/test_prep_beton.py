@@ -16,7 +16,7 @@ from fastssl.data_prep.beton_format import IMAGE_FIELD, JPEG, RAW, read_tables, 
 from fastssl.data_prep.beton_writer import BLOCK, BetonWriter
 from fastssl.data_prep.images import BadImage, decode_image, find_images
 from fastssl.data_prep.jpeg import NotPlain
-from fastssl.data_prep.manifest import manifest_path, read_manifest
+from fastssl.data_prep.manifest import read_manifest
 from fastssl.data_prep.prepare import Store, pass_image, prepare_image, shrink
 from fastssl.data_prep.sources import Selection
 from fastssl.data_prep.verify import verify
@@ -56,7 +56,7 @@ def test_order_and_labels_are_the_folder_loaders(photos, tmp_path):
     write(photos, out, work=Work(workers=2))
     folder = find_images(photos)
     assert labels(out) == folder.labels.tolist()
-    manifest = read_manifest(manifest_path(out))
+    manifest = read_manifest(out)
     assert manifest["class_names"] == folder.class_names == ["ant", "bee", "wasp"]
     assert manifest["class_counts"] == [3, 2, 1] and manifest["num_images"] == 6
     listed = [json.loads(line)["path"] for line in (tmp_path / "x.beton.images.jsonl").read_text().splitlines()]
@@ -127,7 +127,7 @@ def test_every_kind_of_file_is_used_or_listed(tmp_path):
     good, bad = kinds(), bad_kinds()
     data, out = write_kinds(tmp_path / "images", good, bad), tmp_path / "x.beton"
     write(data, out, Store(raw=True))
-    manifest = read_manifest(manifest_path(out))
+    manifest = read_manifest(out)
     reasons = {image["path"]: image["reason"] for image in manifest["quarantined"]}
     assert reasons.keys() == bad.keys()
     assert not [name for name, (_, reason) in bad.items() if reason not in reasons[name]]
@@ -164,7 +164,7 @@ def test_originals_pass_byte_for_byte_where_they_can(tmp_path):
             assert image.format == "JPEG" and image.mode in ("RGB", "L") and image.getexif().get(0x0112, 1) == 1
         passed |= {name} if stored == good[name][0] else set()
     assert passed == {name for name, (_, note) in good.items() if note in (None, "greyscale")}
-    manifest = read_manifest(manifest_path(out))
+    manifest = read_manifest(out)
     assert manifest["stored"] == {"passed": len(passed), "encoded": len(good) - len(passed)}
     assert {image["path"] for image in manifest["quarantined"]} == bad.keys()
 
