@@ -6,7 +6,7 @@ import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -123,16 +123,16 @@ def open_image(
 def read_file(path: str | os.PathLike, name: str, offset: int = 0, size: int = -1) -> bytes:
     """The bytes of a file, or `size` of them from `offset`. Raises BadImage with `name` when it cannot be read."""
     try:
-        with open(path, "rb", opener=_open_at_once) as file:
+        with open_file(path) as file:
             file.seek(offset)
             return file.read(size)
     except OSError as error:
         raise BadImage(name, error.strerror or str(error)) from None
 
 
-def _open_at_once(path: str | os.PathLike, flags: int) -> int:
-    """A pipe that is named like an image must not wait for its writer."""
-    return os.open(path, flags | os.O_NONBLOCK)
+def open_file(path: str | os.PathLike) -> BinaryIO:
+    """A file to read. A pipe that is named like an image is found empty: nobody waits for its writer."""
+    return open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
 
 
 def _has_train_split(root: str) -> bool:

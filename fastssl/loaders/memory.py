@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from PIL import Image
 
-from fastssl.data_prep.images import MAX_PIXELS, ImageFolder
+from fastssl.data_prep.images import MAX_PIXELS, ImageFolder, open_file
 
 
 def folder_pixel_bytes(folder: ImageFolder, start: int, stop: int, workers: int) -> int:
@@ -16,7 +16,7 @@ def folder_pixel_bytes(folder: ImageFolder, start: int, stop: int, workers: int)
 
     def pixel_bytes(i: int) -> int:
         try:
-            with Image.open(folder.path(i)) as image:
+            with open_file(folder.path(i)) as file, Image.open(file) as image:
                 pixels = image.width * image.height
         except Exception:  # whatever is wrong with it is told when it is decoded
             return 0
