@@ -18,7 +18,7 @@ from fastssl.data_prep.sources import Place, Source, read_place
 from fastssl.data_prep.work_pool import Died, Ticket, Work, WorkPool, ahead
 
 _CHUNK = 16  # images handed out at once: handing out then costs nothing
-_DIED = "the process that decoded it died, alone with it"
+_DIED = "the process that decoded it died twice, alone with it"
 
 Outcome = Prepared | BadImage
 

@@ -23,7 +23,7 @@ def describe(path: str | os.PathLike) -> str:
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist")
-    manifest = read_manifest(manifest_path(path)) if manifest_path(path).exists() else None
+    manifest = read_manifest(path)
     if path.is_dir():
         if manifest is None:
             raise ValueError(f"{path} has no manifest.json: it holds no shards")
@@ -33,6 +33,8 @@ def describe(path: str | os.PathLike) -> str:
         ]
         return "\n".join(lines + _manifest_lines(manifest))
     tables = read_tables(path)
+    if manifest and (manifest["file_bytes"], manifest["num_images"]) != (len(tables.data), len(tables.samples)):
+        raise ValueError(f"{manifest_path(path)} is not the manifest of {path}, or that is not whole: verify it")
     lines = [f"{path}: {len(tables.samples):,} samples, {len(tables.data):,} bytes, pages of {tables.page_size:,}"]
     lines += _table_lines(tables)
     lines += ["manifest  none: made by another program"] if manifest is None else _manifest_lines(manifest)

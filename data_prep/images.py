@@ -6,10 +6,12 @@ import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from fastssl.data_prep.rgb import to_rgb
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_PIXELS = 89_478_485  # 256 MB of RGB; where Pillow, too, begins to suspect a decompression bomb
@@ -17,8 +19,6 @@ MAX_PIXELS = 89_478_485  # 256 MB of RGB; where Pillow, too, begins to suspect a
 Image.init()  # here, because Pillow loads its plugins at the first unknown file, which is not safe in threads
 # Named one by one: Pillow would start Ghostscript for an EPS file
 _FORMATS = [f for f in ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM") if f in Image.OPEN]
-_ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
-_ORIENTATION = 0x0112  # EXIF tag
 _SPLITS = ("train", "val", "valid", "validation", "test", "dev", "eval")
 
 
@@ -103,14 +103,14 @@ def open_image(
     """`decode_image` as a Pillow image in mode RGB; `look` sees the opened file before its pixels are decoded."""
     name = name or ("<bytes>" if isinstance(source, bytes) else os.fspath(source))
     try:
-        data = source if isinstance(source, bytes) else _read(source)
+        data = source if isinstance(source, bytes) else read_file(source, name)
         if not data:
             raise BadImage(name, "the file is empty")
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(name, f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
             look(image)
-            return _to_rgb(image)
+            return to_rgb(image)
     except (BadImage, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -120,40 +120,19 @@ def open_image(
         raise BadImage(name, reason or type(error).__name__) from error
 
 
-def _read(path: str | os.PathLike) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def orientation_of(image: Image.Image) -> int:
+def read_file(path: str | os.PathLike, name: str, offset: int = 0, size: int = -1) -> bytes:
+    """The bytes of a file, or `size` of them from `offset`. Raises BadImage with `name` when it cannot be read."""
     try:
-        return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged EXIF says nothing about the pixels
-        return 1
+        with open_file(path) as file:
+            file.seek(offset)
+            return file.read(size)
+    except OSError as error:
+        raise BadImage(name, error.strerror or str(error)) from None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any opened image, turned upright, in mode RGB."""
-    image.load()
-    if orientation_of(image) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        return _from_16_bit(image)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range")
-    if image.mode in _ALPHA_MODES or "transparency" in image.info:
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image.convert("RGBA"))
-        image = white
-    return image if image.mode == "RGB" else image.convert("RGB")  # converting would copy
-
-
-def _from_16_bit(image: Image.Image) -> Image.Image:
-    """16-bit greyscale to RGB by the high byte, as Pillow does for 16-bit colour; `convert` would clip at 255."""
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() > 0xFFFF:
-        raise ValueError("32-bit pixels have no agreed range")
-    return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+def open_file(path: str | os.PathLike) -> BinaryIO:
+    """A file to read. A pipe that is named like an image is found empty: nobody waits for its writer."""
+    return open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
 
 
 def _has_train_split(root: str) -> bool:
@@ -184,10 +163,17 @@ def _walk(folder: str, prefix: str = "", above: frozenset[tuple[int, int]] = fro
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 yield from _walk(entry.path, f"{prefix}{entry.name}/", above)
             elif is_image_name(entry.name):
                 yield prefix + entry.name
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: one unreadable file among the others
+        return False
 
 
 def _inventory(folder: str) -> str:

@@ -10,6 +10,7 @@ _SOI, _EOI, _SOS, _APP1 = 0xD8, 0xD9, 0xDA, 0xE1
 _FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended and progressive Huffman: what every decoder reads
 _OTHER_FRAMES = {0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # lossless, hierarchical, arithmetic
 _ORIENTATION = 0x0112  # EXIF tag
+_XMP_TURNED = re.compile(rb'tiff:Orientation(?:="|>)([2-8])')
 # In coded pixels FF is followed by a stuffed zero, a restart marker or another FF; anything else is the next marker
 _NEXT_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
@@ -50,7 +51,7 @@ def read_jpeg_facts(data: bytes) -> JpegFacts:
             facts = _frame(data[at + 2 : end])
         elif marker in _OTHER_FRAMES or marker in _FRAMES:
             raise NotPlain("a JPEG of a rare kind")
-        elif marker == _APP1 and data[at + 2 : at + 8] == b"Exif\0\0":
+        elif marker == _APP1:
             _refuse_turned(data[at + 2 : end])
         elif marker == _SOS:
             scans += 1
@@ -87,9 +88,15 @@ def _frame(body: bytes) -> JpegFacts:
     return JpegFacts(width, height, body[5])
 
 
-def _refuse_turned(exif: bytes) -> None:
-    """A picture that only EXIF turns upright would lie on its side for decoders that ignore EXIF."""
-    tiff = exif[6:]
+def _refuse_turned(segment: bytes) -> None:
+    """A picture that only EXIF or XMP turns upright would lie on its side for decoders that ignore them."""
+    if segment.startswith(b"Exif\0\0"):
+        _refuse_turned_by_exif(segment[6:])
+    elif segment.startswith(b"http://ns.adobe.com/xap/1.0/\0") and (turned := _XMP_TURNED.search(segment)):
+        raise NotPlain(f"XMP orientation {turned[1].decode('ascii')}")
+
+
+def _refuse_turned_by_exif(tiff: bytes) -> None:
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2], "<")
     try:
         (directory,) = struct.unpack_from(order + "I", tiff, 4)

@@ -101,17 +101,25 @@ def write_manifest(path: Path, kind: str, content: dict[str, object]) -> None:
         file.write((json.dumps({**content, "sha256": _sum(content)}, indent=1) + "\n").encode("ascii"))
 
 
-def read_manifest(path: Path) -> dict:
-    """Reads and checks a manifest. Raises ValueError when it is damaged or of another format."""
+def read_manifest(data: Path) -> dict | None:
+    """The manifest of a beton or of a folder of shards, checked; None where there is none.
+
+    Raises ValueError when it is damaged, of another format, or that of something else.
+    """
+    path, kind = manifest_path(data), "shards" if data.is_dir() else "beton"
+    if not path.exists():
+        return None
     try:
         content = json.loads(path.read_bytes())
         claimed = content.pop("sha256")
-    except (ValueError, AttributeError, KeyError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged or no manifest: convert again") from error
     if content.get("format") != FORMAT:
         raise ValueError(f"{path} has format {content.get('format')}, and this program reads {FORMAT}: convert again")
     if claimed != _sum(content):
         raise ValueError(f"{path} is damaged: its checksum is not that of its content")
+    if content["kind"] != kind:
+        raise ValueError(f"{path} is a manifest of {content['kind']} and not of {data}: convert again")
     return content
 
 

@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from fastssl.data_prep.beton_format import JPEG, RAW
-from fastssl.data_prep.images import MAX_PIXELS, BadImage, open_image, orientation_of
+from fastssl.data_prep.images import MAX_PIXELS, BadImage, open_image
 from fastssl.data_prep.jpeg import NotPlain, read_jpeg_facts
+from fastssl.data_prep.rgb import orientation_of
 
 _LONGEST = 65535  # FFCV records sides in 16 bits
 _LONGEST_JPEG = 65500  # libjpeg's own limit
@@ -78,9 +79,9 @@ def prepare_image(data: bytes, name: str, store: Store) -> Prepared:
     notes: list[str] = []
 
     def look(image: Image.Image) -> None:
-        notes.extend(_oddities(image, name))
         if store.short_side:  # a JPEG decoder halves sizes for nothing; twice the size wanted keeps the quality
             image.draft(None, (2 * store.short_side, 2 * store.short_side))
+        notes.extend(_oddities(image, name))
 
     try:
         image = open_image(data, name, look)

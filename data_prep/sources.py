@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastssl.data_prep.class_list import read_classes
-from fastssl.data_prep.images import BadImage, ImageFolder, find_images, is_image_name, label_by_folder
+from fastssl.data_prep.images import BadImage, ImageFolder, find_images, is_image_name, label_by_folder, read_file
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,7 @@ class Source:
 
 def read_place(place: Place) -> bytes:
     """The bytes of one image file. Raises BadImage when the file cannot be read."""
-    try:
-        with open(place.path, "rb") as file:
-            file.seek(place.offset)
-            data = file.read(place.size)
-    except OSError as error:
-        raise BadImage(place.name, error.strerror or str(error)) from None
+    data = read_file(place.path, place.name, place.offset, place.size)
     if place.size >= 0 and len(data) < place.size:
         raise BadImage(place.name, "the tar file ends within it")
     if not data:

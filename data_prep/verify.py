@@ -16,7 +16,7 @@ from fastssl.data_prep.files import file_sum
 from fastssl.data_prep.images import BadImage, open_image
 from fastssl.data_prep.manifest import manifest_path, read_manifest
 from fastssl.data_prep.sources import Place, read_place
-from fastssl.data_prep.work_pool import Died, WorkPool, ahead, usable_cores
+from fastssl.data_prep.work_pool import Died, Work, WorkPool, ahead
 
 _NAMED = 5  # places of damage that are told; the rest is counted
 _CHUNK = 64  # records handed out at once
@@ -27,12 +27,12 @@ def verify(path: str | os.PathLike, decode: bool = False, workers: int | None = 
 
     A beton without a manifest (one FFCV wrote) has only its tables checked. `decode` also decodes every image of a
     beton and compares its size.
-    Raises ValueError that names the damage.
+    Raises ValueError that names the damage, also a shard that the manifest does not know.
     """
-    path, workers = Path(path), workers or usable_cores()
+    path, workers = Path(path), Work(workers).processes
     if not path.exists():
         raise ValueError(f"{path} does not exist")
-    manifest = read_manifest(manifest_path(path)) if manifest_path(path).exists() else None
+    manifest = read_manifest(path)
     if path.is_dir():
         if manifest is None:
             raise ValueError(f"{path} has no manifest.json: it holds no shards that can be checked")
@@ -55,6 +55,8 @@ def verify(path: str | os.PathLike, decode: bool = False, workers: int | None = 
 
 def _verify_shards(folder: Path, manifest: dict, workers: int) -> str:
     files = [*manifest["shards"], manifest["listing"]]
+    if foreign := {tar.name for tar in folder.glob("*.tar")} - {shard["name"] for shard in manifest["shards"]}:
+        raise ValueError(f"{folder / min(foreign)} is not in the manifest, and a loader would read it: move it away")
     for shard in manifest["shards"]:
         _check_size(folder / shard["name"], shard["bytes"])
     with ThreadPoolExecutor(workers) as pool:

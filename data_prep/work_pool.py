@@ -18,11 +18,13 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
-_MOST_DEATHS = 8  # in a row, after which the machine, not an image, is at fault
+_BROKEN = (BrokenProcessPool, EOFError, ConnectionError)  # a worker died, or the server that starts them
+_MOST_DEATHS = 8  # items in a row, after which the machine, not an image, is at fault
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,9 @@ class WorkPool(Generic[Item, Result]):
         for _ in range(2 if items else 0):
             self._pool = self._pool or make_pool(self._workers)
             try:
-                return Ticket(items, self._pool.submit(self._work, items))
-            except BrokenProcessPool:  # one has died since; those it was handed to will notice too
+                with _signals_later():
+                    return Ticket(items, self._pool.submit(self._work, items))
+            except _BROKEN:  # one has died since; those it was handed to will notice too
                 self._pool = _end(self._pool)
         return Ticket(items, None)
 
@@ -80,7 +83,7 @@ class WorkPool(Generic[Item, Result]):
         What the function raises is raised here. Raises ValueError when every process dies.
         """
         if ticket.future is not None:
-            with contextlib.suppress(BrokenProcessPool):
+            with contextlib.suppress(*_BROKEN):
                 return ticket.future.result()
         return [self._alone(item) for item in ticket.items]
 
@@ -89,29 +92,42 @@ class WorkPool(Generic[Item, Result]):
         self._pool, self._lone = _end(self._pool), _end(self._lone)
 
     def _alone(self, item: Item) -> Result | Died:
-        """One item in a process of its own, so that nothing else can be what kills it."""
-        self._lone = self._lone or make_pool(1)
-        try:
-            (result,) = self._lone.submit(self._work, [item]).result()
-            self._deaths = 0
-            return result
-        except BrokenProcessPool:
-            self._lone = _end(self._lone)
-            self._deaths += 1
+        """One item in a process of its own, so that nothing else can be what kills it; where it dies, in another one.
+
+        The kernel ends a process where memory is short, whatever it works on.
+        """
+        for _ in range(2):
+            self._lone = self._lone or make_pool(1)
+            try:
+                with _signals_later():
+                    future = self._lone.submit(self._work, [item])
+                (result,) = future.result()
+                self._deaths = 0
+                return result
+            except _BROKEN:
+                self._lone = _end(self._lone)
+        self._deaths += 1
         if self._deaths >= _MOST_DEATHS:
             raise ValueError(
-                f"{_MOST_DEATHS} worker processes died one after another, the last on {getattr(item, 'name', item)}: "
+                f"every process died on {_MOST_DEATHS} images in a row, the last {getattr(item, 'name', item)}: "
                 "is there enough memory? --workers 1 needs least"
             )
         return Died()
 
 
 def make_pool(workers: int) -> ProcessPoolExecutor:
-    """Processes that end with this one, whatever ends it. Started from a small server: it has no threads to break."""
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if hasattr(context, "set_forkserver_preload"):
-        context.set_forkserver_preload(["fastssl.data_prep.prepare", "torch"])
+    """Processes that end with this one, whatever ends it. Started from a small server: it has no threads to break.
+
+    Ctrl-C is this process's to answer: the others have it blocked from before their first instruction.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastssl.data_prep.prepare", "torch"])
+    resource_tracker.ensure_running()  # before: it ends by letting Ctrl-C through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
 
 
@@ -135,16 +151,32 @@ def _end(pool: ProcessPoolExecutor | None) -> None:
         pool.shutdown(cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _signals_later() -> Iterator[None]:
+    """Ctrl-C and SIGTERM take effect when the block ends: a process whose parent leaves while it starts complains."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    came: list[int] = []
+    handlers = {n: signal.signal(n, lambda n, _: came.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
 def _work_on(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     return [function(item) for item in items]
 
 
 def _start_worker() -> None:
-    """Ctrl-C is the parent's to answer, what a library says of a damaged file is in the reason, orphans end."""
+    """What a library says of a damaged file is in the reason; orphans end."""
     import torch  # here: this process's parent may do without
 
     torch.set_num_threads(1)  # the processes share the cores
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()

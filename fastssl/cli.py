@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(COMMANDS)}"
         print(f"fastssl: error: no command {argv[0]!r}{hint}", file=sys.stderr)
         return USAGE
-    module = importlib.import_module(COMMANDS[argv[0]][0])
-    return run_command(module.main, argv[1:])
+    module = COMMANDS[argv[0]][0]  # imported within: Ctrl-C may come in these seconds, too
+    return run_command(lambda flags: importlib.import_module(module).main(flags), argv[1:])
 
 
 if __name__ == "__main__":

@@ -28,9 +28,29 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
         rank = os.environ.get("RANK", "0")  # an error may be one rank's alone: all of them speak
         print(f"fastssl: error: {error}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
         return getattr(error, "exit_code", FAILED)
-    except KeyboardInterrupt:
-        print("fastssl: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        (number,) = interrupt.args or (signal.SIGINT,)
+        print("fastssl: interrupted" if number == signal.SIGINT else "fastssl: terminated", file=sys.stderr)
+        return 128 + number
+
+
+@contextmanager
+def tidy_on_signals() -> Iterator[None]:
+    """Within, SIGTERM ends a command as Ctrl-C does: what is not finished is removed. A second signal ends it at once.
+
+    Not for a command of several ranks: one that waits for the others answers no signal in Python.
+    """
+
+    def interrupt(signum: int, frame: object) -> None:
+        for handled in before:
+            signal.signal(handled, signal.SIG_DFL)
+        raise KeyboardInterrupt(signum)
+
+    before = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        _restore(before)
 
 
 @contextmanager
@@ -44,5 +64,9 @@ def stop_on_signals(stop: StopSignal) -> Iterator[None]:
     try:
         yield
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        _restore(before)
+
+
+def _restore(handlers: dict[int, object]) -> None:
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)

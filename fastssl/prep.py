@@ -11,8 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from fastssl.command import USAGE
-from fastssl.data_prep import static_views
+from fastssl.command import USAGE, tidy_on_signals
 from fastssl.data_prep.describe import describe
 from fastssl.data_prep.manifest import Tally
 from fastssl.data_prep.prepare import Store
@@ -180,6 +179,8 @@ def main(argv: Sequence[str]) -> int:
         print(usage())
         return 0 if name else USAGE
     if name == VIEWS:
+        from fastssl.data_prep import static_views  # here: only it needs torchvision, whose import takes seconds
+
         return static_views.main(rest)
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, [*COMMANDS, VIEWS], n=1)
@@ -187,4 +188,6 @@ def main(argv: Sequence[str]) -> int:
         print(f"fastssl prep: error: no command {name!r}; {hint}", file=sys.stderr)
         return USAGE
     flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    return tyro.cli(COMMANDS[name], prog=f"fastssl prep {name}", args=rest, config=flat).run()
+    command = tyro.cli(COMMANDS[name], prog=f"fastssl prep {name}", args=rest, config=flat)
+    with tidy_on_signals():
+        return command.run()

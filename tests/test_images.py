@@ -211,6 +211,19 @@ def test_missing_file_and_dangling_link(tmp_path):
             decode_image(path)
 
 
+def test_what_is_no_file_is_named_and_waited_for_by_nobody(tmp_path):
+    """A link to itself, a pipe that nobody writes to and a folder, all called .jpg, beside an image."""
+    os.symlink("loop.jpg", tmp_path / "loop.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "x.jpg").write_bytes(encode(Image.fromarray(picture()), "JPEG"))
+    listing = find_images(tmp_path)
+    assert listing.paths == ["loop.jpg", "pipe.jpg", "x.jpg"]
+    for name in listing.paths[:2]:
+        with pytest.raises(BadImage, match=name):
+            decode_image(tmp_path / name)
+
+
 def test_a_name_that_is_not_utf_8_can_be_read_and_printed(tmp_path):
     folder = os.fsencode(tmp_path)
     for name, data in ((b"caf\xe9.png", encode(Image.fromarray(picture()), "PNG")), (b"bad\xe9.png", b"junk")):

@@ -16,6 +16,7 @@ from fastssl.data_prep.sources import Selection
 from fastssl.data_prep.verify import verify
 from fastssl.data_prep.work_pool import Work
 from fastssl.data_prep.write_beton import write_beton
+from fastssl.data_prep.write_shards import write_shards
 
 SIDES = ("", ".json", ".images.jsonl")
 
@@ -133,6 +134,45 @@ def test_describe(whole, capsys):
         assert part in text, part
     bars = [line for line in text.splitlines() if " to " in line and "#" in line]
     assert sum(int(line.split("#")[0].split()[-1]) for line in bars) == 12
+
+
+def test_a_manifest_of_something_else(whole, beton, tmp_path):
+    """Of another beton, of shards beside a beton and the other way round, and JSON that is no manifest at all."""
+    data, other, shards = whole.parent / "images", tmp_path / "other" / "x.beton", tmp_path / "shards"
+    write_beton(data, other, Store(), Selection(count=3), Work(workers=1))
+    write_shards(data, shards, Store(), Selection(), Work(workers=1))
+    manifest = beton.with_name("x.beton.json")
+    shutil.copy(f"{other}.json", manifest)
+    with pytest.raises(ValueError, match="is longer than it was"):
+        verify(beton)
+    with pytest.raises(ValueError, match="is not the manifest of"):
+        describe(beton)
+    shutil.copy(shards / "manifest.json", manifest)
+    shutil.copy(f"{whole}.json", shards / "manifest.json")
+    for command in (verify, describe):
+        with pytest.raises(ValueError, match="is a manifest of shards and not of"):
+            command(beton)
+        with pytest.raises(ValueError, match="is a manifest of beton and not of"):
+            command(shards)
+    for text in ("", "[]", "7", '["sha256"]', "{}", "null"):
+        manifest.write_text(text)
+        for command in (verify, describe):
+            with pytest.raises(ValueError, match="damaged or no manifest"):
+                command(beton)
+
+
+def test_a_shard_the_manifest_does_not_know_is_found(whole, tmp_path):
+    write_shards(whole.parent / "images", tmp_path / "shards", Store(), Selection(), Work(workers=1))
+    assert "all 3 checksums hold" in verify(tmp_path / "shards")
+    shutil.copy(tmp_path / "shards" / "shard-000000.tar", tmp_path / "shards" / "shard-000001.tar")
+    with pytest.raises(ValueError, match=r"shard-000001\.tar is not in the manifest"):
+        verify(tmp_path / "shards")
+
+
+def test_verify_wants_a_worker(whole, capsys):
+    for workers in ("0", "-1"):
+        assert main(["prep", "verify", str(whole), "--workers", workers]) == 1
+        assert "--workers must be at least 1" in capsys.readouterr().err
 
 
 def test_two_writers_of_one_file(tmp_path):

@@ -1,6 +1,7 @@
 """The resident loader: decoded once, in place, checked first, shared out over ranks."""
 
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -151,6 +152,15 @@ def test_the_prediction_is_what_the_images_take(folder):
     )
     free = memory.free_bytes(torch.device("cpu"))
     assert 1 << 20 < free < 1 << 50
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_what_will_not_be_decoded_needs_no_room(tmp_path):
+    """Too many pixels; a pipe, for whose writer nobody waits."""
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "0.png")
+    Image.new("RGB", (5, 7)).save(tmp_path / "1.png")
+    os.mkfifo(tmp_path / "2.png")
+    assert memory.folder_pixel_bytes(images.find_images(tmp_path), 0, 3, 1) == 5 * 7 * 3
 
 
 @pytest.mark.parametrize("name", ["folder", "resident"])

@@ -31,8 +31,8 @@ def is_plain_jpeg(data: bytes) -> bool:
         facts = read_jpeg_facts(data)
     except NotPlain:
         return False
-    # Adobe's marker may say that the three components are RGB or YCCK; XMP, like EXIF, may turn the picture
-    return facts.width * facts.height <= MAX_PIXELS and b"Adobe\0" not in data and b"tiff:Orientation" not in data
+    # Adobe's marker may say that the three components are RGB
+    return facts.width * facts.height <= MAX_PIXELS and b"Adobe\0" not in data
 
 
 class ItemReader:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastssl.data_prep.beton_format import RAW
-from fastssl.data_prep.images import BadImage, find_images
+from fastssl.data_prep.images import find_images, read_file
 from fastssl.loaders.beton_file import open_beton
 
 _INDEX_VERSIONS = ("v1.1", "v1.2")
@@ -46,15 +46,12 @@ def open_encoded(data: str | os.PathLike, class_names: Sequence[str] | None = No
 
 def _from_folder(data: str, class_names: Sequence[str] | None) -> EncodedImages:
     folder = find_images(data, class_names)
-
-    def read(i: int) -> bytes:
-        try:
-            with open(folder.path(i), "rb") as file:
-                return file.read()
-        except OSError as error:
-            raise BadImage(folder.path(i), error.strerror or str(error)) from error
-
-    return EncodedImages(read, folder.path, folder.labels, folder.class_names)
+    return EncodedImages(
+        read=lambda i: read_file(folder.path(i), folder.path(i)),
+        name=folder.path,
+        label=folder.labels,
+        class_names=folder.class_names,
+    )
 
 
 def _from_beton(data: str) -> EncodedImages:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from PIL import Image
 
-from fastssl.data_prep.images import ImageFolder
+from fastssl.data_prep.images import MAX_PIXELS, ImageFolder, open_file
 
 
 def folder_pixel_bytes(folder: ImageFolder, start: int, stop: int, workers: int) -> int:
@@ -16,10 +16,11 @@ def folder_pixel_bytes(folder: ImageFolder, start: int, stop: int, workers: int)
 
     def pixel_bytes(i: int) -> int:
         try:
-            with Image.open(folder.path(i)) as image:
-                return image.width * image.height * 3
+            with open_file(folder.path(i)) as file, Image.open(file) as image:
+                pixels = image.width * image.height
         except Exception:  # whatever is wrong with it is told when it is decoded
             return 0
+        return pixels * 3 if pixels <= MAX_PIXELS else 0  # more are not decoded
 
     with ThreadPoolExecutor(workers) as pool:
         return sum(pool.map(pixel_bytes, range(start, stop)))

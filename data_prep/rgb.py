@@ -1,0 +1,41 @@
+"""An image as Pillow opened it -> the RGB picture a person would see."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageOps
+
+_ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
+_ORIENTATION = 0x0112  # EXIF tag
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any opened image, decoded, turned upright, in mode RGB. Raises whatever a decoder raises at damage."""
+    if orientation_of(image) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        return _from_16_bit(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range")
+    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image.convert("RGBA"))
+        image = white
+    return image if image.mode == "RGB" else image.convert("RGB")  # converting would copy
+
+
+def orientation_of(image: Image.Image) -> int:
+    """What EXIF says, 1 for upright. Decodes the pixels, and raises what that raises."""
+    image.load()  # for some formats Pillow does so anyway; damage found there must not pass for damaged EXIF
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF says nothing about the pixels
+        return 1
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """16-bit greyscale to RGB by the high byte, as Pillow does for 16-bit colour; `convert` would clip at 255."""
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise ValueError("32-bit pixels have no agreed range")
+    return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")

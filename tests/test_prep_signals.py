@@ -1,0 +1,147 @@
+"""fastssl prep ends in order: after Ctrl-C, SIGTERM or a kill there is no traceback, no process and no half file."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+from prep_images import jpeg, write_kinds
+
+from fastssl import cli
+from fastssl.data_prep.prepare import Store
+from fastssl.data_prep.sources import Selection
+from fastssl.data_prep.work_pool import Work, WorkPool
+from fastssl.data_prep.write_beton import write_beton
+
+LISTING = {"beton": "out.images.jsonl.partial", "shards": "out.partial/images.jsonl.partial"}
+SAID = {signal.SIGINT: "fastssl: interrupted\n", signal.SIGTERM: "fastssl: terminated\n"}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """As many images as take a while, with long names: the listing reaches the disk after forty of them."""
+    names = map("{:0200}.jpg".format, range(150))
+    return write_kinds(tmp_path_factory.mktemp("many"), dict.fromkeys(names, (jpeg(700, 700), "")))
+
+
+@contextlib.contextmanager
+def start(images: Path, folder: Path, kind: str) -> Iterator[subprocess.Popen]:
+    """`fastssl prep` in a session, and so a process group, of its own, as a terminal would start it."""
+    command = [sys.executable, "-m", "fastssl", "prep", kind, str(images), str(folder / "out"), "--workers", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # only a failed test finds it
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(process: subprocess.Popen, listing: Path, moment: str) -> None:
+    """Until its processes are being started, or until it has images."""
+    deadline = time.monotonic() + 60
+    while not listing.exists() or (moment == "in the middle" and not listing.stat().st_size):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.005)
+
+
+def session_members(session: int) -> list[int]:
+    """Processes of a session that still run."""
+    found = []
+    for entry in os.listdir("/proc"):
+        try:
+            text = Path("/proc", entry, "stat").read_text() if entry.isdigit() else ""
+        except OSError:
+            continue
+        state = text.rpartition(")")[2].split()
+        if state and int(state[3]) == session and state[0] != "Z":
+            found.append(int(entry))
+    return found
+
+
+def wait_for_members(session: int) -> None:
+    deadline = time.monotonic() + 60
+    while session_members(session):
+        assert time.monotonic() < deadline, "processes live on"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "moment"),
+    [
+        ("beton", signal.SIGINT, "at the start"),
+        ("beton", signal.SIGTERM, "in the middle"),
+        ("shards", signal.SIGTERM, "at the start"),
+        ("shards", signal.SIGINT, "in the middle"),
+    ],
+)
+def test_a_signal_ends_it_with_one_sentence(images, tmp_path, kind, number, moment):
+    with start(images, tmp_path, kind) as process:
+        wait_for(process, tmp_path / LISTING[kind], moment)
+        os.killpg(process.pid, number)
+        assert process.communicate(timeout=60) == ("", SAID[number])
+        wait_for_members(process.pid)
+    assert process.returncode == 128 + number
+    assert not os.listdir(tmp_path)
+
+
+def test_a_parent_s_own_sigterm_reaches_its_processes(images, tmp_path):
+    """As `kill PID` or a service manager sends it: to one process, not to its group."""
+    with start(images, tmp_path, "beton") as process:
+        wait_for(process, tmp_path / LISTING["beton"], "at the start")
+        process.terminate()
+        assert process.communicate(timeout=60) == ("", SAID[signal.SIGTERM])
+        wait_for_members(process.pid)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_second_signal_ends_it_at_once(images, tmp_path):
+    with start(images, tmp_path, "beton") as process:
+        wait_for(process, tmp_path / LISTING["beton"], "in the middle")
+        for _ in range(2):
+            os.killpg(process.pid, signal.SIGINT)
+            time.sleep(0.01)
+        assert "Traceback" not in process.communicate(timeout=60)[1]
+        wait_for_members(process.pid)
+    assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT)
+    assert all(name.endswith(".partial") for name in os.listdir(tmp_path))
+
+
+def test_ctrl_c_during_the_imports_is_one_sentence_too(monkeypatch, capsys):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", interrupted)
+    assert cli.main(["prep", "beton"]) == 130
+    assert capsys.readouterr().err == SAID[signal.SIGINT]
+
+
+def test_a_kill_leaves_no_file_and_no_process(images, tmp_path):
+    with start(images, tmp_path, "beton") as process:
+        wait_for(process, tmp_path / LISTING["beton"], "in the middle")
+        process.kill()
+        process.wait()
+        assert sorted(os.listdir(tmp_path)) == ["out.images.jsonl.partial", "out.partial"]
+        wait_for_members(process.pid)
+    write_beton(images, tmp_path / "out", Store(originals=True), Selection(count=3), Work(workers=1))
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.images.jsonl", "out.json"]
+
+
+def test_the_death_of_the_server_that_starts_processes_costs_nothing():
+    pool = WorkPool(abs, 2)
+    try:
+        assert pool.results(pool.submit([-1, 2])) == [1, 2]
+        os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+        for _ in range(20):
+            assert pool.results(pool.submit([-3, 4])) == [3, 4]
+    finally:
+        pool.close()
