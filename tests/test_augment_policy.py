@@ -15,6 +15,8 @@ from fastssl.augment.jitter import jitter_order
 from fastssl.augment.params import NUM_DRAWS, ViewParams, sample_both
 from fastssl.augment.policy import CROP_PAIRS, POLICIES, Policy, make_policy, parse_settings, sample_params
 from fastssl.batch import ImageBatch
+from fastssl.build import open_policy
+from fastssl.config import Config, replace
 from fastssl.random_key import uniform
 
 MANY = 20_000
@@ -300,6 +302,16 @@ def test_settings_in_words() -> None:
     expected = {"solarise_p": 0.2, "blur_sigma": (0.5, 1.5), "grey_first": True, "crop_iou": (0.1, 0.3)}
     assert parse_settings(words) == expected
     assert make_policy("v2", **parse_settings(words)).crop_iou == (0.1, 0.3)
+
+
+def test_every_setting_can_be_given_in_words() -> None:
+    """Also those that have a flag of their own."""
+    for field in dataclasses.fields(Policy):
+        if field.name != "name":
+            value = {bool: True, float: 0.25}.get(type(field.default), (0.5, 0.75))
+            word = str(value).strip("()").replace(" ", "").lower()
+            config = replace(Config(), policy="v2", policy_set=(f"{field.name}={word}",))
+            assert getattr(open_policy(config), field.name) == value
 
 
 @pytest.mark.parametrize(

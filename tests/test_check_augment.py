@@ -78,6 +78,8 @@ def test_preview_writes_a_picture(image_folder: Path, tmp_path: Path, capsys: py
     assert "8 images and their views, policy v2" in capsys.readouterr().out
     assert main(["preview", str(image_folder), "--output", str(tmp_path)]) == 1
     assert "is a folder: name a file" in capsys.readouterr().err
+    assert main(["preview", str(image_folder), "--output", str(tmp_path / "none" / "views.png")]) == 1
+    assert "there is no folder" in capsys.readouterr().err
     assert preview.COUNT == 8
 
 
