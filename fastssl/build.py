@@ -52,16 +52,10 @@ def open_loader(config: Config, ranks: Ranks) -> Loader:
 def open_policy(config: Config) -> Policy:
     """The augmentation policy with the options that change it."""
     a = config.augment
-    return make_policy(
-        a.policy,
-        cj=a.cj,
-        grey_scale=a.grey_scale,
-        gaussian_blur=a.gaussian_blur,
-        crop_scale=a.crop_scale,
-        hide_and_seek=a.hide_and_seek,
-        hide_p=a.has_p,
-        **({"crop_iou": CROP_PAIRS[a.crop_pair], "crop_iou_p": a.crop_pair_p} | parse_settings(a.policy_set)),
-    )
+    pair = {"crop_iou": CROP_PAIRS[a.crop_pair], "crop_iou_p": a.crop_pair_p}
+    settings = {"crop_scale": a.crop_scale, "hide_and_seek": a.hide_and_seek, "hide_p": a.has_p, **pair}
+    settings |= parse_settings(a.policy_set)  # which may name any of them
+    return make_policy(a.policy, cj=a.cj, grey_scale=a.grey_scale, gaussian_blur=a.gaussian_blur, **settings)
 
 
 class Trainee(NamedTuple):

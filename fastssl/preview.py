@@ -23,6 +23,8 @@ def main(argv: Sequence[str]) -> int:
     output = Path(config.train.output or "views.png")
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder: name a file, such as {output / 'views.png'}")
+    if not output.parent.is_dir():
+        raise ValueError(f"--output {output}: there is no folder {output.parent}, make it first")
     d = config.input
     loader = make_loader(
         d.loader,

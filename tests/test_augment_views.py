@@ -17,7 +17,7 @@ from test_augment_ops import true_gaussian
 from fastssl.augment import jitter, views
 from fastssl.augment.params import ViewParams
 from fastssl.augment.policy import POLICIES, make_policy, sample_params
-from fastssl.augment.preview import describe, save_preview
+from fastssl.augment.preview import _in_two_lines, describe, save_preview
 from fastssl.augment.resample import crop_axes, resample_reference
 from fastssl.augment.views import make_eval_view, make_view, make_views
 from fastssl.batch import ImageBatch, pack_images
@@ -279,6 +279,7 @@ def test_preview(tmp_path: Path) -> None:
         words = describe(p, i)
         assert ("flip" in words) == bool(p.flip[i]) and ("blur" in words) == bool(p.blur[i])
         assert ("hue" in words) == bool(p.jitter[i]) and ("hide" in words) == bool(p.hide_cells[i])
+        assert max(map(len, _in_two_lines(f"q: {words}").split("\n"))) <= 48  # what fits below a picture
     with pytest.raises(ValueError, match="at least one image"):
         save_preview(part_of(batch, slice(0, 0)), policy, 32, 0, 0, tmp_path / "none.png")
 

@@ -11,9 +11,9 @@ from PIL import Image
 import bench_throughput
 from fastssl import check_augment, preview
 from fastssl.augment import parity, rates
-from fastssl.augment.policy import make_policy
+from fastssl.augment.policy import make_policy, sample_params
 from fastssl.bench import augment as bench_augment
-from fastssl.bench import augment_dali
+from fastssl.bench import augment_dali, augment_peers
 from fastssl.cli import main
 from fastssl.loaders.synthetic_loader import SyntheticLoader
 
@@ -78,6 +78,8 @@ def test_preview_writes_a_picture(image_folder: Path, tmp_path: Path, capsys: py
     assert "8 images and their views, policy v2" in capsys.readouterr().out
     assert main(["preview", str(image_folder), "--output", str(tmp_path)]) == 1
     assert "is a folder: name a file" in capsys.readouterr().err
+    assert main(["preview", str(image_folder), "--output", str(tmp_path / "none" / "views.png")]) == 1
+    assert "there is no folder" in capsys.readouterr().err
     assert preview.COUNT == 8
 
 
@@ -91,7 +93,11 @@ def test_bench_augment(tmp_path: Path, capsys: pytest.CaptureFixture, no_peers: 
     flags = "--device cpu --batch-size 2 --size 32 --source-size 40 --rounds 1"
     bench_throughput.main(["augment", *flags.split(), "--output", str(tmp_path / "augment.json")])
     said = capsys.readouterr().out
-    assert "torchvision, PIL images" in said and "triton-augment" in said and "% of the floor" in said
+    assert (
+        "torchvision, PIL images" in said
+        and "triton-augment, its part     not installed" in said
+        and "% of the floor" in said
+    )
     assert (tmp_path / "augment.json").stat().st_size > 500
 
 
@@ -102,6 +108,28 @@ def test_bench_augment_on_photographs(image_folder: Path, capsys: pytest.Capture
     assert "torchvision, PIL, 1 workers" in said and "kornia, compiled" in said
     with pytest.raises(ValueError, match="fewer than the batch of 99: set --batch-size"):
         bench_throughput.main(["augment", str(image_folder), *"--device cpu --batch-size 99".split()])
+
+
+def test_the_part_for_triton_augment_is_a_crop_that_is_not_resized() -> None:
+    loader = SyntheticLoader(num_images=64, size=40, batch_size=64, seed=0, device="cpu")
+    batch = next(loader.batches())
+    part = augment_peers.part_policy(batch, make_policy("v1"), 33)
+    p = sample_params(part, batch, 0, 0, 0)
+    assert (p.crop_height == 33).all() and (p.crop_width == 33).all() and p.top.unique().numel() > 5
+    assert p.jitter.all() and not p.hue.any() and not p.blur.any() and (part.grey_p, part.saturation) == (0.2, 0.4)
+    assert augment_peers.equal_sizes(batch, square=True)
+    assert not augment_peers.equal_sizes(batch._replace(width=batch.width + 1), square=True)
+    assert not augment_peers.equal_sizes(batch._replace(width=batch.width + torch.arange(64)))
+
+
+@pytest.mark.gpu
+def test_triton_augment_makes_views_of_the_same_shape() -> None:
+    pytest.importorskip("triton_augment", reason="needs triton-augment")
+    loader = SyntheticLoader(num_images=4, size=40, batch_size=4, seed=0, device="cuda")
+    batch = next(loader.batches())
+    part = augment_peers.part_policy(batch, make_policy("v2"), 32)
+    for view in augment_peers.make_triton_augment(batch, part, 32, torch.bfloat16)():
+        assert view.shape == (4, 3, 32, 32) and view.dtype == torch.bfloat16 and view.isfinite().all()
 
 
 def test_dali_makes_views_of_the_same_shape() -> None:

@@ -77,7 +77,7 @@ def pair_crops(policy: Policy, batch: ImageBatch, seed: int, epoch: int) -> tupl
     """Two crops of each image whose IoU lies within `policy.crop_iou`, neither inside the other; and who gets them.
 
     The first of PAIR_TRIES independent pairs of sizes that can lie so, in the first of PAIR_TRIES pairs of places where
-    they do: places are uniform at first, and each try moves them further apart, the last one to opposite corners.
+    they do: places are uniform at first, then by turns nearer together and further apart, the last at opposite corners.
     Where none fits, the one whose IoU is nearest. Returns ((B,) bool, (box of q, box of k)).
     """
     u = uniform(seed, epoch, batch.index, STREAM_PAIR, 1 + 8 * PAIR_TRIES).double()
@@ -86,17 +86,17 @@ def pair_crops(policy: Policy, batch: ImageBatch, seed: int, epoch: int) -> tupl
     w, h = (side.clamp(min=1) for side in _sides_of(policy, sizes[..., 0], sizes[..., 1], height * width))
     outside = ((w > width) | (h > height)).any(dim=2)
     w, h = torch.minimum(w, width), torch.minimum(h, height)
-    far = torch.arange(2, device=u.device)  # opposite corners: as little in common as there can be
-    least, nested = _overlap((far * (height - h), far * (width - w), h, w))
-    most, _ = _overlap((h * 0, h * 0, h, w))
+    least, most = _reach(height, width, h, w)
     bounds = policy.crop_iou
-    miss = torch.maximum(least - bounds[1], bounds[0] - most).clamp(min=0) + 2 * nested + 2 * outside
+    miss = torch.maximum(least - bounds[1], bounds[0] - most).clamp(min=0) + 2 * (least > most) + 2 * outside
     best = _first_smallest(miss)[:, None, None].expand(-1, 1, 2)
     w, h = w.gather(1, best), h.gather(1, best)  # (B, 1, view)
+    tries = torch.arange(PAIR_TRIES, device=u.device)[:, None, None]
     apart = (places > places.flip(2)).double()  # each away from the other, in the direction it already lies
     # times, not over: a GPU would divide by a number otherwise than a CPU does
     fraction = torch.arange(PAIR_TRIES, device=u.device, dtype=torch.float64) * (1 / (PAIR_TRIES - 1))
-    places = places + (apart - places) * fraction.view(-1, 1, 1)
+    goal = torch.where(tries % 2 == 0, (places + places.flip(2)) * 0.5, apart)
+    places = places + (goal - places) * fraction.view(-1, 1, 1)
     top, left = ((places[..., i] * (room + 1)).floor() for i, room in enumerate((height - h, width - w)))
     top, left = torch.minimum(top, height - h), torch.minimum(left, width - w)  # the last try lies at 1 itself
     iou, nested = _overlap((top, left, h, w))
@@ -110,6 +110,22 @@ def _first_smallest(x: Tensor) -> Tensor:
     """The first place of the smallest value in each row of (B, n), on every device."""
     place = torch.arange(x.shape[1], device=x.device)
     return torch.where(x == x.amin(dim=1, keepdim=True), place, x.shape[1]).amin(dim=1)
+
+
+def _reach(height: Tensor, width: Tensor, h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the most that two crops of sizes (h, w) (..., 2) can have in common, neither inside the other.
+
+    As an IoU; the most is below the least where one always lies inside the other.
+    """
+    far = torch.arange(2, device=h.device)
+    least, nested = _overlap((far * (height - h), far * (width - w), h, w))
+    area, most = h * w, torch.full_like(least, -1.0)
+    larger = torch.stack([area[..., 0] >= area[..., 1], area[..., 0] < area[..., 1]], dim=-1)
+    down, right = (torch.minimum(room, larger.double()) for room in (height - h, width - w))
+    for top, left in ((down, 0 * right), (0 * down, right)):  # the larger begins one pixel later
+        iou, inside = _overlap((top, left, h, w))
+        most = torch.where(inside, most, torch.maximum(most, iou))
+    return torch.where(nested, 1.0, least), most
 
 
 def _overlap(boxes: Box) -> tuple[Tensor, Tensor]:

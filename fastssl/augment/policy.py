@@ -157,6 +157,10 @@ def _check(policy: Policy) -> None:
         raise ValueError(f"crop_iou must be two numbers with 0 <= low < high <= 1, got {iou}")
     if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
         raise ValueError(f"crop_scale must be two numbers with 0 < low <= high <= 1, got {scale}")
+    if iou is not None and iou[1] < 2 * scale[0] - 1:  # what both cannot share lies outside them
+        raise ValueError(
+            f"crops of at least {scale[0]:g} of an image share more than crop_iou's {iou[1]:g}: lower crop_scale"
+        )
     if not (len(ratio) == 2 and 0.01 <= ratio[0] <= ratio[1] <= 100):
         raise ValueError(f"crop_ratio must be two numbers with 0.01 <= low <= high <= 100, got {ratio}")
     if not (len(sigma) == 2 and 0 < sigma[0] <= sigma[1] <= MAX_BLUR_SIGMA):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import textwrap
 
 import numpy as np
 import torch
@@ -18,6 +17,8 @@ from fastssl.batch import ImageBatch
 
 TILE, GAP, TEXT = 224, 8, 40  # pixels: a picture's side, the space around it, the room for two lines below it
 COLUMNS = 2  # images side by side, three pictures each
+LETTERS = 38  # on a line
+COLOURS = ("red", "deepskyblue")  # of view q's crop box and of view k's
 
 
 def save_preview(
@@ -39,14 +40,14 @@ def save_preview(
     for i in range(batch.size):
         left, top = (i % COLUMNS) * (3 * (TILE + GAP) + GAP) + GAP, (i // COLUMNS) * (TILE + TEXT) + GAP
         height, width = batch.image(i).shape[:2]
-        tiles = [(_original(batch, params, i), f"image {int(batch.index[i])}, {width} x {height}")]
-        tiles += [(Image.fromarray(v[i]), f"{n}: {describe(p, i)}") for n, v, p in zip("qk", views, params)]
-        for column, (tile, text) in enumerate(tiles):
+        tiles = [(_original(batch, params, i), f"image {int(batch.index[i])}, {width} x {height}", "black")]
+        for name, view, p, colour in zip("qk", views, params, COLOURS):
+            tiles.append((_fit(Image.fromarray(view[i])), _in_two_lines(f"{name}: {describe(p, i)}"), colour))
+        for column, (tile, text, colour) in enumerate(tiles):
             at = left + column * (TILE + GAP)
-            tile.thumbnail((TILE, TILE))
-            tile = tile if max(tile.size) == TILE else _enlarge(tile)
             sheet.paste(tile, (at, top))
-            draw.text((at, top + TILE + 2), "\n".join(textwrap.wrap(text, 38)[:2]), fill="black")
+            draw.text((at, top + TILE + 2), text, fill="black")
+            draw.text((at, top + TILE + 2), text[:2], fill=colour)  # the view's letter, as its box
     partial = f"{os.fspath(path)}.{os.getpid()}.partial"
     try:
         sheet.save(partial, format="PNG")
@@ -79,15 +80,27 @@ def _to_bytes(view: torch.Tensor) -> np.ndarray:
 
 
 def _original(batch: ImageBatch, params: list[ViewParams], i: int) -> Image.Image:
-    image = Image.fromarray(batch.image(i).numpy()).copy()
-    draw, line = ImageDraw.Draw(image), max(1, max(image.size) // 150)
-    for p, colour in zip(params, ("red", "deepskyblue")):
-        top, left = int(p.top[i]), int(p.left[i])
-        box = (left, top, left + int(p.crop_width[i]) - 1, top + int(p.crop_height[i]) - 1)
-        draw.rectangle(box, outline=colour, width=line)
-    return image
+    image = Image.fromarray(batch.image(i).numpy())
+    tile = _fit(image)
+    draw, (across, down) = ImageDraw.Draw(tile), (new / old for new, old in zip(tile.size, image.size))
+    for p, colour in zip(params, COLOURS):
+        top, left, height, width = (int(side[i]) for side in (p.top, p.left, p.crop_height, p.crop_width))
+        x, y = round(left * across), round(top * down)
+        far_x, far_y = round((left + width) * across) - 1, round((top + height) * down) - 1
+        draw.rectangle((x, y, max(x, far_x), max(y, far_y)), outline=colour, width=2)
+    return tile
 
 
-def _enlarge(tile: Image.Image) -> Image.Image:
-    scale = TILE / max(tile.size)
-    return tile.resize([max(1, round(side * scale)) for side in tile.size], Image.Resampling.NEAREST)
+def _fit(image: Image.Image) -> Image.Image:
+    """With its long side at TILE pixels; enlarged, its pixels stay squares."""
+    scale = TILE / max(image.size)
+    how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC
+    return image.resize([max(1, round(side * scale)) for side in image.size], how)
+
+
+def _in_two_lines(text: str) -> str:
+    """Broken after a comma, where one operation ends."""
+    if len(text) <= LETTERS:
+        return text
+    end = text.rfind(", ", 0, LETTERS) + 1
+    return f"{text[:end]}\n{text[end + 1 :]}"

@@ -4,31 +4,35 @@ Images wait decoded where the contestant wants them (ours: bytes on the device);
 normalised batches on the device. The floor is what the crops' bytes and the views' take at the speed of a copy
 measured in the same run. On a CPU the per-image pipeline also runs as a DataLoader's workers run it: one process for
 each of our threads, nothing stacked or sent. Neither kornia nor DALI makes the same views (DALI's hue is linear, its
-order of operations is fixed), but the same list of operations.
+order of operations is fixed), but the same list of operations. triton-augment knows neither resizing, hue nor blur:
+beside it stands ours with the operations it has.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision.transforms.v2 as T
 from PIL import Image
-from torch import Tensor
 
 from fastssl.augment.choose import choose_augment_kernel
-from fastssl.augment.normalise import MEAN, STD
 from fastssl.augment.params import sample_both
-from fastssl.augment.policy import Policy, make_policy
+from fastssl.augment.policy import POLICIES, Policy, make_policy
 from fastssl.augment.views import make_views
 from fastssl.batch import ImageBatch, pack_images
-from fastssl.bench.classical_views import pillow_blur
+from fastssl.bench.augment_peers import (
+    equal_sizes,
+    make_kornia,
+    make_triton_augment,
+    part_policy,
+    per_image,
+    torchvision_chain,
+)
 from fastssl.bench.pil_processes import in_processes
 from fastssl.bench.timing import Function, time_calls
 from fastssl.data_prep.images import decode_image, find_images
@@ -36,43 +40,8 @@ from fastssl.environment import environment
 from fastssl.host_memory import keep_freed_memory
 from fastssl.loaders.synthetic_loader import SyntheticLoader
 
-PEERS = ("kornia", "nvidia.dali", "triton_augment")
-
-
-def torchvision_chain(policy: Policy, size: int, on_pil: bool) -> T.Compose:
-    """The policy as a torchvision user writes it, for one image at a time."""
-    jitter = T.ColorJitter(policy.brightness, policy.contrast, policy.saturation, policy.hue)
-    blur = T.Lambda(pillow_blur) if on_pil else T.GaussianBlur(17, policy.blur_sigma)
-    grey = T.RandomGrayscale(policy.grey_p)
-    chain = [T.RandomResizedCrop(size, policy.crop_scale, antialias=True)]
-    chain += [grey] * policy.grey_first + [T.RandomApply([jitter], policy.jitter_p)] + [grey] * (not policy.grey_first)
-    chain += [T.RandomApply([blur], policy.blur_p)] * (policy.blur_p > 0) + [T.RandomHorizontalFlip(policy.flip_p)]
-    return T.Compose([*chain, T.ToImage(), T.ToDtype(torch.float32, scale=True), T.Normalize(MEAN, STD)])
-
-
-def per_image(images: list, chain: Callable, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both views of every image, one by one, stacked to batches as a DataLoader does."""
-    view_q, view_k = zip(*[(chain(image), chain(image)) for image in images])
-    return torch.stack(view_q).to(dtype), torch.stack(view_k).to(dtype)
-
-
-def make_kornia(batch: ImageBatch, policy: Policy, size: int, dtype: torch.dtype) -> Function:
-    """kornia's modules, compiled, on a batch of equal images."""
-    import kornia.augmentation as K
-
-    jitter = (policy.brightness, policy.contrast, policy.saturation, policy.hue)
-    colours = [K.ColorJitter(*jitter, p=policy.jitter_p), K.RandomGrayscale(p=policy.grey_p)]
-    blur = [K.RandomGaussianBlur((17, 17), policy.blur_sigma, p=policy.blur_p)] * (policy.blur_p > 0)
-    chain = torch.nn.Sequential(
-        K.RandomResizedCrop((size, size), scale=policy.crop_scale),
-        *(reversed(colours) if policy.grey_first else colours),
-        *blur,
-        K.RandomHorizontalFlip(p=policy.flip_p),
-        K.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
-    )
-    images = torch.stack([batch.image(i) for i in range(batch.size)]).permute(0, 3, 1, 2).to(dtype) / 255
-    compiled = torch.compile(chain)
-    return lambda: (compiled(images), compiled(images))
+KORNIA, DALI = "kornia, compiled", "DALI"
+PART = ("ours, its part", "triton-augment, its part")  # crop, flip, jitter without hue, greyscale, normalise
 
 
 def make_contestants(
@@ -96,22 +65,33 @@ def make_contestants(
         threads = torch.get_num_threads()
         contestants[f"torchvision, PIL, {threads} workers"] = in_processes(pictures, on_pil, threads)
     contestants[f"torchvision, {device.type} tensors"] = partial(per_image, tensors, on_tensors, dtype)
-    same_size = len({picture.size for picture in pictures}) == 1
-    found = {name: find_spec(name.split(".")[0]) is not None and find_spec(name) is not None for name in PEERS}
-    if not found["kornia"]:
-        missing["kornia, compiled"] = "not installed"
-    elif not same_size:
-        missing["kornia, compiled"] = "takes images of one size only"
-    else:
-        contestants["kornia, compiled"] = make_kornia(batch, policy, size, dtype)
-    if not found["nvidia.dali"]:
-        missing["DALI"] = "not installed"
-    else:
+    missing |= obstacles(batch, size)
+    if KORNIA not in missing:
+        contestants[KORNIA] = make_kornia(batch, policy, size, dtype)
+    if DALI not in missing:
         from fastssl.bench.augment_dali import make_dali
 
-        contestants["DALI"] = make_dali(batch, policy, size)
-    reason = "has no resized crop, blur or hue: not the same work" if found["triton_augment"] else "not installed"
-    return contestants, missing | {"triton-augment": reason}
+        contestants[DALI] = make_dali(batch, policy, size)
+    if PART[1] not in missing:
+        part = part_policy(batch, policy, size)
+        contestants[PART[0]] = partial(make_views, batch, part, size, 0, 0, dtype)
+        contestants[PART[1]] = make_triton_augment(batch, part, size, dtype)
+    return contestants, missing
+
+
+def obstacles(batch: ImageBatch, size: int) -> dict[str, str]:
+    """Peers that cannot be measured on this batch, by name, and why."""
+    reasons = {}
+    if not equal_sizes(batch):
+        reasons[KORNIA] = "takes images of one size only"
+    if not batch.pixels.is_cuda:
+        reasons[PART[1]] = "runs on a GPU only"
+    elif batch.max_side < size or not equal_sizes(batch, square=True):
+        reasons[PART[1]] = "crops without resizing: here it takes square images of one size, no smaller than the views"
+    for name, module in {KORNIA: "kornia", DALI: "nvidia.dali", PART[1]: "triton_augment"}.items():
+        if find_spec(module.split(".")[0]) is None or find_spec(module) is None:
+            reasons[name] = "not installed"
+    return reasons
 
 
 def read_photos(folder: str, count: int, short_side: int | None) -> ImageBatch:
@@ -147,7 +127,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="bench_throughput.py augment", description=__doc__.splitlines()[0])
     parser.add_argument("photos", nargs="?", help="a folder of images; by default synthetic ones")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--policy", default="v2")
+    parser.add_argument("--policy", default="v2", choices=[name for name, p in POLICIES.items() if p.crop_scale])
     parser.add_argument("--batch-size", type=int, default=256 if cuda else 32)
     parser.add_argument("--size", type=int, nargs="+", default=[224])
     parser.add_argument("--source-size", type=int, default=256, help="height and width of synthetic images, in pixels")
@@ -167,10 +147,11 @@ def main(argv: list[str]) -> None:
         contestants, missing = make_contestants(batch, policy, size, dtype)
         timings = time_calls(contestants, device, args.rounds)
         work = moved_bytes(batch, policy, size, dtype)
+        part = moved_bytes(batch, part_policy(batch, policy, size), size, dtype) if PART[0] in contestants else work
         sources = f"{count} images of up to {batch.max_side} pixels"
         print(f"policy {args.policy}, {sources}, views of {size}, {work} bytes to move")
         for name, timing in timings.items():
-            print_line(name, timing, count, work / speed)
+            print_line(name, timing, count, (part if name in PART else work) / speed)
         for name, reason in missing.items():
             print(f"  {name:28} {reason}")
         seconds = {name: timing._asdict() for name, timing in timings.items()}

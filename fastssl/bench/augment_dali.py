@@ -50,7 +50,7 @@ def make_dali(batch: ImageBatch, policy: Policy, size: int) -> Function:
     @pipeline_def(
         batch_size=batch.size,
         num_threads=torch.get_num_threads(),
-        device_id=0 if device == "gpu" else None,
+        device_id=(batch.pixels.device.index or 0) if device == "gpu" else None,
         seed=0,
         exec_pipelined=False,  # else it would make its next batch while another contestant is timed
         exec_async=False,
