@@ -37,7 +37,7 @@ SCRIPTS = {  # what stands in place of a script's name
     "-m eval.stats-dist": "-m fastssl eval stats-dist",
     "-m eval.knn": "-m fastssl.eval.knn",
 }
-SHORT_RUN = "--epochs 1 --steps 2 --batch-size 8 --image-size 32 --knn-every 0 --log-every 1 --device cpu"
+SHORT_RUN = "--epochs 1 --steps 2 --batch-size 8 --image-size 32 --knn-every 0 --log-every 1 --device cpu --channels-last"
 SHORT = "--epochs 1 --image-size 32 --device cpu"
 
 # the alignment + uniformity MoCo

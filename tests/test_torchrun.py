@@ -17,7 +17,7 @@ import pytest
 
 from fastssl import checkpoint
 from fastssl.recipe import RECIPES
-from tests.ranks import free_port
+from ranks import free_port
 
 FLAGS = (
     "--loader synthetic --synthetic-images 48 --synthetic-size 40 -a resnet18 --image-size 32 -b 16 --queue-size 40 "
