@@ -16,14 +16,13 @@ from fastssl.plan import make_plan
 from fastssl.resume import start_or_resume
 
 RANKS = Ranks(0, 1, 1, torch.device("cpu"))
-LAYOUT = {"channels_last": "on"}  # measuring it takes longer than all else
 
 
 def start(tmp_path, saved, **options):
     """(trainee, step, notes) of a run that starts from `saved`."""
     torch.save(saved, tmp_path / "x.pth.tar")
-    options = {"arch": "resnet18", "head": "wide", "queue_size": 64, "resume": str(tmp_path / "x.pth.tar"), **LAYOUT, **options}
-    config = replace(Config(), device="cpu", batch_size=8, restart=True, **options)
+    options = {"arch": "resnet18", "head": "wide", "queue_size": 64, "resume": str(tmp_path / "x.pth.tar"), **options}
+    config = replace(Config(), device="cpu", batch_size=8, restart=True, channels_last="on", **options)
     trainee = make_trainee(config, RANKS)
     step, notes = start_or_resume(config, make_plan(config, 3), trainee, tmp_path, 24, RANKS)
     return trainee, step, notes
@@ -32,7 +31,8 @@ def start(tmp_path, saved, **options):
 def test_a_seed_student_starts_a_run_with_another_head(tmp_path):
     saved, tensors, _ = make_seed("resnet18")
     trainee, step, notes = start(tmp_path, saved)
-    fresh = make_trainee(replace(Config(), arch="resnet18", head="wide", queue_size=64, device="cpu", **LAYOUT), RANKS).moco
+    config = replace(Config(), arch="resnet18", head="wide", queue_size=64, device="cpu", channels_last="on")
+    fresh = make_trainee(config, RANKS).moco
     moco = trainee.moco
     assert step == 0 and not trainee.optimizer.state
     assert all(torch.equal(v, tensors[k]) for k, v in moco.encoder_q.backbone.state_dict().items())
@@ -79,7 +79,8 @@ def test_the_small_model_projects_command_runs_and_without_restart_says_so(tmp_p
     command = (
         f"{image_folder} -a mobilenetv3_small --lr 0.06 --batch-size 8 -j 1 --epochs 1 --mlp wide --moco-t 0.1 "
         f"--moco-k 64 --aug-plus --cj 1. --grey-scale 0.5 --gaussian-blur 0.5 --cos --ckpt-dir {tmp_path / 'run'} "
-        f"--resume {tmp_path / 'converted.pth.tar'} --image-size 32 --device cpu --knn-every 0 --steps 1 --channels-last"
+        f"--resume {tmp_path / 'converted.pth.tar'} --image-size 32 --device cpu --knn-every 0 --steps 1 "
+        "--channels-last"
     ).split()
     assert run_command(train.main, command) == FAILED
     assert "--restart starts from its weights alone" in capsys.readouterr().err
