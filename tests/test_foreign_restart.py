@@ -1,11 +1,10 @@
 """--resume X --restart: weights of any checkpoint, everything else fresh."""
 
-import sys
-
 import pytest
 import torch
 from old_checkpoints import make_moco, make_seed
 
+from fastssl import train
 from fastssl.build import make_trainee
 from fastssl.checkpoint import CheckpointError
 from fastssl.command import FAILED, run_command
@@ -66,14 +65,12 @@ def test_a_backbone_that_does_not_fit_is_refused(tmp_path):
 
 def test_restart_wants_a_path():
     for flags in ("", "--resume auto", "--resume x.pt --start-epoch 3"):
-        with pytest.raises((ValueError, SystemExit)):
+        with pytest.raises(ValueError, match=r"--restart takes the weights of --resume PATH .*: name the checkpoint"):
             parse(["data", "--restart", *flags.split()])
     assert parse(["data", "--resume", "x.pt", "--restart"]).train.restart
 
 
 def test_the_small_model_projects_command_runs_and_without_restart_says_so(tmp_path, image_folder, capsys):
-    from fastssl import train
-
     saved, _, _ = make_seed("mobilenetv3_small")
     torch.save(saved, tmp_path / "converted.pth.tar")
     command = (
@@ -86,4 +83,4 @@ def test_the_small_model_projects_command_runs_and_without_restart_says_so(tmp_p
     assert "--restart starts from its weights alone" in capsys.readouterr().err
     assert run_command(train.main, [*command, "--restart"]) == 0
     assert "starting from the weights of" in capsys.readouterr().err
-    assert (tmp_path / "run" / "checkpoints" / "step_000000001.pt").exists() and "fastssl.train" in sys.modules
+    assert (tmp_path / "run" / "checkpoints" / "step_000000001.pt").exists()
