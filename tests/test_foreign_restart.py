@@ -64,9 +64,9 @@ def test_a_backbone_that_does_not_fit_is_refused(tmp_path):
 
 
 def test_restart_wants_a_path():
-    for flags in ("", "--resume auto", "--resume x.pt --start-epoch 3"):
+    for options in ({}, {"resume": "auto"}, {"resume": "x.pt", "start_epoch": 3}):
         with pytest.raises(ValueError, match=r"--restart takes the weights of --resume PATH .*: name the checkpoint"):
-            parse(["data", "--restart", *flags.split()])
+            replace(Config(), restart=True, **options)
     assert parse(["data", "--resume", "x.pt", "--restart"]).train.restart
 
 
