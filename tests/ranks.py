@@ -1,8 +1,12 @@
-"""Runs a function on several gloo ranks, each a spawned process, and returns what each rank returned."""
+"""Runs a function on several gloo ranks, each a process of its own, and returns what each rank returned.
+
+Processes are forked from a server that has imported what takes seconds to import; it has no threads to break.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pickle
 import socket
@@ -15,6 +19,14 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+FORKS = multiprocessing.get_context("forkserver")
+
+
+def start_server() -> None:
+    """Starts the server; to be called before a work pool of the product does, which would have it import less."""
+    FORKS.set_forkserver_preload(["fastssl.train", "fastssl.eval.all", "sklearn.neighbors", "pytest"])
+    multiprocessing.forkserver.ensure_running()
+
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
     """Calls `function(rank, world_size, *args)` on `world_size` ranks; returns their results in rank order.
@@ -23,13 +35,12 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     variables of torchrun are set, torch uses one thread and warnings are errors. Raises RuntimeError with the
     traceback of the first rank that failed, or when `timeout` seconds have passed; no process outlives the call.
     """
-    context = multiprocessing.get_context("spawn")
     results: dict[int, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+        pipes = [FORKS.Pipe(duplex=False) for _ in range(world_size)]
         port = free_port()
         processes = [
-            context.Process(target=_rank_main, args=(function, rank, world_size, folder, port, pipe, args), daemon=True)
+            FORKS.Process(target=_rank_main, args=(function, rank, world_size, folder, port, pipe, args), daemon=True)
             for rank, (_, pipe) in enumerate(pipes)
         ]
         try:

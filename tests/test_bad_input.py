@@ -12,7 +12,10 @@ from PIL import Image
 from fastssl import checkpoint, train
 from fastssl.command import FAILED, NOT_FINITE, USAGE, run_command
 
-FLAGS = "-a resnet18 --image-size 32 -b 4 --queue-size 16 --dim 8 --epochs 1 --knn-every 0 --device cpu --log-every 1"
+FLAGS = (
+    "-a resnet18 --image-size 32 -b 4 --queue-size 16 --dim 8 --epochs 1 --knn-every 0 --device cpu --log-every 1 "
+    "--channels-last"
+)
 
 
 @pytest.fixture

@@ -8,13 +8,19 @@ import torch
 
 from bench_throughput import main
 from fastssl import distributed
-from fastssl.bench import peers
+from fastssl.bench import loops, peers, step_parts
 from fastssl.bench.peer_views import augment_crops, colour_maps
 from fastssl.bench.photos import write_photos
 from fastssl.bench.step import add_step_flags, make_config
 from fastssl.bench.step_floor import count_encoder
 
 TINY = "--image-size 32 --batch-size 4 --queue-size 40 --steps 1 --rounds 2 --device cpu --compile off".split()
+
+
+@pytest.fixture(autouse=True)
+def short_warm_up(monkeypatch):
+    for module in (loops, step_parts):
+        monkeypatch.setattr(module, "WARM_UP", 1)
 
 
 def tiny_args() -> argparse.Namespace:

@@ -281,11 +281,11 @@ def test_the_first_batch_comes_soon(good):
         "print(time.process_time() - start)\n"
         "assert not {'numba', 'ffcv'} & set(sys.modules)\n"
     )
-    seconds = [
+    seconds = (
         float(subprocess.run([sys.executable, "-c", code, str(good)], stdout=subprocess.PIPE, check=True).stdout)
         for _ in range(3)
-    ]
-    assert min(seconds) < 0.5
+    )
+    assert any(taken < 0.5 for taken in seconds)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="needs Linux's /proc to measure memory")

@@ -1,9 +1,8 @@
 """Evaluations read .beton files and tar shards as they read folders: the same pixels, labels and numbers."""
 
-import importlib.util
-
 import pytest
 import torch
+from betons import NO_TURBOJPEG
 
 from fastssl.command import run_command
 from fastssl.data_prep.prepare import Store
@@ -19,7 +18,8 @@ from fastssl.eval.options import finish_options
 from fastssl.eval.session import Session
 
 ALONE = Ranks(0, 1, 1, torch.device("cpu"))
-FFCV = pytest.param("beton", marks=pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="needs ffcv"))
+NEEDS_TURBOJPEG = pytest.mark.skipif(NO_TURBOJPEG, reason="needs libturbojpeg")
+BETON = pytest.param("beton", marks=NEEDS_TURBOJPEG)
 FLAGS = ["-a", "resnet18", "--image-size", "32", "-b", "8", "-j", "2"]
 
 
@@ -42,7 +42,7 @@ def options_of(parser, *words):
     return finish_options(parser.parse_args([*map(str, words), *FLAGS]))
 
 
-@pytest.mark.parametrize("kind", [FFCV, "shards"])
+@pytest.mark.parametrize("kind", [BETON, "shards"])
 def test_the_same_pixels_in_any_order(sources, kind):
     order = [torch.tensor([5, 0, 7]), torch.tensor([2])]
     parser = knn.make_knn_parser()
@@ -56,7 +56,7 @@ def test_the_same_pixels_in_any_order(sources, kind):
         images.close()
 
 
-@pytest.mark.parametrize("kind", [FFCV, "shards"])
+@pytest.mark.parametrize("kind", [BETON, "shards"])
 def test_the_same_numbers(sources, kind, tmp_path, capsys):
     def evaluate(name):
         words = ["--protocol", "cached", "--epochs", 2, "--lrs", "0.1,1"]
@@ -71,8 +71,8 @@ def test_the_same_numbers(sources, kind, tmp_path, capsys):
     assert evaluate(kind) == evaluate("folder")
 
 
+@NEEDS_TURBOJPEG
 def test_a_beton_file_itself_may_be_named(sources):
-    pytest.importorskip("ffcv")
     path = sources["beton"] / "train.beton"
     train, val = open_splits(options_of(knn.make_knn_parser(), path), ALONE)
     assert (train.num_images, val.num_images) == (24, 8)

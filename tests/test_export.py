@@ -29,7 +29,7 @@ IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
 def save_run(folder, steps=7, **options):
     """A run folder of fastssl with one checkpoint, whose optimiser and queue are not fresh; gives its trainee too."""
     options = {"arch": "resnet18", "head": "simple", "queue_size": 64, "dim": 128, "stem": "imagenet", **options}
-    config = replace(Config(), device="cpu", batch_size=8, seed=3, **options)
+    config = replace(Config(), device="cpu", batch_size=8, seed=3, channels_last="on", **options)
     trainee = make_trainee(config, RANKS)
     size = 224 if config.model.arch in ("vit_tiny", "deit_tiny") else 64
     encoder = trainee.moco.encoder_q

@@ -37,8 +37,8 @@ SCRIPTS = {  # what stands in place of a script's name
     "-m eval.stats-dist": "-m fastssl eval stats-dist",
     "-m eval.knn": "-m fastssl.eval.knn",
 }
-SHORT_RUN = "--epochs 1 --steps 2 --batch-size 8 --image-size 32 --knn-every 0 --log-every 1 --device cpu"
 SHORT = "--epochs 1 --image-size 32 --device cpu"
+SHORT_RUN = f"{SHORT} --steps 2 --batch-size 8 --knn-every 0 --log-every 1 --channels-last"
 
 # the alignment + uniformity MoCo
 SUBSET = "python scripts/create_imagenet_subset.py [PATH_TO_EXISTING_IMAGENET] [PATH_TO_CREATE_SUBSET]"

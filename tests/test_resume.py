@@ -1,37 +1,61 @@
-"""A run that is killed and resumed is, bit for bit, the run that was never stopped."""
+"""A run that is killed and resumed is, bit for bit, the run that was never stopped.
+
+Each start is a process, forked after its imports; test_torchrun.py kills and resumes commands begun by an interpreter.
+"""
 
 import hashlib
 import json
+import os
 import random
 import signal
-import subprocess
 import sys
+import threading
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import FORKS
+from tqdm import tqdm
 
-from fastssl import checkpoint
-from fastssl.command import FAILED, PREEMPTED
+from fastssl import checkpoint, train
+from fastssl.command import FAILED, PREEMPTED, run_command
 from fastssl.run import TIMING
 
 FLAGS = (
     "-a resnet18 --head dropout --image-size 32 -b 8 --accumulate 2 --bn-splits 2 --queue-size 37 --dim 16 "
-    "--policy v2 --cos --warmup-epochs 1 --clip-grad 5 --epochs 8 --log-every 1 --knn-every 2 --deterministic "
+    "--policy v2 --cos --warmup-epochs 1 --clip-grad 5 --epochs 4 --log-every 1 --knn-every 2 --deterministic "
     "--device cpu --seed 5 --keep-last 2 --save-every-epochs 3"
 ).split()
 
 
-def start(data: Path, output: Path, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "fastssl.train", str(data), *FLAGS, "--output", str(output), *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def run_command_line(log: str, argv: list[str]) -> None:
+    """The command in a process of its own, all it says in the file `log`."""
+    said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(said, stream)
+    tqdm.set_lock(threading.RLock())  # its own would be a semaphore that a killed process leaves behind
+    torch.set_num_threads(1)
+    sys.exit(run_command(train.main, argv))
 
 
-def finish(process: subprocess.Popen, code: int) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == code, output
-    return output
+def start(data: Path, output: Path, *flags: str) -> BaseProcess:
+    argv = [str(data), *FLAGS, "--output", str(output), *flags]
+    process = FORKS.Process(target=run_command_line, args=(str(log_of(output)), argv), name=output.name, daemon=True)
+    process.start()
+    return process
+
+
+def log_of(output: Path) -> Path:
+    return output.with_suffix(".log")
+
+
+def finish(process: BaseProcess, output: Path, code: int) -> str:
+    process.join(timeout=300)
+    said = log_of(output).read_text()
+    assert process.exitcode == code, said
+    return said
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -67,14 +91,14 @@ def digest(folder: Path) -> str:
     return sha.hexdigest()
 
 
-def kill_at(process: subprocess.Popen, folder: Path, step: int, signum: int) -> None:
+def kill_at(process: BaseProcess, folder: Path, step: int, signum: int) -> None:
     """Sends the signal once `step` is in the log."""
-    while process.poll() is None:
+    while process.is_alive():
         if (folder / "metrics.jsonl").exists() and any(line["step"] >= step for line in metrics(folder)):
-            process.send_signal(signum)
+            os.kill(process.pid, signum)
             return
         time.sleep(0.01)
-    raise AssertionError(process.communicate()[0])
+    raise AssertionError(log_of(folder).read_text())
 
 
 @pytest.fixture(scope="module")
@@ -85,22 +109,22 @@ def data(make_image_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def uninterrupted(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    finish(start(data, folder), 0)
+    finish(start(data, folder), folder, 0)
     return folder
 
 
 def test_killed_twice_in_the_middle_of_an_epoch_and_resumed(data, uninterrupted, tmp_path):
     folder = tmp_path / "killed"
     total = metrics(uninterrupted)[-1]["step"]
-    assert total == 32  # 33 images: 4 steps an epoch, one image dropped
+    assert total == 16  # 33 images: 4 steps an epoch, one image dropped
     first, second = sorted(random.SystemRandom().sample(range(2, total - 6), 2))
     process = start(data, folder)
     kill_at(process, folder, first, signal.SIGTERM)
-    assert "go on: --resume auto" in finish(process, PREEMPTED)
+    assert "go on: --resume auto" in finish(process, folder, PREEMPTED)
     process = start(data, folder, "--resume", "auto")
     kill_at(process, folder, max(second, metrics(folder)[-1]["step"] + 1), signal.SIGUSR1)
-    finish(process, PREEMPTED)
-    text = finish(start(data, folder, "--resume", "auto"), 0)
+    finish(process, folder, PREEMPTED)
+    text = finish(start(data, folder, "--resume", "auto"), folder, 0)
     assert "going on from" in text
     assert metrics(folder) == metrics(uninterrupted), (first, second)
     assert digest(folder) == digest(uninterrupted), (first, second)
@@ -109,12 +133,12 @@ def test_killed_twice_in_the_middle_of_an_epoch_and_resumed(data, uninterrupted,
 def test_killed_without_warning_and_the_newest_checkpoint_damaged(data, uninterrupted, tmp_path):
     """kill -9 after lines that no checkpoint covers, then a torn newest file: the one before it is used."""
     folder = tmp_path / "torn"
-    process = start(data, folder, "--save-every-steps", "5")
-    kill_at(process, folder, 18, signal.SIGKILL)
-    finish(process, -signal.SIGKILL)
+    process = start(data, folder, "--save-every-steps", "3")
+    kill_at(process, folder, 10, signal.SIGKILL)
+    finish(process, folder, -signal.SIGKILL)
     newest, older = list(checkpoint.saved_steps(folder / "checkpoints").items())[:2]
     newest[1].write_bytes(newest[1].read_bytes()[:-5000])
-    text = finish(start(data, folder, "--resume", "auto"), 0)
+    text = finish(start(data, folder, "--resume", "auto"), folder, 0)
     assert f"{newest[1].name} is damaged" in text and older[1].name in text
     assert metrics(folder) == metrics(uninterrupted)
     assert digest(folder) == digest(uninterrupted)
@@ -122,8 +146,8 @@ def test_killed_without_warning_and_the_newest_checkpoint_damaged(data, uninterr
 
 def test_a_finished_run_resumes_to_nothing_and_an_old_folder_is_not_overwritten(data, uninterrupted):
     before = digest(uninterrupted)
-    text = finish(start(data, uninterrupted), FAILED)
-    assert "already holds a run, saved after step 32: add --resume auto" in text
-    text = finish(start(data, uninterrupted, "--resume", "auto", "-a", "resnet34"), FAILED)
+    text = finish(start(data, uninterrupted), uninterrupted, FAILED)
+    assert "already holds a run, saved after step 16: add --resume auto" in text
+    text = finish(start(data, uninterrupted, "--resume", "auto", "-a", "resnet34"), uninterrupted, FAILED)
     assert "was trained with --arch resnet18, this run has resnet34" in text
     assert digest(uninterrupted) == before

@@ -137,6 +137,10 @@ def test_momentum_schedules():
     cosine = [momentum_schedule(s, momentum=0.99, total_steps=100, schedule="cosine") for s in (0, 25, 50, 100, 130)]
     expected = [0.99, 1 - 0.01 * (math.cos(math.pi / 4) + 1) / 2, 0.995, 1.0, 1.0]
     assert cosine == pytest.approx(expected, rel=1e-14)
-    for options in ({"schedule": "linear"}, {"momentum": 1.5}, {"total_steps": 0}):
-        with pytest.raises(ValueError):
+    for options, message in [
+        ({"schedule": "linear"}, "unknown momentum schedule 'linear': choose constant or cosine"),
+        ({"momentum": 1.5}, "must lie between 0 and 1, got 1.5"),
+        ({"total_steps": 0}, "at least 1 step, got 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
             momentum_schedule(0, **{"momentum": 0.9, "total_steps": 10, **options})

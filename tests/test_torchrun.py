@@ -1,4 +1,7 @@
-"""Real torchrun: agents on one or two nodes, a worker that is killed, and the Slurm script that is stopped."""
+"""Real torchrun: agents on one or two nodes, a worker that is killed, and the Slurm scripts that are stopped.
+
+Two processes each, whichever way; that of the second node has rank 1 and local rank 0.
+"""
 
 import hashlib
 import json
@@ -14,17 +17,17 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from ranks import free_port
 
 from fastssl import checkpoint
 from fastssl.recipe import RECIPES
-from tests.ranks import free_port
 
 FLAGS = (
     "--loader synthetic --synthetic-images 48 --synthetic-size 40 -a resnet18 --image-size 32 -b 16 --queue-size 40 "
-    "--dim 16 --epochs 6 --log-every 1 --save-every-steps 4 --knn-every 0 --deterministic --device cpu --seed 3"
+    "--dim 16 --epochs 4 --log-every 1 --save-every-steps 4 --knn-every 0 --deterministic --device cpu --seed 3"
 ).split()
-STEPS = 18
-NODE = "--nnodes 2 --nproc_per_node 2 --rdzv_backend c10d --rdzv_id test"
+STEPS = 12
+TWO_NODES = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
 
 
 def torchrun(launch: str, output: Path, *flags: str) -> subprocess.Popen:
@@ -77,37 +80,29 @@ def worker(folder: Path, rank: int) -> int:
 @pytest.fixture(scope="module")
 def one_agent(tmp_path_factory):
     folder = tmp_path_factory.mktemp("torchrun") / "one"
-    finish(torchrun("--standalone --nproc_per_node 4", folder))
+    finish(torchrun("--standalone --nproc_per_node 2", folder))
     return folder
-
-
-def test_two_agents_of_two_are_one_agent_of_four(one_agent, tmp_path):
-    folder, where = tmp_path / "two", f"--rdzv_endpoint 127.0.0.1:{free_port()}"
-    agents = [torchrun(f"{NODE} {where}", folder) for _ in range(2)]
-    for agent in agents:
-        finish(agent)
-    assert len(losses(folder)) == STEPS
-    assert losses(folder) == losses(one_agent)
-    assert weights(folder) == weights(one_agent)
 
 
 def test_a_killed_worker_is_restarted_and_ends_with_the_same_weights(one_agent, tmp_path):
     folder = tmp_path / "elastic"
-    agent = torchrun("--standalone --nproc_per_node 4 --max-restarts 3", folder, "--resume", "auto")
+    agent = torchrun("--standalone --nproc_per_node 2 --max-restarts 3", folder, "--resume", "auto")
     wait_for_step(agent, folder, 6)
-    os.kill(worker(folder, rank=2), signal.SIGKILL)
+    os.kill(worker(folder, rank=1), signal.SIGKILL)
     assert "going on from" in finish(agent)
     assert losses(folder) == losses(one_agent)
     assert weights(folder) == weights(one_agent)
 
 
-def test_the_slurm_script_saves_and_asks_to_be_requeued(tmp_path):
+def test_the_one_node_script_saves_and_asks_to_be_requeued(one_agent, tmp_path):
     """The script as it is, with a scontrol that only notes what it was asked."""
     tools = {
         "scontrol": f'echo "$@" > {tmp_path}/asked',
         "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
     }
-    stop_and_requeue(partial(sbatch, "one_node", tmp_path, tools), tmp_path)
+    folder = stop_and_requeue(partial(sbatch, "one_node", tmp_path, tools, {"SLURM_GPUS_ON_NODE": "2"}), tmp_path)
+    assert losses(folder) == losses(one_agent)
+    assert weights(folder) == weights(one_agent)
 
 
 # Every node's command at once, as srun runs it, and SIGTERM handed on to them.
@@ -120,10 +115,10 @@ while kill -0 $second 2>/dev/null; do wait $second; done
 exit $code"""
 
 
-def test_the_many_node_script_on_one_machine(one_agent, tmp_path):
-    """Two agents of two processes each, started by the script as it is with an srun that knows two "nodes"."""
+def test_the_many_node_script_on_one_machine_is_one_agent_of_two(one_agent, tmp_path):
+    """Two agents of a process each, started by the script as it is with an srun that knows two "nodes"."""
     tools = fake_cluster(tmp_path, "127.0.0.1", ("env", "env"))
-    environment = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "RDZV_PORT": str(free_port())}
+    environment = TWO_NODES | {"SLURM_JOB_NODELIST": "node[1-2]", "RDZV_PORT": str(free_port())}
     folder = stop_and_requeue(partial(sbatch, "many_nodes", tmp_path, tools, environment), tmp_path)
     assert losses(folder) == losses(one_agent)
     assert weights(folder) == weights(one_agent)
@@ -132,7 +127,7 @@ def test_the_many_node_script_on_one_machine(one_agent, tmp_path):
 def test_the_many_node_script_in_two_network_namespaces(one_agent, tmp_path, two_nodes):
     """Each agent on a network, a host name and an address of its own, with a cable between them."""
     tools = fake_cluster(tmp_path, "node-a", two_nodes)
-    environment = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node-[a-b]", "GLOO_SOCKET_IFNAME": "cable"}
+    environment = TWO_NODES | {"SLURM_JOB_NODELIST": "node-[a-b]", "GLOO_SOCKET_IFNAME": "cable"}
     job = sbatch("many_nodes", tmp_path, tools, environment)
     finish(job)
     assert losses(tmp_path / "slurm") == losses(one_agent)
@@ -157,7 +152,7 @@ def sbatch(script: str, tmp_path: Path, tools: dict[str, str], environment: dict
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     environment = os.environ | (environment or {}) | {
         "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
-        "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "2", "OMP_NUM_THREADS": "1",
+        "SLURM_JOB_ID": "7", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = ["bash", str(RECIPES / "slurm" / f"{script}.sbatch"), *FLAGS, "--output", str(tmp_path / "slurm")]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)

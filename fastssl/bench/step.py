@@ -48,7 +48,7 @@ def make_config(args: argparse.Namespace, arch: str, **options: object) -> Confi
     settings = {name: getattr(args, name) for name in shared} | {
         "arch": arch,
         "loader": "synthetic",
-        "synthetic_images": max(512, args.batch_size),
+        "synthetic_images": max(args.batch_size, min(512, 16 * args.batch_size)),
         "contrast_weight": 1.0,
         "temperature": 0.2,
         "align_weight": 0.0,
