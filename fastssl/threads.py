@@ -39,7 +39,7 @@ def make_threads(num: int, process: int) -> ThreadPoolExecutor:
         torch.get_num_threads()  # a thread takes the common number over when it first needs one: now that it is 1
         started.wait()
 
-    pool = ThreadPoolExecutor(num, thread_name_prefix="fastssl-compute", initializer=start)
+    pool = ThreadPoolExecutor(num, thread_name_prefix="compute", initializer=start)
     for _ in range(num):
         pool.submit(int)  # a thread for each, as none is free before all have started
     started.wait()
