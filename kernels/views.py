@@ -30,7 +30,7 @@ class Launch(NamedTuple):
     tiles: int = 4  # squares to a program of launch one, which draws a view's parameters once for them
     row_pixels: int = 4096  # about so many pixels to a program of launch two, in whole rows
     block: int = 1024  # pixels it holds at a time
-    warps: tuple[int, int, int] = (8, 8, 4)
+    warps: tuple[int, int, int] = (4, 8, 4)
 
 
 # The interpreter runs programs one after the other: few and large ones suit it

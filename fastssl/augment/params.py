@@ -44,7 +44,7 @@ class ViewParams(NamedTuple):
     flip: Tensor  # bool
     grey_before: Tensor  # bool, greyscale before the jitter
     jitter: Tensor  # bool, the four factors below count only where it is true
-    order: Tensor  # int32 in [0, 24): which permutation of (brightness, contrast, saturation, hue), see color.py
+    order: Tensor  # int32 in [0, 24): which permutation of (brightness, contrast, saturation, hue), see jitter.py
     brightness: Tensor  # float32 factor >= 0; 1 changes nothing
     contrast: Tensor  # float32
     saturation: Tensor  # float32
