@@ -22,7 +22,10 @@ def read_classes(classes: str, existing: Sequence[str], where: str) -> list[str]
     """
     origin = IMAGENET100 if classes == "imagenet100" else Path(classes)
     if origin.is_file():
-        lines = list(enumerate(origin.read_text("utf-8").splitlines(), 1))
+        try:
+            lines = list(enumerate(origin.read_text("utf-8-sig").splitlines(), 1))  # some editors begin with a mark
+        except UnicodeDecodeError:
+            raise ValueError(f"{origin} is no text: give a file with a class a line") from None
     elif origin.suffix or "/" in classes:
         raise ValueError(f"the class list {classes} does not exist")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from collections import Counter
@@ -102,10 +103,10 @@ def open_image(
 ) -> Image.Image:
     """`decode_image` as a Pillow image in mode RGB; `look` sees the opened file before its pixels are decoded."""
     name = name or ("<bytes>" if isinstance(source, bytes) else os.fspath(source))
+    data = source if isinstance(source, bytes) else read_file(source, name)
+    if not data:
+        raise BadImage(name, "the file is empty")
     try:
-        data = source if isinstance(source, bytes) else read_file(source, name)
-        if not data:
-            raise BadImage(name, "the file is empty")
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(name, f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
@@ -121,12 +122,17 @@ def open_image(
 
 
 def read_file(path: str | os.PathLike, name: str, offset: int = 0, size: int = -1) -> bytes:
-    """The bytes of a file, or `size` of them from `offset`. Raises BadImage with `name` when it cannot be read."""
+    """The bytes of a file, or `size` of them from `offset`. Raises BadImage with `name` when it cannot be read.
+
+    And OSError where that is not the file's fault: for want of memory, or of files that may be open.
+    """
     try:
         with open_file(path) as file:
             file.seek(offset)
             return file.read(size)
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise
         raise BadImage(name, error.strerror or str(error)) from None
 
 

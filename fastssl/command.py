@@ -22,11 +22,12 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
     """Runs a command; an error meant for people becomes one sentence. FASTSSL_TRACEBACK=1 shows where it came from."""
     try:
         return command(argv)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("FASTSSL_TRACEBACK"):
             raise
         rank = os.environ.get("RANK", "0")  # an error may be one rank's alone: all of them speak
-        print(f"fastssl: error: {error}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
+        said = str(error) or "there is not enough memory"  # Python's own MemoryError says nothing
+        print(f"fastssl: error: {said}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
         return getattr(error, "exit_code", FAILED)
     except KeyboardInterrupt as interrupt:
         (number,) = interrupt.args or (signal.SIGINT,)

@@ -33,8 +33,13 @@ def stored_jpeg(pixels: np.ndarray, label: int = 0, **options: object) -> Stored
     return encode_jpeg(pixels, **options), *pixels.shape[:2], JPEG, label
 
 
-def write_beton(path: Path | str, images: Sequence[Stored], class_names: Sequence[str] | None = None) -> Path:
-    """Writes an FFCV 1.0 file with the fields image and label; with class names also the manifest beside it."""
+def write_beton(
+    path: Path | str, images: Sequence[Stored], class_names: Sequence[str] | None = None, gap: int = 0
+) -> Path:
+    """Writes an FFCV 1.0 file with the fields image and label; with class names also the manifest beside it.
+
+    gap: bytes of nothing behind each image, which take no room on the disk.
+    """
     path = Path(path)
     rows, table = np.zeros(len(images), ROW), np.zeros(len(images), ALLOCATION)
     header = np.zeros(1, HEADER)
@@ -47,8 +52,9 @@ def write_beton(path: Path | str, images: Sequence[Stored], class_names: Sequenc
             table[i] = i, place, len(data)
             file.seek(place)
             file.write(data)
-            place += len(data)
+            place += len(data) + gap
         header[0] = 2, 2, PAGE, len(images), place
+        file.seek(place)
         file.write(table.tobytes())
         file.seek(0)
         file.write(header.tobytes() + fields.tobytes() + rows.tobytes())

@@ -140,6 +140,15 @@ def test_a_full_disk_stops_the_run_and_the_previous_checkpoint_survives(run, dat
     assert code == 0 and max(checkpoint.saved_steps(tmp_path / "run" / "checkpoints")) == 4
 
 
+@pytest.mark.parametrize(("error", "said"), [(MemoryError(), "there is not enough"), (MemoryError("17 GiB"), "17 GiB")])
+def test_want_of_memory_is_one_sentence(error, said, capsys):
+    def fail(argv):
+        raise error
+
+    assert run_command(fail, []) == FAILED
+    assert said in one_sentence(capsys.readouterr().err)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(run, data, tmp_path):
     code, _ = run(data)
     (good,) = checkpoint.saved_steps(tmp_path / "run" / "checkpoints").values()

@@ -10,7 +10,7 @@ from photos import render_photo
 
 from fastssl.data_prep.beton_format import ALLOCATION, DESCRIPTOR, HEADER, JPEG, RAW
 from fastssl.loaders import beton_file
-from fastssl.loaders.beton_file import number_labels, open_beton
+from fastssl.loaders.beton_file import open_beton
 
 PHOTOS = [render_photo(20 + 7 * i, 31 + 5 * (i % 3), seed=i) for i in range(6)]
 
@@ -77,12 +77,12 @@ def test_the_manifest_names_the_classes(tmp_path):
 
 
 def test_labels_follow_the_classes_of_another_split(tmp_path):
-    beton = open_beton(write_beton(tmp_path / "a.beton", [stored_jpeg(PHOTOS[0], c) for c in (1, 0)], ["dog", "cat"]))
-    assert number_labels(beton, None) is beton
-    renumbered = number_labels(beton, ["ant", "cat", "dog"])
-    assert renumbered.label.tolist() == [1, 2] and renumbered.class_names == ["ant", "cat", "dog"]
+    path = write_beton(tmp_path / "a.beton", [stored_jpeg(PHOTOS[0], c) for c in (1, 0)], ["dog", "cat"])
+    assert open_beton(path).label.tolist() == [1, 0] and open_beton(path).class_names == ["dog", "cat"]
+    beton = open_beton(path, ["ant", "cat", "dog"])
+    assert beton.label.tolist() == [1, 2] and beton.class_names == ["ant", "cat", "dog"]
     with pytest.raises(ValueError, match=r"a\.beton has a class 'dog' that is not among the 2 of the other split"):
-        number_labels(beton, ["ant", "cat"])
+        open_beton(path, ["ant", "cat"])
 
 
 def keep(count):

@@ -17,6 +17,8 @@ from PIL import Image
 from ranks import run_ranks
 
 from fastssl.data_prep.beton_format import JPEG, RAW
+from fastssl.data_prep.describe import describe
+from fastssl.data_prep.verify import verify
 from fastssl.loaders.make import make_loader
 
 pytestmark = pytest.mark.skipif(NO_TURBOJPEG, reason="needs libturbojpeg")
@@ -69,6 +71,19 @@ def test_pixels_are_those_pillow_decodes(good, cache):
         assert label == i % 3
         difference = np.abs(pixels.astype(int) - by_pillow(FILES[i]))
         assert difference.max() <= 1 and difference.mean() < 0.01
+
+
+def test_images_beyond_two_and_four_gib_are_their_own(tmp_path):
+    """Of a file of 6 GiB that is nearly all holes: the third image begins beyond 2^32, the second beyond 2^31."""
+    large = write_beton(tmp_path / "large.beton", [stored(i) for i in range(3)], gap=1 << 31)
+    loaders = [open_loader(large, batch_size=3, beton_cache=cache) for cache in ("page", "process")]
+    for loader in [*loaders, open_loader(large, "resident", batch_size=3)]:
+        seen = images_of(loader.eval_batches(3))
+        assert list(seen) == [0, 1, 2]
+        for i, (_, pixels) in seen.items():
+            assert np.abs(pixels.astype(int) - by_pillow(FILES[i])).max() <= 1
+    assert loaders[0].beton.pointer[1] > 1 << 31 and loaders[0].beton.pointer[2] > 1 << 32
+    assert "all 3 images decode" in verify(large, decode=True, workers=1) and "3 samples" in describe(large)
 
 
 def test_raw_images_are_copied(tmp_path):

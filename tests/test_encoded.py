@@ -1,6 +1,7 @@
 """Encoded images by index: the same bytes and labels from a folder, a .beton file and tar shards."""
 
 import io
+import json
 import tarfile
 
 import numpy as np
@@ -90,6 +91,21 @@ def test_class_names_of_shards_come_from_their_manifest(everywhere, tmp_path):
     (tmp_path / "shards" / "manifest.json").write_text('{"class_names": ["cat", "dog", "emu"]}')
     assert open_encoded(tmp_path / "shards").class_names == ["cat", "dog", "emu"]
     assert len(open_encoded(tmp_path / "shards" / "004.tar").label) == 4
+
+
+def test_labels_follow_the_classes_of_another_split(everywhere, tmp_path):
+    """Wherever the images lie: a held-out split may lack classes that the training split has."""
+    names = {"shards": ["cat", "dog", "emu"], "x.beton": ["cat", "dog", "emu"]}
+    (tmp_path / "shards" / "manifest.json").write_text(json.dumps({"class_names": names["shards"]}))
+    size = (tmp_path / "x.beton").stat().st_size
+    manifest = {"num_images": 11, "class_names": names["x.beton"], "file_bytes": size}
+    (tmp_path / "x.beton.json").write_text(json.dumps(manifest))
+    trained = ["ant", "bee", "cat", "dog", "emu"]
+    for data in names:
+        found = open_encoded(tmp_path / data, trained)
+        assert found.label.tolist() == (everywhere[0].label + 2).tolist() and found.class_names == trained
+        with pytest.raises(ValueError, match="has a class 'emu' that is not among the 4 of the other split"):
+            open_encoded(tmp_path / data, trained[:4])
 
 
 def test_a_file_that_vanished_is_a_bad_image(folder):

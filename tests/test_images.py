@@ -2,6 +2,7 @@
 
 import io
 import os
+import resource
 import zlib
 
 import numpy as np
@@ -222,6 +223,20 @@ def test_what_is_no_file_is_named_and_waited_for_by_nobody(tmp_path):
     for name in listing.paths[:2]:
         with pytest.raises(BadImage, match=name):
             decode_image(tmp_path / name)
+
+
+def test_want_of_open_files_is_not_the_image_s_fault(tmp_path):
+    """Else a loader would replace good images by others until files are closed."""
+    (tmp_path / "x.jpg").write_bytes(encode(Image.fromarray(picture()), "JPEG"))
+    limits, free = resource.getrlimit(resource.RLIMIT_NOFILE), os.open(tmp_path, os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            decode_image(tmp_path / "x.jpg")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert decode_image(tmp_path / "x.jpg").shape == picture().shape
 
 
 def test_a_name_that_is_not_utf_8_can_be_read_and_printed(tmp_path):

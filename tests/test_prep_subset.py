@@ -64,13 +64,19 @@ def test_force_replaces_links_and_nothing_else(imagenet, tmp_path):
         ("n01440764\nn99999999\n", "no class n99999999, which"),
         ("n01440763\nn99999999\n", r"n01440763 and 1 more of its 2 classes.*did you mean n01440764"),
         ("\n# nothing\n", "names no classes"),
+        ("n01440764\udcff\n", r"list\.txt is no text"),
     ],
 )
 def test_wrong_lists_make_nothing(imagenet, tmp_path, text, message):
-    (tmp_path / "list.txt").write_text(text)
+    (tmp_path / "list.txt").write_text(text, errors="surrogateescape")
     with pytest.raises(ValueError, match=message):
         make_subset(imagenet, tmp_path / "out", str(tmp_path / "list.txt"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_list_as_windows_writes_it(imagenet, tmp_path):
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(IDS).encode())
+    assert make_subset(imagenet, tmp_path / "out", str(tmp_path / "list.txt")) == {"train": 3, "val": 3}
 
 
 def test_a_class_missing_in_one_split_makes_nothing(imagenet, tmp_path):

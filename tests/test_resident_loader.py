@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import resource
 
 import numpy as np
 import pytest
@@ -152,6 +153,18 @@ def test_the_prediction_is_what_the_images_take(folder):
     )
     free = memory.free_bytes(torch.device("cpu"))
     assert 1 << 20 < free < 1 << 50
+
+
+def test_memory_that_the_process_may_not_have_is_not_free():
+    """As `ulimit -v` sets it."""
+    limits, room = resource.getrlimit(resource.RLIMIT_AS), 100_000_000
+    with open("/proc/self/statm") as file:
+        taken = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + room, limits[1]))
+    try:
+        assert room / 2 < memory.free_bytes(torch.device("cpu")) <= room
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

@@ -31,14 +31,8 @@ class ShardImages:
         workers: int | None = None,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        encoded = open_encoded(data)
-        names = encoded.class_names
-        self.class_names = list(class_names or names)
-        if unknown := [name for name in names if name not in self.class_names]:
-            raise ValueError(f"{os.fspath(data)} has a class {unknown[0]!r} that the other split lacks")
-        number = np.array([self.class_names.index(name) for name in names], np.int64)
-        self._label = np.where(encoded.label < 0, -1, number[encoded.label])
-        self.num_images = len(encoded.label)
+        encoded = open_encoded(data, class_names)
+        self.class_names, self._label, self.num_images = encoded.class_names, encoded.label, len(encoded.label)
         self.workers = workers or default_workers()
         self._images = BadImages("skip", self.num_images, lambda i: decode_image(encoded.read(i), encoded.name(i)))
         self._prefetcher = Prefetcher(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -36,12 +36,12 @@ class BetonFile:
         return memoryview(self.data[start : start + int(self.size[i])])
 
 
-def open_beton(path: str | os.PathLike) -> BetonFile:
+def open_beton(path: str | os.PathLike, class_names: Sequence[str] | None = None) -> BetonFile:
     """Maps a .beton file and checks that all it points to is there; reads no image.
 
     Class names and the length in bytes come from the manifest `path`.json where there is one; without one the classes
-    are "0" to the largest label. Raises ValueError, one sentence, for a file that is missing, foreign, cut short, or
-    of a conversion that did not finish.
+    are "0" to the largest label. `class_names` are those of another split, as in `number_labels`. Raises ValueError,
+    one sentence, for a file that is missing, foreign, cut short, or of a conversion that did not finish.
     """
     tables = read_tables(path)
     path, data = tables.path, tables.data
@@ -59,27 +59,25 @@ def open_beton(path: str | os.PathLike) -> BetonFile:
     names = [str(c) for c in range(label.max(initial=-1) + 1)] if not manifest else list(manifest["class_names"])
     if names and label.max(initial=-1) >= len(names):
         raise ValueError(f"{path} has a label {label.max()}, but its manifest names {len(names)} classes")
+    label, names = number_labels(path, label, names, class_names)
     mode, height, width = image["mode"].copy(), image["height"].astype(np.int32), image["width"].astype(np.int32)
     beton = BetonFile(path, data, label, mode, height, width, pointer, size, names)
     _check_images(beton, tables.allocations_at)
     return beton
 
 
-def number_labels(beton: BetonFile, class_names: Sequence[str] | None) -> BetonFile:
-    """The same file with labels numbered by a list made elsewhere (an evaluation split's by its training split's).
-
-    Raises ValueError when the file has a class that is not on the list. None changes nothing.
-    """
-    if not class_names or not beton.class_names:
-        return beton
+def number_labels(
+    path: str, label: np.ndarray, names: list[str], class_names: Sequence[str] | None
+) -> tuple[np.ndarray, list[str]]:
+    """Labels (n,) of the classes `names` numbered by a list made elsewhere (an evaluation split's by the training
+    split's), and that list; as they are without one. Raises ValueError when a class is not on the list."""
+    if not class_names or not names:
+        return label, names
     number = {name: i for i, name in enumerate(class_names)}
-    if unknown := [name for name in beton.class_names if name not in number]:
-        raise ValueError(
-            f"{beton.path} has a class {unknown[0]!r} that is not among the {len(number)} of the other split"
-        )
-    renumber = np.array([number[name] for name in beton.class_names], np.int64)
-    label = np.where(beton.label < 0, -1, renumber[beton.label])
-    return replace(beton, label=label, class_names=list(class_names))
+    if unknown := [name for name in names if name not in number]:
+        raise ValueError(f"{path} has a class {unknown[0]!r} that is not among the {len(number)} of the other split")
+    renumber = np.array([number[name] for name in names], np.int64)
+    return np.where(label < 0, -1, renumber[label]), list(class_names)
 
 
 def _check_images(beton: BetonFile, table: int) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastssl.batch import ImageBatch
 from fastssl.loaders.bad_images import BadImages
 from fastssl.loaders.beton_decode import BetonDecoder
-from fastssl.loaders.beton_file import number_labels, open_beton
+from fastssl.loaders.beton_file import open_beton
 from fastssl.loaders.folder_loader import default_workers
 from fastssl.loaders.order import FULL, Order, count_batches, eval_shares, train_shares
 from fastssl.loaders.prefetch import Prefetcher
@@ -64,7 +64,7 @@ class BetonLoader:
         read_ahead: int | None = None,
         cache: str = "page",
     ) -> None:
-        self.beton = number_labels(open_beton(data), class_names)
+        self.beton = open_beton(data, class_names)
         self.num_images, self.class_names = len(self.beton), self.beton.class_names
         self.batches_per_epoch = count_batches(self.num_images, batch_size, world_size)
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size

@@ -13,7 +13,7 @@ import numpy as np
 
 from fastssl.data_prep.beton_format import RAW
 from fastssl.data_prep.images import find_images, read_file
-from fastssl.loaders.beton_file import open_beton
+from fastssl.loaders.beton_file import number_labels, open_beton
 
 _INDEX_VERSIONS = ("v1.1", "v1.2")
 
@@ -31,16 +31,16 @@ def open_encoded(data: str | os.PathLike, class_names: Sequence[str] | None = No
     """The encoded images of a folder (the rules of `find_images`), a .beton file, a .tar or a folder of .tar shards.
 
     Shards are in the WebDataset layout (an image and a `.cls` with the class number under one name), each with a DALI
-    index file beside it (`NAME.tar`, `NAME.idx`). `class_names` numbers the labels of a folder by another split's.
+    index file beside it (`NAME.tar`, `NAME.idx`). `class_names` numbers the labels by another split's.
     Raises ValueError, one sentence, when there is nothing to read or when images are stored as raw pixels.
     """
     data = os.fspath(data)
     if data.endswith(".tar") and os.path.isfile(data):
-        return _from_shards(data, [data])
+        return _from_shards(data, [data], class_names)
     if os.path.isdir(data) and (tars := sorted(glob.glob(os.path.join(glob.escape(data), "*.tar")))):
-        return _from_shards(data, tars)
+        return _from_shards(data, tars, class_names)
     if os.path.isfile(data):
-        return _from_beton(data)
+        return _from_beton(data, class_names)
     return _from_folder(data, class_names)
 
 
@@ -54,8 +54,8 @@ def _from_folder(data: str, class_names: Sequence[str] | None) -> EncodedImages:
     )
 
 
-def _from_beton(data: str) -> EncodedImages:
-    beton = open_beton(data)
+def _from_beton(data: str, class_names: Sequence[str] | None) -> EncodedImages:
+    beton = open_beton(data, class_names)
     if raw := int((beton.mode == RAW).sum()):
         raise ValueError(
             f"{data} stores {raw:,} of {len(beton):,} images as raw pixels, which need no decoder: use --loader beton"
@@ -68,7 +68,7 @@ def _from_beton(data: str) -> EncodedImages:
     )
 
 
-def _from_shards(data: str, tars: Sequence[str]) -> EncodedImages:
+def _from_shards(data: str, tars: Sequence[str], class_names: Sequence[str] | None) -> EncodedImages:
     maps, places, names, labels = [], [], [], []
     for tar in tars:
         with open(tar, "rb") as file:
@@ -83,12 +83,13 @@ def _from_shards(data: str, tars: Sequence[str]) -> EncodedImages:
     if not places:
         raise ValueError(f"the shards of {data} hold no images: make them again with 'fastssl prep shards'")
     label = np.array(labels, dtype=np.int64)
+    label, found_names = number_labels(data, label, _class_names(data, int(label.max())), class_names)
 
     def read(i: int) -> bytes:
         shard, start, size = places[i]
         return maps[shard][start : start + size]
 
-    return EncodedImages(read, lambda i: names[i], label, _class_names(data, int(label.max())))
+    return EncodedImages(read, lambda i: names[i], label, found_names)
 
 
 def _read_index(tar: str, mapped: mmap.mmap) -> list[tuple[tuple[int, int], str, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -46,12 +47,16 @@ def check_room(needed: int, device: torch.device, data: str, can_shard: bool) ->
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device; on the CPU without swapping, within the limit of a container."""
+    """Bytes that can still be allocated on a device; on the CPU without swapping, within all limits that are set."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with open("/proc/meminfo", encoding="ascii") as file:
         facts = dict(line.split(":", 1) for line in file)
     free = int(facts["MemAvailable"].split()[0]) * 1024
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]  # of this process (ulimit -v)
+    if most != resource.RLIM_INFINITY:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            free = min(free, most - int(file.read().split()[0]) * resource.getpagesize())
     try:
         with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
             limit = int(file.read())  # "max" where there is none
