@@ -10,6 +10,7 @@ import multiprocessing.forkserver
 import os
 import pickle
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -17,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -53,6 +55,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
                 if len(results) < world_size:
                     process.kill()
                 process.join(timeout=30)
+            for log in sorted(Path(folder).glob("*.log")):  # so that pytest shows it where a test fails
+                sys.stderr.write(log.read_text())
     return [results[rank] for rank in range(world_size)]
 
 
@@ -77,6 +81,7 @@ def _rank_main(
 ) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    redirect_output(f"{folder}/{rank}.log")
     import torch
     from torch import distributed
 
@@ -98,6 +103,13 @@ def _rank_main(
     # plain pickle copies tensors; torch's own would hand over the memory of a process that is about to end
     pipe.send_bytes(pickle.dumps(message))
     distributed.destroy_process_group()
+
+
+def redirect_output(path: str) -> None:
+    """From here on a forked process says what it says into a file: it has the terminal of the server."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(file, stream)
 
 
 def free_port() -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import FORKS
+from ranks import FORKS, redirect_output
 from tqdm import tqdm
 
 from fastssl import checkpoint, train
@@ -32,9 +32,7 @@ FLAGS = (
 
 def run_command_line(log: str, argv: list[str]) -> None:
     """The command in a process of its own, all it says in the file `log`."""
-    said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(said, stream)
+    redirect_output(log)
     tqdm.set_lock(threading.RLock())  # its own would be a semaphore that a killed process leaves behind
     torch.set_num_threads(1)
     sys.exit(run_command(train.main, argv))
