@@ -157,7 +157,7 @@ def test_crops_that_touch_every_border_and_sizes_above_the_image() -> None:
         assert_same_bits(batch, [with_boxes(p, corners + edges) for p in params], size)
 
 
-@pytest.mark.parametrize("sides", [(1, 1), (1, 5000), (5000, 1), (400, 300)])
+@pytest.mark.parametrize("sides", [(1, 1), (1, 1500), (1500, 1), (400, 300)])
 def test_awkward_windows(sides: tuple[int, int]) -> None:
     batch = photo_batch((sides,))
     whole = [(0, 0, *sides)]
