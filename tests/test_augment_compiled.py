@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 from photos import photo_batch
@@ -12,11 +14,13 @@ from photos import photo_batch
 from fastssl.augment.choose import choose_augment_kernel
 from fastssl.augment.params import ViewParams, sample_both
 from fastssl.augment.policy import POLICIES, make_policy
+from fastssl.augment.resample import crop_axes, resample_reference
 from fastssl.augment.views import make_view, make_views
 from fastssl.batch import ImageBatch
 
 pytest.importorskip("numba", reason="needs numba")
 
+from fastssl.augment.compiled_resample import resize_boxes
 from fastssl.augment.compiled_views import make_views_compiled
 from fastssl.threads import make_threads, run_in_threads
 
@@ -110,7 +114,27 @@ def test_a_cpu_takes_them_and_says_why_not(monkeypatch: pytest.MonkeyPatch) -> N
     assert choose_augment_kernel(CPU, "numba") == ("numba", "requested")
     with pytest.raises(ValueError, match=r"the numba augmentation kernel cannot run .* not on cuda"):
         choose_augment_kernel(torch.device("cuda"), "numba")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "numba", None)
     assert choose_augment_kernel(CPU) == ("reference", "numba is not installed: pip install numba")
     with pytest.raises(ValueError, match="pip install numba"):
         choose_augment_kernel(CPU, "numba")
+
+
+def test_without_numba_the_views_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, policy = photo_batch(SIDES), make_policy("v2", **EVERYTHING)
+    expected = make_views(batch, policy, 20, 1, 0)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    for found, view in zip(make_views(batch, policy, 20, 1, 0), expected):
+        assert_same_bits(found, view)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 224])
+def test_boxes_are_resized_with_the_bits_of_the_reference(size: int) -> None:
+    batch = photo_batch((*SIDES, (1, 5000), (5000, 1), (64, 64), (17, 33)))
+    for seed in range(3):
+        params, _ = sample_both(make_policy("v2", crop_scale=(0.001, 1.0)), batch, seed, 0)
+        boxes = torch.stack([params.top, params.left, params.crop_height, params.crop_width], dim=1)
+        out = np.zeros((batch.size, size, size, 3), np.uint8)
+        resize_boxes(*(tensor.numpy() for tensor in (batch.pixels, batch.offset, batch.width, boxes)), out)
+        expected = resample_reference(batch, *crop_axes(params, size), size)
+        assert np.array_equal(out, expected.permute(0, 2, 3, 1).numpy())

@@ -7,13 +7,11 @@ import pytest
 import torch
 from photos import photo_batch, render_photo
 
-from fastssl.augment import views
 from fastssl.augment.choose import choose_augment_kernel
 from fastssl.augment.fused import make_tables, make_views_fused, policy_table
 from fastssl.augment.normalise import MEAN, STD
 from fastssl.augment.params import ViewParams, sample_both
 from fastssl.augment.policy import POLICIES, Policy, make_policy
-from fastssl.augment.resample import crop_axes, resample_reference
 from fastssl.augment.views import make_view, make_views
 from fastssl.batch import ImageBatch, pack_images
 from fastssl.kernels.views import COMPILED, INTERPRETED, Draw, Launch, Windows, empty_tables, views_triton
@@ -22,17 +20,6 @@ from fastssl.loaders.synthetic_loader import SyntheticLoader
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERYTHING = {"solarise_p": 0.4, "hide_and_seek": True, "blur_p": 0.6}
 SMALL = ((40, 52), (33, 20), (1, 1), (1, 60))  # few and small: the interpreter takes a millisecond for a pixel and tap
-
-
-@pytest.fixture(autouse=True)
-def exact_resampler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference resizes with Pillow's bits, as on a GPU; the CPU's compiled loops may be 1 from them."""
-
-    def resample_then_flip(images: ImageBatch, p: ViewParams, size: int) -> torch.Tensor:
-        x = resample_reference(images, *crop_axes(p, size), size)
-        return torch.where(p.flip.view(-1, 1, 1, 1), x.flip(3), x)
-
-    monkeypatch.setattr(views, "crop_resize", resample_then_flip)
 
 
 def assert_same_bits(batch: ImageBatch, params: tuple[ViewParams, ViewParams], size: int, dtype=torch.float32) -> None:

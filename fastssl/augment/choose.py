@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
+from fastssl.compiled import numba_obstacle
 from fastssl.triton_device import triton_obstacle
 
 AUGMENT_KERNELS = ("auto", "triton", "numba", "reference")
@@ -35,4 +34,4 @@ def _obstacle(kernel: str, device: torch.device) -> str | None:
         return triton_obstacle(device)
     if device.type != "cpu":
         return f"numba's loops run on a CPU, not on {device.type}"
-    return None if importlib.util.find_spec("numba") else "numba is not installed: pip install numba"
+    return numba_obstacle()

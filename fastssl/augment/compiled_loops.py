@@ -1,9 +1,9 @@
 """What stands behind the crop, compiled for a CPU: the arithmetic of `color`, `jitter` and `blur` on planes of bytes.
 
-One call makes one view, without the GIL. Every step of the reference is exact in float32 (color.py,
+Every step of the reference is exact in float32 (color.py,
 blur.py), so these loops give its bits, in vector registers and with the pixels of a view in the cache.
 
-Shapes: S pixels a side of a view, P = S * S.
+Shapes: n views, S pixels a side, P = S * S.
 """
 
 from __future__ import annotations
@@ -163,13 +163,7 @@ def _solarise(planes):
 
 
 @compiled
-def finish_view(pixels, ints, factors, taps, levels, view):
-    """view (P, 3): levels (3, 256) of the crop pixels (S, S, 3) uint8 after all operations.
-
-    ints (7,) int32: flip, grey_before, plan, hue levels, grey_after, blur, solarise. factors (3,) float32. taps (R,)
-    float32, 0 beyond the reach. levels: what each byte of a channel is once normalised, as integers that have the bits
-    of the view's dtype.
-    """
+def _finish_view(pixels, ints, factors, taps, levels, view):
     size = pixels.shape[0]
     flip, grey_before, plan, hue_levels, grey_after, blur, solarise = ints
     planes = np.empty((3, size * size), np.uint8)
@@ -189,3 +183,15 @@ def finish_view(pixels, ints, factors, taps, levels, view):
     for i in range(size * size):
         for channel in range(3):
             view[i, channel] = levels[channel, planes[channel, i]]
+
+
+@compiled
+def finish_views(pixels, ints, factors, taps, levels, views):
+    """views (n, P, 3): levels (3, 256) of the crops pixels (n, S, S, 3) uint8 after all operations.
+
+    ints (n, 7) int32: flip, grey_before, plan, hue levels, grey_after, blur, solarise. factors (n, 3) float32. taps
+    (n, R) float32, 0 beyond the reach. levels: what each byte of a channel is once normalised, as integers that have
+    the bits of the views' dtype.
+    """
+    for i in range(len(views)):
+        _finish_view(pixels[i], ints[i], factors[i], taps[i], levels, views[i])

@@ -2,24 +2,22 @@
 
 `resample_reference` has Pillow's own fixed-point bits, on whole batches and any device. (Pillow 13 sometimes takes the
 vertical pass first, which moves some pixels by 1.) `crop_resize` and `eval_resize` are what the views call: on a GPU
-they are `resample_reference`, on the CPU compiled loops image by image: torch's uint8 path, at most 1 from Pillow, and
-Pillow itself.
+they are `resample_reference`, on a CPU compiled loops with its bits, where numba is installed, and Pillow itself.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from fastssl.augment.params import ViewParams
 from fastssl.batch import ImageBatch
+from fastssl.compiled import numba_obstacle
 
 PRECISION_BITS = 22  # Pillow's fixed point: 32 - 8 bits of a pixel - 2 for overshoot
 NEEDLE = 8  # long side / short side from where an image is not resized whole only to be cut
@@ -102,26 +100,32 @@ def resample_reference(batch: ImageBatch, vertical: Axis, horizontal: Axis, size
     return (out >> PRECISION_BITS).clamp_(0, 255).to(torch.uint8).permute(0, 3, 1, 2)
 
 
+def crop_boxes(batch: ImageBatch, params: ViewParams) -> Tensor:
+    """(C, 4) int32: top, left, height and width of the crops of `batch`, on the CPU.
+
+    Raises ValueError for a box outside its image or an image outside the batch's bytes: compiled loops would read there.
+    """
+    boxes = torch.stack([params.top, params.left, params.crop_height, params.crop_width], dim=1)
+    end, height, width = boxes[:, :2] + boxes[:, 2:], batch.height, batch.width
+    inside = (boxes[:, :2] >= 0).all() and (boxes[:, 2:] > 0).all() and (end <= torch.stack([height, width], 1)).all()
+    held = (batch.offset >= 0).all() and (batch.offset + 3 * height.long() * width <= len(batch.pixels)).all()
+    if not (inside and held):
+        raise ValueError("a crop lies outside its image, or an image outside the bytes of its batch")
+    return boxes
+
+
 def crop_resize(batch: ImageBatch, params: ViewParams, size: int) -> Tensor:
     """The crop boxes of `params` resized to size x size, and flipped: (C, 3, S, S) uint8 in any memory format."""
-    if batch.pixels.device.type != "cpu":
+    if batch.pixels.device.type == "cpu" and numba_obstacle() is None:
+        from fastssl.augment.compiled_resample import resize_boxes
+
+        out = torch.empty((batch.size, size, size, 3), dtype=torch.uint8)
+        windows = (batch.pixels, batch.offset, batch.width, crop_boxes(batch, params), out)
+        resize_boxes(*(tensor.numpy() for tensor in windows))
+        x = out.permute(0, 3, 1, 2)
+    else:
         x = resample_reference(batch, *crop_axes(params, size), size)
-        return torch.where(params.flip.view(-1, 1, 1, 1), x.flip(3), x)
-    rows = (params.top, params.left, params.crop_height, params.crop_width, params.flip, batch.offset, batch.width)
-    views = []
-    for *box, flip, offset, width in zip(*(t.tolist() for t in rows)):
-        view = resize_box(batch.pixels, offset, width, box, size)
-        views.append(view.flip(3) if flip else view)
-    return views[0] if len(views) == 1 else torch.cat(views)
-
-
-def resize_box(pixels: Tensor, offset: int, width: int, box: Sequence[int], size: int) -> Tensor:
-    """One box (top, left, height, width) of the image of `width` columns at `offset`, on the CPU: (1, 3, S, S) uint8,
-    channels_last."""
-    top, left, box_height, box_width = box
-    first = pixels.storage_offset() + offset + 3 * (top * width + left)
-    window = pixels.as_strided((1, 3, box_height, box_width), (3 * width * box_height, 1, 3 * width, 3), first)
-    return interpolate(window, (size, size), mode="bilinear", antialias=True)
+    return torch.where(params.flip.view(-1, 1, 1, 1), x.flip(3), x)
 
 
 def eval_resize(batch: ImageBatch, size: int, resize: int) -> Tensor:
