@@ -23,7 +23,8 @@ from fastssl.augment.color import (
 from fastssl.augment.hide import update_hide
 from fastssl.augment.params import ViewParams
 from fastssl.augment.policy import make_policy, sample_params
-from fastssl.augment.resample import crop_axes, crop_resize, eval_axes, eval_resize, resample_reference
+from fastssl.augment.resample import crop_axes, eval_axes, resample_reference
+from fastssl.augment.resize import crop_resize, eval_resize
 from fastssl.batch import pack_images
 
 PHOTOS = [render_photo(96, 96, seed, grey=seed == 3) for seed in range(4)]

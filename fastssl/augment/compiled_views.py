@@ -13,7 +13,7 @@ from fastssl.augment.hide import update_hide
 from fastssl.augment.jitter import jitter_code
 from fastssl.augment.normalise import BITS, byte_levels
 from fastssl.augment.params import ViewParams
-from fastssl.augment.resample import crop_boxes
+from fastssl.augment.resize import crop_boxes
 from fastssl.batch import ImageBatch
 from fastssl.threads import run_in_threads
 

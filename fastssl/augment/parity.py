@@ -25,7 +25,8 @@ from fastssl.augment.color import (
 from fastssl.augment.normalise import MEAN, STD
 from fastssl.augment.params import ViewParams, sample_params
 from fastssl.augment.policy import make_policy
-from fastssl.augment.resample import crop_axes, crop_resize, resample_reference
+from fastssl.augment.resample import crop_axes, resample_reference
+from fastssl.augment.resize import crop_resize
 from fastssl.augment.views import make_view
 from fastssl.batch import ImageBatch
 

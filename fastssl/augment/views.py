@@ -20,7 +20,7 @@ from fastssl.augment.jitter import apply_jitter, apply_where, jitter_plan
 from fastssl.augment.normalise import MEAN, STD, update_normalise
 from fastssl.augment.params import ViewParams, sample_both
 from fastssl.augment.policy import Policy
-from fastssl.augment.resample import crop_resize, eval_resize
+from fastssl.augment.resize import crop_resize, eval_resize
 from fastssl.batch import ImageBatch
 
 # How many views go through the chain together. On a CPU, from 144 pixels up one by one, so that a channel stays in a
