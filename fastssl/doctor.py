@@ -79,7 +79,7 @@ def optional_rows(facts: dict[str, dict[str, str]]) -> list[Row]:
         ("triton", "triton", "fused GPU kernels", f"{PIP} triton"),
         ("libjpeg-turbo", BETON_DECODER, "the .beton loader", "sudo apt-get install -y libturbojpeg0"),
         ("FFCV", "ffcv", "optional: its own loader and writer, to compare", f"{_apt_for_ffcv()}{PIP} ffcv"),
-        ("numba", "numba", "views and k-NN on a CPU, several times as fast", f"{PIP} --upgrade numba"),
+        ("numba", "numba", "fast views and k-NN on a CPU", f"{PIP} --upgrade numba"),
         ("DALI", "nvidia.dali", "decoding on the GPU", f"{PIP} nvidia-dali-cuda{dali}"),
         ("NVIDIA apex", "apex.optimizers", "optional: SGD, where it is faster than torch's", apex),
     ]

@@ -38,7 +38,8 @@ class Prefetcher:
     def iterate(self, source: Iterator[ImageBatch]) -> Iterator[ImageBatch]:
         """The batches of `source` (on the CPU or the device), in its order, on the device; raises what it raises.
 
-        `source` is iterated, and closed, on a thread that ends with this generator: exhausted, closed or dropped.
+        `source` is iterated, and closed, on a thread that ends with this generator: exhausted, closed or dropped; or,
+        with nothing read ahead, where its reader is.
         """
         return self._iterate_ahead(source) if self.read_ahead else self._iterate_in_turn(source)
 
