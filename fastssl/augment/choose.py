@@ -1,4 +1,4 @@
-"""Which implementation of the views a device gets. All have the bits of the reference on that device."""
+"""Which implementation of the views a device gets. All give the same bits on every device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ AUGMENT_KERNELS = ("auto", "triton", "numba", "reference")
 
 
 def choose_augment_kernel(device: torch.device, requested: str = "auto") -> tuple[str, str]:
-    """ "triton" (fused.py), "numba" (compiled_views.py) or "reference" (views.py), and why in a few words.
+    """Its name, triton (fused.py), numba (compiled_views.py) or reference (views.py), and why in a few words.
 
     Raises ValueError when the one requested cannot run.
     """
