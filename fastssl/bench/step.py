@@ -34,7 +34,7 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head", default="simple")
     parser.add_argument("--policy", default="v2")
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--compile", default="auto", choices=("auto", "on", "off"))
+    parser.add_argument("--compile", default="auto", choices=("auto", "on", "graphs", "off"))
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--steps", type=int, default=50 if cuda else 6, help="steps of one turn")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant")
