@@ -12,6 +12,7 @@ from torch import nn
 
 from fastssl.config import Config
 from fastssl.distributed import Ranks, broadcast_object
+from fastssl.models.batchnorm import split_batchnorm
 from fastssl.plan import DTYPES, choose_precision, rank_batch_size
 
 LAYOUT_NAMES = {torch.channels_last: "channels_last", torch.contiguous_format: "contiguous"}
@@ -46,11 +47,11 @@ def time_layouts(config: Config, encoder: nn.Module, ranks: Ranks) -> dict[torch
     """Seconds of q forward and backward and k forward on random views, in each layout, in turn."""
     device, size = ranks.device, config.augment.image_size
     dtype = DTYPES[choose_precision(config.train.precision, device)]
-    batch, splits = rank_batch_size(config, ranks) // config.optim.accumulate, config.model.bn_splits
-    batch = min(batch, max(MOST_IMAGES[device.type] // splits, 1) * splits)  # split batch norm's parts stay equal
+    batch = min(rank_batch_size(config, ranks) // config.optim.accumulate, MOST_IMAGES[device.type])
 
     def iteration(layout: torch.memory_format) -> Callable[[], None]:
         model = copy.deepcopy(encoder).to(memory_format=layout)
+        split_batchnorm(model, 1)  # in pieces it costs far more than compiled, and the convolutions decide
         view = torch.randn(batch, 3, size, size, device=device, dtype=dtype).contiguous(memory_format=layout)
 
         def run() -> None:

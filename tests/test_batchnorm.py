@@ -35,7 +35,9 @@ def make_mlp():
 
 @pytest.mark.parametrize("make, shape", [(make_resnet, (16, 3, 32, 32)), (make_mlp, (12, 7))])
 @pytest.mark.parametrize("splits", [2, 4])
-def test_equals_one_plain_model_per_sub_batch(make, shape, splits):
+@pytest.mark.parametrize("compiling", [False, True])
+def test_equals_one_plain_model_per_sub_batch(make, shape, splits, compiling, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     torch.manual_seed(splits)
     model = make()
     x = torch.randn(shape, dtype=torch.float64) * 2 + torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1))

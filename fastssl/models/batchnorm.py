@@ -26,10 +26,29 @@ class _SplitForward:
         self._check_input_dim(x)
         if x.shape[0] % self.splits:
             raise ValueError(f"a batch of {x.shape[0]} cannot be split into {self.splits} equal parts (--bn-splits)")
+        if x.numel() == self.splits * x.shape[1]:
+            raise ValueError(f"one value a channel has no variance: fewer than {self.splits} --bn-splits, or more images")
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
+        if torch.compiler.is_compiling():
+            return self._normalise_together(x)
         parts = x.chunk(self.splits)
         return torch.cat([self._normalise(part, i) for i, part in enumerate(parts)])
+
+    def _normalise_together(self, x: Tensor) -> Tensor:
+        # For compilers: they fuse these into the two passes of a batch norm, but drown in `splits` of them and a cat.
+        parts = x.unflatten(0, (self.splits, -1)).to(torch.promote_types(x.dtype, torch.float32))
+        over = [1, *range(3, parts.ndim)]
+        var, mean = torch.var_mean(parts, over, correction=0, keepdim=True)
+        if self.running_mean is not None:
+            count = parts.numel() // mean.numel()
+            self.running_mean.lerp_(mean.detach().flatten(1).mean(0), self.momentum)
+            self.running_var.lerp_(var.detach().flatten(1).mean(0) * (count / (count - 1)), self.momentum)
+        y = (parts - mean) * torch.rsqrt(var + self.eps)
+        if self.affine:
+            weight, bias = (t.view(-1, *[1] * (x.ndim - 2)) for t in (self.weight, self.bias))
+            y = y * weight + bias
+        return y.flatten(0, 1).to(x.dtype)
 
     def _normalise(self, part: Tensor, i: int) -> Tensor:
         # With these factors the updates in a row leave (1-m) running + m mean(statistics): every part weighs m/s.
