@@ -131,7 +131,8 @@ def pass_over_queue(
     widen: what `weights_need_float32` says.
     """
     assert x_ND.dtype == y_KD.dtype
-    (num, dim), num_keys, count = x_ND.shape, y_KD.shape[0], len(scales)
+    num, num_keys, count = x_ND.shape[0], y_KD.shape[0], len(scales)
+    dim = int(x_ND.shape[1])  # a constant of the kernel, also where the compiler calls it a symbol
     blocks, multiprocessors = find_blocks(x_ND.device, dim, count, 4 if widen else y_KD.element_size())
     parts, keys_per_part = split_queue(int(num), int(num_keys), blocks, multiprocessors)
     factors = [weight_factors(scale, y_KD.dtype, widen) for scale in scales]

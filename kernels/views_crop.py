@@ -38,7 +38,7 @@ def _axis(output, length, size):
     """First pixel of each output, 2^22 over the sum of its weights (float64), and how many pixels to look at."""
     widest = tl.maximum(length, size)
     first = tl.maximum((2 * output + 1) * length - 2 * widest + size, 0) // (2 * size)
-    count = 2 * tl.cdiv(widest, size) + 1
+    count = tl.cdiv(2 * widest, size)  # the weights' triangle is so wide, its two ends weigh nothing
     total = tl.zeros_like(output).to(tl.int64)
     for t in range(0, count):
         total += weight_of(first + t, output, length, size).to(tl.int64)

@@ -33,6 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"default::{category}:(?!fastssl|test|conftest|bench|ranks)")
     # float32 products stay in full precision where nobody asks for less; older compilers say so of every GPU
     config.addinivalue_line("filterwarnings", "default:TensorFloat32 tensor cores")
+    # what torch says when its check for waits is switched on the first time
+    config.addinivalue_line("filterwarnings", "ignore:Synchronization debug mode is a prototype")
     # a bug of the interpreter that the compiler works round
     config.addinivalue_line("filterwarnings", "default:Guards may run slower on Python 3.13.0")
     torch.set_num_threads(1)

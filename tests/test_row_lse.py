@@ -57,7 +57,8 @@ def make_rows(n, k, d, dtype, peaked=False, seed=0):
 def assert_at_most_twice_as_wrong(found, plain, truth):
     for ours, theirs, exact in zip(found, plain, truth, strict=True):
         assert ours.isfinite().all()
-        allowed = 2 * (theirs.double() - exact).abs().max() + 1e-6 * max(1, exact.abs().max())
+        # the last term: a GPU's exp2 is a few units of float32 off, at every scale of the logits
+        allowed = 2 * (theirs.double() - exact).abs().max() + 2e-6 * max(1, exact.abs().max())
         assert (ours.double() - exact).abs().max() <= allowed
 
 

@@ -92,7 +92,7 @@ def test_many_drawn_parameters() -> None:
 def test_both_views_take_three_launches() -> None:
     batch, policy = photo_batch().to("cuda"), make_policy("small", **EVERYTHING)
     make_views(batch, policy, 32, 0, 0)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         make_views(batch, policy, 32, 0, 1)
         torch.cuda.synchronize()
     launched = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]

@@ -18,7 +18,7 @@ from fastssl.bench.timing import summarise, turns
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.environment import environment
 
-PACKAGES = ("torch", "torchvision", "pillow", "llvmlite", "ffcv", "numba", "nvidia-dali-cuda120")
+PACKAGES = ("torch", "torchvision", "pillow", "llvmlite", "ffcv", "numba", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 
 
 def measure(names: list[str], options: Options, rounds: int) -> tuple[dict[str, dict], dict[str, str]]:

@@ -39,6 +39,8 @@ def start_ours(name: str, options: Options) -> Callable[[], Epoch]:
     data = options.folder if name in ("folder", "dali") else options.beton
     if data is None:
         raise ValueError(f"the loader {name!r} reads a .beton file: give one with --beton")
+    if name == "dali":
+        import nvidia.dali  # noqa: F401  (where it is missing, this contestant is left out)
 
     def start() -> Epoch:
         shared = {"batch_size": options.batch_size, "seed": 0, "device": "cpu"}

@@ -75,7 +75,9 @@ def peak_extra_bytes(function: Function, device: torch.device) -> int:
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
         function()
     changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held, peak = 0, 0
