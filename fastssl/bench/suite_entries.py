@@ -85,11 +85,10 @@ def cpu_entries(sizes: Sizes, data: str, beton: str) -> list[Entry]:
 
 def gpu_entries(sizes: Sizes, data: str, beton: str) -> list[Entry]:
     """340 seconds by the shares, after the compilation; `all` measures the step too. What matters most comes first."""
-    flags = step_flags(sizes)
+    flags, files = step_flags(sizes), ["--data", data, "--beton", beton]
     loaders = ["--loader", "resident", "beton", "--no-classical"]
-    first, *others = [
-        Entry(f"all-{arch}", "all", ["--arch", arch, "--data", data, "--beton", beton, *flags, *loaders], 30)
-        for arch in sizes.archs
+    loops = [
+        Entry("all", "all", ["--arch", *sizes.archs, *files, *flags, *loaders], 180),  # one process: imports are slow
+        Entry("peers", "peers", [data, "--beton", beton, *flags], 60),
     ]
-    loss, augment, loader = shared_entries(sizes, data, beton, {"loss": 40, "augment": 20, "loader": 40})
-    return [first, Entry("peers", "peers", [data, "--beton", beton, *flags], 60), loss, augment, *others, loader]
+    return [*loops, *shared_entries(sizes, data, beton, {"loss": 40, "augment": 20, "loader": 40})]
