@@ -13,13 +13,24 @@ _NUM_TAPS = tl.constexpr(NUM_TAPS)
 
 @triton.jit
 def _blur_columns(rows_ptr, taps_ptr, radius, y, x, valid, S):
-    """Rows blurred in quarters -> bytes blurred both ways; edges are repeated."""
-    total = tl.load(rows_ptr + y * S + x, mask=valid, other=0).to(tl.float32) * tl.load(taps_ptr)
-    for k in range(1, radius + 1):
-        above = tl.load(rows_ptr + tl.maximum(y - k, 0) * S + x, mask=valid, other=0).to(tl.float32)
-        below = tl.load(rows_ptr + tl.minimum(y + k, S - 1) * S + x, mask=valid, other=0).to(tl.float32)
-        total += (above + below) * tl.load(taps_ptr + k)
-    return round_even(total * 0.25)
+    """Three planes of rows blurred in quarters -> bytes blurred both ways, by channel; edges are repeated."""
+    tap, at = tl.load(taps_ptr), y * S + x
+    red = tl.load(rows_ptr + at, mask=valid, other=0).to(tl.float32) * tap
+    green = tl.load(rows_ptr + S * S + at, mask=valid, other=0).to(tl.float32) * tap
+    blue = tl.load(rows_ptr + 2 * S * S + at, mask=valid, other=0).to(tl.float32) * tap
+    for k in range(1, radius + 1):  # six loads at a time: what they wait for is memory
+        tap = tl.load(taps_ptr + k)
+        above, below = rows_ptr + tl.maximum(y - k, 0) * S + x, rows_ptr + tl.minimum(y + k, S - 1) * S + x
+        red += _sum_of(above, below, valid) * tap
+        green += _sum_of(above + S * S, below + S * S, valid) * tap
+        blue += _sum_of(above + 2 * S * S, below + 2 * S * S, valid) * tap
+    return round_even(red * 0.25), round_even(green * 0.25), round_even(blue * 0.25)
+
+
+@triton.jit
+def _sum_of(above, below, valid):
+    """The pixels at two places, added as float32."""
+    return tl.load(above, mask=valid, other=0).to(tl.float32) + tl.load(below, mask=valid, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -67,17 +78,18 @@ def finish_tiles(
     factor = tl.full([BLOCK, BLOCK], 1.0, tl.float32)
     if cells != 0:
         factor = _shown(y, x, S, cells, tl.load(ints_ptr + HIDE_KEY), tl.load(floats_ptr + HIDE_P)).to(tl.float32)
-    for channel in tl.static_range(3):
-        if blur != 0:
-            value = _blur_columns(rows_ptr + channel * plane, taps_ptr, radius, y, x, valid, S)
-        else:
-            value = tl.load(planes_ptr + channel * plane + y * S + x, mask=valid, other=0).to(tl.float32)
-        if solarise != 0:
-            value = tl.where(value < 128.0, value, 255.0 - value)
-        if channel == 0:
-            value = (value - mean0) * scale0
-        elif channel == 1:
-            value = (value - mean1) * scale1
-        else:
-            value = (value - mean2) * scale2
-        tl.store(out_ptr + (y * S + x) * 3 + channel, (value * factor).to(out_ptr.dtype.element_ty), mask=valid)
+    if blur != 0:
+        red, green, blue = _blur_columns(rows_ptr, taps_ptr, radius, y, x, valid, S)
+    else:
+        at_ptr = planes_ptr + y * S + x
+        red = tl.load(at_ptr, mask=valid, other=0).to(tl.float32)
+        green = tl.load(at_ptr + plane, mask=valid, other=0).to(tl.float32)
+        blue = tl.load(at_ptr + 2 * plane, mask=valid, other=0).to(tl.float32)
+    if solarise != 0:
+        red = tl.where(red < 128.0, red, 255.0 - red)
+        green = tl.where(green < 128.0, green, 255.0 - green)
+        blue = tl.where(blue < 128.0, blue, 255.0 - blue)
+    out_ptr += (y * S + x) * 3
+    tl.store(out_ptr, ((red - mean0) * scale0 * factor).to(out_ptr.dtype.element_ty), mask=valid)
+    tl.store(out_ptr + 1, ((green - mean1) * scale1 * factor).to(out_ptr.dtype.element_ty), mask=valid)
+    tl.store(out_ptr + 2, ((blue - mean2) * scale2 * factor).to(out_ptr.dtype.element_ty), mask=valid)
