@@ -26,11 +26,15 @@ OPTIONS = {"enable_fp_fusion": False}  # the few float64 steps of the weights th
 class Launch(NamedTuple):
     """How the three kernels are cut."""
 
-    tile: int = 16  # side of a square of pixels, launches one and three
-    tiles: int = 25  # squares to a program of launch one, which draws a view's parameters once for them
+    tile: int = 8  # side of a square of pixels, launches one and three
+    tiles: int = 49  # squares to a program of launch one, which draws a view's parameters once for them
     row_pixels: int = 4096  # about so many pixels to a program of launch two, in whole rows
     block: int = 1024  # pixels it holds at a time
-    warps: tuple[int, int, int] = (4, 8, 4)
+    warps: tuple[int, int, int] = (
+        1,
+        8,
+        1,
+    )  # one warp a program, and many of them: they wait for memory, not for each other
 
 
 # The interpreter runs programs one after the other: few and large ones suit it

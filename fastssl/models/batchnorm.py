@@ -39,18 +39,14 @@ class _SplitForward:
 
     def _normalise_together(self, x: Tensor) -> Tensor:
         # For compilers: they fuse these into the two passes of a batch norm, but drown in `splits` of them and a cat.
-        parts = x.unflatten(0, (self.splits, -1)).to(torch.promote_types(x.dtype, torch.float32))
-        over = [1, *range(3, parts.ndim)]
-        var, mean = torch.var_mean(parts, over, correction=0, keepdim=True)
-        if self.running_mean is not None:
-            count = parts.numel() // mean.numel()
-            self.running_mean.lerp_(mean.detach().flatten(1).mean(0), self.momentum)
-            self.running_var.lerp_(var.detach().flatten(1).mean(0) * (count / (count - 1)), self.momentum)
-        y = (parts - mean) * torch.rsqrt(var + self.eps)
-        if self.affine:
-            weight, bias = (t.view(-1, *[1] * (x.ndim - 2)) for t in (self.weight, self.bias))
-            y = y * weight + bias
-        return y.flatten(0, 1).to(x.dtype)
+        parts = x.unflatten(0, (self.splits, -1)).transpose(0, 1).flatten(1, 2)  # (B/s, s C, ...)
+        weight, bias = (t if t is None else t.repeat(self.splits) for t in (self.weight, self.bias))
+        mean, var = (t if t is None else t.repeat(self.splits) for t in (self.running_mean, self.running_var))
+        y = F.batch_norm(parts, mean, var, weight, bias, True, self.momentum, self.eps)
+        if mean is not None:
+            self.running_mean.copy_(mean.view(self.splits, -1).mean(0))
+            self.running_var.copy_(var.view(self.splits, -1).mean(0))
+        return y.unflatten(1, (self.splits, -1)).transpose(0, 1).flatten(0, 1)
 
     def _normalise(self, part: Tensor, i: int) -> Tensor:
         # With these factors the updates in a row leave (1-m) running + m mean(statistics): every part weighs m/s.
