@@ -1,7 +1,8 @@
 """One process or many: everything that talks between ranks. On one process every call is a no-op.
 
 Ranks come from torchrun's environment. Keys are gathered in rank order; the key shuffle moves rows between ranks by
-a permutation of the global batch that every rank computes for itself, so nothing is broadcast.
+a permutation of the global batch that every rank computes for itself, so nothing is broadcast. They travel as uint8 and
+are normalised where they arrive (`normalise_bytes`), but for a policy with hide-and-seek: see `make_views`.
 """
 
 from __future__ import annotations
@@ -114,6 +115,12 @@ def gather_rows(x: Tensor, ranks: Ranks) -> Tensor:
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.14 renamed it
     gather(result, x.contiguous())
     return result
+
+
+def mean_over_ranks(metrics: dict[str, Tensor], ranks: Ranks) -> dict[str, float]:
+    """The metrics of all ranks, averaged. Waits for the device."""
+    means = gather_rows(torch.stack(list(metrics.values())).float()[None], ranks).mean(dim=0)
+    return dict(zip(metrics, means.tolist()))
 
 
 def shuffle_rows(x: Tensor, permutation: Tensor, ranks: Ranks) -> Tensor:

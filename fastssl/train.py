@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from fastssl import distributed
+from fastssl.augment.normalise import normalise_bytes
 from fastssl.augment.policy import Policy
 from fastssl.augment.views import make_views
 from fastssl.batch import ImageBatch, split_batch
 from fastssl.build import Trainee, compile_and_wrap, describe, make_trainee, open_loader, open_policy
 from fastssl.command import PREEMPTED, run_command, stop_on_signals
 from fastssl.config import Config
-from fastssl.distributed import Ranks, StopSignal, gather_rows, shuffle_rows, unshuffle_keys
+from fastssl.distributed import Ranks, StopSignal, gather_rows, mean_over_ranks, shuffle_rows, unshuffle_keys
 from fastssl.eval.online import make_probe
 from fastssl.flags import parse
 from fastssl.health import Health
@@ -62,6 +63,8 @@ def make_train_step(
     parameters = [p for p in moco.encoder_q.parameters() if p.requires_grad]
     # a shuffle within one sub-batch changes nothing, nor does one under statistics over all ranks
     shuffles = not config.model.sync_bn and ranks.world_size * config.model.bn_splits > 1
+    # between ranks view_k travels as bytes; not what hide-and-seek has set to zero after normalisation
+    key_bytes = shuffles and ranks.world_size > 1 and not policy.hide_and_seek
     unchecked = True
 
     def autocast() -> torch.autocast:
@@ -71,8 +74,9 @@ def make_train_step(
     def encode_keys(view_k: Tensor, micro_step: int) -> Tensor:
         """All ranks' keys (W * B, D) in rank order, unit rows."""
         order = permutation(seed, micro_step, ranks.world_size * view_k.shape[0], STREAM_SHUFFLE) if shuffles else None
+        view_k = view_k if order is None else shuffle_rows(view_k, order, ranks)
         with autocast():
-            z = moco.encoder_k(view_k if order is None else shuffle_rows(view_k, order, ranks))
+            z = moco.encoder_k(normalise_bytes(view_k, dtype, views_by) if key_bytes else view_k)
         k = normalize(z.float(), dim=1)
         return gather_rows(k, ranks) if order is None else unshuffle_keys(k, order, ranks)
 
@@ -85,7 +89,7 @@ def make_train_step(
         moco.update_key_encoder(plan.ema_momentum(step))
         keys, losses = [], []
         for micro, part in enumerate(split_batch(batch, accumulate)):
-            views = inputs.run(make_views, part, policy, size, seed, plan.epoch(step), dtype, views_by)
+            views = inputs.run(make_views, part, policy, size, seed, plan.epoch(step), dtype, views_by, key_bytes)
             view_q, view_k = (view.contiguous(memory_format=moco.memory_format) for view in views)
             all_keys = encode_keys(view_k, step * accumulate + micro)
             if ranks.world_size > 1:
@@ -174,12 +178,6 @@ def train(config: Config, loader: Loader, folder: Path, ranks: Ranks) -> int:
                 run.say_all([f"saved after step {done}, stopped by a signal; go on: --resume auto --output {folder}"])
                 return PREEMPTED
     return 0
-
-
-def mean_over_ranks(metrics: dict[str, Tensor], ranks: Ranks) -> dict[str, float]:
-    """The metrics of all ranks, averaged. Waits for the device."""
-    means = gather_rows(torch.stack(list(metrics.values())).float()[None], ranks).mean(dim=0)
-    return dict(zip(metrics, means.tolist()))
 
 
 def make_deterministic(on: bool) -> None:

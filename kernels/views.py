@@ -81,11 +81,13 @@ def views_triton(
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype,
-) -> Tensor:
-    """N = 2 B views of B images in N x S x S x 3 order, in `dtype` (float32, float16, bfloat16): (N, S, S, 3).
+    key_bytes: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """view_q and view_k of B images: each (B, S, S, 3), in `dtype` (float32, float16, bfloat16).
 
     draw: what to draw the parameters from, which are written to `tables`; None: `tables` holds them. mean and std per
-    channel in 0..1. Sigmas are at most 2 pixels. Nothing waits for the device.
+    channel in 0..1. key_bytes: view_k is uint8, neither normalised nor hidden. Sigmas are at most 2 pixels. Nothing
+    waits for the device.
     """
     pixels, (ints, floats) = windows.pixels, tables
     num = ints.shape[0]
@@ -94,17 +96,19 @@ def views_triton(
     assert all(t.is_contiguous() for t in (*windows, *tables)), "the kernels read whole rows"
     policy, seed, epoch = draw or Draw(floats.new_empty(0, dtype=torch.float64), 0, 0)
     assert draw is None or policy.shape == (len(POLICY_FIELDS),)
-    out = pixels.new_empty(num, size, size, 3, dtype=dtype)
+    batch = num // 2
+    out = pixels.new_empty(batch if key_bytes else num, size, size, 3, dtype=dtype)
+    keys = pixels.new_empty(batch, size, size, 3) if key_bytes else None
+    views = out[:batch], out[batch:] if keys is None else keys
     if num == 0:
-        return out
+        return views
     cut = COMPILED if pixels.is_cuda else INTERPRETED
     tiles = triton.cdiv(size, cut.tile) ** 2
     planes = pixels.new_empty(num, 3, size, size)
     rows = pixels.new_empty(num, 3, size, size, dtype=torch.int16)
     luma, taps = ints.new_empty(num, tiles), floats.new_empty(num, NUM_TAPS)
     rows_per_program = max(1, cut.row_pixels // size)
-    batch, means, scales = num // 2, [255 * m for m in mean], [1 / (255 * s) for s in std]
-    with _on_device_of(pixels):
+    with on_device_of(pixels):
         crop_tiles[(triton.cdiv(tiles, cut.tiles), num)](
             *windows,
             policy,
@@ -146,16 +150,21 @@ def views_triton(
             ints,
             floats,
             out,
+            keys,
             size,
-            *means,
-            *scales,
+            *means_and_scales(mean, std),
             BLOCK=cut.tile,
             num_warps=cut.warps[2],
             **OPTIONS,
         )
-    return out
+    return views
 
 
-def _on_device_of(tensor: Tensor) -> AbstractContextManager:
+def means_and_scales(mean: Sequence[float], std: Sequence[float]) -> list[float]:
+    """Of bytes, from those of 0..1: normalised = (byte - mean) * scale. First the three means."""
+    return [255 * m for m in mean] + [1 / (255 * s) for s in std]
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager:
     """Launches go to the current GPU, so make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -49,7 +49,8 @@ def finish_tiles(
     taps_ptr,  # (N, NUM_TAPS) float32
     ints_ptr,  # (N, INTS) int32
     floats_ptr,  # (N, FLOATS) float32
-    out_ptr,  # (N, S, S, 3) float32, float16 or bfloat16, result
+    out_ptr,  # (N, S, S, 3) float32, float16 or bfloat16, result; (N / 2, S, S, 3) beside keys_ptr
+    keys_ptr,  # (N / 2, S, S, 3) uint8, result: the second half of the views, neither normalised nor hidden; or None
     S,
     # normalised = (byte - mean) * scale, channel by channel
     mean0,
@@ -89,6 +90,13 @@ def finish_tiles(
         red = tl.where(red < 128.0, red, 255.0 - red)
         green = tl.where(green < 128.0, green, 255.0 - green)
         blue = tl.where(blue < 128.0, blue, 255.0 - blue)
+    if keys_ptr is not None:
+        half = tl.num_programs(1) // 2
+        raw, valid = valid & (n >= half), valid & (n < half)
+        keys_ptr += (n - half) * (3 * plane) + (y * S + x) * 3
+        tl.store(keys_ptr, red.to(tl.int32).to(tl.uint8), mask=raw)
+        tl.store(keys_ptr + 1, green.to(tl.int32).to(tl.uint8), mask=raw)
+        tl.store(keys_ptr + 2, blue.to(tl.int32).to(tl.uint8), mask=raw)
     out_ptr += (y * S + x) * 3
     tl.store(out_ptr, ((red - mean0) * scale0 * factor).to(out_ptr.dtype.element_ty), mask=valid)
     tl.store(out_ptr + 1, ((green - mean1) * scale1 * factor).to(out_ptr.dtype.element_ty), mask=valid)

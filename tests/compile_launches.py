@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction, MockTensor
 
+from fastssl.augment.normalise import normalise_bytes
 from fastssl.augment.policy import make_policy
 from fastssl.augment.views import make_views
 from fastssl.batch import ImageBatch
@@ -46,11 +47,14 @@ def batch_on(device: torch.device, count: int, side: int) -> ImageBatch:
 
 
 def compile_views(device: torch.device) -> None:
-    """Batches and views of one tile and of many; small and large keys; parameters drawn in the kernel and given."""
+    """Batches and views of one tile and of many; small and large keys; parameters drawn and given; view_k as bytes."""
     for count, size, seed, epoch in [(256, 224, 0, 0), (1, 32, 1, 1), (3, 96, 2**63 - 1, 2**32 - 1)]:
         for changes in ({}, {"crop_iou": (0.2, 0.5)}):
             batch, policy = batch_on(device, count, 256), make_policy("v2", **changes)
-            make_views(batch, policy, size, seed, epoch, torch.bfloat16, "triton")
+            for key_bytes in (False, True):
+                _, view_k = make_views(batch, policy, size, seed, epoch, torch.bfloat16, "triton", key_bytes)
+            for layout in (torch.channels_last, torch.contiguous_format):
+                normalise_bytes(view_k.contiguous(memory_format=layout), torch.bfloat16, "triton")
 
 
 def compile_loss(device: torch.device) -> None:

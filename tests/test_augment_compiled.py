@@ -36,7 +36,7 @@ def assert_same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def assert_reference(batch: ImageBatch, params: tuple[ViewParams, ViewParams], size: int, dtype=torch.float32) -> None:
-    for found, p in zip(make_views_compiled(batch, params, size, dtype), params):
+    for found, p in zip(make_views_compiled(batch, params, size, (dtype, dtype)), params):
         assert_same_bits(found, make_view(batch, p, size, dtype))
 
 

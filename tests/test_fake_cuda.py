@@ -43,10 +43,10 @@ def batch_on(device: torch.device, count: int = 4, side: int = 40) -> ImageBatch
     return ImageBatch(pixels, index * side**2 * 3, sides, sides, index, index, side)
 
 
-def run_steps(fake: FakeCuda, config: Config) -> dict[str, torch.Tensor]:
+def run_steps(fake: FakeCuda, config: Config, world_size: int = 1) -> dict[str, torch.Tensor]:
     """Two steps, the second of which must not wait."""
-    ranks = Ranks(0, 1, 1, fake.device)
-    trainee, policy = make_trainee(config, ranks), make_policy(config.augment.policy)
+    ranks = Ranks(0, world_size, world_size, fake.device)
+    trainee, policy = make_trainee(config, ranks._replace(world_size=1)), make_policy(config.augment.policy)
     train_step = make_train_step(config, make_plan(config, 2), trainee, policy, ranks, Health(ranks))
     batch = batch_on(fake.device, config.train.batch_size)
     with mock.patch("fastssl.train.check_loss_inputs"):  # it waits, once in a run
@@ -75,6 +75,20 @@ def test_a_step_stays_on_the_device_and_never_waits(settings: dict[str, object])
         metrics = run_steps(fake, config)
     assert {"loss", "feature_std"} <= metrics.keys()
     assert all(value.device == fake.device and value.ndim == 0 for value in metrics.values())
+
+
+@pytest.mark.parametrize("channels_last", ["on", "off"])
+def test_keys_of_two_ranks_arrive_as_bytes_and_are_normalised_without_waiting(channels_last: str) -> None:
+    arrived = []
+
+    def shuffle(x: torch.Tensor, order: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+        arrived.append((x.dtype, x.device.type))
+        return x
+
+    others = {"shuffle_rows": shuffle, "unshuffle_keys": lambda k, order, ranks: k.repeat(2, 1)}  # nobody is there
+    with fake_cuda() as fake, mock.patch.multiple("fastssl.train", **others):
+        run_steps(fake, replace(Config(), **(TINY | {"channels_last": channels_last})), world_size=2)
+    assert arrived == [(torch.uint8, "cuda")] * 2
 
 
 def test_the_memory_format_is_measured_on_the_device() -> None:
@@ -175,7 +189,7 @@ def test_a_linear_sweep_copies_once_an_epoch() -> None:
     assert copies[0] == copies[1] > 0
 
 
-@pytest.mark.parametrize(("what", "kernels"), [("views", 3), ("loss", 4)])
+@pytest.mark.parametrize(("what", "kernels"), [("views", 4), ("loss", 4)])
 def test_kernels_compile_as_they_are_launched(what: str, kernels: int) -> None:
     command = [sys.executable, str(Path(__file__).with_name("compile_launches.py")), what]
     compiled = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

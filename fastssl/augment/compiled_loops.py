@@ -190,8 +190,8 @@ def finish_views(pixels, ints, factors, taps, levels, views):
     """views (n, P, 3): levels (3, 256) of the crops pixels (n, S, S, 3) uint8 after all operations.
 
     ints (n, 7) int32: flip, grey_before, plan, hue levels, grey_after, blur, solarise. factors (n, 3) float32. taps
-    (n, R) float32, 0 beyond the reach. levels: what each byte of a channel is once normalised, as integers that have
-    the bits of the views' dtype.
+    (n, R) float32, 0 beyond the reach. levels: what each byte of a channel becomes, as integers that have the bits of
+    the views' dtype.
     """
     for i in range(len(views)):
         _finish_view(pixels[i], ints[i], factors[i], taps[i], levels, views[i])

@@ -21,26 +21,26 @@ TASK = 4  # views a thread takes at once: few, so that all threads end together
 
 
 def make_views_compiled(
-    batch: ImageBatch, params: tuple[ViewParams, ViewParams], size: int, dtype: torch.dtype
+    batch: ImageBatch, params: tuple[ViewParams, ViewParams], size: int, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> tuple[Tensor, Tensor]:
-    """`make_view` for both views; each (B, 3, size, size), channels_last."""
+    """`make_view` for both views, each in its dtype; each (B, 3, size, size), channels_last."""
     pixels, offset, width = (tensor.numpy() for tensor in (batch.pixels, batch.offset, batch.width))
-    levels, tables = byte_levels(dtype).numpy(), [make_tables(batch, p) for p in params]
-    views = [torch.empty((batch.size, size, size, 3), dtype=dtype) for _ in params]
-    bits = [view.view(BITS[dtype.itemsize]).flatten(1, 2).numpy() for view in views]  # (B, S * S, 3)
+    levels, tables = [byte_levels(dtype).numpy() for dtype in dtypes], [make_tables(batch, p) for p in params]
+    views = [torch.empty((batch.size, size, size, 3), dtype=dtype) for dtype in dtypes]
+    bits = [view.view(BITS[view.dtype.itemsize]).flatten(1, 2).numpy() for view in views]  # (B, S * S, 3)
 
     def work(task: tuple[int, slice]) -> None:
         view, part = task
         boxes, *rows = (table[part] for table in tables[view])
         crops = np.empty((len(boxes), size, size, 3), np.uint8)
         resize_boxes(pixels, offset[part], width[part], boxes, crops)
-        finish_views(crops, *rows, levels, bits[view][part])
+        finish_views(crops, *rows, levels[view], bits[view][part])
 
     parts = [slice(first, first + TASK) for first in range(0, batch.size, TASK)]
     run_in_threads(work, [(view, part) for part in parts for view in range(len(views))])
     views = [view.permute(0, 3, 1, 2) for view in views]
     for view, p in zip(views, params):
-        for i in p.hide_cells.nonzero()[:, 0].tolist():
+        for i in p.hide_cells.nonzero()[:, 0].tolist() if view.dtype != torch.uint8 else ():
             update_hide(view[i : i + 1], *(t[i : i + 1] for t in (p.hide_cells, p.hide_p, p.hide_key)))
     return views[0], views[1]
 

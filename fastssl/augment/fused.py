@@ -24,15 +24,17 @@ def draw_views_fused(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     dtype: torch.dtype,
+    key_bytes: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Both views in three launches, the first of which draws their parameters; each (B, 3, size, size), channels_last.
 
+    key_bytes: view_k is uint8, neither normalised nor hidden.
     Crops drawn for both views together (`crop_iou`) are drawn by PyTorch, by some hundred small operations before.
     Raises ValueError for more than MAX_BATCH images.
     """
     if policy.crop_iou is not None:
-        return make_views_fused(batch, sample_both(policy, batch, seed, epoch), size, mean, std, dtype)
-    return _launch(batch, None, (policy, seed, epoch), size, mean, std, dtype)
+        return make_views_fused(batch, sample_both(policy, batch, seed, epoch), size, mean, std, dtype, key_bytes)
+    return _launch(batch, None, (policy, seed, epoch), size, mean, std, dtype, key_bytes)
 
 
 def make_views_fused(
@@ -42,13 +44,14 @@ def make_views_fused(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     dtype: torch.dtype,
+    key_bytes: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`make_view` for both views at once, in three launches; each (B, 3, size, size), channels_last.
 
     Raises ValueError for more than MAX_BATCH images.
     """
     both = ViewParams(*(torch.cat(fields) for fields in zip(*params)))
-    return _launch(batch, make_tables(both), None, size, mean, std, dtype)
+    return _launch(batch, make_tables(both), None, size, mean, std, dtype, key_bytes)
 
 
 def _launch(
@@ -64,8 +67,8 @@ def _launch(
         policy, seed, epoch = key
         draw = Draw(policy_table(policy, batch.pixels.device), (seed + 2**63) % 2**64 - 2**63, epoch)
     rows = Tables(*tables) if tables is not None else empty_tables(windows)
-    out = views_triton(windows, rows, draw, *format).permute(0, 3, 1, 2)
-    return out[: batch.size], out[batch.size :]
+    view_q, view_k = views_triton(windows, rows, draw, *format)
+    return view_q.permute(0, 3, 1, 2), view_k.permute(0, 3, 1, 2)
 
 
 @lru_cache(maxsize=32)

@@ -1,4 +1,7 @@
-"""Bytes to numbers around 0: ImageNet's mean and deviation."""
+"""Bytes to numbers around 0: ImageNet's mean and deviation.
+
+A pure function of byte and channel, so views may travel between ranks as bytes and be normalised where they arrive.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fastssl.augment.choose import choose_augment_kernel
+
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0..1
 STD = (0.229, 0.224, 0.225)
-BITS = {2: torch.int16, 4: torch.int32}  # integers by the size of a dtype in bytes
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # integers by the size of a dtype in bytes
 
 
 def update_normalise(x: Tensor) -> None:
@@ -18,9 +23,26 @@ def update_normalise(x: Tensor) -> None:
         plane.sub_(255 * mean).mul_(1 / (255 * std))
 
 
+def normalise_bytes(x: Tensor, dtype: torch.dtype, kernel: str = "auto") -> Tensor:
+    """Views (B, 3, S, S) uint8, contiguous or channels_last, normalised: the same shape and layout in `dtype`.
+
+    The bits of a view that was made in `dtype`. kernel: auto, triton (one launch), numba or reference (both in plain
+    PyTorch), see `choose_augment_kernel`. Raises ValueError for a kernel that cannot run.
+    """
+    chosen, _ = choose_augment_kernel(x.device, kernel)
+    if chosen == "triton":
+        from fastssl.kernels.views_normalise import normalise_triton  # not installed everywhere
+
+        return normalise_triton(x, MEAN, STD, dtype)
+    x = x.to(torch.float32)
+    update_normalise(x)
+    return x.to(dtype)
+
+
 @cache
 def byte_levels(dtype: torch.dtype) -> Tensor:
-    """(3, 256): each byte of a channel normalised, as integers that have the bits of `dtype`."""
+    """(3, 256): each byte of a channel normalised, as integers that have the bits of `dtype`; uint8: as it is."""
     x = torch.arange(256, dtype=torch.float32).expand(1, 3, 1, 256).clone()
-    update_normalise(x)
+    if dtype != torch.uint8:
+        update_normalise(x)
     return x[0, :, 0].to(dtype).contiguous().view(BITS[dtype.itemsize])

@@ -38,29 +38,36 @@ def make_views(
     epoch: int,
     dtype: torch.dtype = torch.float32,
     kernel: str = "auto",
+    key_bytes: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(view_q, view_k) of `batch` under `policy`: each (B, 3, size, size), channels_last, normalised.
 
     kernel: auto, triton, numba or reference (`make_view` of each), see `choose_augment_kernel`; on a device all give
-    the same bits. Raises ValueError for size < 1 and for a kernel that cannot run.
+    the same bits. key_bytes: view_k is uint8, to travel and to become the same by `normalise_bytes`. Raises ValueError
+    for size < 1, for a kernel that cannot run and for key_bytes of a policy with hide-and-seek, whose hidden cells are
+    0 after normalisation: no byte is.
     """
     _check_size(size)
+    if key_bytes and policy.hide_and_seek:
+        raise ValueError("bytes cannot hold what hide-and-seek hides: leave key_bytes out, or hide_and_seek")
     chosen, _ = choose_augment_kernel(batch.pixels.device, kernel)
     if chosen == "triton":
-        return draw_views_fused(batch, policy, seed, epoch, size, MEAN, STD, dtype)
+        return draw_views_fused(batch, policy, seed, epoch, size, MEAN, STD, dtype, key_bytes)
+    dtypes = dtype, torch.uint8 if key_bytes else dtype
     params = sample_both(policy, batch, seed, epoch)
     if chosen == "numba":
         from fastssl.augment.compiled_views import make_views_compiled  # numba takes a second to import
 
-        return make_views_compiled(batch, params, size, dtype)
-    view_q, view_k = (make_view(batch, p, size, dtype) for p in params)
+        return make_views_compiled(batch, params, size, dtypes)
+    view_q, view_k = (make_view(batch, p, size, d) for p, d in zip(params, dtypes))
     return view_q, view_k
 
 
 def make_view(batch: ImageBatch, params: ViewParams, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """One view of every image: (B, 3, size, size), channels_last, normalised with ImageNet's mean and deviation.
 
-    params: from `sample_params`, on the batch's device. Raises ValueError for size < 1.
+    params: from `sample_params`, on the batch's device. dtype uint8: bytes, neither normalised nor hidden.
+    Raises ValueError for size < 1.
     """
     _check_size(size)
     out = _empty_view(batch, size, dtype)
@@ -81,8 +88,9 @@ def _make_part(images: ImageBatch, p: ViewParams, plan: Tensor, taps: Tensor, vi
     x = apply_where(p.grey_after, x, update_greyscale)
     x = apply_where(p.blur, x, update_blur, taps)
     x = apply_where(p.solarise, x, update_solarise)
-    update_normalise(x)
-    x = apply_where(p.hide_cells > 0, x, update_hide, p.hide_cells, p.hide_p, p.hide_key)
+    if view.dtype != torch.uint8:
+        update_normalise(x)
+        x = apply_where(p.hide_cells > 0, x, update_hide, p.hide_cells, p.hide_p, p.hide_key)
     view.copy_(x)
 
 

@@ -29,7 +29,7 @@ from fastssl.kernels.row_lse_pass import _pass_over_queue
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
-# argument types of all the loss's kernels; what is not named is a compile-time constant
+# argument types of all the loss's kernels that are not compile-time constants
 KINDS = {name: "*fp32" for name in ("q_ptr", "k_ptr", "lse_ptr", "terms_ptr", "parts_ptr", "total_ptr")}
 KINDS |= {f"{name}_ptr": "*fp32" for name in ("positive", "sum", "mean", "part_mean", "inside_sum", "inside_mean")}
 KINDS |= {f"{name}_ptr": "*fp32" for name in ("gradient", "uniform_gradient", "uniform_factor")}
@@ -68,7 +68,7 @@ def compile_finish(arch: int, dim: int) -> list[dict[str, object]]:
 
 def compile_kernel(kernel, arch: int, kinds: dict[str, str], constants: dict, options: dict) -> dict[str, object]:
     """Compiles one kernel. Returns its name, registers, spilled and shared bytes and tensor-core instructions."""
-    signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
+    signature = {name: "constexpr" if name in constants else kinds[name] for name in kernel.arg_names}
     constants = {name: constants[name] for name, kind in signature.items() if kind == "constexpr"}
     aligned = [i for i, kind in enumerate(signature.values()) if kind == "i32" or kind.startswith("*")]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})

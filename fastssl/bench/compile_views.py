@@ -18,30 +18,37 @@ from fastssl.kernels.views import COMPILED, OPTIONS
 from fastssl.kernels.views_crop import crop_tiles
 from fastssl.kernels.views_finish import finish_tiles
 from fastssl.kernels.views_jitter import jitter_rows
+from fastssl.kernels.views_normalise import BLOCK, WARPS, normalise_rows
 
-KINDS = {"pixels_ptr": "*u8", "planes_ptr": "*u8", "rows_ptr": "*i16", "policy_ptr": "*fp64"}
+KINDS = dict.fromkeys(("pixels_ptr", "planes_ptr", "keys_ptr", "bytes_ptr"), "*u8")
+KINDS |= {"rows_ptr": "*i16", "policy_ptr": "*fp64"}
 KINDS |= {f"{name}_ptr": "*i32" for name in ("height", "width", "ints", "luma")}
 KINDS |= {"offset_ptr": "*i64", "index_ptr": "*i64", "floats_ptr": "*fp32", "taps_ptr": "*fp32"}
-KINDS |= dict.fromkeys(("B", "S", "tiles", "tiles_per_program", "rows_per_program", "epoch"), "i32") | {"seed": "i64"}
+KINDS |= dict.fromkeys(("B", "S", "tiles", "tiles_per_program", "rows_per_program", "epoch", "row"), "i32") | {
+    "seed": "i64"
+}
 KINDS |= {f"{name}{channel}": "fp32" for name in ("mean", "scale") for channel in range(3)}
 
 
 def compile_views(arch: int, dtype: str, size: int = 224) -> list[dict[str, object]]:
     """Compiles the kernels as they are launched for views of `size` pixels in `dtype`: the first drawing its parameters
-    and with parameters given."""
+    and with parameters given, the third with both views normalised and with view_k as bytes; and what normalises those.
+    """
     tiles = triton.cdiv(size, COMPILED.tile) ** 2
     crop, jitter, finish = COMPILED.warps
     launches = (
-        (crop_tiles, {"DRAW": True, "BLOCK": COMPILED.tile}, crop),
-        (crop_tiles, {"DRAW": False, "BLOCK": COMPILED.tile}, crop),
-        (jitter_rows, {"BLOCK": COMPILED.block, "BLOCK_TILES": triton.next_power_of_2(tiles)}, jitter),
-        (finish_tiles, {"BLOCK": COMPILED.tile}, finish),
+        (crop_tiles, {"DRAW": True, "BLOCK": COMPILED.tile}, crop, None),
+        (crop_tiles, {"DRAW": False, "BLOCK": COMPILED.tile}, crop, None),
+        (jitter_rows, {"BLOCK": COMPILED.block, "BLOCK_TILES": triton.next_power_of_2(tiles)}, jitter, None),
+        (finish_tiles, {"BLOCK": COMPILED.tile, "keys_ptr": None}, finish, False),
+        (finish_tiles, {"BLOCK": COMPILED.tile}, finish, True),
+        (normalise_rows, {"BLOCK": BLOCK, "plane": 1}, WARPS, None),
     )
     kinds = KINDS | {"out_ptr": f"*{dtype}"}
     return [
-        {"dtype": dtype, "warps": warps, "draw": values.get("DRAW")}
+        {"dtype": dtype, "warps": warps, "draw": values.get("DRAW"), "key_bytes": key_bytes}
         | compile_kernel(kernel, arch, kinds, values, {"num_warps": warps} | OPTIONS)
-        for kernel, values, warps in launches
+        for kernel, values, warps, key_bytes in launches
     ]
 
 
