@@ -100,7 +100,7 @@ def test_bytes_are_normalised_in_one_launch_without_waiting(layout) -> None:
     normalise_bytes(x, torch.bfloat16)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
             normalise_bytes(x, torch.bfloat16)
     finally:
         torch.cuda.set_sync_debug_mode("default")
