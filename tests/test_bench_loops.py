@@ -47,6 +47,11 @@ def test_step(tmp_path, capsys):
     assert "pairs/s" in text and "verdict: mobilenetv3_small: bound by the " in text
 
 
+def test_the_host_alone_is_timed_step_by_step():
+    config, ranks = make_config(tiny_args(), "resnet18"), distributed.start("cpu")
+    assert loops.host_alone(config, ranks, loops.trainee_of(config, ranks))(2) > 0
+
+
 def test_whole_loop_over_a_folder_and_a_beton(tmp_path, capsys, make_image_folder):
     data = make_image_folder(tmp_path / "images", {"train": 8})
     output = tmp_path / "all.json"

@@ -39,11 +39,24 @@ def test_the_verdict_of_all_names_what_is_slow(step, loop, loader, expected):
 def test_the_verdict_of_a_step_names_its_largest_part(slow):
     parts = {"augmentation": 1.0, "encoder_k": 1.0, "encoder_q": 1.0, "loss": 1.0, "optimiser + EMA + queue": 1.0}
     line = {"settings": {"compile": "off", "device": "cpu"}, "parts": parts | {slow: 12.0}}
+    line["seconds_of_rounds"] = {"step": [16.0]}
     expected = "encoders" if slow == "encoder_q" else slow
     assert step_verdict(line).startswith(f"bound by the {expected}, ") and ADVICE[expected] in step_verdict(line)
     compiled = line | {"settings": {"compile": "auto", "device": "cuda"}}
     assert "--compile" not in step_verdict(compiled)
     assert sum(shares(parts).values()) == pytest.approx(1) and shares(parts)["encoders"] == pytest.approx(0.4)
+
+
+def test_the_verdict_of_a_step_says_when_the_host_is_what_it_waits_for():
+    line = {
+        "settings": {"compile": "auto"},
+        "parts": {"encoder_q": 1.0},
+        "seconds_of_rounds": {"step": [1.0, 3.0, 2.0]},
+    }
+    assert step_verdict(line | {"host_seconds": 1.0}).startswith("bound by the encoders")
+    said = step_verdict(line | {"host_seconds": 1.8})
+    assert said.startswith("bound by the host, which takes 90% of the step") and "--compile graphs" in said
+    assert "graphs" not in step_verdict(line | {"host_seconds": 1.8, "settings": {"compile": "graphs"}})
 
 
 @pytest.mark.parametrize("ours, word", [(0.5, "faster than"), (2.0, "slower than"), (1.0, "within the noise of")])

@@ -54,6 +54,26 @@ def our_loops(configs: dict[str, Config], ranks: Ranks, trainee: Trainee | None 
     return {name: loop(loader) for name, loader in loaders.items()}
 
 
+def host_alone(config: Config, ranks: Ranks, trainee: Trainee) -> Loop:
+    """What the host takes for a step: to launch its kernels on a device that has nothing else to do."""
+    loader, policy = open_loader(config, ranks), open_policy(config)
+    plan = make_plan(config, loader.batches_per_epoch)
+    train_step = make_train_step(config, plan, trainee, policy, ranks, Health(ranks))
+
+    def loop(steps: int) -> float:
+        seconds, batches = 0.0, loader.batches()
+        for number in range(WARM_UP + steps):
+            batch = next(batches)
+            if ranks.device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            train_step(batch, number)
+            seconds += time.perf_counter() - start if number >= WARM_UP else 0.0
+        return seconds
+
+    return loop
+
+
 def loader_alone(config: Config, ranks: Ranks) -> Loop:
     """Batches on the device, and nothing done with them."""
     loader = open_loader(config, ranks)

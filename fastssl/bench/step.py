@@ -10,11 +10,12 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 import torch
 
 from fastssl import distributed
-from fastssl.bench.loops import Loop, our_loop, our_loops, time_loops, trainee_of
+from fastssl.bench.loops import Loop, host_alone, our_loop, our_loops, time_loops, trainee_of
 from fastssl.bench.results import loop_rows, show_row
 from fastssl.bench.step_floor import step_floor
 from fastssl.bench.step_parts import PART, step_parts
@@ -23,6 +24,9 @@ from fastssl.config import Config, flat, replace
 from fastssl.environment import environment
 
 ARCHS = ("resnet18", "mobilenetv3_small", "mobilenetv3_large", "efficientnet_b0", "deit_tiny", "resnet50")
+
+
+HOST = "host alone"  # the loop whose seconds are kept apart
 
 
 def add_step_flags(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +72,8 @@ def print_line(line: dict[str, object], device: torch.device) -> None:
         total = sum(line["parts"].values())
         shares = (f"{name} {seconds * 1e3:.3g} ms ({seconds / total:.0%})" for name, seconds in line["parts"].items())
         print(f"  parts of the step, each by itself: {', '.join(shares)}")
+    if line.get("host_seconds"):
+        print(f"  the host launches a step's kernels in {line['host_seconds'] * 1e3:.3g} ms")
     for name, reason in line.get("not_measured", {}).items():
         print(f"  {name:28} not measured: {reason}")
     print(end="", flush=True)
@@ -86,9 +92,10 @@ def as_line(config: Config, seconds: dict[str, list[float]], steps: int, beside:
         name: flat(config)[name] for name in ("arch", "image_size", "batch_size", "queue_size", "compile", "device")
     }
     parts = {name.removeprefix(PART): sorted(s)[len(s) // 2] for name, s in seconds.items() if name.startswith(PART)}
-    loops = {name: s for name, s in seconds.items() if not name.startswith(PART)}
+    loops = {name: s for name, s in seconds.items() if name != HOST and not name.startswith(PART)}
+    host = {"host_seconds": median(seconds[HOST])} if HOST in seconds else {}
     line = {"settings": changed | sizes, "steps_a_turn": steps, "beside": beside, "seconds_of_rounds": loops}
-    return line | ({"parts": parts} if parts else {})
+    return line | ({"parts": parts} if parts else {}) | host
 
 
 def step_loops(args: argparse.Namespace, arch: str, trainee: Trainee, ranks: distributed.Ranks) -> dict[str, Loop]:
@@ -97,6 +104,8 @@ def step_loops(args: argparse.Namespace, arch: str, trainee: Trainee, ranks: dis
     loops: dict[str, Loop] = our_loops({"step": config}, ranks, trainee)
     if not args.no_eager:
         loops["eager step"] = our_loop(make_config(args, arch, compile="off", loss_kernel="reference"), ranks)
+    if ranks.device.type == "cuda":  # elsewhere the host is the device
+        loops[HOST] = host_alone(config, ranks, trainee)
     return loops | step_parts(config, trainee, ranks)
 
 

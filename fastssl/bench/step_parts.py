@@ -35,18 +35,24 @@ def step_parts(config: Config, trainee: Trainee, ranks: Ranks) -> dict[str, Loop
     def views() -> tuple[torch.Tensor, torch.Tensor]:
         return make_views(batch, policy, size, seed, 0, dtype, config.augment.augment_kernel)
 
+    def begin() -> None:
+        if config.train.compile == "graphs":
+            torch.compiler.cudagraph_mark_step_begin()
+
     def autocast() -> torch.autocast:
         return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def encode_k() -> torch.Tensor:
+        begin()
         with torch.no_grad(), autocast():
             return normalize(moco.encoder_k(view_k).float(), dim=1)
 
     def encode_q() -> None:
-        trainee.optimizer.zero_grad(set_to_none=True)
+        begin()
         with autocast():
             z = trainee.encoder_q(view_q)
         z.backward(gradient.to(z.dtype))
+        trainee.optimizer.zero_grad(set_to_none=True)  # those of CUDA graphs must not be added to
 
     def loss() -> None:
         z.grad = None
@@ -54,15 +60,18 @@ def step_parts(config: Config, trainee: Trainee, ranks: Ranks) -> dict[str, Loop
 
     def rest() -> None:
         set_lr(trainee.optimizer, 0.0)
+        for p, zeros in gradients:
+            p.grad = zeros
         moco.update_key_encoder(config.moco.ema_momentum)
         trainee.optimizer.step()
+        trainee.optimizer.zero_grad(set_to_none=True)
         moco.update_queue(k)
 
     view_q, view_k = views()
     k = encode_k()
     gradient = torch.randn_like(k) / len(k)
     z = torch.randn_like(k).requires_grad_()
-    encode_q()  # the optimiser needs gradients
+    gradients = [(p, torch.zeros_like(p)) for p in moco.encoder_q.parameters() if p.requires_grad]
     parts = {"augmentation": views, "encoder_k": encode_k, "encoder_q": encode_q, "loss": loss, REST: rest}
     return {PART + name: repeat(function, device) for name, function in parts.items()}
 

@@ -10,6 +10,7 @@ from fastssl.bench.timing import summarise, times_faster
 
 BOUND = 0.95  # of the step's rate: above it the loader does not matter
 RAW = "libjpeg-turbo alone"
+HOST_BOUND = 0.85  # of the step's time: the device then waits for launches
 NEAR = 60  # percent of the floor from which little is left to gain
 
 ADVICE = {  # part of the step -> what makes it smaller
@@ -46,8 +47,12 @@ def step_verdict(line: dict[str, object]) -> str:
         advice = advice.removeprefix("--compile on, ")
     others = ", ".join(f"{name} {found[name]:.0%}" for name in rest)
     said = f"bound by the {first}, {found[first]:.0%} of the step ({others}): {advice}"
+    seconds = median(line["seconds_of_rounds"]["step"])
+    if (host := line.get("host_seconds", 0.0)) >= HOST_BOUND * seconds:
+        graphs = "" if s["compile"] == "graphs" else "--compile graphs, "
+        said = f"bound by the host, which takes {host / seconds:.0%} of the step to launch its kernels: "
+        said += f"{graphs}a larger --batch-size or a faster core"
     if floor := line.get("floor"):
-        seconds = summarise(line["seconds_of_rounds"]["step"]).median
         kind = "arithmetic" if floor["arithmetic_seconds"] >= floor["memory_seconds"] else "memory traffic"
         share = max(floor["arithmetic_seconds"], floor["memory_seconds"]) / seconds
         said += f"; its floor, {kind}, is {share:.0%} of its time"
