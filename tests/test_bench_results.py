@@ -182,3 +182,10 @@ def test_a_result_of_an_unknown_stage_is_read_by_its_seconds():
     timings = {"ours": Timing(0.001, 0.001, 0.002, 3)._asdict()}
     (row,) = rows("eval", {"lines": [{"queries": 5, "seconds": timings}]})
     assert row.group == "queries 5" and row.value.median == 1.0 and row.unit == "ms" and not row.higher_is_better
+
+
+def test_what_there_is_no_time_for_is_named(monkeypatch, capsys):
+    assert list(timing.while_time_lasts(["a", "b"])) == ["a", "b"]
+    monkeypatch.setattr(timing, "_deadline", 0.0)
+    assert list(timing.while_time_lasts(["a", "b", "c"])) == ["a"]
+    assert "not measured, for want of time (--seconds): b, c" in capsys.readouterr().out

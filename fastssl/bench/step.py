@@ -19,6 +19,7 @@ from fastssl.bench.loops import Loop, host_alone, our_loop, our_loops, time_loop
 from fastssl.bench.results import loop_rows, show_row
 from fastssl.bench.step_floor import step_floor
 from fastssl.bench.step_parts import PART, step_parts
+from fastssl.bench.timing import while_time_lasts
 from fastssl.build import Trainee
 from fastssl.config import Config, flat, replace
 from fastssl.environment import environment
@@ -127,7 +128,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(list(argv))
     ranks, lines = distributed.start(args.device), []
     args.device = ranks.device.type
-    for arch in args.arch:
+    for arch in while_time_lasts(args.arch):
         lines.append(measure(args, arch, ranks))
         print_line(lines[-1], ranks.device)
         save(args.output, lines)

@@ -104,7 +104,8 @@ def run_entry(entry: Entry, output: Path, finish: float) -> Done:
     output.unlink(missing_ok=True)
     command = [sys.executable, str(PROGRAM), entry.stage, *entry.argv, "--output", str(output)]
     print(f"\n== {entry.name}, {entry.seconds:.0f} s: {' '.join(command[1:])}", flush=True)
-    process = subprocess.Popen([*command, "--seconds", str(entry.seconds)], start_new_session=True)
+    seconds = min(entry.seconds, max(limit - entry.rest, limit / 4))
+    process = subprocess.Popen([*command, "--seconds", f"{seconds:.0f}"], start_new_session=True)
     try:
         state = "done" if process.wait(limit) == 0 else "failed"
     except subprocess.TimeoutExpired:

@@ -7,7 +7,7 @@ not counted, for anyone. On a CPU the wall clock is read around each call.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +30,15 @@ def stop_after(seconds: float) -> None:
     """No measurement of this process begins a further round once so many seconds are over, but each makes three."""
     global _deadline
     _deadline = time.monotonic() + seconds
+
+
+def while_time_lasts(names: Sequence[str]) -> Iterator[str]:
+    """The names in turn, the first in any case, until `stop_after` cuts them; those left out are printed."""
+    for i, name in enumerate(names):
+        if i and time.monotonic() > _deadline:
+            print(f"not measured, for want of time (--seconds): {', '.join(names[i:])}", flush=True)
+            return
+        yield name
 
 
 def turns(rounds: int) -> Iterator[int]:

@@ -18,6 +18,7 @@ from fastssl.bench.loops import loader_alone, our_loops, time_loops, trainee_of
 from fastssl.bench.photos import SOURCE, open_data
 from fastssl.bench.step import add_step_flags, as_line, make_config, print_line, save, step_loops
 from fastssl.bench.step_floor import step_floor
+from fastssl.bench.timing import while_time_lasts
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.distributed import Ranks
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     args.device = ranks.device.type
     with tempfile.TemporaryDirectory() as scratch:
         data, beton = open_data(args.data, args.beton, Path(scratch), max(args.photos, args.batch_size))
-        for arch in args.arch:
+        for arch in while_time_lasts(args.arch):
             torch.compiler.reset()
             lines.append(compare(args, arch, data, beton, ranks))
             print_line(lines[-1], ranks.device)
