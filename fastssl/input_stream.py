@@ -10,6 +10,11 @@ from torch import Tensor
 
 from fastssl.batch import ImageBatch
 
+IDLE, FEWEST = 0.9, 50  # of so many looks at a GPU, the share that finds it idle where the host cannot keep up
+STARVES = (
+    "the GPU waits for the host, which launches kernels more slowly than the GPU runs them: a larger --batch-size, "
+    "--compile graphs or fewer other processes may make training faster"
+)
 AHEAD = 3  # steps whose end the host has not seen: the GPU does not run dry, and memory stays bounded
 
 
@@ -23,6 +28,7 @@ class InputStream:
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.looks, self.idle, self.told = 0, 0, False  # when the host is done with a step, the GPU should not be
 
     def draw(self, batches: Iterator[ImageBatch]) -> Iterator[ImageBatch]:
         """The same batches, ready on this stream (and not on the current one)."""
@@ -40,7 +46,15 @@ class InputStream:
             if batch is None:
                 return
             yield batch
+            self.looks, self.idle = self.looks + 1, self.idle + training.query()
             ends.append(training.record_event(torch.cuda.Event(blocking=True)))  # a core sleeps while it waits
+
+    def news(self) -> list[str]:
+        """What to tell a person, once: that the GPU was idle when the host had launched a step, most of the time."""
+        if self.told or self.looks < FEWEST or self.idle <= IDLE * self.looks:
+            return []
+        self.told = True
+        return [STARVES]
 
     def run(self, make_views: Callable[..., tuple[Tensor, Tensor]], *args: object) -> tuple[Tensor, Tensor]:
         """`make_views(*args)` of a batch that was drawn here: made on this stream, ready on the current one."""

@@ -167,6 +167,7 @@ def train(config: Config, loader: Loader, folder: Path, ranks: Ranks) -> int:
                 health.check(encoder, ADVICE)
                 run.log(done, {**mean_over_ranks(metrics, ranks), "lr": plan.learning_rate(step)})
                 run.say_new(loader.bad_images)
+                run.say_all(inputs.news() if t.log_every > 1 else [])  # a log line waits for the GPU itself
             if probe and (plan.ends_epoch(done, config.eval.knn_every) or last):
                 with run.clock.paused():
                     run.record(done, {"knn": probe(encoder.backbone)})

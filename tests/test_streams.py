@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastssl.batch import ImageBatch
-from fastssl.input_stream import AHEAD, InputStream
+from fastssl.input_stream import AHEAD, FEWEST, STARVES, InputStream
 from fastssl.loaders.prefetch import Prefetcher
 
 CUDA = torch.device("cuda", 0)
@@ -26,6 +26,11 @@ class Stream:
 
     def __init__(self, device: object = None) -> None:
         self.device, self.seen = device, defaultdict(int)
+
+    idle = False
+
+    def query(self) -> bool:
+        return Stream.idle
 
     def work(self) -> tuple[Stream, int]:
         """Does something; what and when."""
@@ -149,6 +154,16 @@ def test_the_host_is_a_few_steps_ahead_and_views_do_not_wait_for_training(main_s
         assert waited == ends[: max(0, step + 1 - AHEAD)]
         if step == 9:
             break
+
+
+@pytest.mark.parametrize("idle, said", [(1.0, [STARVES]), (0.5, [])])
+def test_a_gpu_that_waits_for_the_host_is_reported_once(main_stream, monkeypatch, idle, said) -> None:
+    inputs, told = InputStream(CUDA), []
+    for step, _ in zip(range(3 * FEWEST), inputs.draw(images_of(on_device))):
+        monkeypatch.setattr(Stream, "idle", step % 2 < 2 * idle)
+        told += inputs.news()
+        assert told == [] or step >= FEWEST
+    assert told == said
 
 
 @pytest.mark.parametrize("method", ["wait_stream", "wait_event"])
