@@ -84,6 +84,7 @@ def make_trainee(config: Config, ranks: Ranks) -> Trainee:
     moco.queue = moco.queue.to(choose_queue_dtype(config, ranks.device))
     layout, why_layout = choose_layout(config, moco.encoder_q, ranks)
     moco.set_memory_format(layout)
+    moco.take_counters()
     options = dict(momentum=o.momentum, weight_decay=o.weight_decay, exclude_norm_bias=o.exclude_norm_bias)
     optimizer, whose = choose_sgd(config, make_optimizer(moco.encoder_q, o.optimizer, lr=o.lr, **options), ranks)
     fp16 = choose_precision(t.precision, ranks.device) == "fp16"

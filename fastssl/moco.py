@@ -10,6 +10,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from fastssl.models.batchnorm import take_counters
 from fastssl.random_key import STREAM_QUEUE, derive_seed
 
 
@@ -27,12 +28,22 @@ class MoCo(nn.Module):
         rows = torch.randn(queue_size, dim, generator=generator)
         self.register_buffer("queue", nn.functional.normalize(rows, dim=1))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
+        self.counters: list[Tensor] = []  # of batch norm's batches, where `take_counters` has run
         self.memory_format = torch.contiguous_format  # of the weights, and of the views they meet
 
     def set_memory_format(self, memory_format: torch.memory_format) -> None:
         """Lays the weights out as channels_last (NHWC) or contiguous (NCHW); numbers stay, up to rounding."""
         self.to(memory_format=memory_format)
         self.memory_format = memory_format
+
+    def take_counters(self) -> None:
+        """From now on `count_batch` counts for all layers, in one launch. After moves to another device."""
+        self.counters = take_counters(self.encoder_q) + take_counters(self.encoder_k)
+
+    def count_batch(self) -> None:
+        """Both encoders have seen a batch."""
+        if self.counters:
+            torch._foreach_add_(self.counters, 1)
 
     @torch.no_grad()
     def update_key_encoder(self, ema_momentum: float) -> None:

@@ -96,6 +96,7 @@ def make_train_step(
                 encoder_q.require_backward_grad_sync = micro + 1 == accumulate
             with autocast():
                 z = encoder_q(view_q)
+            moco.count_batch()
             q, k = normalize(z.float(), dim=1), all_keys.chunk(ranks.world_size)[ranks.rank]  # (B, D) each
             if unchecked:
                 check_loss_inputs(q, k, moco.queue)  # waits for the device, once in a run
@@ -167,7 +168,7 @@ def train(config: Config, loader: Loader, folder: Path, ranks: Ranks) -> int:
                 health.check(encoder, ADVICE)
                 run.log(done, {**mean_over_ranks(metrics, ranks), "lr": plan.learning_rate(step)})
                 run.say_new(loader.bad_images)
-                run.say_all(inputs.news() if t.log_every > 1 else [])  # a log line waits for the GPU itself
+                run.say_all(inputs.news() if t.log_every > 1 else [])  # a log line itself waits for the GPU
             if probe and (plan.ends_epoch(done, config.eval.knn_every) or last):
                 with run.clock.paused():
                     run.record(done, {"knn": probe(encoder.backbone)})

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastssl.models import check_sync_batchnorm, convert_sync_batchnorm, make_encoder, make_head, split_batchnorm
+from fastssl.models.batchnorm import take_counters
 
 
 def run_replicas(model, x, grad_out, splits):
@@ -144,6 +145,32 @@ def test_compiles_to_one_graph(backend):
     for p, q in zip(twin.buffers(), model.buffers()):
         torch.testing.assert_close(p, q)
     assert twin[1].num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("splits", [1, 2])
+def test_counters_taken_count_in_the_state_dict_and_layers_leave_them_alone(compiled, splits):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(16))
+    before = list(model.state_dict())
+    if splits > 1:
+        split_batchnorm(model, splits)
+    counters = take_counters(model)
+    run = torch.compile(model, fullgraph=True, backend="eager") if compiled else model
+    for _ in range(2):
+        run(torch.randn(6, 3, 4, 4))
+    assert [c.item() for c in counters] == [0] * len(counters)
+    torch._foreach_add_(counters, 2)
+    state = model.state_dict()
+    assert list(state) == before and all(state[f"{i}.num_batches_tracked"] == 2 for i in (1, 3))
+    model.load_state_dict(state | {"1.num_batches_tracked": torch.tensor(7)})
+    assert counters[0] == 7
+
+
+def test_a_layer_that_needs_its_number_keeps_counting():
+    model = nn.Sequential(nn.BatchNorm1d(3, momentum=None), nn.BatchNorm1d(3, track_running_stats=False))
+    assert take_counters(model) == []
+    model(torch.randn(4, 3))
+    assert model[0].num_batches_tracked == 1
 
 
 def test_autocast_and_layers_without_affine_or_statistics():

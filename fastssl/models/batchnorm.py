@@ -143,5 +143,19 @@ def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module
     return nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
 
+def take_counters(module: nn.Module) -> list[Tensor]:
+    """The `num_batches_tracked` of all layers, which count no more: whoever takes them counts for them.
+
+    A network of 50 layers launches 50 kernels to add 1 to 50 numbers; one `torch._foreach_add_` does it too. The
+    state_dict stays as it is. Layers whose momentum is None count for themselves, since they use the number.
+    """
+    layers = [m for m in _batchnorm_layers(module).values() if m.momentum is not None]
+    layers = [m for m in layers if m.num_batches_tracked is not None]
+    counters = [m.num_batches_tracked for m in layers]
+    for layer in layers:
+        layer.__dict__["num_batches_tracked"] = None  # forward looks here first, and finds nothing to count
+    return counters
+
+
 def _batchnorm_layers(module: nn.Module) -> dict[str, _BatchNorm]:
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)}
