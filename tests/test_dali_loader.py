@@ -30,6 +30,8 @@ def contents(batch):
 
 
 def open_loader(name, data, **changes):
+    if name == "dali":
+        pytest.importorskip("nvidia.dali", reason="needs DALI")
     options = {"batch_size": 6, "seed": 0, "device": "cpu", "workers": 2, "read_ahead": 2}
     return make_loader(name, data, **(options | changes))
 

@@ -80,6 +80,7 @@ def test_bytes_and_labels_do_not_depend_on_where_they_lie(everywhere, folder):
 
 
 def test_the_dali_loader_reads_all_three(everywhere, folder, tmp_path):
+    pytest.importorskip("nvidia.dali", reason="needs DALI")
     seen = []
     for data in (folder, tmp_path / "shards", tmp_path / "x.beton"):
         batches = make_loader("dali", data, batch_size=4, seed=0, device="cpu", workers=2).eval_batches(4)

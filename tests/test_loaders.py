@@ -71,6 +71,8 @@ def make(request, good_folder):
     name, read_ahead = request.param
     if name == "beton" and NO_TURBOJPEG:
         pytest.skip("needs libturbojpeg")
+    if name == "dali":
+        pytest.importorskip("nvidia.dali", reason="needs DALI")
     data = request.getfixturevalue("good_beton") if name == "beton" else good_folder
     loaders = []
 

@@ -101,7 +101,7 @@ for i in range(count):
 
 @pytest.mark.parametrize("raw", [False, True])
 def test_dali_reads_shards(shards, photos, tmp_path, raw):
-    pytest.importorskip("nvidia.dali")
+    pytest.importorskip("nvidia.dali", reason="needs DALI")
     if raw:
         write(photos, tmp_path / "raw", Store(raw=True), shard_size=2)
         shards = tmp_path / "raw"
