@@ -51,8 +51,7 @@ def run_stage(stage: str, argv: list[str]) -> int:
 
     shared, own = shared_parser().parse_known_args(argv)
     old = results.read_result(shared.compare) if shared.compare else None
-    if shared.seconds:
-        timing.stop_after(shared.seconds)
+    timing.stop_after(shared.seconds or float("inf"))
     with tempfile.TemporaryDirectory() as scratch:
         output = shared.output or (shared.report or Path(scratch)) / f"{stage}.json"
         output.parent.mkdir(parents=True, exist_ok=True)
