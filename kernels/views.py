@@ -30,11 +30,7 @@ class Launch(NamedTuple):
     tiles: int = 49  # squares to a program of launch one, which draws a view's parameters once for them
     row_pixels: int = 4096  # about so many pixels to a program of launch two, in whole rows
     block: int = 1024  # pixels it holds at a time
-    warps: tuple[int, int, int] = (
-        1,
-        8,
-        1,
-    )  # one warp a program, and many of them: they wait for memory, not for each other
+    warps: tuple[int, int, int] = (1, 8, 1)  # of a program of each launch
 
 
 # The interpreter runs programs one after the other: few and large ones suit it
