@@ -57,8 +57,8 @@ def make_rows(n, k, d, dtype, peaked=False, seed=0):
 def assert_at_most_twice_as_wrong(found, plain, truth, slack=0.0):
     for ours, theirs, exact in zip(found, plain, truth, strict=True):
         assert ours.isfinite().all()
-        # the last term: a GPU's exp2 is a few units of float32 off, at every scale of the logits
-        allowed = 2 * (theirs.double() - exact).abs().max() + 2e-6 * max(1, exact.abs().max()) + slack
+        float32 = 2e-6 if DEVICE == "cuda" else 1e-6  # a GPU's exp2 is a few units off, at every scale of the logits
+        allowed = 2 * (theirs.double() - exact).abs().max() + float32 * max(1, exact.abs().max()) + slack
         assert (ours.double() - exact).abs().max() <= allowed
 
 
@@ -81,7 +81,8 @@ def test_row_lse_is_at_most_twice_as_wrong_as_plain(dtype, shape, scales, peaked
     plain = lse_and_gradient(row_lse_reference, z, queue, scales, dtype)
     truth = lse_and_gradient(row_lse_reference, z.double(), queue.double(), scales, torch.float64)
     # of a single number luck decides who rounds the operands better: it may be as wrong as they are
-    slack = max(scales) * torch.finfo(dtype).eps if z.shape[0] * queue.shape[0] == 1 else 0.0
+    lone = z.shape[0] * queue.shape[0] == 1 and dtype == torch.bfloat16
+    slack = max(scales) * torch.finfo(dtype).eps if lone else 0.0
     assert_at_most_twice_as_wrong(found, plain, truth, slack)
 
 
