@@ -24,9 +24,8 @@ KINDS = dict.fromkeys(("pixels_ptr", "planes_ptr", "keys_ptr", "bytes_ptr"), "*u
 KINDS |= {"rows_ptr": "*i16", "policy_ptr": "*fp64"}
 KINDS |= {f"{name}_ptr": "*i32" for name in ("height", "width", "ints", "luma")}
 KINDS |= {"offset_ptr": "*i64", "index_ptr": "*i64", "floats_ptr": "*fp32", "taps_ptr": "*fp32"}
-KINDS |= dict.fromkeys(("B", "S", "tiles", "tiles_per_program", "rows_per_program", "epoch", "row"), "i32") | {
-    "seed": "i64"
-}
+KINDS |= dict.fromkeys(("B", "S", "tiles", "tiles_per_program", "rows_per_program", "epoch", "row"), "i32")
+KINDS |= {"seed": "i64"}
 KINDS |= {f"{name}{channel}": "fp32" for name in ("mean", "scale") for channel in range(3)}
 
 

@@ -27,9 +27,7 @@ class _SplitForward:
         if x.shape[0] % self.splits:
             raise ValueError(f"a batch of {x.shape[0]} cannot be split into {self.splits} equal parts (--bn-splits)")
         if x.numel() == self.splits * x.shape[1]:
-            raise ValueError(
-                f"one value a channel has no variance: fewer than {self.splits} --bn-splits, or more images"
-            )
+            raise ValueError("one value a channel has no variance: take fewer --bn-splits or a larger --batch-size")
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         if torch.compiler.is_compiling():
