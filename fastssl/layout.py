@@ -19,8 +19,9 @@ LAYOUT_NAMES = {torch.channels_last: "channels_last", torch.contiguous_format: "
 RULE = torch.channels_last  # what convolutions in 16 bits want, on GPUs and on CPUs
 MARGIN = 1.1  # how many times as fast the other must be: clocks are noisy, and restarts should choose alike
 ROUNDS = 3
-# Images of a measurement: on a CPU a whole batch can take minutes, on a GPU, not compiled, more memory than a step
-MOST_IMAGES = {"cpu": 16, "cuda": 256}
+# Pixels of a measurement: on a CPU a whole batch can take minutes, on a GPU, not compiled, more memory than a step.
+# Small images want a larger part of their batch: with few, the weights' own layout decides, which steps hardly feel.
+MOST_PIXELS = {"cpu": 128 * 64 * 64, "cuda": 256 * 224 * 224}
 
 
 def choose_layout(config: Config, encoder: nn.Module, ranks: Ranks) -> tuple[torch.memory_format, str]:
@@ -47,7 +48,7 @@ def time_layouts(config: Config, encoder: nn.Module, ranks: Ranks) -> dict[torch
     """Seconds of q forward and backward and k forward on random views, in each layout, in turn."""
     device, size = ranks.device, config.augment.image_size
     dtype = DTYPES[choose_precision(config.train.precision, device)]
-    batch = min(rank_batch_size(config, ranks) // config.optim.accumulate, MOST_IMAGES[device.type])
+    batch = min(rank_batch_size(config, ranks) // config.optim.accumulate, max(4, MOST_PIXELS[device.type] // size**2))
 
     def iteration(layout: torch.memory_format) -> Callable[[], None]:
         model = copy.deepcopy(encoder).to(memory_format=layout)
