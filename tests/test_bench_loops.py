@@ -8,18 +8,19 @@ import torch
 
 from bench_throughput import main
 from fastssl import distributed
-from fastssl.bench import loops, peers, step_parts
+from fastssl.bench import loops, peers, step_parts, step_profile
 from fastssl.bench.peer_views import augment_crops, colour_maps
 from fastssl.bench.photos import write_photos
 from fastssl.bench.step import add_step_flags, make_config
 from fastssl.bench.step_floor import count_encoder
+from fastssl.bench.step_profile import busy, profile_step
 
 TINY = "--image-size 32 --batch-size 4 --queue-size 40 --steps 1 --rounds 2 --device cpu --compile off".split()
 
 
 @pytest.fixture(autouse=True)
 def short_warm_up(monkeypatch):
-    for module in (loops, step_parts):
+    for module in (loops, step_parts, step_profile):
         monkeypatch.setattr(module, "WARM_UP", 1)
 
 
@@ -30,21 +31,43 @@ def tiny_args() -> argparse.Namespace:
 
 
 def test_step(tmp_path, capsys):
-    assert (
-        main(["step", "--arch", "resnet18", "mobilenetv3_small", *TINY, "--output", str(tmp_path / "step.json")]) == 0
-    )
+    flags = ["--arch", "resnet18", "mobilenetv3_small", *TINY, "--also-compile", "off", "--profile"]
+    assert main(["step", *flags, "--output", str(tmp_path / "step.json")]) == 0
     lines = json.loads((tmp_path / "step.json").read_text())["lines"]
     assert [line["settings"]["arch"] for line in lines] == ["resnet18", "mobilenetv3_small"]
     for line in lines:
         assert {name: len(seconds) for name, seconds in line["seconds_of_rounds"].items()} == {
             "step": 2,
             "eager step": 2,
+            "step, --compile off": 2,
         }
+        assert {"aten::mkldnn_convolution", "aten::convolution_backward"} <= kernels_of(line["profile"])
         assert set(line["parts"]) == {"augmentation", "encoder_k", "encoder_q", "loss", "optimiser + EMA + queue"}
         assert min(line["parts"].values()) > 0 and line["floor"]["arithmetic_seconds"] > 0
         assert line["settings"]["image_size"] == 32
     text = capsys.readouterr().out
+    assert "profiled, " in text and "aten::convolution_backward" in text
     assert "pairs/s" in text and "verdict: mobilenetv3_small: bound by the " in text
+
+
+def kernels_of(profile):
+    taken = [kernel["seconds"] for kernel in profile["kernels"]]
+    assert taken == sorted(taken, reverse=True) and 0 < sum(taken) < 1.01 * profile["seconds"] * torch.get_num_threads()
+    return {kernel["name"] for kernel in profile["kernels"]}
+
+
+def test_a_gpu_is_busy_while_any_of_its_streams_is():
+    assert busy([]) == 0
+    assert busy([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.75), (3.0, 3.5)]) == 4.5
+
+
+@pytest.mark.gpu
+def test_a_gpus_kernels_are_named():
+    args = argparse.Namespace(**{**vars(tiny_args()), "device": "cuda"})
+    config, ranks = make_config(args, "resnet18"), distributed.start("cuda")
+    profile = profile_step(config, ranks, loops.trainee_of(config, ranks))
+    assert 0 < profile["busy_seconds"] < profile["seconds"] and profile["launches"] > 100
+    assert "crop_tiles" in kernels_of(profile)
 
 
 def test_the_host_alone_is_timed_step_by_step():

@@ -11,18 +11,20 @@ from contextlib import closing
 
 import torch
 
+from fastssl.batch import ImageBatch
 from fastssl.bench.timing import turns
 from fastssl.build import Trainee, compile_and_wrap, make_trainee, open_loader, open_policy
 from fastssl.config import Config
 from fastssl.distributed import Ranks
 from fastssl.health import Health
-from fastssl.input_stream import InputStream
+from fastssl.input_stream import IN_TURN, InputStream
 from fastssl.loaders.make import Loader
 from fastssl.plan import make_plan
 from fastssl.train import make_deterministic, make_train_step
 
 WARM_UP = 3  # steps before the clock starts, in every turn: prefetch queues are then as full as they stay
 Loop = Callable[[int], float]
+Step = Callable[[ImageBatch, int], torch.Tensor]
 
 
 def our_loop(config: Config, ranks: Ranks) -> Loop:
@@ -39,14 +41,9 @@ def trainee_of(config: Config, ranks: Ranks) -> Trainee:
 def our_loops(configs: dict[str, Config], ranks: Ranks, trainee: Trainee | None = None) -> dict[str, Loop]:
     """Loops that differ in where their images come from; one training step, compiled once, serves them all."""
     loaders = {name: open_loader(config, ranks) for name, config in configs.items()}
-    config = next(iter(configs.values()))
-    plan = make_plan(config, next(iter(loaders.values())).batches_per_epoch)
-    trainee = trainee or trainee_of(config, ranks)
+    config, loader = next(iter(configs.values())), next(iter(loaders.values()))
     inputs = InputStream(ranks.device)
-    train_step = make_train_step(config, plan, trainee, open_policy(config), ranks, Health(ranks), inputs)
-
-    def step(batch: object, number: int) -> object:
-        return train_step(batch, number)["loss"]
+    step = our_step(config, ranks, trainee or trainee_of(config, ranks), loader, inputs)
 
     def loop(loader: Loader) -> Loop:
         return lambda steps: time_steps(inputs.draw(loader.batches()), step, steps)
@@ -54,11 +51,17 @@ def our_loops(configs: dict[str, Config], ranks: Ranks, trainee: Trainee | None 
     return {name: loop(loader) for name, loader in loaders.items()}
 
 
+def our_step(config: Config, ranks: Ranks, trainee: Trainee, loader: Loader, inputs: InputStream = IN_TURN) -> Step:
+    """The product's training step over batches of `loader`: (batch, step number) -> its loss."""
+    plan = make_plan(config, loader.batches_per_epoch)
+    train_step = make_train_step(config, plan, trainee, open_policy(config), ranks, Health(ranks), inputs)
+    return lambda batch, number: train_step(batch, number)["loss"]
+
+
 def host_alone(config: Config, ranks: Ranks, trainee: Trainee) -> Loop:
     """What the host takes for a step: to launch its kernels on a device that has nothing else to do."""
-    loader, policy = open_loader(config, ranks), open_policy(config)
-    plan = make_plan(config, loader.batches_per_epoch)
-    train_step = make_train_step(config, plan, trainee, policy, ranks, Health(ranks))
+    loader = open_loader(config, ranks)
+    step = our_step(config, ranks, trainee, loader)
 
     def loop(steps: int) -> float:
         seconds, batches = 0.0, loader.batches()
@@ -67,7 +70,7 @@ def host_alone(config: Config, ranks: Ranks, trainee: Trainee) -> Loop:
             if ranks.device.type == "cuda":
                 torch.cuda.synchronize()
             start = time.perf_counter()
-            train_step(batch, number)
+            step(batch, number)
             seconds += time.perf_counter() - start if number >= WARM_UP else 0.0
         return seconds
 
@@ -80,7 +83,7 @@ def loader_alone(config: Config, ranks: Ranks) -> Loop:
     return lambda steps: time_steps(loader.batches(), lambda batch, number: batch.pixels[-1], steps)
 
 
-def time_steps(batches: Iterable, step: Callable[[object, int], torch.Tensor], steps: int) -> float:
+def time_steps(batches: Iterable, step: Step, steps: int) -> float:
     """Seconds of `steps` steps from a fresh iterator, the warm-up not counted, until the last result is there."""
     with closing(iter(batches)) as iterator:
         for number in range(WARM_UP):

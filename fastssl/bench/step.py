@@ -19,14 +19,14 @@ from fastssl.bench.loops import Loop, host_alone, our_loop, our_loops, time_loop
 from fastssl.bench.results import loop_rows, show_row
 from fastssl.bench.step_floor import step_floor
 from fastssl.bench.step_parts import PART, step_parts
+from fastssl.bench.step_profile import print_profile, profile_step
 from fastssl.bench.timing import while_time_lasts
 from fastssl.build import Trainee
 from fastssl.config import Config, flat, replace
 from fastssl.environment import environment
 
 ARCHS = ("resnet18", "mobilenetv3_small", "mobilenetv3_large", "efficientnet_b0", "deit_tiny", "resnet50")
-
-
+COMPILE = ("auto", "on", "graphs", "off")
 HOST = "host alone"  # the loop whose seconds are kept apart
 
 
@@ -39,10 +39,11 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head", default="simple")
     parser.add_argument("--policy", default="v2")
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--compile", default="auto", choices=("auto", "on", "graphs", "off"))
+    parser.add_argument("--compile", default="auto", choices=COMPILE)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--steps", type=int, default=50 if cuda else 6, help="steps of one turn")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant")
+    parser.add_argument("--profile", action="store_true", help="of step and all: the kernels that take most of a step")
     parser.add_argument("--no-eager", action="store_true", help="of step and all: leave the eager step out")
     parser.add_argument("--output", type=Path, help="where to write the JSON")
 
@@ -75,6 +76,8 @@ def print_line(line: dict[str, object], device: torch.device) -> None:
         print(f"  parts of the step, each by itself: {', '.join(shares)}")
     if line.get("host_seconds"):
         print(f"  the host launches a step's kernels in {line['host_seconds'] * 1e3:.3g} ms")
+    if line.get("profile"):
+        print_profile(line["profile"])
     for name, reason in line.get("not_measured", {}).items():
         print(f"  {name:28} not measured: {reason}")
     print(end="", flush=True)
@@ -114,16 +117,32 @@ def measure(args: argparse.Namespace, arch: str, ranks: distributed.Ranks) -> di
     """One architecture, as a line of the JSON."""
     torch.compiler.reset()
     config = make_config(args, arch)
-    loops = step_loops(args, arch, trainee_of(config, ranks), ranks)
+    trainee = trainee_of(config, ranks)
+    loops = step_loops(args, arch, trainee, ranks)
+    for how in args.also_compile:
+        loops[f"step, --compile {how}"] = our_loop(make_config(args, arch, compile=how), ranks)
     seconds = time_loops(loops, args.steps, args.rounds)
     line = as_line(config, seconds, args.steps, "step" if args.no_eager else "eager step")
-    return line | {"floor": step_floor(config, ranks.device)}
+    return line | look_inside(args, config, ranks, trainee)
+
+
+def look_inside(args: argparse.Namespace, config: Config, ranks: distributed.Ranks, trainee: Trainee) -> dict:
+    """What the line keeps beside the times: the step's floor, and with --profile its kernels."""
+    profile = {"profile": profile_step(config, ranks, trainee)} if args.profile else {}
+    return {"floor": step_floor(config, ranks.device)} | profile
 
 
 def main(argv: Sequence[str]) -> None:
     """Measures, prints and writes JSON."""
     parser = argparse.ArgumentParser(prog="bench_throughput.py step", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=ARCHS)
+    parser.add_argument(
+        "--also-compile",
+        nargs="+",
+        default=[],
+        choices=COMPILE,
+        help="time the step under these too, in the same rounds",
+    )
     add_step_flags(parser)
     args = parser.parse_args(list(argv))
     ranks, lines = distributed.start(args.device), []

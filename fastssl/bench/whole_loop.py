@@ -16,8 +16,7 @@ from fastssl import distributed
 from fastssl.bench.classical import classical_loop
 from fastssl.bench.loops import loader_alone, our_loops, time_loops, trainee_of
 from fastssl.bench.photos import SOURCE, open_data
-from fastssl.bench.step import add_step_flags, as_line, make_config, print_line, save, step_loops
-from fastssl.bench.step_floor import step_floor
+from fastssl.bench.step import add_step_flags, as_line, look_inside, make_config, print_line, save, step_loops
 from fastssl.bench.timing import while_time_lasts
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.distributed import Ranks
@@ -64,4 +63,5 @@ def compare(args: argparse.Namespace, arch: str, data: str, beton: str, ranks: R
     seconds = time_loops(loops, args.steps, args.rounds)
     beside = "classical" if not args.no_classical else "step" if args.no_eager else "eager step"
     line = as_line(config, seconds, args.steps, beside)
-    return line | {"loaders": args.loader, "images": args.data or SOURCE, "floor": step_floor(config, ranks.device)}
+    line |= {"loaders": args.loader, "images": args.data or SOURCE}
+    return line | look_inside(args, config, ranks, trainee)
