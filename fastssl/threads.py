@@ -1,17 +1,19 @@
-"""Python threads for work that holds no GIL: compiled loops, and PyTorch's calls on one image."""
+"""Python threads for work that holds no GIL: compiled loops, PyTorch's calls on one image, decoders of images."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from threading import Barrier
+from threading import Barrier, get_native_id
 from typing import TypeVar
 
 import torch
 
 Item = TypeVar("Item")
+YIELDING = 10  # niceness of threads that prepare what the training needs later
 
 
 def run_in_threads(work: Callable[[Item], None], items: Iterable[Item]) -> None:
@@ -45,3 +47,17 @@ def make_threads(num: int, process: int) -> ThreadPoolExecutor:
     started.wait()
     torch.set_num_threads(num)  # the common number again
     return pool
+
+
+def reader_threads(num: int, name: str, device: torch.device) -> ThreadPoolExecutor:
+    """Threads that read and decode. Beside a GPU they leave the cores to the thread that launches its kernels.
+
+    That thread finds a core whenever it wants one, and batches are made ahead in the time it leaves. On a CPU the
+    training itself waits for its images: they are as urgent as it is.
+    """
+    yields = device.type == "cuda" and sys.platform == "linux"  # where each thread has a niceness of its own
+    return ThreadPoolExecutor(num, thread_name_prefix=name, initializer=_yield_cores if yields else None)
+
+
+def _yield_cores() -> None:
+    os.setpriority(os.PRIO_PROCESS, get_native_id(), max(YIELDING, os.getpriority(os.PRIO_PROCESS, 0)))

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import os
+import sys
 import threading
 import time
 
@@ -18,6 +19,7 @@ from fastssl.loaders import bad_images, folder_loader, prefetch
 from fastssl.loaders.make import choose_loader, make_loader
 from fastssl.loaders.synthetic_loader import render_images
 from fastssl.random_key import permutation
+from fastssl.threads import YIELDING, reader_threads
 
 NUM_IMAGES = 37
 
@@ -412,6 +414,18 @@ def test_workers_share_the_machine_between_its_ranks(monkeypatch):
     assert folder_loader.default_workers() == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     assert folder_loader.default_workers() == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has no niceness of its own")
+def test_readers_leave_the_cores_to_the_thread_that_feeds_a_gpu():
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+
+    def niceness(device):
+        with reader_threads(2, "read", torch.device(device)) as threads:
+            return {threads.submit(os.getpriority, os.PRIO_PROCESS, 0).result() for _ in range(8)}
+
+    assert niceness("cuda") == {max(own, YIELDING)} and niceness("cpu") == {own}
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own
 
 
 @pytest.mark.gpu

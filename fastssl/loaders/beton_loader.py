@@ -25,6 +25,7 @@ from fastssl.loaders.folder_loader import default_workers
 from fastssl.loaders.order import FULL, Order, count_batches, eval_shares, train_shares
 from fastssl.loaders.prefetch import Prefetcher
 from fastssl.loaders.recycle import RecycledBuffers
+from fastssl.threads import reader_threads
 
 _CHUNK = 32  # images per task at most
 
@@ -112,7 +113,7 @@ class BetonLoader:
     def _decode_batches(self, shares: Iterator[Tensor], replace: bool) -> Iterator[ImageBatch]:
         """CPU batches in the order of `shares`, however the threads finish."""
         read_ahead = self._prefetcher.read_ahead  # so that threads never wait for the slowest image of one batch
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="fastssl-decode")
+        pool = reader_threads(self.workers, "fastssl-decode", self._prefetcher.device)
         ahead: deque[_Pending] = deque()
         try:
             for share in itertools.chain(shares, [None] * read_ahead):

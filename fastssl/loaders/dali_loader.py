@@ -6,7 +6,7 @@ import itertools
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from fastssl.loaders.folder_loader import default_workers
 from fastssl.loaders.order import FULL, Order, count_batches, eval_shares, train_shares
 from fastssl.loaders.prefetch import Prefetcher
 from fastssl.loaders.recycle import RecycledBuffers
+from fastssl.threads import reader_threads
 
 _CHUNK = 16  # images per task at most
 
@@ -93,7 +94,7 @@ class DaliLoader:
             return [item for i in chunk if (item := self._reader.read(i, replace)) is not None]
 
         read_ahead = self._prefetcher.read_ahead
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="fastssl-read")
+        pool = reader_threads(self.workers, "fastssl-read", self._prefetcher.device)
         ahead: deque[list[Future]] = deque()
         try:
             for share in itertools.chain(shares, [None] * read_ahead):

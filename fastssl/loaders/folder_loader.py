@@ -10,7 +10,7 @@ import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from fastssl.loaders.bad_images import BadImages
 from fastssl.loaders.order import FULL, Order, count_batches, eval_shares, train_shares
 from fastssl.loaders.prefetch import Prefetcher
 from fastssl.loaders.recycle import RecycledBuffers
+from fastssl.threads import reader_threads
 
 _CHUNK = 16  # images per task at most: large enough that handing tasks out costs nothing
 
@@ -107,7 +108,7 @@ class FolderLoader:
             return [decoded for i in chunk if (decoded := load(i)) is not None]
 
         read_ahead = self._prefetcher.read_ahead  # so that workers never wait for the slowest image of one batch
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="fastssl-decode")
+        pool = reader_threads(self.workers, "fastssl-decode", self._prefetcher.device)
         ahead: deque[list[Future]] = deque()
         try:
             for share in itertools.chain(shares, [None] * read_ahead):
