@@ -18,6 +18,7 @@ from fastssl.faster_sgd import choose_sgd
 from fastssl.host_memory import keep_freed_memory
 from fastssl.layout import LAYOUT_NAMES, choose_layout
 from fastssl.loaders.make import Loader, make_loader
+from fastssl.loaders.memory import is_small
 from fastssl.losses import choose_kernel
 from fastssl.moco import MoCo
 from fastssl.models.batchnorm import convert_sync_batchnorm, split_batchnorm
@@ -27,10 +28,23 @@ from fastssl.plan import DTYPES, Plan, choose_precision, explain_precision, rank
 
 
 def open_loader(config: Config, ranks: Ranks) -> Loader:
-    """This rank's loader."""
+    """This rank's loader. --loader auto decodes what is small once and holds it, unless it is told how to read."""
+    d = config.input
+    loader = make_config_loader(config, d.loader, ranks)
+    told_how = (d.shuffle, d.read_ahead, d.beton_cache) != ("full", None, "page")
+    if d.loader != "auto" or told_how or loader.name not in ("folder", "beton") or not is_small(loader, ranks.device):
+        return loader
+    loader.close()
+    held = make_config_loader(config, "resident", ranks)
+    held.reason = held.reason.replace("asked for", f"{loader.reason} and small")
+    return held
+
+
+def make_config_loader(config: Config, name: str, ranks: Ranks) -> Loader:
+    """The loader `name` with the options of the configuration."""
     d = config.input
     return make_loader(
-        d.loader,
+        name,
         config.data,
         batch_size=rank_batch_size(config, ranks),
         seed=config.train.seed,

@@ -25,7 +25,7 @@ class DataConfig:
     """Where images come from."""
 
     loader: Literal["auto", "folder", "beton", "dali", "resident", "synthetic"] = "auto"
-    """How images are read; auto says what it chose and why."""
+    """How images are read; auto decodes what is small once and holds it, and says what it chose and why."""
     workers: Annotated[int | None, flag("-j")] = None
     """Decoding threads per process; by default the cores, shared between the processes of this machine."""
     read_ahead: int | None = None

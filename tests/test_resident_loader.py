@@ -11,7 +11,10 @@ from betons import NO_TURBOJPEG, stored_jpeg, write_beton
 from photos import render_photo
 from PIL import Image
 
+from fastssl import build
+from fastssl.config import Config, replace
 from fastssl.data_prep import images
+from fastssl.distributed import Ranks
 from fastssl.loaders import folder_loader, memory
 from fastssl.loaders.make import make_loader
 from fastssl.loaders.order import epoch_order
@@ -131,6 +134,34 @@ def test_one_rank_that_shards_holds_everything(folder):
     )
 
 
+def open_for_training(data, **changes):
+    config = replace(Config(), data=str(data), batch_size=4, device="cpu", **changes)
+    return build.open_loader(config, Ranks(0, 1, 1, torch.device("cpu")))
+
+
+def test_training_holds_what_is_small_unless_told_how_to_read(data, monkeypatch):
+    held = open_for_training(data)
+    kind = "folder" if data.is_dir() else "beton"
+    assert held.name == "resident" and " and small; holds 0.00 GB of " in held.reason and kind in held.reason
+    assert contents(take(held.batches(), 9)) == contents(take(open_for_training(data, loader=kind).batches(), 9))
+    for how in ({"read_ahead": 1}, {"shuffle": "blocks"}, {"beton_cache": "process"}, {"loader": kind}):
+        assert open_for_training(data, **how).name == kind
+    assert open_loader(data, "auto").name == kind  # evaluations look once
+    monkeypatch.setattr(memory, "SMALL", (1 / 8, 1000.0))
+    assert open_for_training(data).name == kind
+
+
+def test_small_is_a_part_of_the_memory_that_is_free_for_each_rank(data, monkeypatch):
+    source, needed = open_loader(data, "auto"), sum((20 + i) * (50 - i) * 3 for i in range(N))
+    monkeypatch.setattr(memory, "free_bytes", lambda _: needed * 8)
+    assert memory.is_small(source, torch.device("cpu"))
+    monkeypatch.setattr(memory, "_LOOKED_AT", 7)  # of 29 whose sizes differ little
+    monkeypatch.setattr(memory, "free_bytes", lambda _: needed * 9)
+    assert memory.is_small(source, torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert not memory.is_small(source, torch.device("cpu"))
+
+
 def test_too_many_bytes_are_refused_before_anything_is_decoded(data, monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda _: 60_000)
     monkeypatch.setattr(folder_loader.FolderLoader, "eval_batches", None)
@@ -148,7 +179,7 @@ def test_too_many_bytes_are_refused_before_anything_is_decoded(data, monkeypatch
 
 def test_the_prediction_is_what_the_images_take(folder):
     listing = images.find_images(folder)
-    assert memory.folder_pixel_bytes(listing, 3, 20, 2) == sum(
+    assert memory.folder_pixel_bytes(listing, range(3, 20), 2) == sum(
         images.decode_image(listing.path(i)).size for i in range(3, 20)
     )
     free = memory.free_bytes(torch.device("cpu"))
@@ -173,7 +204,7 @@ def test_what_will_not_be_decoded_needs_no_room(tmp_path):
     Image.new("1", (10_000, 10_000)).save(tmp_path / "0.png")
     Image.new("RGB", (5, 7)).save(tmp_path / "1.png")
     os.mkfifo(tmp_path / "2.png")
-    assert memory.folder_pixel_bytes(images.find_images(tmp_path), 0, 3, 1) == 5 * 7 * 3
+    assert memory.folder_pixel_bytes(images.find_images(tmp_path), range(3), 1) == 5 * 7 * 3
 
 
 @pytest.mark.parametrize("name", ["folder", "resident"])

@@ -85,9 +85,9 @@ class BetonLoader:
         """Images decoded so far."""
         return self._images.decoded
 
-    def pixel_bytes(self, start: int, stop: int) -> int:
-        """Bytes of images start to stop once they are decoded."""
-        return int(self._decoder.pixel_bytes(np.arange(start, stop)).sum())
+    def pixel_bytes(self, chosen: Sequence[int] | np.ndarray) -> int:
+        """Bytes of the chosen images once they are decoded."""
+        return int(self._decoder.pixel_bytes(np.asarray(chosen)).sum())
 
     def batches(self, first: int = 0) -> Iterator[ImageBatch]:
         """Batch first, first + 1, ... of this rank without end, each of `batch_size` images."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -20,6 +20,7 @@ from fastssl.batch import ImageBatch, pack_images
 from fastssl.data_prep.images import decode_image, find_images
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.loaders.bad_images import BadImages
+from fastssl.loaders.memory import folder_pixel_bytes
 from fastssl.loaders.order import FULL, Order, count_batches, eval_shares, train_shares
 from fastssl.loaders.prefetch import Prefetcher
 from fastssl.loaders.recycle import RecycledBuffers
@@ -75,6 +76,10 @@ class FolderLoader:
     def decoded(self) -> int:
         """Images decoded so far."""
         return self._images.decoded
+
+    def pixel_bytes(self, chosen: Iterable[int]) -> int:
+        """Bytes of the chosen images once they are decoded, by what their headers say."""
+        return folder_pixel_bytes(self.folder, chosen, self.workers)
 
     def batches(self, first: int = 0) -> Iterator[ImageBatch]:
         """Batch first, first + 1, ... of this rank without end, each of `batch_size` images."""

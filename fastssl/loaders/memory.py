@@ -4,16 +4,40 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from PIL import Image
 
 from fastssl.data_prep.images import MAX_PIXELS, ImageFolder, open_file
 
+if TYPE_CHECKING:
+    from fastssl.loaders.beton_loader import BetonLoader
+    from fastssl.loaders.folder_loader import FolderLoader
 
-def folder_pixel_bytes(folder: ImageFolder, start: int, stop: int, workers: int) -> int:
-    """Bytes of the images start to stop of a folder once they are decoded, read from their headers by threads."""
+
+SMALL = (1 / 8, 8e9)  # at most this part of the free memory, and so many bytes: some seconds of decoding
+_LOOKED_AT = 256  # images whose sizes tell those of all
+
+
+def is_small(source: FolderLoader | BetonLoader, device: torch.device) -> bool:
+    """Whether the images, once decoded, take little memory of each rank, by the sizes of some."""
+    part, most = SMALL
+    some = np.unique(np.linspace(0, source.num_images - 1, _LOOKED_AT).astype(np.int64))
+    needed = source.pixel_bytes(some) / len(some) * source.num_images
+    return needed <= min(most, part * free_bytes(device) / copies(device))
+
+
+def copies(device: torch.device) -> int:
+    """How many ranks of this machine hold their images side by side: those that hold them in host memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+
+
+def folder_pixel_bytes(folder: ImageFolder, chosen: Iterable[int], workers: int) -> int:
+    """Bytes of the chosen images of a folder once they are decoded, read from their headers by threads."""
 
     def pixel_bytes(i: int) -> int:
         try:
@@ -24,20 +48,18 @@ def folder_pixel_bytes(folder: ImageFolder, start: int, stop: int, workers: int)
         return pixels * 3 if pixels <= MAX_PIXELS else 0  # more are not decoded
 
     with ThreadPoolExecutor(workers) as pool:
-        return sum(pool.map(pixel_bytes, range(start, stop)))
+        return sum(pool.map(pixel_bytes, chosen))
 
 
 def check_room(needed: int, device: torch.device, data: str, can_shard: bool) -> str:
     """A clause that tells `needed` bytes from the free ones; raises ValueError when there are not so many.
 
-    can_shard: several ranks each hold all images and need not. The ranks of this machine that hold their images in
-    host memory hold them side by side.
+    can_shard: several ranks each hold all images and need not.
     """
-    free = free_bytes(device)
-    copies = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
-    together = f" for each of {copies} ranks" if copies > 1 else ""
+    free, ranks = free_bytes(device), copies(device)
+    together = f" for each of {ranks} ranks" if ranks > 1 else ""
     numbers = f"{needed / 1e9:.2f} GB{together} of {free / 1e9:.1f} GB free on {device}"
-    if needed * copies > free:
+    if needed * ranks > free:
         mend = "--resident-shard, " if can_shard else ""
         raise ValueError(
             f"the images of {data} do not fit into memory once they are decoded, {numbers}: use {mend}images of a "

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fastssl.batch import ImageBatch
 from fastssl.loaders.folder_loader import FolderLoader
-from fastssl.loaders.memory import check_room, folder_pixel_bytes
+from fastssl.loaders.memory import check_room
 from fastssl.loaders.order import FULL, Order, count_batches, epoch_order, eval_share
 
 _LOAD_BATCH = 64  # images on their way into place at once
@@ -57,7 +57,7 @@ class ResidentLoader:
             part = (rank, world_size) if self.shard else (0, 1)
             held = eval_share(self.num_images, *part)
             self.start, self.count = int(held[0]), len(held)
-            needed = _pixel_bytes(source, self.start, self.start + self.count)
+            needed = source.pixel_bytes(range(self.start, self.start + self.count))
             self.held = check_room(needed, self.device, os.fspath(data), can_shard=not self.shard and world_size > 1)
             self._load(source, part, needed)
             self.bad_images, self.decoded = source.bad_images, source.decoded
@@ -145,10 +145,3 @@ def _open_source(data: str | os.PathLike, cache: str, options: dict[str, object]
             "installs it"
         ) from error
     return BetonLoader(data, batch_size=1, seed=0, cache=cache, **options)
-
-
-def _pixel_bytes(source: FolderLoader, start: int, stop: int) -> int:
-    """Bytes of images start to stop once they are decoded, by what their headers say."""
-    if isinstance(source, FolderLoader):
-        return folder_pixel_bytes(source.folder, start, stop, source.workers)
-    return source.pixel_bytes(start, stop)
