@@ -10,7 +10,7 @@ from fastssl.bench.compare import compare, differing_machines, judge
 from fastssl.bench.results import Row, read_result, rows
 from fastssl.bench.suite_entries import Sizes, cpu_entries, gpu_entries
 from fastssl.bench.timing import Timing
-from fastssl.bench.verdicts import ADVICE, all_verdict, peers_verdicts, shares, step_verdict
+from fastssl.bench.verdicts import ADVICE, all_verdict, peers_verdicts, shares, step_verdict, verdicts
 
 ENVIRONMENT = {"gpus": [], "threads": 1, "cpu": "Z80", "cpus": 1, "command": ["x.py"], "torch": "2", "commit": "abc",
                "started": "2026-01-02T03"}  # fmt: skip
@@ -28,11 +28,23 @@ def write(path, result: dict) -> str:
 
 
 @pytest.mark.parametrize(
-    "step, loop, loader, expected",
-    [(1.0, 1.04, 0.5, "bound by the step"), (1.0, 3.0, 3.0, "bound by the loader"), (1.0, 1.5, 0.6, "by the cores")],
+    "share, spare, expected",
+    [
+        (0.96, 2.0, "bound by the step: the loop runs at 96% of it"),
+        (0.3, 0.3, "bound by the loader: alone it gives 30%"),
+        (0.7, 1.7, "bound by the cores"),
+        (0.8, 50.0, "bound by the step: the loop runs at 80% of it, though the loader alone takes 2.0%"),
+    ],
 )
-def test_the_verdict_of_all_names_what_is_slow(step, loop, loader, expected):
-    assert expected in all_verdict(step, loop, loader)
+def test_the_verdict_of_all_names_what_is_slow(share, spare, expected):
+    assert expected in all_verdict(share, spare)
+
+
+def test_the_verdicts_of_all_compare_within_rounds():
+    """A machine that slows down from round to round slows the step and the loop alike."""
+    rounds = {"step": [1.0, 2.0, 3.0], "all, folder": [1.25, 2.5, 3.75], "loader alone, folder": [0.5, 1.0, 1.5]}
+    (verdict,) = verdicts("all", loop_result(**rounds))
+    assert "all, folder: bound by the cores" in verdict and "at 80% of it" in verdict and "feed 2.0;" in verdict
 
 
 @pytest.mark.parametrize("slow", ["augmentation", "encoder_q", "loss", "optimiser + EMA + queue"])

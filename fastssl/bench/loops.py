@@ -27,9 +27,9 @@ Loop = Callable[[int], float]
 Step = Callable[[ImageBatch, int], torch.Tensor]
 
 
-def our_loop(config: Config, ranks: Ranks) -> Loop:
+def our_loop(config: Config, ranks: Ranks, trainee: Trainee | None = None) -> Loop:
     """The product's loop: its loader, its training step, one look at the metrics at the end, as at a log line."""
-    return our_loops({"": config}, ranks)[""]
+    return our_loops(config, {"": open_loader(config, ranks)}, ranks, trainee or trainee_of(config, ranks))[""]
 
 
 def trainee_of(config: Config, ranks: Ranks) -> Trainee:
@@ -38,12 +38,10 @@ def trainee_of(config: Config, ranks: Ranks) -> Trainee:
     return compile_and_wrap(config, make_trainee(config, ranks), ranks)
 
 
-def our_loops(configs: dict[str, Config], ranks: Ranks, trainee: Trainee | None = None) -> dict[str, Loop]:
+def our_loops(config: Config, loaders: dict[str, Loader], ranks: Ranks, trainee: Trainee) -> dict[str, Loop]:
     """Loops that differ in where their images come from; one training step, compiled once, serves them all."""
-    loaders = {name: open_loader(config, ranks) for name, config in configs.items()}
-    config, loader = next(iter(configs.values())), next(iter(loaders.values()))
     inputs = InputStream(ranks.device)
-    step = our_step(config, ranks, trainee or trainee_of(config, ranks), loader, inputs)
+    step = our_step(config, ranks, trainee, next(iter(loaders.values())), inputs)
 
     def loop(loader: Loader) -> Loop:
         return lambda steps: time_steps(inputs.draw(loader.batches()), step, steps)
@@ -77,9 +75,8 @@ def host_alone(config: Config, ranks: Ranks, trainee: Trainee) -> Loop:
     return loop
 
 
-def loader_alone(config: Config, ranks: Ranks) -> Loop:
+def loader_alone(loader: Loader) -> Loop:
     """Batches on the device, and nothing done with them."""
-    loader = open_loader(config, ranks)
     return lambda steps: time_steps(loader.batches(), lambda batch, number: batch.pixels[-1], steps)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fastssl import distributed
 from fastssl.bench.classical import classical_loop
-from fastssl.bench.loops import Loop, our_loops, time_loops, trainee_of
+from fastssl.bench.loops import Loop, our_loop, time_loops, trainee_of
 from fastssl.bench.peer_loops import dali_loop, ffcv_loop
 from fastssl.bench.photos import SOURCE, open_data
 from fastssl.bench.step import add_step_flags, as_line, make_config, print_line, save
@@ -33,7 +33,7 @@ def make_loops(args: argparse.Namespace, data: str, beton: str, ranks: Ranks) ->
     trainee = trainee_of(plain, ranks)  # compiled once, for all of ours
 
     def ours(name: str) -> Loop:
-        return our_loops({"": make_config(args, args.arch, data=files[name], loader=name)}, ranks, trainee)[""]
+        return our_loop(make_config(args, args.arch, data=files[name], loader=name), ranks, trainee)
 
     makers: dict[str, Callable[[], Loop]] = {f"ours, {name}": partial(ours, name) for name in args.loader}
     makers |= {

@@ -15,7 +15,7 @@ from statistics import median
 import torch
 
 from fastssl import distributed
-from fastssl.bench.loops import Loop, host_alone, our_loop, our_loops, time_loops, trainee_of
+from fastssl.bench.loops import Loop, host_alone, our_loop, time_loops, trainee_of
 from fastssl.bench.results import loop_rows, show_row
 from fastssl.bench.step_floor import step_floor
 from fastssl.bench.step_parts import PART, step_parts
@@ -105,7 +105,7 @@ def as_line(config: Config, seconds: dict[str, list[float]], steps: int, beside:
 def step_loops(args: argparse.Namespace, arch: str, trainee: Trainee, ranks: distributed.Ranks) -> dict[str, Loop]:
     """The step beside the eager one (unless --no-eager), and its parts."""
     config = make_config(args, arch)
-    loops: dict[str, Loop] = our_loops({"step": config}, ranks, trainee)
+    loops: dict[str, Loop] = {"step": our_loop(config, ranks, trainee)}
     if not args.no_eager:
         loops["eager step"] = our_loop(make_config(args, arch, compile="off", loss_kernel="reference"), ranks)
     if ranks.device.type == "cuda":  # elsewhere the host is the device

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from statistics import median
 
 from fastssl.bench.results import Row, loader_rows, loop_rows, seconds_rows, spread
-from fastssl.bench.timing import summarise, times_faster
+from fastssl.bench.timing import times_faster
 
 BOUND = 0.95  # of the step's rate: above it the loader does not matter
 RAW = "libjpeg-turbo alone"
@@ -64,28 +64,28 @@ def step_verdicts(result: dict[str, object]) -> Iterator[str]:
         yield f"{line['settings']['arch']}: {step_verdict(line)}"
 
 
-def all_verdict(step: float, loop: float, loader: float) -> str:
-    """What binds the whole loop, from seconds a batch of the step, the loop and the loader alone."""
-    share, spare = step / loop, step / loader
+def all_verdict(share: float, spare: float) -> str:
+    """What binds the whole loop: it runs at `share` of the step, and the loader alone at `spare` times the step."""
+    runs = f"the loop runs at {share:.0%} of it"
     if share >= BOUND:
-        return f"bound by the step: the loop runs at {share:.0%} of it, the loader alone could feed {spare:.1f} of them"
+        return f"bound by the step: {runs}, the loader alone could feed {spare:.1f} of them"
     if spare < 1:
-        return (
-            f"bound by the loader: alone it gives {spare:.0%} of what the step takes; convert the images "
-            "(fastssl prep beton), use --loader resident, or more cores"
-        )
-    return (
-        f"bound by the cores: the loop runs at {share:.0%} of the step though the loader alone could feed {spare:.1f}; "
-        "both want the same cores: --loader resident, or images stored smaller (fastssl prep beton)"
-    )
+        mend = "convert the images (fastssl prep beton), use --loader resident, or more cores"
+        return f"bound by the loader: alone it gives {spare:.0%} of what the step takes; {mend}"
+    if spare > 1 / (1 - BOUND):
+        noise = "look again with more --steps, or on a quieter machine"
+        return f"bound by the step: {runs}, though the loader alone takes {1 / spare:.1%} of its time; {noise}"
+    mend = "both want the same cores: --loader resident, or images stored smaller (fastssl prep beton)"
+    return f"bound by the cores beside the step: {runs} though the loader alone could feed {spare:.1f}; {mend}"
 
 
 def all_verdicts(result: dict[str, object]) -> Iterator[str]:
     for line in result["lines"]:
-        seconds = {name: summarise(rounds).median for name, rounds in line["seconds_of_rounds"].items()}
-        for name in [name for name in seconds if name.split(",")[0] == "all"]:
-            loader = seconds[name.replace("all", "loader alone", 1)]
-            yield f"{line['settings']['arch']}, {name}: {all_verdict(seconds['step'], seconds[name], loader)}"
+        rounds = line["seconds_of_rounds"]
+        for name in [name for name in rounds if name.startswith("all, ")]:
+            loops = (name, name.replace("all", "loader alone", 1))
+            share, spare = (times_faster(rounds, loop, "step").median for loop in loops)
+            yield f"{line['settings']['arch']}, {name}: {all_verdict(share, spare)}"
         if line.get("parts"):
             yield f"{line['settings']['arch']}, its step: {step_verdict(line)}"
 

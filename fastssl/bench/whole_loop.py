@@ -18,6 +18,7 @@ from fastssl.bench.loops import loader_alone, our_loops, time_loops, trainee_of
 from fastssl.bench.photos import SOURCE, open_data
 from fastssl.bench.step import add_step_flags, as_line, look_inside, make_config, print_line, save, step_loops
 from fastssl.bench.timing import while_time_lasts
+from fastssl.build import open_loader
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.distributed import Ranks
 
@@ -51,17 +52,17 @@ def compare(args: argparse.Namespace, arch: str, data: str, beton: str, ranks: R
     """All loops of one architecture, as a line of the JSON."""
     where = {name: data if name in ("auto", "folder") else beton for name in args.loader}
     config = make_config(args, arch)
-    configs = {name: make_config(args, arch, data=path, loader=name) for name, path in where.items()}
-    mark = {name: f", {name}" if len(configs) > 1 else "" for name in configs}
+    opened = [open_loader(make_config(args, arch, data=path, loader=name), ranks) for name, path in where.items()]
+    loaders = {loader.name: loader for loader in opened}  # auto says which it is
     trainee = trainee_of(config, ranks)
     loops = step_loops(args, arch, trainee, ranks)
-    loops |= our_loops({f"all{mark[name]}": config for name, config in configs.items()}, ranks, trainee)
-    loops |= {f"loader alone{mark[name]}": loader_alone(config, ranks) for name, config in configs.items()}
+    loops |= our_loops(config, {f"all, {name}": loader for name, loader in loaders.items()}, ranks, trainee)
+    loops |= {f"loader alone, {name}": loader_alone(loader) for name, loader in loaders.items()}
     if not args.no_classical:
         for name, amp in (("classical", False), ("classical, AMP", True)):
             loops[name] = classical_loop(data, config, ranks, args.workers, amp)
     seconds = time_loops(loops, args.steps, args.rounds)
     beside = "classical" if not args.no_classical else "step" if args.no_eager else "eager step"
     line = as_line(config, seconds, args.steps, beside)
-    line |= {"loaders": args.loader, "images": args.data or SOURCE}
+    line |= {"loaders": {name: loader.reason for name, loader in loaders.items()}, "images": args.data or SOURCE}
     return line | look_inside(args, config, ranks, trainee)
