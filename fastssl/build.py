@@ -23,6 +23,7 @@ from fastssl.losses import choose_kernel
 from fastssl.moco import MoCo
 from fastssl.models.batchnorm import convert_sync_batchnorm, split_batchnorm
 from fastssl.models.encoders import make_encoder
+from fastssl.models.patch_conv import use_patch_products
 from fastssl.optim import make_optimizer, supports_scaler_without_sync
 from fastssl.plan import DTYPES, Plan, choose_precision, explain_precision, rank_batch_size
 
@@ -86,10 +87,11 @@ class Trainee(NamedTuple):
 def make_trainee(config: Config, ranks: Ranks) -> Trainee:
     """Fresh state on the device, the same on every rank: weights are a function of the seed."""
     t, m, o = config.train, config.model, config.optim
-    if ranks.device.type == "cpu":
-        keep_freed_memory()
     torch.manual_seed(t.seed)
     encoder = make_encoder(m.arch, head=m.head, dim=m.dim, stem=m.stem)
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
+        use_patch_products(encoder)
     if m.bn_splits > 1:
         split_batchnorm(encoder, m.bn_splits)
     if m.sync_bn:

@@ -24,6 +24,7 @@ from fastssl.bench.timing import while_time_lasts
 from fastssl.build import Trainee
 from fastssl.config import Config, flat, replace
 from fastssl.environment import environment
+from fastssl.models.patch_conv import use_plain_convolutions
 
 ARCHS = ("resnet18", "mobilenetv3_small", "mobilenetv3_large", "efficientnet_b0", "deit_tiny", "resnet50")
 COMPILE = ("auto", "on", "graphs", "off")
@@ -107,7 +108,9 @@ def step_loops(args: argparse.Namespace, arch: str, trainee: Trainee, ranks: dis
     config = make_config(args, arch)
     loops: dict[str, Loop] = {"step": our_loop(config, ranks, trainee)}
     if not args.no_eager:
-        loops["eager step"] = our_loop(make_config(args, arch, compile="off", loss_kernel="reference"), ranks)
+        plain = make_config(args, arch, compile="off", loss_kernel="reference")
+        use_plain_convolutions((plain_trainee := trainee_of(plain, ranks)).moco)
+        loops["eager step"] = our_loop(plain, ranks, plain_trainee)
     if ranks.device.type == "cuda":  # elsewhere the host is the device
         loops[HOST] = host_alone(config, ranks, trainee)
     return loops | step_parts(config, trainee, ranks)

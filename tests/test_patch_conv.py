@@ -1,0 +1,103 @@
+"""Convolutions as products of patches: what nn.Conv2d computes, with its gradients, where they replace it."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastssl.build import make_trainee
+from fastssl.config import Config, replace
+from fastssl.distributed import Ranks
+from fastssl.models.encoders import make_encoder
+from fastssl.models.patch_conv import PatchConv2d, _PatchProduct, use_patch_products, use_plain_convolutions
+
+NHWC = torch.channels_last
+
+
+def make_pair(stride=1, bias=False, dtype=torch.float64):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(6, 5, 3, stride=stride, padding=1, bias=bias).to(dtype)
+    patched = copy.deepcopy(plain)
+    use_patch_products(patched)
+    assert type(patched) is PatchConv2d
+    return plain, patched
+
+
+def run(conv, images, grad):
+    images = images.clone().requires_grad_()
+    maps = conv(images)
+    maps.backward(grad(maps))
+    gradients = [p.grad for p in conv.parameters()]
+    conv.zero_grad()
+    return [maps.detach(), images.grad, *gradients]
+
+
+@pytest.mark.parametrize("layout", [NHWC, torch.contiguous_format])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("stride, height", [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3), (2, 4), (2, 5)])
+def test_it_is_the_convolution(stride, height, bias, layout):
+    plain, patched = make_pair(stride, bias)
+    for batch in (1, 7):
+        images = torch.randn(batch, 6, height, height, dtype=torch.float64).contiguous(memory_format=layout)
+        for expected, found in zip(run(plain, images, torch.cos), run(patched, images, torch.cos)):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_only_small_square_maps_take_products(monkeypatch):
+    plain, patched = make_pair()
+    monkeypatch.setattr(_PatchProduct, "apply", None)
+    for height, width in ((3, 3), (2, 3), (1, 2)):
+        images = torch.randn(2, 6, height, width, dtype=torch.float64)
+        assert torch.equal(patched(images), plain(images))
+
+
+def test_gradients_are_the_derivatives():
+    images = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(_PatchProduct.apply, (images, weight, 2))
+
+
+@pytest.mark.parametrize("height", [1, 2])
+def test_in_bf16_it_is_as_exact_as_the_convolution(height):
+    plain, patched = make_pair(dtype=torch.float32)
+    images = torch.randn(64, 6, height, height)
+    exact = run(copy.deepcopy(plain).double(), images.double(), torch.sign)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        errors = [
+            [((a - b).norm() / b.norm()).item() for a, b in zip(run(conv, images, torch.sign), exact)]
+            for conv in (plain, patched)
+        ]
+        assert patched(images).dtype == torch.bfloat16
+    for ours, theirs in zip(errors[1], errors[0]):
+        assert ours < 1.5 * theirs + 1e-4
+
+
+def test_a_layer_without_gradients_gets_none():
+    patched = make_pair()[1].requires_grad_(False)
+    assert not patched(torch.randn(1, 6, 2, 2, dtype=torch.float64)).requires_grad
+
+
+def test_which_layers_change_and_that_their_names_do_not():
+    odd = nn.Sequential(
+        nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, padding=2, dilation=2),
+        nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.Conv2d(4, 4, 3, padding="same"),
+    )  # fmt: skip
+    use_patch_products(odd)
+    assert {type(conv) for conv in odd} == {nn.Conv2d}
+    encoder = make_encoder("resnet18", dim=8)
+    names = list(encoder.state_dict())
+    use_patch_products(encoder)
+    assert sum(type(m) is PatchConv2d for m in encoder.modules()) == 16 and list(encoder.state_dict()) == names
+    use_plain_convolutions(encoder)
+    assert not any(type(m) is PatchConv2d for m in encoder.modules())
+
+
+def test_training_on_a_cpu_uses_them_and_compilers_do_not():
+    config = replace(Config(), arch="resnet18", image_size=32, batch_size=4, queue_size=16, dim=8, device="cpu")
+    moco = make_trainee(config, Ranks(0, 1, 1, torch.device("cpu"))).moco
+    for encoder in (moco.encoder_q, moco.encoder_k):
+        assert type(encoder.backbone.layer4[1].conv2) is PatchConv2d
+    torch.compiler.reset()
+    z = torch.compile(moco.encoder_q, backend="eager", fullgraph=True)(torch.randn(4, 3, 64, 64))
+    assert z.shape == (4, 8)
