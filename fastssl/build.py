@@ -22,8 +22,8 @@ from fastssl.loaders.memory import is_small
 from fastssl.losses import choose_kernel
 from fastssl.moco import MoCo
 from fastssl.models.batchnorm import convert_sync_batchnorm, split_batchnorm
+from fastssl.models.cpu_conv import use_cpu_convolutions
 from fastssl.models.encoders import make_encoder
-from fastssl.models.patch_conv import use_patch_products
 from fastssl.optim import make_optimizer, supports_scaler_without_sync
 from fastssl.plan import DTYPES, Plan, choose_precision, explain_precision, rank_batch_size
 
@@ -91,7 +91,7 @@ def make_trainee(config: Config, ranks: Ranks) -> Trainee:
     encoder = make_encoder(m.arch, head=m.head, dim=m.dim, stem=m.stem)
     if ranks.device.type == "cpu":
         keep_freed_memory()
-        use_patch_products(encoder)
+        use_cpu_convolutions(encoder)
     if m.bn_splits > 1:
         split_batchnorm(encoder, m.bn_splits)
     if m.sync_bn:

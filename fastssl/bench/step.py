@@ -24,7 +24,7 @@ from fastssl.bench.timing import while_time_lasts
 from fastssl.build import Trainee
 from fastssl.config import Config, flat, replace
 from fastssl.environment import environment
-from fastssl.models.patch_conv import use_plain_convolutions
+from fastssl.models.cpu_conv import use_plain_convolutions
 
 ARCHS = ("resnet18", "mobilenetv3_small", "mobilenetv3_large", "efficientnet_b0", "deit_tiny", "resnet50")
 COMPILE = ("auto", "on", "graphs", "off")

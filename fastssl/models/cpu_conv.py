@@ -1,8 +1,10 @@
-"""3x3 convolutions that give maps of at most 2 x 2, as products of patches: a CPU's library takes longer for them.
+"""Convolutions that a CPU's library (oneDNN) is slow at, computed in other ways; weights keep their names.
 
-They are the last stage of a ResNet at 64 pixels, which holds two thirds of its weights; there oneDNN needs twice the
-time for the gradient of the weights. Tensors are NHWC inside; N images, H rows of the input, O of the output, C
-channels in, D channels out.
+- 3x3 convolutions that give maps of at most 2 x 2 are products of patches: oneDNN needs twice the time for the gradient
+  of their weights. They are the last stage of a ResNet at 64 pixels, which holds two thirds of its weights.
+- Depthwise convolutions are float32 under autocast: their gradients take oneDNN up to 200 times as long in bf16.
+
+Tensors are NHWC inside; N images, H rows of the input, O of the output, C channels in, D channels out.
 """
 
 from __future__ import annotations
@@ -12,6 +14,37 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 _LARGEST = 2  # height and width of the output: larger maps oneDNN multiplies as fast
+
+
+def use_cpu_convolutions(module: nn.Module) -> None:
+    """Gives every convolution of `module` that is one of these its other way, in place."""
+    for conv in module.modules():
+        if type(conv) is nn.Conv2d and _is_of_patches(conv):
+            conv.__class__ = PatchConv2d
+        elif type(conv) is nn.Conv2d and 1 < conv.groups == conv.in_channels:
+            conv.__class__ = DepthwiseConv2d
+
+
+def use_plain_convolutions(module: nn.Module) -> None:
+    """Undoes `use_cpu_convolutions`."""
+    for conv in module.modules():
+        if type(conv) in (PatchConv2d, DepthwiseConv2d):
+            conv.__class__ = nn.Conv2d
+
+
+def _is_of_patches(conv: nn.Conv2d) -> bool:
+    shape = (conv.kernel_size, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    return shape == ((3, 3), (1, 1), (1, 1), 1, "zeros") and conv.stride in ((1, 1), (2, 2))
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """nn.Conv2d of one channel a group: under autocast its output has autocast's dtype, rounded from float32."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return super().forward(images)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(images.float()).to(torch.get_autocast_dtype("cpu"))
 
 
 class PatchConv2d(nn.Conv2d):
@@ -24,25 +57,6 @@ class PatchConv2d(nn.Conv2d):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else images.dtype
         maps = _PatchProduct.apply(images.to(dtype), self.weight.to(dtype), self.stride[0])
         return maps if self.bias is None else maps + self.bias.to(dtype)[:, None, None]
-
-
-def use_patch_products(module: nn.Module) -> None:
-    """Turns every convolution of `module` that can be one into a PatchConv2d, in place; weights keep their names."""
-    for conv in module.modules():
-        if type(conv) is nn.Conv2d and _is_of_patches(conv):
-            conv.__class__ = PatchConv2d
-
-
-def use_plain_convolutions(module: nn.Module) -> None:
-    """Undoes `use_patch_products`."""
-    for conv in module.modules():
-        if type(conv) is PatchConv2d:
-            conv.__class__ = nn.Conv2d
-
-
-def _is_of_patches(conv: nn.Conv2d) -> bool:
-    shape = (conv.kernel_size, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
-    return shape == ((3, 3), (1, 1), (1, 1), 1, "zeros") and conv.stride in ((1, 1), (2, 2))
 
 
 class _PatchProduct(torch.autograd.Function):

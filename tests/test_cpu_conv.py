@@ -1,4 +1,4 @@
-"""Convolutions as products of patches: what nn.Conv2d computes, with its gradients, where they replace it."""
+"""Convolutions computed in other ways on a CPU: what nn.Conv2d computes, with its gradients, where they replace it."""
 
 import copy
 
@@ -9,9 +9,16 @@ from torch import nn
 from fastssl.build import make_trainee
 from fastssl.config import Config, replace
 from fastssl.distributed import Ranks
+from fastssl.models.cpu_conv import (
+    DepthwiseConv2d,
+    PatchConv2d,
+    _PatchProduct,
+    use_cpu_convolutions,
+    use_plain_convolutions,
+)
 from fastssl.models.encoders import make_encoder
-from fastssl.models.patch_conv import PatchConv2d, _PatchProduct, use_patch_products, use_plain_convolutions
 
+CPU = Ranks(0, 1, 1, torch.device("cpu"))
 NHWC = torch.channels_last
 
 
@@ -19,7 +26,7 @@ def make_pair(stride=1, bias=False, dtype=torch.float64):
     torch.manual_seed(0)
     plain = nn.Conv2d(6, 5, 3, stride=stride, padding=1, bias=bias).to(dtype)
     patched = copy.deepcopy(plain)
-    use_patch_products(patched)
+    use_cpu_convolutions(patched)
     assert type(patched) is PatchConv2d
     return plain, patched
 
@@ -73,21 +80,45 @@ def test_in_bf16_it_is_as_exact_as_the_convolution(height):
         assert ours < 1.5 * theirs + 1e-4
 
 
+@pytest.mark.parametrize("kernel, stride, height", [(3, 1, 7), (3, 2, 8), (5, 2, 4), (5, 1, 2)])
+def test_depthwise_convolutions_are_float32_under_autocast(kernel, stride, height):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(12, 12, kernel, stride=stride, padding=kernel // 2, groups=12)
+    patched = copy.deepcopy(plain)
+    use_cpu_convolutions(patched)
+    images = torch.randn(4, 12, height, height).bfloat16()
+    assert type(patched) is DepthwiseConv2d and torch.equal(patched(images.float()), plain(images.float()))
+    expected = run(plain, images.float(), lambda maps: torch.ones_like(maps))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run(patched, images, lambda maps: torch.ones_like(maps))
+    assert [t.dtype for t in found] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+    for ours, exact in zip(found, expected):
+        assert torch.equal(ours, exact.to(ours.dtype))  # one rounding of what float32 gives
+
+
 def test_a_layer_without_gradients_gets_none():
     patched = make_pair()[1].requires_grad_(False)
     assert not patched(torch.randn(1, 6, 2, 2, dtype=torch.float64)).requires_grad
 
 
 def test_which_layers_change_and_that_their_names_do_not():
-    odd = nn.Sequential(
-        nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, padding=2, dilation=2),
-        nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.Conv2d(4, 4, 3, padding="same"),
-    )  # fmt: skip
-    use_patch_products(odd)
+    odd = [
+        dict(kernel_size=3),
+        dict(kernel_size=1),
+        dict(kernel_size=3, padding="same"),
+        dict(kernel_size=3, padding=1, groups=2),
+        dict(kernel_size=3, padding=2, dilation=2),
+        dict(kernel_size=3, padding=1, padding_mode="reflect"),
+    ]
+    odd = nn.Sequential(nn.Conv2d(1, 1, 3), *(nn.Conv2d(4, 4, **options) for options in odd))
+    use_cpu_convolutions(odd)
     assert {type(conv) for conv in odd} == {nn.Conv2d}
+    small = make_encoder("mobilenetv3_small", dim=8)
+    use_cpu_convolutions(small)
+    assert sum(type(m) is DepthwiseConv2d for m in small.modules()) == 11
     encoder = make_encoder("resnet18", dim=8)
     names = list(encoder.state_dict())
-    use_patch_products(encoder)
+    use_cpu_convolutions(encoder)
     assert sum(type(m) is PatchConv2d for m in encoder.modules()) == 16 and list(encoder.state_dict()) == names
     use_plain_convolutions(encoder)
     assert not any(type(m) is PatchConv2d for m in encoder.modules())
@@ -95,9 +126,14 @@ def test_which_layers_change_and_that_their_names_do_not():
 
 def test_training_on_a_cpu_uses_them_and_compilers_do_not():
     config = replace(Config(), arch="resnet18", image_size=32, batch_size=4, queue_size=16, dim=8, device="cpu")
-    moco = make_trainee(config, Ranks(0, 1, 1, torch.device("cpu"))).moco
+    moco = make_trainee(config, CPU).moco
     for encoder in (moco.encoder_q, moco.encoder_k):
         assert type(encoder.backbone.layer4[1].conv2) is PatchConv2d
     torch.compiler.reset()
-    z = torch.compile(moco.encoder_q, backend="eager", fullgraph=True)(torch.randn(4, 3, 64, 64))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = torch.compile(moco.encoder_q, backend="eager", fullgraph=True)(torch.randn(4, 3, 64, 64))
     assert z.shape == (4, 8)
+    small = make_trainee(replace(config, arch="mobilenetv3_small"), CPU).moco.encoder_q
+    assert any(type(m) is DepthwiseConv2d for m in small.modules())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.compile(small, backend="eager", fullgraph=True)(torch.randn(4, 3, 64, 64)).shape == (4, 8)
