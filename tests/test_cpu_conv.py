@@ -10,9 +10,9 @@ from fastssl.build import make_trainee
 from fastssl.config import Config, replace
 from fastssl.distributed import Ranks
 from fastssl.models.cpu_conv import (
-    DepthwiseConv2d,
     PatchConv2d,
     _PatchProduct,
+    in_float32,
     use_cpu_convolutions,
     use_plain_convolutions,
 )
@@ -20,6 +20,7 @@ from fastssl.models.encoders import make_encoder
 
 CPU = Ranks(0, 1, 1, torch.device("cpu"))
 NHWC = torch.channels_last
+DEPTHWISE = in_float32(nn.Conv2d)
 
 
 def make_pair(stride=1, bias=False, dtype=torch.float64):
@@ -87,7 +88,7 @@ def test_depthwise_convolutions_are_float32_under_autocast(kernel, stride, heigh
     patched = copy.deepcopy(plain)
     use_cpu_convolutions(patched)
     images = torch.randn(4, 12, height, height).bfloat16()
-    assert type(patched) is DepthwiseConv2d and torch.equal(patched(images.float()), plain(images.float()))
+    assert type(patched) is DEPTHWISE and torch.equal(patched(images.float()), plain(images.float()))
     expected = run(plain, images.float(), lambda maps: torch.ones_like(maps))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = run(patched, images, lambda maps: torch.ones_like(maps))
@@ -115,13 +116,31 @@ def test_which_layers_change_and_that_their_names_do_not():
     assert {type(conv) for conv in odd} == {nn.Conv2d}
     small = make_encoder("mobilenetv3_small", dim=8)
     use_cpu_convolutions(small)
-    assert sum(type(m) is DepthwiseConv2d for m in small.modules()) == 11
+    assert sum(type(m) is DEPTHWISE for m in small.modules()) == 11
+    use_cpu_convolutions(small)  # again: nothing is left to do
+    assert sum(type(m) is DEPTHWISE for m in small.modules()) == 11
     encoder = make_encoder("resnet18", dim=8)
     names = list(encoder.state_dict())
     use_cpu_convolutions(encoder)
     assert sum(type(m) is PatchConv2d for m in encoder.modules()) == 16 and list(encoder.state_dict()) == names
     use_plain_convolutions(encoder)
     assert not any(type(m) is PatchConv2d for m in encoder.modules())
+
+
+@pytest.mark.parametrize("arch", ["efficientnet_b0", "tf_efficientnet_b0"])  # whose convolutions pad in their own way
+def test_kinds_of_convolutions_keep_their_own_forward(arch):
+    torch.manual_seed(0)
+    plain = make_encoder(arch, dim=8).eval()
+    patched = copy.deepcopy(plain)
+    use_cpu_convolutions(patched)
+    kinds = {type(m).__bases__[-1] for m in patched.modules() if type(m).__name__.startswith("Float32")}
+    assert kinds and kinds != {nn.Conv2d}
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(patched(images), plain(images))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(patched(images), plain(images), rtol=0.1, atol=0.02)
+    use_plain_convolutions(patched)
+    assert [type(m) for m in patched.modules()] == [type(m) for m in plain.modules()]
 
 
 def test_training_on_a_cpu_uses_them_and_compilers_do_not():
@@ -134,6 +153,6 @@ def test_training_on_a_cpu_uses_them_and_compilers_do_not():
         z = torch.compile(moco.encoder_q, backend="eager", fullgraph=True)(torch.randn(4, 3, 64, 64))
     assert z.shape == (4, 8)
     small = make_trainee(replace(config, arch="mobilenetv3_small"), CPU).moco.encoder_q
-    assert any(type(m) is DepthwiseConv2d for m in small.modules())
+    assert any(type(m) is DEPTHWISE for m in small.modules())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.compile(small, backend="eager", fullgraph=True)(torch.randn(4, 3, 64, 64)).shape == (4, 8)

@@ -9,6 +9,8 @@ Tensors are NHWC inside; N images, H rows of the input, O of the output, C chann
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -19,17 +21,17 @@ _LARGEST = 2  # height and width of the output: larger maps oneDNN multiplies as
 def use_cpu_convolutions(module: nn.Module) -> None:
     """Gives every convolution of `module` that is one of these its other way, in place."""
     for conv in module.modules():
-        if type(conv) is nn.Conv2d and _is_of_patches(conv):
+        if isinstance(conv, nn.Conv2d) and 1 < conv.groups == conv.in_channels and not isinstance(conv, _InFloat32):
+            conv.__class__ = in_float32(type(conv))
+        elif type(conv) is nn.Conv2d and _is_of_patches(conv):
             conv.__class__ = PatchConv2d
-        elif type(conv) is nn.Conv2d and 1 < conv.groups == conv.in_channels:
-            conv.__class__ = DepthwiseConv2d
 
 
 def use_plain_convolutions(module: nn.Module) -> None:
     """Undoes `use_cpu_convolutions`."""
     for conv in module.modules():
-        if type(conv) in (PatchConv2d, DepthwiseConv2d):
-            conv.__class__ = nn.Conv2d
+        if isinstance(conv, (PatchConv2d, _InFloat32)):
+            conv.__class__ = type(conv).__bases__[-1]
 
 
 def _is_of_patches(conv: nn.Conv2d) -> bool:
@@ -37,14 +39,20 @@ def _is_of_patches(conv: nn.Conv2d) -> bool:
     return shape == ((3, 3), (1, 1), (1, 1), 1, "zeros") and conv.stride in ((1, 1), (2, 2))
 
 
-class DepthwiseConv2d(nn.Conv2d):
-    """nn.Conv2d of one channel a group: under autocast its output has autocast's dtype, rounded from float32."""
+class _InFloat32:
+    """A forward that under autocast computes in float32, and gives autocast's dtype."""
 
     def forward(self, images: Tensor) -> Tensor:
         if not torch.is_autocast_enabled("cpu"):
             return super().forward(images)
         with torch.autocast("cpu", enabled=False):
             return super().forward(images.float()).to(torch.get_autocast_dtype("cpu"))
+
+
+@cache
+def in_float32(base: type[nn.Conv2d]) -> type[nn.Conv2d]:
+    """`base`, nn.Conv2d or a kind of it that pads in its own way, computing in float32 under autocast."""
+    return type(f"Float32{base.__name__}", (_InFloat32, base), {})
 
 
 class PatchConv2d(nn.Conv2d):
