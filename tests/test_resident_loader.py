@@ -160,6 +160,8 @@ def test_small_is_a_part_of_the_memory_that_is_free_for_each_rank(data, monkeypa
     assert memory.is_small(source, torch.device("cpu"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert not memory.is_small(source, torch.device("cpu"))
+    monkeypatch.setattr(memory, "free_bytes", lambda _: os.stat(data / "proc" / "meminfo"))
+    assert not memory.is_small(source, torch.device("cpu"))  # where the system does not tell
 
 
 def test_too_many_bytes_are_refused_before_anything_is_decoded(data, monkeypatch):

@@ -1,7 +1,8 @@
 """`bench_throughput.py step`: the real training step, on bytes that lie on the device, for each architecture.
 
-Beside it the same step without what we add to plain PyTorch (eager encoders, the loss with its N x K matrix), the
-parts of the step, each run by itself, and the floor of its arithmetic and memory traffic.
+Beside it the same step without what we add to plain PyTorch (eager encoders, on a CPU with its library's convolutions
+only, the loss with its N x K matrix), the parts of the step, each run by itself, and the floor of its arithmetic and
+memory traffic.
 """
 
 from __future__ import annotations
@@ -108,9 +109,10 @@ def step_loops(args: argparse.Namespace, arch: str, trainee: Trainee, ranks: dis
     config = make_config(args, arch)
     loops: dict[str, Loop] = {"step": our_loop(config, ranks, trainee)}
     if not args.no_eager:
-        plain = make_config(args, arch, compile="off", loss_kernel="reference")
-        use_plain_convolutions((plain_trainee := trainee_of(plain, ranks)).moco)
-        loops["eager step"] = our_loop(plain, ranks, plain_trainee)
+        eager = make_config(args, arch, compile="off", loss_kernel="reference")
+        plain = trainee_of(eager, ranks)
+        use_plain_convolutions(plain.moco)
+        loops["eager step"] = our_loop(eager, ranks, plain)
     if ranks.device.type == "cuda":  # elsewhere the host is the device
         loops[HOST] = host_alone(config, ranks, trainee)
     return loops | step_parts(config, trainee, ranks)

@@ -91,12 +91,6 @@ def gpu_entries(sizes: Sizes, data: str, beton: str) -> list[Entry]:
     loaders = ["--loader", "resident", "beton", "--no-classical"]
     peers = Entry("peers", "peers", [data, "--beton", beton, *flags], 60)
     loss, augment, loader = shared_entries(sizes, data, beton, {"loss": 40, "augment": 20, "loader": 40})
-    loops = [
-        "--arch",
-        *sizes.archs,
-        *files,
-        *flags,
-        *loaders,
-        "--profile",
-    ]  # one process: starting it takes longer than measuring
+    # one process for all encoders: starting it takes longer than measuring
+    loops = ["--arch", *sizes.archs, *files, *flags, *loaders, "--profile"]
     return [loss, augment, peers, loader, Entry("all", "all", loops, 180, rest=90)]

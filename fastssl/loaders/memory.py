@@ -26,9 +26,13 @@ _LOOKED_AT = 256  # images whose sizes tell those of all
 def is_small(source: FolderLoader | BetonLoader, device: torch.device) -> bool:
     """Whether the images, once decoded, take little memory of each rank, by the sizes of some."""
     part, most = SMALL
+    try:
+        room = part * free_bytes(device) / copies(device)
+    except OSError:  # a system that does not tell
+        return False
     some = np.unique(np.linspace(0, source.num_images - 1, _LOOKED_AT).astype(np.int64))
     needed = source.pixel_bytes(some) / len(some) * source.num_images
-    return needed <= min(most, part * free_bytes(device) / copies(device))
+    return needed <= min(most, room)
 
 
 def copies(device: torch.device) -> int:
