@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.augment.choose import choose_augment_kernel
 from fastssl.augment.policy import CROP_PAIRS, Policy, make_policy, parse_settings
-from fastssl.config import Config
+from fastssl.config import Config, DataConfig
 from fastssl.distributed import Ranks
 from fastssl.faster_sgd import choose_sgd
 from fastssl.host_memory import keep_freed_memory
@@ -32,12 +32,12 @@ def open_loader(config: Config, ranks: Ranks) -> Loader:
     """This rank's loader. --loader auto decodes what is small once and holds it, unless it is told how to read."""
     d = config.input
     loader = make_config_loader(config, d.loader, ranks)
-    told_how = (d.shuffle, d.read_ahead, d.beton_cache) != ("full", None, "page")
+    told_how = any(getattr(d, name) != getattr(DataConfig(), name) for name in ("shuffle", "read_ahead", "beton_cache"))
     if d.loader != "auto" or told_how or loader.name not in ("folder", "beton") or not is_small(loader, ranks.device):
         return loader
     loader.close()
     held = make_config_loader(config, "resident", ranks)
-    held.reason = held.reason.replace("asked for", f"{loader.reason} and small")
+    held.reason = f"{loader.reason} and small; holds {held.held}"
     return held
 
 

@@ -16,7 +16,7 @@ def environment() -> dict[str, object]:
     """The machine and the software of this process, as plain values."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "command": sys.argv,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],  # where the program lies is this machine's affair
         "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -52,8 +52,10 @@ def compare(args: argparse.Namespace, arch: str, data: str, beton: str, ranks: R
     """All loops of one architecture, as a line of the JSON."""
     where = {name: data if name in ("auto", "folder") else beton for name in args.loader}
     config = make_config(args, arch)
-    opened = [open_loader(make_config(args, arch, data=path, loader=name), ranks) for name, path in where.items()]
-    loaders = {loader.name: loader for loader in opened}  # auto says which it is
+    loaders = {}
+    for name, path in where.items():
+        loader = open_loader(make_config(args, arch, data=path, loader=name), ranks)
+        loaders[name if name == loader.name else f"{name} ({loader.name})"] = loader
     trainee = trainee_of(config, ranks)
     loops = step_loops(args, arch, trainee, ranks)
     loops |= our_loops(config, {f"all, {name}": loader for name, loader in loaders.items()}, ranks, trainee)
