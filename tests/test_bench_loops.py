@@ -78,10 +78,12 @@ def test_the_host_alone_is_timed_step_by_step():
 def test_whole_loop_over_a_folder_and_a_beton(tmp_path, capsys, make_image_folder):
     data = make_image_folder(tmp_path / "images", {"train": 8})
     output = tmp_path / "all.json"
-    flags = ["--data", str(data), *TINY, "--workers", "0", "--loader", "folder", "resident", "--output", str(output)]
+    asked = ["folder", "resident", "auto"]
+    flags = ["--data", str(data), *TINY, "--workers", "0", "--loader", *asked, "--output", str(output)]
     assert main(["all", *flags]) == 0
     line = json.loads(output.read_text())["lines"][0]
-    ours = {"step", "eager step", "all, folder", "all, resident", "loader alone, folder", "loader alone, resident"}
+    found = ("folder", "resident", "auto (resident)")
+    ours = {"step", "eager step", *(f"{what}, {name}" for what in ("all", "loader alone") for name in found)}
     assert set(line["seconds_of_rounds"]) == ours | {"classical", "classical, AMP"}
     text = capsys.readouterr().out
     assert "verdict: resnet18, all, folder: bound by" in text and "verdict: resnet18, all, resident: bound by" in text

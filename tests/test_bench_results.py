@@ -11,6 +11,7 @@ from fastssl.bench.results import Row, read_result, rows
 from fastssl.bench.suite_entries import Sizes, cpu_entries, gpu_entries
 from fastssl.bench.timing import Timing
 from fastssl.bench.verdicts import ADVICE, all_verdict, peers_verdicts, shares, step_verdict, verdicts
+from fastssl.environment import environment
 
 ENVIRONMENT = {"gpus": [], "threads": 1, "cpu": "Z80", "cpus": 1, "command": ["x.py"], "torch": "2", "commit": "abc",
                "started": "2026-01-02T03"}  # fmt: skip
@@ -181,6 +182,11 @@ def test_the_gpu_suite_runs_at_its_smallest_sizes(tmp_path, capsys):
     assert any("bound by" in sentence for sentence in lines[0]["found"])
     assert "eager step" in (tmp_path / "all-gpu-tiny.md").read_text()
     assert "bound by" in capsys.readouterr().out
+
+
+def test_a_result_tells_the_command_and_not_where_the_program_lies(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/bench_throughput.py", "step", "--output", "out/step.json"])
+    assert environment()["command"] == ["bench_throughput.py", "step", "--output", "out/step.json"]
 
 
 def test_the_gpu_suite_asks_for_a_gpu(monkeypatch, capsys):
