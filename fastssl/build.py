@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.augment.choose import choose_augment_kernel
 from fastssl.augment.policy import CROP_PAIRS, Policy, make_policy, parse_settings
+from fastssl.compile_encoders import HOW_NAMES, compile_encoders
 from fastssl.config import Config, DataConfig
 from fastssl.distributed import Ranks
 from fastssl.faster_sgd import choose_sgd
@@ -82,6 +83,8 @@ class Trainee(NamedTuple):
     scaler: torch.amp.GradScaler  # does nothing unless the precision is fp16
     why_layout: str = "asked for"  # of the memory format of moco's weights
     why_optimizer: str = "torch's"  # whose it is
+    compiled: str = "off"  # how the encoders are: off, on or graphs
+    why_compiled: str = "asked for"
 
 
 def make_trainee(config: Config, ranks: Ranks) -> Trainee:
@@ -117,19 +120,15 @@ def choose_queue_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 def compile_and_wrap(config: Config, trainee: Trainee, ranks: Ranks) -> Trainee:
-    """Compiles the encoders in place, so that weights keep their names, and wraps encoder_q in DDP.
+    """Compiles the encoders in place and wraps encoder_q in DDP.
 
     The key encoder, the queue and batch norm's buffers stay outside DDP: it would overwrite them with rank 0's.
     """
-    moco, how, cuda = trainee.moco, config.train.compile, ranks.device.type == "cuda"
-    if how == "graphs" and not cuda:
-        raise ValueError("--compile graphs replays CUDA graphs, and this run is on a CPU: take --compile on")
-    if how in ("on", "graphs") or (how == "auto" and cuda):
-        for encoder in (moco.encoder_q, moco.encoder_k):
-            encoder.compile(mode="reduce-overhead" if how == "graphs" else "default")
+    how, why = compile_encoders(config, trainee.moco, ranks)
+    trainee = trainee._replace(compiled=how, why_compiled=why)
     if ranks.world_size == 1:
         return trainee
-    return trainee._replace(encoder_q=wrap_ddp(moco.encoder_q, ranks.device, config.train.deterministic))
+    return trainee._replace(encoder_q=wrap_ddp(trainee.moco.encoder_q, ranks.device, config.train.deterministic))
 
 
 def wrap_ddp(module: nn.Module, device: torch.device, deterministic: bool = False) -> DistributedDataParallel:
@@ -169,5 +168,6 @@ def describe(config: Config, plan: Plan, loader: Loader, trainee: Trainee, ranks
         f"{plan.steps_per_epoch} steps an epoch, {plan.stop} in all",
         f"{ranks.world_size} x {ranks.device.type}, {precision} ({why_precision}), "
         f"{LAYOUT_NAMES[trainee.moco.memory_format]} ({trainee.why_layout}), "
+        f"encoders {HOW_NAMES[trainee.compiled]} ({trainee.why_compiled})",
         f"losses by {kernel} ({why}), views by {views} ({why_views}), {config.optim.optimizer} {trainee.why_optimizer}",
     ]

@@ -159,7 +159,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the encoders, with fp32 weights and losses; auto: bf16 on a GPU or CPU that has it, fp16 on an older GPU."""
     compile: Literal["auto", "on", "graphs", "off"] = "auto"
-    """torch.compile of the encoders (--compile, --no-compile); graphs: as CUDA graphs; auto: on, on a GPU."""
+    """torch.compile of the encoders (--compile, --no-compile); graphs: as CUDA graphs; auto: measured, on a GPU."""
     channels_last: Literal["auto", "on", "off"] = "auto"
     """NHWC memory format of the encoders (--channels-last, --no-channels-last); auto: measured at the start."""
     loss_kernel: Literal["auto", "triton", "tiled", "reference"] = "auto"

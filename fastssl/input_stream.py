@@ -13,7 +13,7 @@ from fastssl.batch import ImageBatch
 IDLE, FEWEST = 0.9, 50  # of so many looks at a GPU, the share that finds it idle where the host cannot keep up
 STARVES = (
     "the GPU waits for the host, which launches kernels more slowly than the GPU runs them: a larger --batch-size, "
-    "--compile graphs or fewer other processes may make training faster"
+    "fewer other processes or, unless the encoders run so already, --compile graphs may make training faster"
 )
 AHEAD = 3  # steps whose end the host has not seen: the GPU does not run dry, and memory stays bounded
 

@@ -82,7 +82,7 @@ def make_train_step(
 
     def train_step(batch: ImageBatch, step: int) -> dict[str, Tensor]:
         nonlocal unchecked
-        if config.train.compile == "graphs":
+        if trainee.compiled == "graphs":
             torch.compiler.cudagraph_mark_step_begin()  # what earlier replays returned is not needed any more
         torch.manual_seed(derive_seed(seed, step, STREAM_STEP, ranks.rank))  # dropout: a function of the step
         set_lr(optimizer, plan.learning_rate(step))

@@ -3,9 +3,6 @@
 import pytest
 import torch
 
-from fastssl.build import compile_and_wrap, make_trainee
-from fastssl.config import Config, replace
-from fastssl.distributed import Ranks
 from fastssl.models import vit
 from fastssl.models.batchnorm import split_batchnorm
 from fastssl.models.encoders import make_encoder
@@ -55,12 +52,3 @@ def test_a_break_of_the_graph_would_be_seen():
 
     with pytest.raises(torch._dynamo.exc.Unsupported):
         torch.compile(Breaks(), backend="eager", fullgraph=True)(torch.ones(1))
-
-
-def test_graphs_are_refused_where_they_cannot_be():
-    with pytest.raises(ValueError, match="--compile graphs and --accumulate"):
-        replace(Config(), compile="graphs", accumulate=2)
-    config = replace(Config(), compile="graphs", arch="resnet18", queue_size=8, channels_last="on", device="cpu")
-    ranks = Ranks(0, 1, 1, torch.device("cpu"))
-    with pytest.raises(ValueError, match="take --compile on"):
-        compile_and_wrap(config, make_trainee(config, ranks), ranks)

@@ -23,6 +23,7 @@ from fastssl.bench.step_parts import PART, step_parts
 from fastssl.bench.step_profile import print_profile, profile_step
 from fastssl.bench.timing import while_time_lasts
 from fastssl.build import Trainee
+from fastssl.compile_encoders import HOW_NAMES
 from fastssl.config import Config, flat, replace
 from fastssl.environment import environment
 from fastssl.models.cpu_conv import use_plain_convolutions
@@ -76,6 +77,8 @@ def print_line(line: dict[str, object], device: torch.device) -> None:
         total = sum(line["parts"].values())
         shares = (f"{name} {seconds * 1e3:.3g} ms ({seconds / total:.0%})" for name, seconds in line["parts"].items())
         print(f"  parts of the step, each by itself: {', '.join(shares)}")
+    if line.get("compiled"):
+        print(f"  the encoders of the step are {HOW_NAMES[line['compiled']]} ({line['why_compiled']})")
     if line.get("host_seconds"):
         print(f"  the host launches a step's kernels in {line['host_seconds'] * 1e3:.3g} ms")
     if line.get("profile"):
@@ -132,9 +135,10 @@ def measure(args: argparse.Namespace, arch: str, ranks: distributed.Ranks) -> di
 
 
 def look_inside(args: argparse.Namespace, config: Config, ranks: distributed.Ranks, trainee: Trainee) -> dict:
-    """What the line keeps beside the times: the step's floor, and with --profile its kernels."""
+    """What the line keeps beside the times: the step's floor, how its encoders run, with --profile its kernels."""
     profile = {"profile": profile_step(config, ranks, trainee)} if args.profile else {}
-    return {"floor": step_floor(config, ranks.device)} | profile
+    compiled = {"compiled": trainee.compiled, "why_compiled": trainee.why_compiled}
+    return {"floor": step_floor(config, ranks.device)} | compiled | profile
 
 
 def main(argv: Sequence[str]) -> None:

@@ -36,7 +36,7 @@ def step_parts(config: Config, trainee: Trainee, ranks: Ranks) -> dict[str, Loop
         return make_views(batch, policy, size, seed, 0, dtype, config.augment.augment_kernel)
 
     def begin() -> None:
-        if config.train.compile == "graphs":
+        if trainee.compiled == "graphs":
             torch.compiler.cudagraph_mark_step_begin()
 
     def autocast() -> torch.autocast:

@@ -49,7 +49,7 @@ def step_verdict(line: dict[str, object]) -> str:
     said = f"bound by the {first}, {found[first]:.0%} of the step ({others}): {advice}"
     seconds = median(line["seconds_of_rounds"]["step"])
     if (host := line.get("host_seconds", 0.0)) >= HOST_BOUND * seconds:
-        graphs = "" if s["compile"] == "graphs" else "--compile graphs, "
+        graphs = "" if "graphs" in (s["compile"], line.get("compiled")) else "--compile graphs, "
         said = f"bound by the host, which takes {host / seconds:.0%} of the step to launch its kernels: "
         said += f"{graphs}a larger --batch-size or a faster core"
     if floor := line.get("floor"):

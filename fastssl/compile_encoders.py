@@ -1,0 +1,115 @@
+"""torch.compile of the encoders: on a GPU, and as CUDA graphs where the host takes long to launch their kernels.
+
+A small encoder launches a thousand short kernels a step. The GPU then waits for the host, which waits for whatever else
+runs on its cores, as threads that read images. A CUDA graph is one launch, but wants memory of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+
+import torch
+
+from fastssl.config import Config
+from fastssl.distributed import Ranks, broadcast_object, gather_objects
+from fastssl.encoder_timing import images_to_time, make_iteration, time_in_turn
+from fastssl.moco import MoCo
+from fastssl.models.batchnorm import split_batchnorm
+from fastssl.plan import rank_batch_size
+
+MODES = {"on": "default", "graphs": "reduce-overhead"}  # as torch.compile calls them
+HOW_NAMES = {"off": "not compiled", "on": "compiled", "graphs": "compiled, as CUDA graphs"}
+FEW = 8  # images, with which the GPU is done before the host has launched the next kernel
+HOST_BOUND = 0.5  # of an eager iteration's time: compiled ones are shorter, and cost the host no less a kernel
+MARGIN = 1.1  # how many times as fast as an eager iteration graphs must be: clocks are noisy
+
+
+def compile_encoders(config: Config, moco: MoCo, ranks: Ranks) -> tuple[str, str]:
+    """Compiles both encoders in place, so that weights keep their names. Returns how (of HOW_NAMES), and why.
+
+    The same on every rank; call on all of them, before DDP wraps encoder_q. What is measured leaves weights, buffers
+    and random state as they were. Raises ValueError for graphs on a CPU.
+    """
+    asked, cuda = config.train.compile, ranks.device.type == "cuda"
+    if asked == "graphs" and not cuda:
+        raise ValueError("--compile graphs replays CUDA graphs, and this run is on a CPU: take --compile on")
+    if asked != "auto":
+        how, why = asked, "asked for"
+    elif not cuda:
+        how, why = "off", "no CUDA device"
+    elif reason := why_no_graphs(config):
+        how, why = "on", reason
+    else:
+        return choose_by_clock(config, moco, ranks)
+    set_compiled(moco, how)
+    return how, why
+
+
+def why_no_graphs(config: Config) -> str:
+    """What speaks against trying CUDA graphs, or ""."""
+    if config.train.deterministic:
+        return "no clock chooses CUDA graphs in a deterministic run"
+    if config.optim.accumulate > 1:  # a replay overwrites the gradients of the one before
+        return "CUDA graphs do not go with --accumulate"
+    if config.model.sync_bn:
+        return "CUDA graphs are not tried with --sync-bn, whose ranks talk within the encoders"
+    return ""
+
+
+def choose_by_clock(config: Config, moco: MoCo, ranks: Ranks) -> tuple[str, str]:
+    """Graphs, if the host takes long to launch an eager iteration, and if they work and are faster than that one."""
+    with torch.random.fork_rng([ranks.device]):
+        launching, eager = broadcast_object(time_eager(config, moco, ranks), ranks)
+        told = f"measured at the start: eager {1e3 * eager:.3g} ms, its launches {1e3 * launching:.3g} ms"
+        if launching < HOST_BOUND * eager:
+            set_compiled(moco, "on")
+            return "on", told
+        if ranks.rank == 0:
+            print("compiling the encoders to try CUDA graphs: minutes the first time", file=sys.stderr, flush=True)
+        torch.cuda.empty_cache()  # graphs have memory of their own
+        tried = gather_objects(try_graphs(config, moco, ranks), ranks)
+    failure = next((failure for _, failure in tried if failure), "")
+    seconds = tried[0][0]
+    if not failure and seconds * MARGIN < eager:
+        return "graphs", f"{told}, as CUDA graphs {1e3 * seconds:.3g} ms"
+    torch.compiler.reset()  # gives the graphs' memory back
+    set_compiled(moco, "on")
+    return "on", f"{told}, as CUDA graphs " + (f"they failed: {failure}" if failure else f"{1e3 * seconds:.3g} ms")
+
+
+def set_compiled(moco: MoCo, how: str) -> None:
+    """How the encoders are compiled when they are next called."""
+    for encoder in (moco.encoder_q, moco.encoder_k):
+        if how != "off":
+            encoder.compile(mode=MODES[how])
+
+
+def time_eager(config: Config, moco: MoCo, ranks: Ranks) -> tuple[float, float]:
+    """(seconds the host takes to launch an eager iteration, seconds it takes with all of a rank's images)."""
+    encoder = copy.deepcopy(moco.encoder_q)
+    split_batchnorm(encoder, 1)  # in pieces it costs far more than compiled
+    batch, most = rank_batch_size(config, ranks), images_to_time(config, ranks)
+    few = min(FEW, most)
+    seconds = time_in_turn({n: make_iteration(config, encoder, encoder, n, moco.memory_format) for n in {few, most}})
+    return seconds[few], seconds[most] * batch / most
+
+
+def try_graphs(config: Config, moco: MoCo, ranks: Ranks) -> tuple[float, str]:
+    """Compiles the encoders as CUDA graphs: (seconds of an iteration, ""), or (0, what went wrong)."""
+    buffers = [(b, b.clone()) for encoder in (moco.encoder_q, moco.encoder_k) for b in encoder.buffers()]
+    set_compiled(moco, "graphs")
+    images = rank_batch_size(config, ranks)
+    iteration = make_iteration(config, moco.encoder_q, moco.encoder_k, images, moco.memory_format)
+    try:  # the first iteration compiles, the second runs in the graphs' memory, the third records
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The CUDA Graph is empty")  # one torch makes to have that memory
+            return time_in_turn({"graphs": iteration}, warm_up=4)["graphs"], ""
+    except Exception as error:  # of the compiler or of CUDA: many kinds, and the run can do without graphs
+        moco.encoder_q.zero_grad()
+        return 0.0, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
