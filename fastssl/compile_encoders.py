@@ -7,6 +7,7 @@ runs on its cores, as threads that read images. A CUDA graph is one launch, but 
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 import warnings
 
@@ -75,6 +76,7 @@ def choose_by_clock(config: Config, moco: MoCo, ranks: Ranks) -> tuple[str, str]
     if not failure and seconds * MARGIN < eager:
         return "graphs", f"{told}, as CUDA graphs {1e3 * seconds:.3g} ms"
     torch.compiler.reset()  # gives the graphs' memory back
+    gc.collect()  # but for what a failure's frames hold, in cycles
     set_compiled(moco, "on")
     return "on", f"{told}, as CUDA graphs " + (f"they failed: {failure}" if failure else f"{1e3 * seconds:.3g} ms")
 
@@ -97,19 +99,54 @@ def time_eager(config: Config, moco: MoCo, ranks: Ranks) -> tuple[float, float]:
 
 
 def try_graphs(config: Config, moco: MoCo, ranks: Ranks) -> tuple[float, str]:
-    """Compiles the encoders as CUDA graphs: (seconds of an iteration, ""), or (0, what went wrong)."""
+    """Compiles the encoders as CUDA graphs: (seconds of an iteration, ""), or (0, what went wrong).
+
+    Raises ValueError where the run cannot go on without them either.
+    """
     buffers = [(b, b.clone()) for encoder in (moco.encoder_q, moco.encoder_k) for b in encoder.buffers()]
     set_compiled(moco, "graphs")
+    try:
+        seconds, failure = time_graphs(config, moco, ranks), ""
+    except Exception as error:  # of the compiler or of CUDA: many kinds, and most runs can do without graphs
+        seconds, failure = 0.0, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        moco.encoder_q.zero_grad()
+    if failure:
+        check_device(ranks.device, failure)
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    return seconds, failure
+
+
+def time_graphs(config: Config, moco: MoCo, ranks: Ranks) -> float:
+    """Seconds of an iteration. Raises RuntimeError where torch makes no graph of some part, besides what it raises."""
+    from torch._dynamo.utils import counters  # seconds to import, and only here
+
+    device, skipped = ranks.device, counters["inductor"]["cudagraph_skips"]
     images = rank_batch_size(config, ranks)
     iteration = make_iteration(config, moco.encoder_q, moco.encoder_k, images, moco.memory_format)
-    try:  # the first iteration compiles, the second runs in the graphs' memory, the third records
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The CUDA Graph is empty")  # one torch makes to have that memory
-            return time_in_turn({"graphs": iteration}, warm_up=4)["graphs"], ""
-    except Exception as error:  # of the compiler or of CUDA: many kinds, and the run can do without graphs
-        moco.encoder_q.zero_grad()
-        return 0.0, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+
+    def step() -> None:
+        torch.compiler.cudagraph_mark_step_begin()  # what earlier replays returned is not needed any more
+        iteration()
+
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    with warnings.catch_warnings(), torch.cuda.stream(stream):  # a capture that fails may leave its own as the current
+        warnings.filterwarnings("ignore", message="The CUDA Graph is empty")  # one torch makes to have its memory
+        # the first step compiles and runs in that memory, the second records, the others replay
+        seconds = time_in_turn({"graphs": step}, warm_up=4)["graphs"]
+    if counters["inductor"]["cudagraph_skips"] > skipped:
+        raise RuntimeError("torch left some out, its log says why")
+    return seconds
+
+
+def check_device(device: torch.device, failure: str) -> None:
+    """Raises ValueError where a failure of CUDA graphs left the GPU, or torch's random numbers on it, unusable.
+
+    Out of memory is survived. A CUDA error may not be: where it ends a capture, torch 2.11 takes itself to be still
+    capturing, and would neither draw numbers nor free what another stream has used.
+    """
+    try:
+        torch.rand(1, device=device).item()
+    except RuntimeError as error:
+        raise ValueError(f"CUDA graphs failed ({failure}) and left the GPU unusable: take --compile on") from error

@@ -36,8 +36,6 @@ def make_iteration(
     view = torch.randn(images, 3, size, size, device=device, dtype=dtype).contiguous(memory_format=layout)
 
     def iteration() -> None:
-        if device.type == "cuda":
-            torch.compiler.cudagraph_mark_step_begin()  # what earlier replays of CUDA graphs returned is not needed
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             with torch.no_grad():
                 encoder_k(view)

@@ -1,11 +1,13 @@
 """How the encoders are run is chosen by a clock, alike on all ranks, and trying leaves no trace."""
 
 import copy
+from functools import partialmethod
 
 import pytest
 import torch
 from fake_cuda import fake_cuda
 from ranks import run_ranks
+from torch._dynamo.utils import counters
 
 from fastssl import compile_encoders
 from fastssl.build import compile_and_wrap, make_trainee
@@ -130,6 +132,29 @@ def test_trying_leaves_no_trace(monkeypatch, moco, fails):
     assert all(torch.equal(before[name], value) for name, value in moco.state_dict().items())
     assert pointers == [b.data_ptr() for b in moco.buffers()]
     assert all(p.grad is None for p in moco.parameters())
+
+
+@pytest.mark.parametrize("left_out", [0, 1])
+def test_what_torch_leaves_out_is_no_graph(monkeypatch, moco, left_out):
+    def backend(graph, inputs):
+        counters["inductor"]["cudagraph_skips"] += left_out
+        return graph
+
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
+    monkeypatch.setattr(compile_encoders, "MODES", {"graphs": None})
+    failure = try_graphs(TINY, moco, CPU)[1]
+    torch.compiler.reset()
+    assert failure == "RuntimeError: torch left some out, its log says why" * left_out
+
+
+def test_a_gpu_that_the_trial_broke_ends_the_run(monkeypatch, moco):
+    def broken(*args, **kwargs):
+        raise RuntimeError("capturing")
+
+    monkeypatch.setattr(compile_encoders, "time_graphs", broken)
+    monkeypatch.setattr(torch, "rand", broken)
+    with pytest.raises(ValueError, match=r"CUDA graphs failed \(RuntimeError: capturing\).*take --compile on"):
+        try_graphs(TINY, moco, CPU)
 
 
 def test_the_host_is_timed_with_few_images_and_the_device_with_all(monkeypatch, moco):

@@ -67,7 +67,7 @@ def step_parts(config: Config, trainee: Trainee, ranks: Ranks) -> dict[str, Loop
         trainee.optimizer.zero_grad(set_to_none=True)
         moco.update_queue(k)
 
-    view_q, view_k = views()
+    view_q, view_k = (view.contiguous(memory_format=moco.memory_format) for view in views())  # as the step's encoders
     k = encode_k()
     gradient = torch.randn_like(k) / len(k)
     z = torch.randn_like(k).requires_grad_()

@@ -1,0 +1,76 @@
+"""What the trial of CUDA graphs compiled is what the training runs: nothing is compiled, or recorded, a second time."""
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from fastssl import compile_encoders
+from fastssl.build import make_trainee, open_loader, open_policy, wrap_ddp
+from fastssl.compile_encoders import try_graphs
+from fastssl.config import Config, replace
+from fastssl.distributed import Ranks
+from fastssl.health import Health
+from fastssl.plan import make_plan
+from fastssl.train import make_train_step
+
+SMALL = {"image_size": 32, "batch_size": 8, "queue_size": 16, "dim": 8, "epochs": 1, "device": "cpu"}
+SYNTHETIC = {"loader": "synthetic", "synthetic_images": 16}
+
+
+def compile_and_train(rank, world_size, **settings):
+    """(graphs compiled by the trial, by two steps of training after it, inputs that move from step to step)."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([node for node in graph.graph.nodes if node.op == "placeholder"])
+        return graph
+
+    def set_compiled(moco, how):
+        for encoder in (moco.encoder_q, moco.encoder_k):
+            encoder.compile(backend=backend)
+
+    ranks = Ranks(rank, world_size, world_size, torch.device("cpu"))
+    config = replace(Config(), **SMALL, **SYNTHETIC, **settings)
+    trainee = make_trainee(config, ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compile_encoders, "set_compiled", set_compiled)
+        assert try_graphs(config, trainee.moco, ranks)[1] == ""
+    tried = len(graphs)
+    if world_size > 1:
+        trainee = trainee._replace(encoder_q=wrap_ddp(trainee.moco.encoder_q, ranks.device))
+    loader = open_loader(config, ranks)
+    plan = make_plan(config, loader.batches_per_epoch)
+    train_step = make_train_step(config, plan, trainee, open_policy(config), ranks, Health(ranks))
+    for step, batch in zip(range(2), loader.batches()):
+        train_step(batch, step)
+    torch.compiler.reset()
+    inputs = [node for graph in graphs for node in graph]
+    moving = [n.name for n in inputs if not n.meta["tensor_dict"].get("_dynamo_static_input_type")]
+    return tried, len(graphs) - tried, moving
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"arch": "resnet18", "precision": "fp32", "channels_last": "on"},
+        {"arch": "mobilenetv3_small", "precision": "bf16", "channels_last": "off", "bn_splits": 2},
+        {"arch": "deit_tiny", "precision": "bf16", "channels_last": "on"},
+    ],
+    ids=lambda settings: settings["arch"],
+)
+def test_training_runs_what_the_trial_compiled(settings):
+    tried, again, moving = compile_and_train(0, 1, **settings)
+    assert (tried, again) == (2, 0)
+    assert len(moving) == 2 and all(
+        "images" in name for name in moving
+    )  # weights and buffers stay: graphs may read them
+
+
+def test_training_in_ddp_runs_what_the_trial_compiled():
+    settings = {"arch": "resnet18", "precision": "fp32", "channels_last": "off"}
+    for tried, again, _ in run_ranks(train_resnet, 2, settings):
+        assert (tried, again) == (2, 0)
+
+
+def train_resnet(rank, world_size, settings):
+    return compile_and_train(rank, world_size, **settings)
