@@ -64,9 +64,8 @@ def compile_and_train(rank, world_size, **settings):
 def test_training_runs_what_the_trial_compiled(settings):
     tried, again, moving = compile_and_train(0, 1, **settings)
     assert (tried, again) == (2, 0)
-    assert len(moving) == 2 and all(
-        "images" in name for name in moving
-    )  # weights and buffers stay: graphs may read them
+    # weights and buffers stay where they are, so that graphs may read them
+    assert len(moving) == 2 and all("images" in name for name in moving)
 
 
 def test_training_in_ddp_runs_what_the_trial_compiled():
