@@ -130,6 +130,7 @@ def test_a_recipe_lies_between_defaults_and_flags(tmp_path):
         ("lr: [1", ["not valid YAML"]),
         ("batch_size: 0", ["r.yaml", "--batch-size must be at least 1"]),
         ("lr: {a: 1}", ["one value"]),
+        ("[lr, epochs]: 1", ["line 1", "a key must be an option's name"]),
     ],
 )
 def test_a_wrong_recipe_is_an_error_that_names_file_line_and_mend(tmp_path, text, words):
@@ -139,6 +140,12 @@ def test_a_wrong_recipe_is_an_error_that_names_file_line_and_mend(tmp_path, text
         load_recipe(str(path))
     for word in ["r.yaml", *words]:
         assert word in str(error.value)
+
+
+def test_a_recipe_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "r.yaml").write_bytes(b"lr: 1 # \xff")
+    with pytest.raises(ValueError, match=r"r\.yaml is not valid YAML"):
+        load_recipe(str(tmp_path / "r.yaml"))
 
 
 def test_an_unknown_recipe_lists_those_there_are():
