@@ -52,6 +52,11 @@ def test_reference_command_line_of_the_small_models_means_the_same():
     assert (c.model.head, c.optim.lr_schedule, c.train.output) == ("wide", "cosine", "runs/x")
 
 
+def test_the_small_models_jitter_leaves_names_alone():
+    c = parse(["v2", "--aug-plus", "--cj", "0.5", "--output", "v2"])
+    assert (c.data, c.train.output, c.augment.policy, c.augment.cj) == ("v2", "v2", "small", 0.5)
+
+
 def test_flags_with_an_equals_sign_are_the_same_flags():
     assert parse(["D", "--moco-t=0.2", "--mlp", "--lr=0.5"]) == parse(["D", "--moco-t", "0.2", "--mlp", "--lr", "0.5"])
 
