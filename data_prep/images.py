@@ -143,8 +143,7 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
 
 
 def _open_regular(path: str, flags: int) -> int:
-    handle = os.open(path, flags | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+    if not stat.S_ISREG(os.fstat(handle := os.open(path, flags | os.O_NONBLOCK)).st_mode):
         os.close(handle)
         raise OSError(errno.EINVAL, "it is no regular file")
     return handle
