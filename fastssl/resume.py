@@ -76,6 +76,8 @@ def find_checkpoint(resume: str, folder: Path, ranks: Ranks) -> tuple[Path | Non
     if resume in ("no", ""):
         return None, []
     if resume != "auto":
+        if Path(resume).is_dir():
+            raise CheckpointError(f"{resume} is a folder: --resume auto --output {resume} goes on with the run in it")
         return Path(resume), []
     notes: list[str] = []
     path = None

@@ -176,6 +176,8 @@ def test_a_file_that_is_no_checkpoint(run, data, tmp_path):
     (tmp_path / "x.pt").write_bytes(b"not a checkpoint")
     code, text = run(data, "--resume", str(tmp_path / "x.pt"))
     assert code == FAILED and "x.pt is damaged or no checkpoint" in one_sentence(text)
+    code, text = run(data, "--resume", str(tmp_path))
+    assert code == FAILED and "is a folder: --resume auto --output" in one_sentence(text)
     code, text = run(data, "--resume", "auto")  # an empty folder is a fresh start, and said so
     assert code == 0 and "starting afresh" in text
 
