@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
@@ -137,8 +138,15 @@ def read_file(path: str | os.PathLike, name: str, offset: int = 0, size: int = -
 
 
 def open_file(path: str | os.PathLike) -> BinaryIO:
-    """A file to read. A pipe that is named like an image is found empty: nobody waits for its writer."""
-    return open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
+    """A file to read. Raises OSError for a pipe or a device: nobody waits for its writer, or reads it without end."""
+    return open(path, "rb", opener=_open_regular)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    if not stat.S_ISREG(os.fstat(handle := os.open(path, flags | os.O_NONBLOCK)).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return handle
 
 
 def _has_train_split(root: str) -> bool:

@@ -80,6 +80,8 @@ def open_source(path: str | os.PathLike, selection: Selection) -> Source:
 
     Raises ValueError when there are none, or when a class is asked for that does not exist.
     """
+    if not os.fspath(path):
+        raise ValueError("no data set was given: name an image folder, a tar file of images, or a folder of such")
     path = Path(path)
     tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
     source = _from_tars(path, tars) if tars else Source(find_images(path))

@@ -36,6 +36,8 @@ def verify(path: str | os.PathLike, decode: bool = False, workers: int | None = 
     if path.is_dir():
         if manifest is None:
             raise ValueError(f"{path} has no manifest.json: it holds no shards that can be checked")
+        if decode:
+            raise ValueError(f"--decode is for .beton files, and {path} is a folder of shards: leave it out")
         return _verify_shards(path, manifest, workers)
     done = []
     if manifest is not None:

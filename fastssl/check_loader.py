@@ -19,6 +19,7 @@ BY_RANKS = {
     "order is one of the key": images.check_order,
     "starts anywhere": images.check_resume,
 }
+READ_FILES = [loader for loader in LOADERS if samples.reads_files(loader)]
 FAULTS = {
     "decodes once a pair": faults.check_decoded_once,
     "50 early breaks": faults.check_breaks,
@@ -37,8 +38,7 @@ def list_checks(
     """
     ranks = math.lcm(*world_sizes)
     batch_size = ranks * -(-8 // ranks)
-    reads_files = samples.KIND.get(loader, "beton") is not None
-    given = Case(loader, data if reads_files else None, device, batch_size, steps)
+    given = Case(loader, data if samples.reads_files(loader) else None, device, batch_size, steps)
     for world_size in world_sizes:
         given.open(0, world_size).close()
         for name, check in BY_RANKS.items():
@@ -71,7 +71,7 @@ def run_check(name: str, check: Callable[[], str]) -> bool:
 def check_loaders(args: argparse.Namespace) -> int:
     """Checks the loaders in turn; returns the number of checks that failed."""
     failed, checked = 0, 0
-    for loader in args.loader or LOADERS:
+    for loader in args.loader or READ_FILES:
         with tempfile.TemporaryDirectory() as scratch:
             checks = list_checks(loader, args.data, args.world_sizes, args.steps, args.device, Path(scratch))
             try:

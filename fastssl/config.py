@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from fastssl.config_checks import check
 from fastssl.losses import LossConfig
 
 
@@ -212,36 +213,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
-        check(self)
-
-
-def check(config: Config) -> None:
-    """Refuses impossible values and combinations; raises ValueError that names the flag and the mend."""
-    t, m, o, a = config.train, config.model, config.optim, config.augment
-    for name, value in [
-        ("--batch-size", t.batch_size), ("--epochs", t.epochs), ("--accumulate", o.accumulate), ("--dim", m.dim),
-        ("--queue-size", config.moco.queue_size), ("--image-size", a.image_size), ("--bn-splits", m.bn_splits),
-        ("--log-every", t.log_every), ("--keep-last", t.keep_last), ("--save-every-epochs", t.save_every_epochs),
-        ("--knn-k", config.eval.knn_k), ("--knn-images", config.eval.knn_images),
-    ]:  # fmt: skip
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if not 0 <= config.moco.ema_momentum <= 1:
-        raise ValueError(f"--ema-momentum must lie in [0, 1], got {config.moco.ema_momentum}")
-    if not 0 < a.crop_scale[0] <= a.crop_scale[1] <= 1:
-        raise ValueError(f"--crop-scale needs 0 < smallest <= largest <= 1, got {a.crop_scale}")
-    if m.sync_bn and m.bn_splits > 1:
-        raise ValueError("--sync-bn and --bn-splits contradict each other: statistics over all ranks or over parts")
-    if a.policy != "small" and a.cj is not None:
-        raise ValueError(f"--cj belongs to --policy small, not to {a.policy}: add --policy small or leave it out")
-    if config.input.resident_shard and config.input.loader != "resident":
-        raise ValueError(f"--resident-shard belongs to --loader resident, not to {config.input.loader}")
-    if t.restart and (t.resume in ("no", "", "auto") or t.start_epoch):
-        raise ValueError("--restart takes the weights of --resume PATH and begins at epoch 0: name the checkpoint")
-    if t.compile == "graphs" and o.accumulate > 1:  # a replay overwrites the gradients of the one before
-        raise ValueError("--compile graphs and --accumulate contradict each other: leave one out")
-    if t.batch_size % o.accumulate:
-        raise ValueError(f"--batch-size {t.batch_size} must be a multiple of --accumulate {o.accumulate}")
+        check(self, flat(self))
 
 
 def flat(config: Config) -> dict[str, object]:

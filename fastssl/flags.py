@@ -40,6 +40,9 @@ HEADS = ("linear", "simple", "deep", "wide", "dropout")
 def translate_reference_flags(argv: Sequence[str]) -> list[str]:
     """The same command line with the reference projects' own flags spelt as ours, same meaning."""
     words = [word for item in argv for word in (item.split("=", 1) if item.startswith("--") else [item])]
+    switches = REFERENCE_SWITCHES
+    if "--cj" in words and "--policy" not in words:  # its README passes --aug-plus too, where it means nothing
+        switches = switches | {"--cj": ["--policy", "small", "--cj"], "--aug-plus": []}
     result: list[str] = []
     for i, word in enumerate(words):
         following = words[i + 1] if i + 1 < len(words) else ""
@@ -47,14 +50,12 @@ def translate_reference_flags(argv: Sequence[str]) -> list[str]:
             result += ["--head"] if following in HEADS else ["--head", "simple"]
         elif word in ("--compile", "--channels-last") and following in ("auto", "on", "off", "graphs"):
             result += [word]
-        elif word in REFERENCE_SWITCHES:
-            result += REFERENCE_SWITCHES[word]
+        elif word in switches:
+            result += switches[word]
         elif word in REFERENCE_VALUES:
             result += REFERENCE_VALUES[word]
         else:
             result += [word]
-    if "--cj" in words and "--policy" not in words:  # its README passes --aug-plus too, where it means nothing
-        result = [w for w in result if w not in ("--policy", "v2")] + ["--policy", "small"]
     return result
 
 

@@ -38,7 +38,9 @@ def main(argv: Sequence[str]) -> int:
         synthetic_size=d.synthetic_size,
     )
     with closing(loader):
-        batch = next(iter(loader.eval_batches(COUNT, limit=COUNT)))
+        batch = next(loader.eval_batches(COUNT, limit=COUNT), None)
+        if batch is None:
+            raise ValueError(f"none of {min(COUNT, loader.num_images)} images can be read: {loader.bad_images[0]}")
         save_preview(batch, open_policy(config), config.augment.image_size, config.train.seed, 0, output, COUNT)
     print(f"{output}: {min(COUNT, batch.size)} images and their views, policy {config.augment.policy}")
     return 0

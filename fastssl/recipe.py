@@ -48,14 +48,16 @@ def read_mapping(path: Path) -> dict[str, tuple[yaml.Node, int]]:
     The values stay nodes, with the text as written: YAML 1.1 would read 5e-5 as a string and `no` as false.
     """
     try:
-        root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
+        root = yaml.compose(path.read_text("utf-8"), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if root is not None and not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{path} must hold `option: value` lines, one for each option")
     result: dict[str, tuple[yaml.Node, int]] = {}
     for key, value in root.value if root else []:
         line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise ValueError(f"{path}, line {line}: a key must be an option's name, not a list or a mapping")
         if key.value in result:
             raise ValueError(f"{path}, line {line}: {key.value!r} stands there twice")
         result[key.value] = (value, line)

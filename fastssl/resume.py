@@ -8,6 +8,7 @@ from fastssl import checkpoint
 from fastssl.build import Trainee
 from fastssl.checkpoint import CheckpointError
 from fastssl.config import Config, flat
+from fastssl.config_checks import flag_of
 from fastssl.distributed import Ranks, broadcast_object
 from fastssl.foreign import load_into
 from fastssl.layout import LAYOUT_NAMES
@@ -75,6 +76,8 @@ def find_checkpoint(resume: str, folder: Path, ranks: Ranks) -> tuple[Path | Non
     if resume in ("no", ""):
         return None, []
     if resume != "auto":
+        if Path(resume).is_dir():
+            raise CheckpointError(f"{resume} is a folder: --resume auto --output {resume} goes on with the run in it")
         return Path(resume), []
     notes: list[str] = []
     path = None
@@ -95,7 +98,7 @@ def restore(path: Path, trainee: Trainee, config: Config, num_images: int) -> tu
     then, now = state["config"], flat(config)
     for key in SHAPES:
         if then[key] != now[key]:
-            flag = "--" + key.replace("_", "-")
+            flag = flag_of(key)
             raise CheckpointError(
                 f"{path} was trained with {flag} {then[key]}, this run has {now[key]}: "
                 f"pass {flag} {then[key]}, or start in another --output"

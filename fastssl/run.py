@@ -1,6 +1,6 @@
 """The folder of a run and what lands in it, and the clock that stops while nothing is trained.
 
-    config.yaml  environment.json  metrics.jsonl  tensorboard/  curves.png  views.png  checkpoints/
+    config.yaml  environment.json  metrics.jsonl  tensorboard/  curves.png  views.png  checkpoints/  lock
 
 Rank 0 writes; on other ranks every call is a no-op.
 """
@@ -8,12 +8,14 @@ Rank 0 writes; on other ranks every call is a no-op.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -84,6 +86,7 @@ class Run:
         if not self.writes:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        self.lock = lock_file(folder / "lock")
         write_text(folder / "config.yaml", to_yaml(config))
         write_text(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
         trim_metrics(folder / "metrics.jsonl", first)
@@ -162,6 +165,20 @@ class Run:
             self.bar.close()
             self.metrics.close()
             self.board.close()
+            self.lock.close()
+
+
+def lock_file(path: Path) -> TextIO:
+    """The open file, locked until it is closed or the process ends. Raises ValueError when another run has it."""
+    file = open(path, "w")  # noqa: SIM115 (open as long as the run)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"another run is writing {path.parent}: wait, or choose another --output") from None
+    except OSError as error:
+        tqdm.write(f"no second run is kept out of {path.parent}, which has no locks: {error.strerror}", file=sys.stderr)
+    return file
 
 
 def write_text(path: Path, text: str) -> None:

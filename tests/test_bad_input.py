@@ -1,5 +1,6 @@
 """Bad input gets one clear sentence and a non-zero exit where the run cannot go on; nothing is lost."""
 
+import contextlib
 import json
 import resource
 import signal
@@ -11,6 +12,7 @@ from PIL import Image
 
 from fastssl import checkpoint, train
 from fastssl.command import FAILED, NOT_FINITE, USAGE, run_command
+from fastssl.run import lock_file
 
 FLAGS = (
     "-a resnet18 --image-size 32 -b 4 --queue-size 16 --dim 8 --epochs 1 --knn-every 0 --device cpu --log-every 1 "
@@ -160,10 +162,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(run, data, tm
     assert all(np.isfinite(line["loss"]) for line in lines)
 
 
+def test_a_second_run_in_the_folder_of_one_that_is_writing(run, data, tmp_path):
+    assert run(data)[0] == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with contextlib.closing(lock_file(tmp_path / "run" / "lock")):
+        code, text = run(data, "--epochs", "2", "--resume", "auto")
+    assert code == FAILED and "another run is writing" in one_sentence(text)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert run(data, "--epochs", "2", "--resume", "auto")[0] == 0
+
+
 def test_a_file_that_is_no_checkpoint(run, data, tmp_path):
     (tmp_path / "x.pt").write_bytes(b"not a checkpoint")
     code, text = run(data, "--resume", str(tmp_path / "x.pt"))
     assert code == FAILED and "x.pt is damaged or no checkpoint" in one_sentence(text)
+    code, text = run(data, "--resume", str(tmp_path))
+    assert code == FAILED and "is a folder: --resume auto --output" in one_sentence(text)
     code, text = run(data, "--resume", "auto")  # an empty folder is a fresh start, and said so
     assert code == 0 and "starting afresh" in text
 

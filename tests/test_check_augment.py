@@ -83,6 +83,12 @@ def test_preview_writes_a_picture(image_folder: Path, tmp_path: Path, capsys: py
     assert preview.COUNT == 8
 
 
+def test_preview_of_images_none_of_which_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "x.jpg").write_text("no image")
+    assert main(["preview", str(tmp_path), "--output", str(tmp_path / "views.png")]) == 1
+    assert "none of 1 images can be read" in (said := capsys.readouterr().err) and "x.jpg" in said
+
+
 @pytest.fixture
 def no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if kornia and DALI were not installed: to compile kornia takes minutes."""

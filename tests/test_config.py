@@ -52,6 +52,11 @@ def test_reference_command_line_of_the_small_models_means_the_same():
     assert (c.model.head, c.optim.lr_schedule, c.train.output) == ("wide", "cosine", "runs/x")
 
 
+def test_the_small_models_jitter_leaves_names_alone():
+    c = parse(["v2", "--aug-plus", "--cj", "0.5", "--output", "v2"])
+    assert (c.data, c.train.output, c.augment.policy, c.augment.cj) == ("v2", "v2", "small", 0.5)
+
+
 def test_flags_with_an_equals_sign_are_the_same_flags():
     assert parse(["D", "--moco-t=0.2", "--mlp", "--lr=0.5"]) == parse(["D", "--moco-t", "0.2", "--mlp", "--lr", "0.5"])
 
@@ -76,6 +81,19 @@ def test_compile_switches():
         (["D", "--resident-shard"], "--resident-shard belongs to --loader resident, not to auto"),
         (["D", "--ema-momentum", "1.5"], "--ema-momentum must lie in"),
         (["D", "--temperature", "0"], "temperature must be"),
+        (["D", "--steps", "0"], "--steps must be at least 1, got 0"),
+        (["D", "--save-every-steps", "0"], "--save-every-steps must be at least 1"),
+        (["D", "--lr", "nan"], "--lr must be a finite number"),
+        (["D", "--lr", "-0.1"], "--lr must be at least 0, got -0.1"),
+        (["D", "--wd", "inf"], "--weight-decay must be a finite number"),
+        (["D", "--momentum", "7"], "--momentum must lie in [0, 1]"),
+        (["D", "--clip-grad", "0"], "--clip-grad must be greater than 0"),
+        (["D", "--warmup-epochs", "5", "--epochs", "5"], "--warmup-epochs 5.0 must be fewer than --epochs 5"),
+        (["D", "--start-epoch", "-1"], "--start-epoch must be at least 0"),
+        (["D", "--start-epoch", "200"], "--start-epoch 200 leaves nothing of --epochs 200 to train"),
+        (["D", "--knn-every", "-1"], "--knn-every must be at least 0"),
+        (["D", "--eval-resize", "100"], "--eval-resize 100 must be at least --image-size 224"),
+        (["D", "--seed", "9223372036854775808"], "--seed must fit into 64 bits"),
     ],
 )
 def test_a_wrong_flag_is_an_error_that_names_the_mend(argv, words, capsys):
@@ -117,6 +135,7 @@ def test_a_recipe_lies_between_defaults_and_flags(tmp_path):
         ("lr: [1", ["not valid YAML"]),
         ("batch_size: 0", ["r.yaml", "--batch-size must be at least 1"]),
         ("lr: {a: 1}", ["one value"]),
+        ("[lr, epochs]: 1", ["line 1", "a key must be an option's name"]),
     ],
 )
 def test_a_wrong_recipe_is_an_error_that_names_file_line_and_mend(tmp_path, text, words):
@@ -126,6 +145,12 @@ def test_a_wrong_recipe_is_an_error_that_names_file_line_and_mend(tmp_path, text
         load_recipe(str(path))
     for word in ["r.yaml", *words]:
         assert word in str(error.value)
+
+
+def test_a_recipe_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "r.yaml").write_bytes(b"lr: 1 # \xff")
+    with pytest.raises(ValueError, match=r"r\.yaml is not valid YAML"):
+        load_recipe(str(tmp_path / "r.yaml"))
 
 
 def test_an_unknown_recipe_lists_those_there_are():

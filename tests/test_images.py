@@ -213,15 +213,16 @@ def test_missing_file_and_dangling_link(tmp_path):
 
 
 def test_what_is_no_file_is_named_and_waited_for_by_nobody(tmp_path):
-    """A link to itself, a pipe that nobody writes to and a folder, all called .jpg, beside an image."""
+    """A link to itself, a pipe that nobody writes to, a device and a folder, all called .jpg, beside an image."""
     os.symlink("loop.jpg", tmp_path / "loop.jpg")
     os.mkfifo(tmp_path / "pipe.jpg")
+    os.symlink("/dev/zero", tmp_path / "device.jpg")
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "x.jpg").write_bytes(encode(Image.fromarray(picture()), "JPEG"))
     listing = find_images(tmp_path)
-    assert listing.paths == ["loop.jpg", "pipe.jpg", "x.jpg"]
-    for name in listing.paths[:2]:
-        with pytest.raises(BadImage, match=name):
+    assert listing.paths == ["device.jpg", "loop.jpg", "pipe.jpg", "x.jpg"]
+    for name, reason in zip(listing.paths, ("no regular file", "symbolic links", "no regular file")):
+        with pytest.raises(BadImage, match=f"{name}: .*{reason}"):
             decode_image(tmp_path / name)
 
 

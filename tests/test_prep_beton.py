@@ -204,6 +204,8 @@ def test_nothing_usable_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"none of the 4 images can be used; cut\.jpg"):
         write(data, tmp_path / "x.beton")
     assert os.listdir(tmp_path) == ["images"]
+    with pytest.raises(ValueError, match="no data set was given"):  # "" is no name of the folder we are in
+        write("", tmp_path / "x.beton")
 
 
 @pytest.mark.parametrize("store", [Store(), Store(raw=True), Store(originals=True)])

@@ -167,6 +167,8 @@ def test_a_shard_the_manifest_does_not_know_is_found(whole, tmp_path):
     shutil.copy(tmp_path / "shards" / "shard-000000.tar", tmp_path / "shards" / "shard-000001.tar")
     with pytest.raises(ValueError, match=r"shard-000001\.tar is not in the manifest"):
         verify(tmp_path / "shards")
+    with pytest.raises(ValueError, match=r"--decode is for \.beton files"):
+        verify(tmp_path / "shards", decode=True)
 
 
 def test_verify_wants_a_worker(whole, capsys):

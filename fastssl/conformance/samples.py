@@ -15,6 +15,11 @@ BAD = (3, 4, 11)  # the unreadable images of `make_bad`: two in a row and the la
 NUM_BAD_SET = 12
 
 
+def reads_files(loader: str) -> bool:
+    """Does it read anything at all?"""
+    return KIND.get(loader, "beton") is not None
+
+
 def make_good(loader: str, root: Path, count: int = 26) -> Path | None:
     """`count` ordinary JPEGs in three classes, as what `loader` reads; None for a loader that reads nothing."""
     for i in range(count):
