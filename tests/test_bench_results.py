@@ -1,12 +1,15 @@
 """What is made of a result: verdicts that follow from the numbers, comparisons with the spread, plots, the suites."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 import bench_throughput
 from fastssl.bench import suite, timing
 from fastssl.bench.compare import compare, differing_machines, judge
+from fastssl.bench.eval import take_turns
 from fastssl.bench.results import Row, read_result, rows
 from fastssl.bench.suite_entries import Sizes, cpu_entries, gpu_entries
 from fastssl.bench.timing import Timing
@@ -134,6 +137,24 @@ def test_every_stage_reports_and_compares(tmp_path, monkeypatch, capsys):
     assert bench_throughput.main(["all", "--compare", str(old)]) == 0
     with pytest.raises(ValueError, match=r"missing\.json is not a result"):
         bench_throughput.main(["all", "--compare", str(tmp_path / "missing.json")])
+    write(tmp_path / "other.json", {"environment": ENVIRONMENT, "lines": [{"what": "knn"}]})
+    monkeypatch.setattr(Stage, "main", lambda *_: pytest.fail("it measured before it looked at the old result"))
+    with pytest.raises(ValueError, match=r"other\.json is no result of 'all': it lacks 'settings'"):
+        bench_throughput.main(["all", "--compare", str(tmp_path / "other.json")])
+    with pytest.raises(SystemExit):
+        bench_throughput.main(["all", "--report", str(tmp_path), "--output", str(tmp_path / "x.json")])
+    assert "--output: not allowed with argument --report" in capsys.readouterr().err
+
+
+def test_bad_input_of_a_stage_is_one_sentence(tmp_path):
+    for words, sentence in [
+        (["loader", "nowhere"], "nowhere is no folder: give one of JPEGs in class folders"),
+        (["loss", "--compare", "nowhere.json"], "nowhere.json is not a result of bench_throughput.py"),
+        (["loss", "--rounds", "0", "--num", "2", "--queue-size", "4"], "--rounds must be at least 1, got 0"),
+    ]:
+        command = [sys.executable, str(suite.PROGRAM), *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert done.returncode == 1 and f"fastssl: error: {sentence}" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_time_limit_leaves_three_rounds(monkeypatch):
@@ -141,6 +162,8 @@ def test_the_time_limit_leaves_three_rounds(monkeypatch):
     assert list(timing.turns(9)) == [0, 1, 2] and list(timing.turns(2)) == [0, 1]
     monkeypatch.setattr(timing, "_deadline", float("inf"))
     assert len(list(timing.turns(9))) == 9
+    monkeypatch.setattr(timing, "_deadline", 0.0)
+    assert take_turns({"a": list}, 9)["a"].rounds == 3
 
 
 @pytest.mark.parametrize("make, sizes", [(cpu_entries, Sizes.cpu()), (gpu_entries, Sizes.gpu())])
@@ -164,7 +187,7 @@ def test_a_suite_survives_a_stage_that_fails_and_one_that_hangs(tmp_path, monkey
     monkeypatch.setattr(suite, "PROGRAM", program)
     entries = [suite.Entry(name, "all", [], 1.0) for name in ("fails", "hangs", "works")]
     monkeypatch.setattr(suite, "cpu_entries", lambda *_: entries)
-    monkeypatch.setattr(suite, "open_data", lambda *_: ("DATA", "FILE"))
+    monkeypatch.setattr(suite, "open_data", lambda *_: (str(tmp_path), "FILE"))
     monkeypatch.setattr(suite, "verdicts", lambda stage, result: ["a verdict"])
     assert suite.main(["--suite", "cpu", "--report", str(tmp_path / "out")]) == 1
     lines = read_result(tmp_path / "out" / "suite-cpu.json")["lines"]

@@ -304,7 +304,7 @@ def test_a_wrong_architecture_is_told_the_right_one(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "nothing.pth")
     with pytest.raises(CheckpointError, match=r"\(state dict of a\) fits no architecture known here: name one with -a"):
         load_pretrained(tmp_path / "nothing.pth")
-    with pytest.raises(CheckpointError, match="no architecture known here has these layers: a$"):
+    with pytest.raises(CheckpointError, match=r"no architecture known here has these layers: a$"):
         load_pretrained(tmp_path / "nothing.pth", "resnet18")
 
 
