@@ -1,8 +1,12 @@
 """What is made of a result: verdicts that follow from the numbers, comparisons with the spread, plots, the suites."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -195,6 +199,33 @@ def test_a_suite_survives_a_stage_that_fails_and_one_that_hangs(tmp_path, monkey
     assert states == [("fails", "failed"), ("hangs", "killed"), ("works", "done")]
     assert "a verdict" in lines[1]["found"] and (tmp_path / "out" / "hangs-cpu.png").exists()
     assert "a verdict" in capsys.readouterr().out.split("== the suite")[1]
+
+
+def test_a_suite_that_is_ended_ends_its_stage(tmp_path, monkeypatch):
+    program, mark = tmp_path / "program.py", tmp_path / "pid"
+    program.write_text(
+        f"import os, pathlib, time\npathlib.Path({str(mark)!r}).write_text(str(os.getpid()))\ntime.sleep(60)"
+    )
+    monkeypatch.setattr(suite, "PROGRAM", program)
+    monkeypatch.setattr(suite, "cpu_entries", lambda *_: [suite.Entry("hangs", "all", [], 30.0)])
+    monkeypatch.setattr(suite, "open_data", lambda *_: (str(tmp_path), "FILE"))
+
+    def end_it():
+        while not (mark.exists() and mark.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=end_it, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        suite.main(["--suite", "cpu", "--report", str(tmp_path / "out")])
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), 0)
+
+
+def test_a_suite_has_no_stage_of_another_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "open_data", lambda *_: (str(tmp_path), "FILE"))
+    with pytest.raises(ValueError, match="--only convert lss: the suite has all, augment, eval, "):
+        suite.main(["--suite", "cpu", "--only", "loss", "lss", "convert", "--report", str(tmp_path / "out")])
 
 
 def test_the_gpu_suite_runs_at_its_smallest_sizes(tmp_path, capsys):
