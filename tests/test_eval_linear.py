@@ -215,6 +215,15 @@ def test_the_commands(run, image_folder, tmp_path):
     assert out.splitlines()[-1] == f" * Acc1 {max(s['acc1'] for s in result['settings']):.3f} Acc5 100.000"
 
 
+def test_unreadable_first_images_are_left_out(run, image_folder, tmp_path):
+    for path in sorted((image_folder / "val").rglob("*.*"))[:8]:
+        path.write_bytes(b"no image")
+    flags = ["-a", "resnet18", "--image-size", 32, "-b", 16, "--epochs", 1, "--lr", 0.1]
+    code, _, err = run(image_folder, *flags, "--json", "a.json")
+    assert code == 0 and err.count("left out: ") == 8
+    assert json.loads((tmp_path / "a.json").read_text())["bad_images"] == 8
+
+
 def test_where_checkpoints_go():
     options = options_of("data", "--pretrained", "runs/x/checkpoint_0199.pth.tar")
     assert str(linear.output_folder(options)) == "runs/x/lincls/checkpoint_0199.pth.tar/b256_lr30_e60,80,100"
