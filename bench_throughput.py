@@ -8,6 +8,8 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
+from fastssl.command import run_command
+
 STAGES = {  # stage -> the module whose main(argv) measures it and writes JSON to --output
     "convert": "fastssl.bench.convert",
     "loader": "fastssl.bench.loader",
@@ -24,7 +26,7 @@ USAGE = f"""usage: python bench_throughput.py STAGE [options]     where STAGE is
 
 every STAGE takes, besides its own options:
   --output FILE        write the result as JSON
-  --report DIR         write JSON, table and plot there
+  --report DIR         write JSON, table and plot there (instead of --output)
   --compare OLD.json   say what is faster, slower or within the noise; exit code 1 when anything is slower
   --seconds N          begin no further round after so many seconds (three at least)
 """
@@ -51,6 +53,7 @@ def run_stage(stage: str, argv: list[str]) -> int:
 
     shared, own = shared_parser().parse_known_args(argv)
     old = results.read_result(shared.compare) if shared.compare else None
+    old_rows = results.rows(stage, old, str(shared.compare)) if old else []  # before anything is measured
     timing.stop_after(shared.seconds or float("inf"))
     with tempfile.TemporaryDirectory() as scratch:
         output = shared.output or (shared.report or Path(scratch)) / f"{stage}.json"
@@ -63,7 +66,7 @@ def run_stage(stage: str, argv: list[str]) -> int:
             print(f"written: {', '.join(map(str, [output, *report.write_report(output, stage)]))}")
         if old is None:
             return 0
-        lines, slower = compare.compare(results.rows(stage, old), results.rows(stage, result))
+        lines, slower = compare.compare(old_rows, results.rows(stage, result))
         note = compare.differing_machines(old["environment"], result["environment"])
         print(*lines, *[note] * bool(note), sep="\n")
         return int(slower and not note)
@@ -72,12 +75,13 @@ def run_stage(stage: str, argv: list[str]) -> int:
 def shared_parser() -> argparse.ArgumentParser:
     """The options of every stage."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--report", type=Path)
+    places = parser.add_mutually_exclusive_group()
+    places.add_argument("--output", type=Path)
+    places.add_argument("--report", type=Path)
     parser.add_argument("--compare", type=Path)
     parser.add_argument("--seconds", type=float)
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -13,6 +13,7 @@ def encoder(weights: str, arch: str | None = None, *, with_head: bool = False, n
     adds its projection head, or the linear classifier of a linear-evaluation checkpoint; `normalise` makes the rows
     of what comes out unit vectors.
     """
+    import hashlib
     import os
 
     import torch
@@ -20,10 +21,13 @@ def encoder(weights: str, arch: str | None = None, *, with_head: bool = False, n
     from fastssl.foreign import load_pretrained
     from fastssl.foreign.heads import Normalise
 
+    weights = os.fspath(weights)
     if weights.startswith(("http://", "https://")):
         folder = os.path.join(torch.hub.get_dir(), "checkpoints")
         os.makedirs(folder, exist_ok=True)
-        path = os.path.join(folder, os.path.basename(weights.split("?")[0]))
+        # every MoCo checkpoint is called checkpoint_0199.pth.tar: the name alone may be another URL's
+        name = os.path.basename(weights.split("?")[0])
+        path = os.path.join(folder, f"{hashlib.sha256(weights.encode()).hexdigest()[:8]}-{name}")
         if not os.path.exists(path):
             torch.hub.download_url_to_file(weights, path)
         weights = path

@@ -43,7 +43,7 @@ def save(state: dict, path: Path) -> None:
             partial.unlink()
         cause = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise CheckpointError(
-            f"could not write {path} ({cause}); earlier checkpoints are untouched: make room, then --resume auto"
+            f"could not write {path} ({cause}); earlier checkpoints are untouched: make room, or name another place"
         ) from error
 
 

@@ -42,6 +42,13 @@ def export(source: str, out: str, to: str = "plain", *, arch: str | None = None,
     or not at all. Raises ValueError for a format that cannot hold this encoder exactly, and where `out` exists.
     """
     path = find_source(source)
+    if Path(out).is_dir():
+        raise ValueError(f"{out} is a folder: name a file in it")
+    if Path(out).suffix == ".onnx":
+        raise ValueError(
+            f"{out} would hold weights and no graph: name a .pth or .safetensors file; torch.onnx.export "
+            "makes ONNX from the module"
+        )
     if Path(out).exists() and not force:
         raise ValueError(f"{out} exists: --force replaces it")
     if to == "moco" and out.endswith(".safetensors"):

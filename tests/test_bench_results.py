@@ -1,12 +1,19 @@
 """What is made of a result: verdicts that follow from the numbers, comparisons with the spread, plots, the suites."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 
 import bench_throughput
 from fastssl.bench import suite, timing
 from fastssl.bench.compare import compare, differing_machines, judge
+from fastssl.bench.eval import take_turns
 from fastssl.bench.results import Row, read_result, rows
 from fastssl.bench.suite_entries import Sizes, cpu_entries, gpu_entries
 from fastssl.bench.timing import Timing
@@ -134,6 +141,24 @@ def test_every_stage_reports_and_compares(tmp_path, monkeypatch, capsys):
     assert bench_throughput.main(["all", "--compare", str(old)]) == 0
     with pytest.raises(ValueError, match=r"missing\.json is not a result"):
         bench_throughput.main(["all", "--compare", str(tmp_path / "missing.json")])
+    write(tmp_path / "other.json", {"environment": ENVIRONMENT, "lines": [{"what": "knn"}]})
+    monkeypatch.setattr(Stage, "main", lambda *_: pytest.fail("it measured before it looked at the old result"))
+    with pytest.raises(ValueError, match=r"other\.json is no result of 'all': it lacks 'settings'"):
+        bench_throughput.main(["all", "--compare", str(tmp_path / "other.json")])
+    with pytest.raises(SystemExit):
+        bench_throughput.main(["all", "--report", str(tmp_path), "--output", str(tmp_path / "x.json")])
+    assert "--output: not allowed with argument --report" in capsys.readouterr().err
+
+
+def test_bad_input_of_a_stage_is_one_sentence(tmp_path):
+    for words, sentence in [
+        (["loader", "nowhere"], "nowhere is no folder: give one of JPEGs in class folders"),
+        (["loss", "--compare", "nowhere.json"], "nowhere.json is not a result of bench_throughput.py"),
+        (["loss", "--rounds", "0", "--num", "2", "--queue-size", "4"], "--rounds must be at least 1, got 0"),
+    ]:
+        command = [sys.executable, str(suite.PROGRAM), *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert done.returncode == 1 and f"fastssl: error: {sentence}" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_time_limit_leaves_three_rounds(monkeypatch):
@@ -141,6 +166,8 @@ def test_the_time_limit_leaves_three_rounds(monkeypatch):
     assert list(timing.turns(9)) == [0, 1, 2] and list(timing.turns(2)) == [0, 1]
     monkeypatch.setattr(timing, "_deadline", float("inf"))
     assert len(list(timing.turns(9))) == 9
+    monkeypatch.setattr(timing, "_deadline", 0.0)
+    assert take_turns({"a": list}, 9)["a"].rounds == 3
 
 
 @pytest.mark.parametrize("make, sizes", [(cpu_entries, Sizes.cpu()), (gpu_entries, Sizes.gpu())])
@@ -164,7 +191,7 @@ def test_a_suite_survives_a_stage_that_fails_and_one_that_hangs(tmp_path, monkey
     monkeypatch.setattr(suite, "PROGRAM", program)
     entries = [suite.Entry(name, "all", [], 1.0) for name in ("fails", "hangs", "works")]
     monkeypatch.setattr(suite, "cpu_entries", lambda *_: entries)
-    monkeypatch.setattr(suite, "open_data", lambda *_: ("DATA", "FILE"))
+    monkeypatch.setattr(suite, "open_data", lambda *_: (str(tmp_path), "FILE"))
     monkeypatch.setattr(suite, "verdicts", lambda stage, result: ["a verdict"])
     assert suite.main(["--suite", "cpu", "--report", str(tmp_path / "out")]) == 1
     lines = read_result(tmp_path / "out" / "suite-cpu.json")["lines"]
@@ -172,6 +199,33 @@ def test_a_suite_survives_a_stage_that_fails_and_one_that_hangs(tmp_path, monkey
     assert states == [("fails", "failed"), ("hangs", "killed"), ("works", "done")]
     assert "a verdict" in lines[1]["found"] and (tmp_path / "out" / "hangs-cpu.png").exists()
     assert "a verdict" in capsys.readouterr().out.split("== the suite")[1]
+
+
+def test_a_suite_that_is_ended_ends_its_stage(tmp_path, monkeypatch):
+    program, mark = tmp_path / "program.py", tmp_path / "pid"
+    program.write_text(
+        f"import os, pathlib, time\npathlib.Path({str(mark)!r}).write_text(str(os.getpid()))\ntime.sleep(60)"
+    )
+    monkeypatch.setattr(suite, "PROGRAM", program)
+    monkeypatch.setattr(suite, "cpu_entries", lambda *_: [suite.Entry("hangs", "all", [], 30.0)])
+    monkeypatch.setattr(suite, "open_data", lambda *_: (str(tmp_path), "FILE"))
+
+    def end_it():
+        while not (mark.exists() and mark.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=end_it, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        suite.main(["--suite", "cpu", "--report", str(tmp_path / "out")])
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), 0)
+
+
+def test_a_suite_has_no_stage_of_another_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "open_data", lambda *_: (str(tmp_path), "FILE"))
+    with pytest.raises(ValueError, match="--only convert lss: the suite has all, augment, eval, "):
+        suite.main(["--suite", "cpu", "--only", "loss", "lss", "convert", "--report", str(tmp_path / "out")])
 
 
 def test_the_gpu_suite_runs_at_its_smallest_sizes(tmp_path, capsys):

@@ -155,6 +155,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(image_folder, tmp_path):
     assert first["acc1_by_epoch"] + second["acc1_by_epoch"] == truth["acc1_by_epoch"]
     only, _ = train_on_rank(0, 1, image_folder, tmp_path / "parts", *FLAGS, "--resume", path, "--evaluate")
     assert only["acc1"] == first["acc1"]
+    with pytest.raises(ValueError, match="has all its 3 epochs: give more --epochs, or -e"):
+        train_on_rank(0, 1, image_folder, tmp_path / "parts", "--epochs", 3, "--resume", path)
     state = torch.load(path, weights_only=True)
     assert set(state) == {"epoch", "arch", "state_dict", "best_acc1", "acc1", "acc5", "optimizer"}
     assert state["epoch"] == 3 and {"module.fc.weight", "module.norm.running_mean"} <= set(state["state_dict"])
@@ -213,6 +215,15 @@ def test_the_commands(run, image_folder, tmp_path):
     assert out.splitlines()[-1] == f" * Acc1 {max(s['acc1'] for s in result['settings']):.3f} Acc5 100.000"
 
 
+def test_unreadable_first_images_are_left_out(run, image_folder, tmp_path):
+    for path in sorted((image_folder / "val").rglob("*.*"))[:8]:
+        path.write_bytes(b"no image")
+    flags = ["-a", "resnet18", "--image-size", 32, "-b", 16, "--epochs", 1, "--lr", 0.1]
+    code, _, err = run(image_folder, *flags, "--json", "a.json")
+    assert code == 0 and err.count("left out: ") == 8
+    assert json.loads((tmp_path / "a.json").read_text())["bad_images"] == 8
+
+
 def test_where_checkpoints_go():
     options = options_of("data", "--pretrained", "runs/x/checkpoint_0199.pth.tar")
     assert str(linear.output_folder(options)) == "runs/x/lincls/checkpoint_0199.pth.tar/b256_lr30_e60,80,100"
@@ -221,14 +232,22 @@ def test_where_checkpoints_go():
 def test_bad_input_is_one_sentence(run, image_folder, tmp_path):
     flags = [image_folder, "-a", "resnet18", "--image-size", 32]
     (tmp_path / "text.pth.tar").write_text("no checkpoint")
+    (tmp_path / "empty.pth.tar").touch()
+    torch.save({"epoch": 3, "state_dict": {"fc.weight": torch.zeros(1)}}, tmp_path / "weights.pth.tar")
     for words, sentence in [
         (["--lrs", "1,2"], "--lrs sweeps settings, which is --protocol cached"),
         (["--protocol", "cached", "--resume", "x"], "keeps no checkpoints"),
         (["--start-epoch", 100], "--start-epoch 100 must lie below --epochs 100"),
-        (["--resume", tmp_path / "text.pth.tar"], "is no checkpoint of a linear evaluation"),
-        (["--resume", tmp_path / "nothing"], "to resume"),
+        (["--resume", tmp_path / "text.pth.tar"], "is damaged or no checkpoint"),
+        (["--resume", tmp_path / "empty.pth.tar"], "is damaged or no checkpoint: EOFError"),
+        (["--resume", tmp_path / "weights.pth.tar"], "no checkpoint of a linear evaluation: it lacks best_acc1, opt"),
+        (["--resume", tmp_path / "nothing"], "there is no checkpoint"),
+        (["-e"], "-e validates a classifier that was trained: name its checkpoint with --resume"),
         (["--protocol", "cached", "--lrs", "3e38", "--epochs", 3], "diverged"),
         (["--lr", "1e38", "--epochs", 1, "-b", 4], "is not finite: lower --lr"),
     ]:
         code, _, err = run(*flags, *words)
         assert code == 1 and sentence in err and "Traceback" not in err, err
+    for words in (["--lr", "nan"], ["--lr=-1"], ["--wd=-1"], ["--protocol", "cached", "--lrs", "1,inf"]):
+        code, _, err = run(*flags, *words)
+        assert code == 2 and "must be a number of at least 0, got" in err, err

@@ -12,10 +12,11 @@ from fastssl.data_prep.write_beton import write_beton
 from fastssl.data_prep.write_shards import write_shards
 from fastssl.distributed import Ranks
 from fastssl.eval import all as everything
-from fastssl.eval import knn, linear
+from fastssl.eval import knn, linear, transfer
 from fastssl.eval.images import open_splits
 from fastssl.eval.options import finish_options
 from fastssl.eval.session import Session
+from fastssl.eval.transfer_data import open_transfer_data
 
 ALONE = Ranks(0, 1, 1, torch.device("cpu"))
 NEEDS_TURBOJPEG = pytest.mark.skipif(NO_TURBOJPEG, reason="needs libturbojpeg")
@@ -69,6 +70,15 @@ def test_the_same_numbers(sources, kind, tmp_path, capsys):
         return [*found, everything.evaluate(Session(whole, ALONE))]
 
     assert evaluate(kind) == evaluate("folder")
+
+
+@NEEDS_TURBOJPEG
+def test_transfer_reads_beton_files(sources):
+    parser = transfer.make_transfer_parser()
+    ours, folders = (
+        open_transfer_data(Session(options_of(parser, sources[name]), ALONE)) for name in ("beton", "folder")
+    )
+    assert [images.num_images for images in ours] == [images.num_images for images in folders]
 
 
 @NEEDS_TURBOJPEG

@@ -121,6 +121,17 @@ def test_whole_caltech_is_split_by_the_seed(make_image_folder, tmp_path, monkeyp
     assert chosen[0] == chosen[1] != chosen[2]
 
 
+def test_a_bad_image_of_caltech_is_named_once(make_image_folder, tmp_path, capsys):
+    folder = make_image_folder(tmp_path / "caltech101", {"101_ObjectCategories": 2}, classes=2) / "101_ObjectCategories"
+    next((folder / "class0").iterdir()).write_bytes(b"no image")
+    session = session_of(tmp_path, "--dataset", "caltech101")
+    splits = transfer_data.open_transfer_data(session)
+    for split in splits:
+        list(split.read(iter([torch.arange(split.num_images)])))
+    assert session.warn_bad(*splits) == 1
+    assert capsys.readouterr().err.count("left out: ") == 1
+
+
 class Backbone(nn.Module):
     def __init__(self):
         super().__init__()

@@ -216,6 +216,9 @@ def test_refusals(tmp_path, capsys):
     torch.save(tv.mobilenet_v3_small(weights=None).state_dict(), tmp_path / "tv.pth")
     for arguments, message in [
         ([source, str(tmp_path / "there.pth")], "exists: --force replaces it"),
+        ([source, str(tmp_path / "empty"), "--force"], "empty is a folder: name a file in it"),
+        ([source, str(tmp_path / "x.onnx")], "x.onnx would hold weights and no graph"),
+        ([source, str(tmp_path / "there.pth" / "x.pth")], "or name another place"),
         ([source, str(tmp_path / "x.pth"), "--to", "timm"], "--to timm has no cifar stem: use --to plain"),
         ([source, str(tmp_path / "x.safetensors"), "--to", "moco"], "name a .pth.tar file"),
         ([str(tmp_path / "empty"), str(tmp_path / "x.pth")], "holds no checkpoint that can be used"),
@@ -241,7 +244,7 @@ def hubconf():
 def test_hub_entry_points(tmp_path, hubconf):
     saved, tensors, forward = make_moco("resnet18")
     torch.save(saved, tmp_path / "moco.pth.tar")
-    plain = torch.hub.load(str(ROOT), "encoder", str(tmp_path / "moco.pth.tar"), source="local", verbose=False)
+    plain = torch.hub.load(str(ROOT), "encoder", tmp_path / "moco.pth.tar", source="local", verbose=False)
     assert_same(outputs(plain), forward(tensors, IMAGES))
     unit = hubconf.encoder(str(tmp_path / "moco.pth.tar"), with_head=True, normalise=True)
     torch.testing.assert_close(outputs(unit).norm(dim=1), torch.ones(2))
@@ -262,6 +265,8 @@ def test_a_url_is_fetched_once(tmp_path, monkeypatch, hubconf):
     for _ in range(2):
         hubconf.encoder("https://host/models/moco.pth.tar?x=1")
     assert fetched == ["https://host/models/moco.pth.tar?x=1"]
+    hubconf.encoder("https://other/moco.pth.tar")
+    assert fetched[1:] == ["https://other/moco.pth.tar"]  # not the first one's file of the same name
 
 
 def test_models_are_listed(capsys):

@@ -1,7 +1,10 @@
 """Checkpoints of other projects, rebuilt by old_checkpoints.py: features, heads, the account, every refusal."""
 
 import argparse
+import os
 import pickle
+import warnings
+import zipfile
 from collections import OrderedDict
 
 import numpy as np
@@ -248,6 +251,22 @@ def test_code_in_a_checkpoint_is_refused(tmp_path, capsys, poison):
     assert "code ran" not in capsys.readouterr().out
 
 
+def test_blocked_modules_and_whole_programs_are_refused_without_advice_to_run_them(tmp_path):
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as script:
+        for name in (
+            "constants.pkl",
+            "data.pkl",
+            "version",
+        ):  # the first tells TorchScript's archives from torch.save's
+            script.writestr(f"script/{name}", b"3\n" if name == "version" else b"")
+    blocked = write(tmp_path, {"state_dict": {}, "extra": os.system}, "blocked.pth")
+    for path, what in ((blocked, r"\S+\.system"), (tmp_path / "script.pt", "TorchScript")):
+        with warnings.catch_warnings(), pytest.raises(CheckpointError, match=f"holds {what}, which .* code") as error:
+            warnings.simplefilter("ignore", UserWarning)  # torch's, that it dispatches to torch.jit.load
+            load_pretrained(path)
+        assert "weights_only" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -283,20 +302,23 @@ def test_a_wrong_architecture_is_told_the_right_one(tmp_path):
     with pytest.raises(CheckpointError, match=r"it fits tv_efficientnet_b0$"):
         load_pretrained(tmp_path / "tv.pth", "efficientnet_b0")
     torch.save({"a": torch.zeros(1)}, tmp_path / "nothing.pth")
-    with pytest.raises(CheckpointError, match="fits no architecture known here: name one with -a"):
+    with pytest.raises(CheckpointError, match=r"\(state dict of a\) fits no architecture known here: name one with -a"):
         load_pretrained(tmp_path / "nothing.pth")
-    with pytest.raises(CheckpointError, match="no architecture known here has these layers"):
+    with pytest.raises(CheckpointError, match=r"no architecture known here has these layers: a$"):
         load_pretrained(tmp_path / "nothing.pth", "resnet18")
 
 
 def test_files_that_hold_no_weights(tmp_path):
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         load_pretrained(tmp_path / "missing.pth")
+    with pytest.raises(CheckpointError, match="is a folder: name a checkpoint in it"):
+        load_pretrained(tmp_path)
     for value, message in [
         ([1, 2], "holds a list, not weights by name"),
         ({"epoch": 3, "optimizer": {}}, "holds no weights under state_dict, model, .*; it holds epoch, optimizer"),
         ({}, "it holds nothing"),
         (OrderedDict(state_dict={}), "holds no weights"),
+        ({"w": torch.zeros(2, 2, device="meta")}, "w is sparse or has no values"),
     ]:
         with pytest.raises(CheckpointError, match=message):
             load_pretrained(write(tmp_path, value))

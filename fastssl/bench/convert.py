@@ -73,5 +73,5 @@ def main(argv: list[str]) -> None:
         lines.append({"what": name, "images_per_s": rate, "low": low, "high": high, "share_of_alone": share})
         print(f"{name:32} {rate:8.0f} images/s ({low:.0f} to {high:.0f})  {share:6.2f} x alone")
     if args.output:
-        settings = {"images": count, "workers": args.workers, "rounds": args.rounds, "ended": time.ctime()}
+        settings = {"images": count, "workers": args.workers, "rounds": timing.rounds, "ended": time.ctime()}
         args.output.write_text(json.dumps({"environment": environment(), **settings, "lines": lines}, indent=1) + "\n")

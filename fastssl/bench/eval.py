@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fastssl.bench.knn_peer import knn_the_reference_way, nearest_by_cdist
-from fastssl.bench.timing import Function, Timing, summarise, time_calls
+from fastssl.bench.timing import Function, Timing, summarise, time_calls, turns
 from fastssl.distributed import Ranks
 from fastssl.environment import environment
 from fastssl.eval.linear_cached import Setting, Sweep, fit_linear
@@ -45,7 +45,7 @@ def make_features(num: int, dim: int, seed: int) -> tuple[Tensor, Tensor]:
 def take_turns(contestants: dict[str, Function], rounds: int) -> dict[str, Timing]:
     """Seconds of whole calls, one after the other, each round beginning with another one."""
     names, seconds = list(contestants), {name: [] for name in contestants}
-    for turn in range(rounds):
+    for turn in turns(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             start = time.perf_counter()
             contestants[name]()

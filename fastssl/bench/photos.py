@@ -42,7 +42,9 @@ def write_photos(folder: Path, count: int, seed: int = 0, sides: tuple[int, int]
 
 
 def train_folder(data: str) -> str:
-    """DATA/train where there is one, else DATA: the folder of class folders."""
+    """DATA/train where there is one, else DATA: the folder of class folders. Raises ValueError where DATA is none."""
+    if not os.path.isdir(data):
+        raise ValueError(f"{data} is no folder: give one of JPEGs in class folders, or train/ with them")
     train = os.path.join(data, "train")
     return train if os.path.isdir(train) else data
 

@@ -36,9 +36,12 @@ def stage_of(path: Path) -> str:
     return path.stem.split("-")[0]
 
 
-def rows(stage: str, result: dict[str, object]) -> list[Row]:
-    """Every contestant of every setting."""
-    return list(READERS.get(stage, seconds_rows)(result))
+def rows(stage: str, result: dict[str, object], name: str = "this") -> list[Row]:
+    """Every contestant of every setting. Raises ValueError where `name`, the result, is not one of the stage."""
+    try:
+        return list(READERS.get(stage, seconds_rows)(result))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name} is no result of {stage!r}: it lacks {error}") from None
 
 
 def invert(seconds: Timing, work: float) -> Timing:

@@ -27,6 +27,7 @@ from fastssl.bench.report import write_report
 from fastssl.bench.results import read_result
 from fastssl.bench.suite_entries import Entry, Sizes, compile_ahead, cpu_entries, gpu_entries
 from fastssl.bench.verdicts import verdicts
+from fastssl.command import tidy_on_signals
 from fastssl.environment import environment
 
 PROGRAM = Path(__file__).resolve().parents[2] / "bench_throughput.py"
@@ -50,12 +51,15 @@ def main(argv: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     sizes = Sizes.tiny() if args.tiny else Sizes.cpu() if args.suite == "cpu" else Sizes.gpu()
     finish, done = time.monotonic() + LIMIT[args.suite], []
-    with tempfile.TemporaryDirectory() as scratch:
+    with tidy_on_signals(), tempfile.TemporaryDirectory() as scratch:  # a stage has a session of its own: end it, too
         data, beton = open_data(args.data, args.beton, Path(scratch), sizes.photos)
         make = cpu_entries if args.suite == "cpu" else gpu_entries
         entries = make(sizes, train_folder(data), beton)
         if args.suite == "gpu":
             compile_all(sizes, finish)
+        stages = {entry.stage for entry in entries}
+        if unknown := set(args.only or ()) - stages:
+            raise ValueError(f"--only {' '.join(sorted(unknown))}: the suite has {', '.join(sorted(stages))}")
         for entry in [entry for entry in entries if not args.only or entry.stage in args.only]:
             done.append(run_entry(entry, folder / f"{entry.name}-{suffix}.json", finish))
             save(folder / f"suite-{suffix}.json", done, args.data or SOURCE)

@@ -42,7 +42,9 @@ def while_time_lasts(names: Sequence[str]) -> Iterator[str]:
 
 
 def turns(rounds: int) -> Iterator[int]:
-    """0, 1, ... rounds - 1, or fewer when `stop_after` cuts them."""
+    """0, 1, ... rounds - 1, or fewer when `stop_after` cuts them. Raises ValueError for less than one."""
+    if rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {rounds}")
     for turn in range(rounds):
         if turn >= FEWEST_ROUNDS and time.monotonic() > _deadline:
             return

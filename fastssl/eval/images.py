@@ -64,7 +64,12 @@ class Subset:
 
     def __init__(self, images: Images, chosen: Tensor, class_names: Sequence[str]) -> None:
         self.images, self.chosen = images, chosen
-        self.num_images, self.class_names, self.bad_images = len(chosen), list(class_names), images.bad_images
+        self.num_images, self.class_names = len(chosen), list(class_names)
+
+    @property
+    def bad_images(self) -> list[str]:
+        """Those of the whole set."""
+        return self.images.bad_images
 
     def read(self, shares: Iterator[Tensor], *, replace_bad: bool = False) -> Iterator[ImageBatch]:
         """As `FolderLoader.read`; `index` is that of the whole set."""

@@ -21,6 +21,7 @@ from fastssl.eval.classifier import Classifier, Keeper, count_hits, predict, val
 from fastssl.eval.features import View
 from fastssl.eval.images import Images
 from fastssl.eval.session import Session, check_writable
+from fastssl.foreign.read import read_weights
 from fastssl.loaders.order import epoch_order
 from fastssl.schedules import learning_rate
 
@@ -54,6 +55,8 @@ def train_classifier(
     frozen = None if protocol.finetune else copy_state(model.backbone)
     if o.evaluate:
         return report(session, model, val, protocol, {"epochs_trained": first})
+    if first >= o.epochs:
+        raise ValueError(f"{o.resume} has all its {first} epochs: give more --epochs, or -e to validate it")
     if session.ranks.rank == 0:
         check_writable(folder / "model_best.pth.tar", "--output")
     result = {"epochs_trained": first, "best_acc1": best, "acc1_by_epoch": []}
@@ -140,16 +143,12 @@ def resume(path: str, model: Classifier, optimizer: torch.optim.Optimizer, start
     """(first epoch, best Acc1 so far) of --resume, loaded; ValueError when it is no checkpoint of this classifier."""
     if not path:
         return start_epoch, 0.0
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        weights, epoch, best, momenta = (state[key] for key in ("state_dict", "epoch", "best_acc1", "optimizer"))
-    except FileNotFoundError:
-        raise ValueError(f"there is no checkpoint {path} to resume") from None
-    except Exception as error:
-        raise ValueError(f"{path} is no checkpoint of a linear evaluation: {str(error).splitlines()[0]}") from error
+    _, weights, entries = read_weights(path)
+    if lacking := [name for name in ("epoch", "best_acc1", "optimizer") if name not in entries]:
+        raise ValueError(f"{path} is no checkpoint of a linear evaluation: it lacks {', '.join(lacking)}")
     model.import_state(weights)
-    optimizer.load_state_dict(momenta)
-    return epoch, float(best)
+    optimizer.load_state_dict(entries["optimizer"])
+    return entries["epoch"], float(entries["best_acc1"])
 
 
 def state_of(arch: str, model: Classifier, optimizer: torch.optim.Optimizer, result: dict) -> dict:

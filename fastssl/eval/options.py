@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -41,10 +42,10 @@ def add_training_flags(p: argparse.ArgumentParser, *, print_freq: int) -> None:
     """The flags that the reference's linear and transfer scripts share."""
     p.add_argument("--epochs", type=positive, default=100, metavar="N", help="(default 100)")
     p.add_argument("--start-epoch", type=int, default=0, metavar="N", help="first epoch of a run that resumes nothing")
-    p.add_argument("--lr", "--learning-rate", type=float, default=30.0, metavar="LR", help="(default 30)")
+    p.add_argument("--lr", "--learning-rate", type=rate, default=30.0, metavar="LR", help="(default 30)")
     p.add_argument("--schedule", type=int, nargs="*", default=[60, 80], help="epochs at which the rate drops (60 80)")
-    p.add_argument("--momentum", type=float, default=0.9, metavar="M", help="of SGD (default 0.9)")
-    p.add_argument("--wd", "--weight-decay", dest="weight_decay", type=float, default=0.0, metavar="W", help="(0)")
+    p.add_argument("--momentum", type=rate, default=0.9, metavar="M", help="of SGD (default 0.9)")
+    p.add_argument("--wd", "--weight-decay", dest="weight_decay", type=rate, default=0.0, metavar="W", help="(0)")
     p.add_argument("-p", "--print-freq", type=positive, default=print_freq, metavar="N", help=f"({print_freq})")
     p.add_argument("--resume", default="", metavar="PATH", help="go on from a checkpoint this command wrote")
     p.add_argument("-e", "--evaluate", action="store_true", help="only validate (the classifier of --resume)")
@@ -66,6 +67,8 @@ def check_training_flags(options: argparse.Namespace) -> None:
         raise ValueError(f"{swept[0]} sweeps settings, which is --protocol cached: add it, or give one --lr and --wd")
     if options.protocol == "cached" and (options.resume or options.evaluate or options.output):
         raise ValueError("--protocol cached keeps no checkpoints: leave out --resume, --evaluate and --output")
+    if options.evaluate and not options.resume:
+        raise ValueError("-e validates a classifier that was trained: name its checkpoint with --resume")
     if not 0 <= options.start_epoch < options.epochs:
         raise ValueError(f"--start-epoch {options.start_epoch} must lie below --epochs {options.epochs}")
 
@@ -129,6 +132,14 @@ def positive_float(text: str) -> float:
     return value
 
 
+def rate(text: str) -> float:
+    """A float of at least 0, not infinite."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
+    return value
+
+
 def numbers(text: str) -> list[float]:
-    """Comma-separated numbers."""
-    return [float(part) for part in text.split(",")]
+    """Comma-separated rates."""
+    return [rate(part) for part in text.split(",")]

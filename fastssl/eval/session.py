@@ -68,7 +68,8 @@ class Session:
 
     def warn_bad(self, *sets: Images) -> int:
         """Names the unreadable images of all ranks on stderr; returns how many they are."""
-        found = gather_objects([line for images in sets for line in images.bad_images], self.ranks)
+        # once each: two sets may be parts of one
+        found = gather_objects([*dict.fromkeys(line for images in sets for line in images.bad_images)], self.ranks)
         lines = [line for rank in found for line in rank]
         for line in lines:
             self.note(f"left out: {line}")

@@ -21,7 +21,7 @@ CALTECH_PER_CLASS = 30  # training images, the usual split
 
 
 def open_transfer_data(session: Session) -> tuple[Images, Images]:
-    """(train, test) of --dataset below DATA: torchvision's files, or train/<class>/ and test/<class>/ folders.
+    """(train, test) of --dataset below DATA: torchvision's files, or what `open_splits` takes, test before val.
 
     Raises ValueError when neither is there, or torchvision's files are damaged.
     """
@@ -33,7 +33,7 @@ def open_transfer_data(session: Session) -> tuple[Images, Images]:
         for folder in (root / _CALTECH, root / _CALTECH.name, root):
             if folder.name == _CALTECH.name and folder.is_dir():
                 return split_caltech(session, folder)
-    if not (root / "train").is_dir():
+    if not (root / "train").is_dir() and not (root / "train.beton").is_file():
         known = f"{_CIFAR[o.dataset][1]}/" if o.dataset in _CIFAR else f"{_CALTECH}/"
         also = "" if o.dataset == "imagenet" else f", nor torchvision's {known}"
         raise ValueError(f"{root} holds no train/<class>/ and test/<class>/ folders{also}: --dataset {o.dataset}")

@@ -127,7 +127,10 @@ def _choose(contents: Contents, layout: Layout, arch: str | None, stem: str | No
     if not found and said_arch in list_architectures():
         return said_arch, stem or "imagenet"  # which says what does not fit
     if not found:
-        raise CheckpointError(f"{contents.path} ({layout.kind}) fits no architecture known here: name one with -a")
+        raise CheckpointError(
+            f"{contents.path} ({layout.kind} of {_few(list(layout.backbone))}) fits no architecture known here: name "
+            "one with -a"
+        )
     names = [name for found_arch, _ in found for name in (found_arch, _TWINS.get(found_arch)) if name]
     raise CheckpointError(f"{contents.path} fits {' and '.join(names)}, which compute differently: name one with -a")
 
@@ -141,7 +144,8 @@ def _load_backbone(
     wrong = differences(layout.backbone, {k: tuple(v.shape) for k, v in own.items()})
     if wrong:
         others = [name + ("" if s == "imagenet" else f" --stem {s}") for name, s in fitting_architectures(whole)]
-        advice = f"it fits {', '.join(others)}" if others else "no architecture known here has these layers"
+        held = _few(list(layout.backbone)) or "nothing"
+        advice = f"it fits {', '.join(others)}" if others else f"no architecture known here has these layers: {held}"
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         shown = f"{arch}" + ("" if stem == "imagenet" else f" --stem {stem}")
         raise CheckpointError(f"{contents.path} is no {shown}: {', '.join(wrong[:3])}{more}; {advice}")

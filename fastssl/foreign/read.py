@@ -17,6 +17,10 @@ from fastssl.checkpoint import CheckpointError
 
 # Where projects put the weights in a checkpoint, in the order they are looked for.
 _WEIGHTS = ("state_dict", "model", "model_state_dict", "net")
+# How torch names, in what it raises, the code it met: a class, a function, a blocked module's, a whole program.
+_CODE = re.compile(
+    r"GLOBAL (\S+) was not an allowed global|Unsupported class (\S+)|unsupported GLOBAL (\S+)|(TorchScript)"
+)
 
 
 class Contents(NamedTuple):
@@ -34,7 +38,8 @@ def read_weights(path: str | Path) -> Contents:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}")
+        is_folder = f"{path} is a folder: name a checkpoint in it, such as RUN/checkpoints/step_000001000.pt"
+        raise CheckpointError(is_folder if path.is_dir() else f"there is no checkpoint {path}")
     loaded, entries = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not weights by name: save model.state_dict()")
@@ -45,6 +50,9 @@ def read_weights(path: str | Path) -> Contents:
             raise CheckpointError(f"{path} holds no weights under {', '.join(_WEIGHTS)}; it holds {held}")
         entries = {str(k): v for k, v in loaded.items() if k != name}
         loaded = loaded[name]
+    odd = next((k for k, v in loaded.items() if v.layout != torch.strided or v.is_meta), None)
+    if odd is not None:
+        raise CheckpointError(f"{path}: {odd} is sparse or has no values: save plain tensors, .to_dense()")
     broken = next((k for k, v in loaded.items() if v.is_floating_point() and not v.isfinite().all()), None)
     if broken is not None:
         raise CheckpointError(f"{path}: {broken} holds values that are not finite: take an earlier checkpoint")
@@ -82,13 +90,14 @@ def _read_torch(path: Path) -> object:
         raise
     except Exception as error:
         text = str(error)
-        if found := re.search(r"GLOBAL (\S+) was not an allowed global|Unsupported class (\S+)", text):
+        if found := _CODE.search(text):
             raise CheckpointError(
-                f"{path} holds {found[1] or found[2]}, which loading would run as code: refused; where you "
-                "trust it, keep its weights alone: torch.save(torch.load(OLD, weights_only=False)['state_dict'], NEW)"
+                f"{path} holds {next(filter(None, found.groups()))}, which loading would run as code: refused; where "
+                "you trust it, load it by its own program and keep its weights alone: torch.save(state_dict, NEW)"
             ) from None
-        reason = text.splitlines()[0][:200] if text else type(error).__name__
-        raise CheckpointError(f"{path} is damaged or no checkpoint: {reason}") from error
+        # torch's own advice, to load all the same, is not ours
+        reason = text.partition("WeightsUnpickler error:")[2].strip() or text or type(error).__name__
+        raise CheckpointError(f"{path} is damaged or no checkpoint: {reason.splitlines()[0][:200]}") from error
 
 
 def _harmless() -> list:
