@@ -16,6 +16,7 @@ from fastssl.compile_encoders import HOW_NAMES, compile_encoders
 from fastssl.config import Config, DataConfig
 from fastssl.distributed import Ranks
 from fastssl.faster_sgd import choose_sgd
+from fastssl.foreign.fit import Unallocated
 from fastssl.host_memory import keep_freed_memory
 from fastssl.layout import LAYOUT_NAMES, choose_layout
 from fastssl.loaders.make import Loader, make_loader
@@ -72,6 +73,14 @@ def open_policy(config: Config) -> Policy:
     settings = {"crop_scale": a.crop_scale, "hide_and_seek": a.hide_and_seek, "hide_p": a.has_p, **pair}
     settings |= parse_settings(a.policy_set)  # which may name any of them
     return make_policy(a.policy, cj=a.cj, grey_scale=a.grey_scale, gaussian_blur=a.gaussian_blur, **settings)
+
+
+def check_names(config: Config) -> None:
+    """Raises ValueError for a policy, architecture, head or stem that does not exist: before images are read."""
+    open_policy(config)
+    m = config.model
+    with Unallocated():
+        make_encoder(m.arch, head=m.head, dim=m.dim, stem=m.stem)
 
 
 class Trainee(NamedTuple):

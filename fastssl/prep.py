@@ -50,7 +50,9 @@ class Beton:
     """Replace OUT if it exists."""
 
     def run(self) -> int:
-        """Converts and says what came of it."""
+        """Converts and says what came of it. Raises ValueError for a name that no loader would know again."""
+        if not self.out.endswith(".beton"):
+            raise ValueError(f"OUT must end in .beton, by which the loaders know the file: {self.out}.beton")
         start = time.monotonic()
         tally = write_beton(self.data, self.out, self.store, self.selection, self.work, self.force)
         return say(tally, self.out, time.monotonic() - start)

@@ -26,13 +26,14 @@ HARMLESS = {
 }  # fmt: skip
 
 
-def state_of(trainee: Trainee, step: int, config: Config, num_images: int) -> dict:
+def state_of(trainee: Trainee, step: int, config: Config, num_images: int, world_size: int) -> dict:
     """The checkpoint after `step` steps: tensors, numbers, strings, lists and dicts only."""
     return {
         "format": checkpoint.FORMAT,
         "step": step,
         "config": {k: list(v) if isinstance(v, tuple) else v for k, v in flat(config).items()},
         "num_images": num_images,
+        "world_size": world_size,
         "layout": LAYOUT_NAMES[trainee.moco.memory_format],
         "model": trainee.moco.state_dict(),
         "optimizer": trainee.optimizer.state_dict(),
@@ -54,7 +55,7 @@ def start_or_resume(
         return config.train.start_epoch * plan.steps_per_epoch, notes
     if config.train.restart:
         return 0, start_from_weights(path, trainee, config)
-    first, changed = restore(path, trainee, config, num_images)
+    first, changed = restore(path, trainee, config, num_images, ranks.world_size)
     complete = " (the run is complete)" if first >= plan.stop else ""
     return first, [*notes, f"going on from {path}, after {first} steps{complete}", *changed]
 
@@ -89,7 +90,7 @@ def find_checkpoint(resume: str, folder: Path, ranks: Ranks) -> tuple[Path | Non
     return path, notes if path else [f"nothing to resume in {folder}: starting afresh"]
 
 
-def restore(path: Path, trainee: Trainee, config: Config, num_images: int) -> tuple[int, list[str]]:
+def restore(path: Path, trainee: Trainee, config: Config, num_images: int, world_size: int) -> tuple[int, list[str]]:
     """Loads a checkpoint into the run. Returns the steps already done and notes on settings that changed since.
 
     Raises CheckpointError when it belongs to another model.
@@ -112,6 +113,10 @@ def restore(path: Path, trainee: Trainee, config: Config, num_images: int) -> tu
         raise CheckpointError(f"{path} does not fit this model: {str(error).splitlines()[0]}") from error
     changed = [k for k in now if k not in HARMLESS and k in then and then[k] != _plain(now[k])]
     notes += [f"{k} is {now[k]}, was {then[k]}: the run goes on, but not as if it had never stopped" for k in changed]
+    if world_size != state.get("world_size", world_size):  # not in checkpoints of before it was written down
+        notes.append(
+            f"the world size is {world_size}, was {state['world_size']}: batch norm sees other parts of a batch"
+        )
     if num_images != state["num_images"]:
         notes.append(f"the data set has {num_images} images, had {state['num_images']}: the order of images differs")
     return state["step"], notes

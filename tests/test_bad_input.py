@@ -85,6 +85,14 @@ def test_an_unknown_architecture_is_answered_with_the_nearest(run, data):
     assert code == FAILED and "resnet18" in one_sentence(text)
 
 
+@pytest.mark.parametrize(
+    "words", [["-a", "resnet19"], ["-a", "vit_tiny", "--stem", "cifar"], ["--policy-set", "blur_q=1"]]
+)
+def test_what_does_not_exist_is_told_before_images_are_read(run, tmp_path, words):
+    code, text = run(tmp_path / "nowhere", *words)
+    assert code == FAILED and words[1].split("=")[0] in one_sentence(text) and "nowhere" not in text
+
+
 def test_cuda_where_there_is_none(run, data):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

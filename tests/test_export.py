@@ -38,7 +38,7 @@ def save_run(folder, steps=7, **options):
     trainee.moco.update_queue(torch.nn.functional.normalize(torch.randn(24, config.model.dim), dim=1))
     path = folder / "checkpoints" / f"step_{steps:09d}.pt"
     path.parent.mkdir(parents=True)
-    torch.save(state_of(trainee, steps, config, 24), path)
+    torch.save(state_of(trainee, steps, config, 24, 1), path)
     encoder.eval()
     return trainee
 

@@ -192,3 +192,12 @@ def test_the_manifest_is_plain_json(whole):
     assert manifest["format"] == 1 and manifest["kind"] == "beton" and manifest["file_bytes"] == whole.stat().st_size
     assert manifest["sides"] == {"short": [30, 30, 40], "long": [30, 50, 60]}
     assert manifest["stored"] == {"passed": 6, "encoded": 6}
+
+
+def test_a_beton_gets_a_name_that_the_loaders_know(tmp_path, capsys):
+    write_photos(tmp_path / "images", [(8, 8)])
+    assert main(["prep", "beton", str(tmp_path / "images"), str(tmp_path / "train")]) == 1
+    assert (
+        f"OUT must end in .beton, by which the loaders know the file: {tmp_path}/train.beton" in capsys.readouterr().err
+    )
+    assert not list(tmp_path.glob("train*"))

@@ -20,7 +20,12 @@ from ranks import FORKS, redirect_output
 from tqdm import tqdm
 
 from fastssl import checkpoint, train
+from fastssl.build import make_trainee
 from fastssl.command import FAILED, PREEMPTED, run_command
+from fastssl.config import Config, replace
+from fastssl.distributed import Ranks
+from fastssl.plan import make_plan
+from fastssl.resume import start_or_resume, state_of
 from fastssl.run import TIMING
 
 FLAGS = (
@@ -149,3 +154,14 @@ def test_a_finished_run_resumes_to_nothing_and_an_old_folder_is_not_overwritten(
     text = finish(start(data, uninterrupted, "--resume", "auto", "-a", "resnet34"), uninterrupted, FAILED)
     assert "was trained with --arch resnet18, this run has resnet34" in text
     assert digest(uninterrupted) == before
+
+
+@pytest.mark.parametrize("saved_by", [1, 2])
+def test_another_number_of_processes_is_named(tmp_path, saved_by):
+    config = replace(Config(), arch="resnet18", queue_size=8, dim=8, batch_size=8, device="cpu", channels_last="on")
+    ranks, path = Ranks(0, 1, 1, torch.device("cpu")), tmp_path / "checkpoint.pt"
+    trainee = make_trainee(config, ranks)
+    checkpoint.save(state_of(trainee, 3, config, 24, saved_by), path)
+    resumed = replace(config, resume=str(path))
+    step, notes = start_or_resume(resumed, make_plan(config, 3), trainee, tmp_path, 24, ranks)
+    assert step == 3 and ("the world size is 1, was 2" in " ".join(notes)) is (saved_by == 2)
