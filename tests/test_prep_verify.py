@@ -195,7 +195,7 @@ def test_the_manifest_is_plain_json(whole):
 
 
 def test_a_beton_gets_a_name_that_the_loaders_know(tmp_path, capsys):
-    write_photos(tmp_path / "images", [(8, 8)])
+    write_photos(tmp_path / "images", {"a": [(8, 8)]})
     assert main(["prep", "beton", str(tmp_path / "images"), str(tmp_path / "train")]) == 1
     assert (
         f"OUT must end in .beton, by which the loaders know the file: {tmp_path}/train.beton" in capsys.readouterr().err
