@@ -22,7 +22,8 @@ from fastssl.data_prep.sources import Selection
 from fastssl.data_prep.work_pool import Work, WorkPool
 from fastssl.data_prep.write_beton import write_beton
 
-LISTING = {"beton": "out.images.jsonl.partial", "shards": "out.partial/images.jsonl.partial"}
+OUT = {"beton": "out.beton", "shards": "out"}
+LISTING = {"beton": "out.beton.images.jsonl.partial", "shards": "out.partial/images.jsonl.partial"}
 SAID = {signal.SIGINT: "fastssl: interrupted\n", signal.SIGTERM: "fastssl: terminated\n"}
 
 
@@ -36,7 +37,7 @@ def images(tmp_path_factory) -> Path:
 @contextlib.contextmanager
 def start(images: Path, folder: Path, kind: str) -> Iterator[subprocess.Popen]:
     """`fastssl prep` in a session, and so a process group, of its own, as a terminal would start it."""
-    command = [sys.executable, "-m", "fastssl", "prep", kind, str(images), str(folder / "out"), "--workers", "2"]
+    command = [sys.executable, "-m", "fastssl", "prep", kind, str(images), str(folder / OUT[kind]), "--workers", "2"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, start_new_session=True, **pipes) as process:
         try:
@@ -130,10 +131,10 @@ def test_a_kill_leaves_no_file_and_no_process(images, tmp_path):
         wait_for(process, tmp_path / LISTING["beton"], "in the middle")
         process.kill()
         process.wait()
-        assert sorted(os.listdir(tmp_path)) == ["out.images.jsonl.partial", "out.partial"]
+        assert sorted(os.listdir(tmp_path)) == ["out.beton.images.jsonl.partial", "out.beton.partial"]
         wait_for_members(process.pid)
-    write_beton(images, tmp_path / "out", Store(originals=True), Selection(count=3), Work(workers=1))
-    assert sorted(os.listdir(tmp_path)) == ["out", "out.images.jsonl", "out.json"]
+    write_beton(images, tmp_path / OUT["beton"], Store(originals=True), Selection(count=3), Work(workers=1))
+    assert sorted(os.listdir(tmp_path)) == ["out.beton", "out.beton.images.jsonl", "out.beton.json"]
 
 
 def test_the_death_of_the_server_that_starts_processes_costs_nothing():
