@@ -186,6 +186,56 @@ def test_swav_and_linear_classifiers(tmp_path):
     torch.testing.assert_close(classifier(images), expected, rtol=1e-3, atol=1e-4)
 
 
+SIDE = {"0.weight": torch.randn(8, 512), "0.bias": torch.randn(8)}  # of any network beside an encoder
+
+
+def below(**networks):
+    """One state dict of several networks."""
+    return {f"{name}.{k}": v for name, tensors in networks.items() for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("names", "sides", "left_out"),
+    [
+        (("base_encoder", "momentum_encoder"), ["predictor"], {"the key encoder", "the predictor"}),
+        (
+            ("backbone", "momentum_backbone"),
+            ["projector", "predictor", "momentum_projector", "classifier"],
+            {"the momentum backbone", "the projector", "the predictor", "the momentum projector",
+             "the classifier trained beside it", "the queue"},
+        ),
+        (
+            ("backbone", "backbone_momentum"),
+            ["projection_head", "prediction_head", "projection_head_momentum"],
+            {"the momentum backbone", "the projector", "the predictor", "the momentum projector", "the loss's memory"},
+        ),
+    ],
+    ids=["MoCo v3", "solo-learn", "lightly"],
+)  # fmt: skip
+def test_encoders_of_other_self_supervised_projects(tmp_path, names, sides, left_out):
+    torch.manual_seed(0)
+    query, key = tv.resnet18().eval(), tv.resnet18().eval()
+    query.fc = key.fc = nn.Identity()
+    saved = below(**dict(zip(names, (query.state_dict(), key.state_dict()))), **dict.fromkeys(sides, SIDE))
+    if "the queue" in left_out:
+        saved |= {"queue": torch.randn(8, 16), "queue_ptr": torch.zeros(1)}
+    if "the loss's memory" in left_out:  # lightly takes the network apart
+        saved = {k: v for k, v in saved.items() if not k.startswith(names)} | {"criterion.bank": torch.randn(8, 16)}
+        parts = [nn.Sequential(*network.children()).state_dict() for network in (query, key)]
+        saved |= below(**dict(zip(names, parts)))
+    path, images = write(tmp_path, {"state_dict": saved, "epoch": 3}, "x.ckpt"), torch.randn(2, 3, 64, 64)
+    backbone, report = load_pretrained(path)
+    assert set(report.left_out) == left_out and report.arch == "resnet18"
+    torch.testing.assert_close(backbone(images), query(images))
+    torch.testing.assert_close(load_pretrained(path, key="k")[0](images), key(images))
+
+
+def test_what_nobody_knows_beside_a_backbone_is_refused(tmp_path):
+    saved = below(backbone=tv.resnet18().state_dict(), mystery=SIDE)
+    with pytest.raises(CheckpointError, match=r"nobody knows its tensor 'mystery\.0\.weight'"):
+        load_pretrained(write(tmp_path, saved))
+
+
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
 def test_our_own_checkpoints(tmp_path, stem):
     torch.manual_seed(0)
@@ -281,7 +331,7 @@ def test_blocked_modules_and_whole_programs_are_refused_without_advice_to_run_th
         ),
         (lambda s: s.update({"module.predictor.0.weight": torch.zeros(1)}), r"nobody knows its tensor 'predictor.0.we"),
         (lambda s: s["module.encoder_q.bn1.bias"].fill_(float("nan")), r"encoder_q.bn1.bias holds values that are not"),
-        (lambda s: s.update({"module.student.x": torch.zeros(1)}), r"it holds encoder_q and student at once"),
+        (lambda s: s.update({"module.student.x": torch.zeros(1)}), r"it holds encoders of MoCo and SEED at once"),
     ],
 )
 def test_nothing_unexplained_is_loaded(tmp_path, change, message):

@@ -3,6 +3,8 @@
   MoCo v1, v2, align + uniform, small models   [module.]encoder_q.* encoder_k.* queue queue_ptr [scalar_label]
   SEED                                         [module.]student.* teacher.* [queue small_queue queue_ptr]
   fastssl                                      encoder_q.backbone.* encoder_q.head.* encoder_k.* queue queue_ptr
+  MoCo v3                                      [module.]base_encoder.* momentum_encoder.* predictor.*
+  solo-learn, Barlow Twins, VICReg, lightly    backbone.* and any of the side networks below
   SwAV                                         [module.]conv1 ... projection_head.* prototypes.*
   SimCLR (in the small-model project)          [module.]encoder_q.module.*
   torchvision, timm, a linear classifier       [module.]conv1 ... fc.*
@@ -24,8 +26,22 @@ _ENCODERS = {  # prefix -> (project, which encoder, what people call it)
     "encoder_k.": ("MoCo", "k", "the key encoder"),
     "student.": ("SEED", "q", "the student"),
     "teacher.": ("SEED", "k", "the teacher"),
+    "base_encoder.": ("MoCo v3", "q", "the query encoder"),
+    "momentum_encoder.": ("MoCo v3", "k", "the key encoder"),
+    "backbone.": ("self-supervised", "q", "the backbone"),  # that of fastssl has a head beside it, and nothing else
+    "momentum_backbone.": ("self-supervised", "k", "the momentum backbone"),
+    "backbone_momentum.": ("self-supervised", "k", "the momentum backbone"),
 }
 _STATE = {**dict.fromkeys(("queue", "small_queue", "queue_ptr"), "the queue"), "scalar_label": "a constant"}
+_SIDES = {  # networks beside the encoders, by the first part of their names
+    **dict.fromkeys(("predictor", "prediction_head"), "the predictor"),
+    **dict.fromkeys(("projector", "projection_head"), "the projector"),
+    **dict.fromkeys(("momentum_projector", "projection_head_momentum"), "the momentum projector"),
+    **dict.fromkeys(("classifier", "momentum_classifier"), "the classifier trained beside it"),
+    "bn": "the batch norm of the loss",
+    "criterion": "the loss's memory",
+}
+_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}  # of a ResNet
 _OTHER_HEADS = {"projection_head.": "SwAV's projection head", "prototypes": "SwAV's prototypes"}
 
 
@@ -46,14 +62,15 @@ def find_encoder(tensors: dict[str, Tensor], key: str = "q") -> Layout:
     if key not in ("q", "k"):
         raise ValueError(f"unknown encoder {key!r}: choose q (query) or k (key)")
     tensors = strip_wrappers(tensors)
-    groups = {prefix: _below(tensors, prefix) for prefix in _ENCODERS}
+    own = all(name.startswith(("backbone.", "head.")) for name in tensors)
+    groups = {} if own else {prefix: _below(tensors, prefix) for prefix in _ENCODERS}
     projects = {_ENCODERS[prefix][0] for prefix, group in groups.items() if group}
     if not projects:
         if key == "k":
             raise CheckpointError("it has no key encoder: leave out --key k")
         return _split_own("state dict", tensors, {})
     if len(projects) > 1:
-        raise CheckpointError("it holds encoder_q and student at once: keep one of them")
+        raise CheckpointError(f"it holds encoders of {' and '.join(sorted(projects))} at once: keep those of one")
     (project,) = projects
     if project == "SEED" and key == "k":
         raise CheckpointError("a SEED checkpoint has a student and a teacher, no key encoder: leave out --key k")
@@ -68,11 +85,13 @@ def find_encoder(tensors: dict[str, Tensor], key: str = "q") -> Layout:
             left_out[name] = [prefix + k for k in group]
     if chosen is None:
         raise CheckpointError(f"it has no {'key' if key == 'k' else 'query'} encoder, only {', '.join(left_out)}")
+    sides = {} if project in ("MoCo", "SEED") else _SIDES
     for name in tensors:
         if not name.startswith(tuple(_ENCODERS)):
-            if name not in _STATE:
+            reason = _STATE.get(name) or sides.get(name.split(".")[0])
+            if reason is None:
                 raise CheckpointError(f"nobody knows its tensor {name!r} beside the encoders of a {project} checkpoint")
-            left_out.setdefault(_STATE[name], []).append(name)
+            left_out.setdefault(reason, []).append(name)
     return _split_own(kind, strip_wrappers(chosen), left_out)
 
 
@@ -82,6 +101,14 @@ def strip_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
     plain = {k.replace("._orig_mod.", ".").removeprefix("_orig_mod."): v for k, v in tensors.items()}
     return plain if len(plain) == len(tensors) else tensors
+
+
+def _name_children(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A ResNet's own names for one that was taken apart into nn.Sequential(*children), as lightly's guides do."""
+    parts = [name.partition(".") for name in tensors]  # (number, ".", the rest)
+    if not all(number in _CHILDREN for number, *_ in parts):
+        return tensors
+    return {f"{_CHILDREN[number]}.{rest}": tensor for (number, _, rest), tensor in zip(parts, tensors.values())}
 
 
 def split_classifier(layout: Layout, classifier: str) -> Layout:
@@ -101,8 +128,10 @@ def _split_own(kind: str, encoder: dict[str, Tensor], left_out: dict[str, list[s
     """Our own encoders hold `backbone` and `head`; others keep both in one classifier."""
     if encoder and all(k.startswith(("backbone.", "head.")) for k in encoder):
         kind = kind.replace("MoCo checkpoint", "fastssl checkpoint")
-        return Layout(kind, strip_wrappers(_below(encoder, "backbone.")), _below(encoder, "head."), left_out)
+        backbone = _name_children(strip_wrappers(_below(encoder, "backbone.")))
+        return Layout(kind, backbone, _below(encoder, "head."), left_out)
     reasons = {k: reason for k in encoder for prefix, reason in _OTHER_HEADS.items() if k.startswith(prefix)}
     for name, reason in reasons.items():
         left_out.setdefault(reason, []).append(name)
-    return Layout(kind, {k: v for k, v in encoder.items() if k not in reasons}, None, left_out)
+    backbone = _name_children({k: v for k, v in encoder.items() if k not in reasons})
+    return Layout(kind, backbone, None, left_out)
