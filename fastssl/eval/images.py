@@ -59,27 +59,6 @@ class ArrayImages:
         self._prefetcher.close()
 
 
-class Subset:
-    """Some images of a set, by index (n,) int64, in that order."""
-
-    def __init__(self, images: Images, chosen: Tensor, class_names: Sequence[str]) -> None:
-        self.images, self.chosen = images, chosen
-        self.num_images, self.class_names = len(chosen), list(class_names)
-
-    @property
-    def bad_images(self) -> list[str]:
-        """Those of the whole set."""
-        return self.images.bad_images
-
-    def read(self, shares: Iterator[Tensor], *, replace_bad: bool = False) -> Iterator[ImageBatch]:
-        """As `FolderLoader.read`; `index` is that of the whole set."""
-        return self.images.read((self.chosen[share] for share in shares), replace_bad=replace_bad)
-
-    def close(self) -> None:
-        """Ends all threads."""
-        self.images.close()
-
-
 def open_images(
     path: str | os.PathLike, options: argparse.Namespace, ranks: Ranks, class_names: Sequence[str] | None = None
 ) -> Images:

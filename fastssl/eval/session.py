@@ -69,7 +69,7 @@ class Session:
     def warn_bad(self, *sets: Images) -> int:
         """Names the unreadable images of all ranks on stderr; returns how many they are."""
         found = gather_objects([line for images in sets for line in images.bad_images], self.ranks)
-        lines = list(dict.fromkeys(line for rank in found for line in rank))  # once each: ranks and sets may share some
+        lines = list(dict.fromkeys(line for rank in found for line in rank))  # once each: several ranks may meet one
         for line in lines:
             self.note(f"left out: {line}")
         return len(lines)

@@ -8,9 +8,11 @@ import torch
 import torchvision.datasets as tvd
 from torch import Tensor
 
+from fastssl.data_prep.images import find_images, label_by_folder
 from fastssl.distributed import Ranks
-from fastssl.eval.images import HELD_OUT, ArrayImages, Images, Subset, open_images, open_splits
+from fastssl.eval.images import HELD_OUT, ArrayImages, Images, open_splits
 from fastssl.eval.session import Session
+from fastssl.loaders.folder_loader import FolderLoader
 from fastssl.loaders.order import epoch_order
 
 DATASETS = ("cifar10", "cifar100", "imagenet", "caltech101")
@@ -53,15 +55,18 @@ def open_cifar(root: Path, dataset: str, ranks: Ranks) -> tuple[Images, Images]:
 
 def split_caltech(session: Session, folder: Path) -> tuple[Images, Images]:
     """The whole Caltech-101, split by --seed: 30 images of each class to train, the others to test."""
-    images = open_images(folder, session.options, session.ranks)
-    names = [name for name in images.class_names if name != _BACKGROUND]
-    images.folder.labels[:] = [
-        names.index(images.class_names[label]) if images.class_names[label] in names else -1
-        for label in images.folder.labels
-    ]
-    labels = torch.from_numpy(images.folder.labels)
-    train, test = caltech_rows(labels, len(names), session.options.seed)
-    return Subset(images, train, names), Subset(images, test, names)
+    listed = find_images(folder)
+    objects = label_by_folder(listed.root, [path for path in listed.paths if not path.startswith(f"{_BACKGROUND}/")])
+    names, o = objects.class_names, session.options
+    if not names:
+        raise ValueError(f"{folder} has no class folders: unpack Caltech-101's archive again")
+
+    def open_rows(rows: Tensor) -> FolderLoader:  # a set of its own: what replaces an unreadable image is of the split
+        part = label_by_folder(objects.root, [objects.paths[i] for i in rows.tolist()], names)
+        return FolderLoader(part, batch_size=1, seed=0, device=session.ranks.device, workers=o.workers)
+
+    train, test = caltech_rows(torch.from_numpy(objects.labels), len(names), o.seed)
+    return open_rows(train), open_rows(test)
 
 
 def caltech_rows(labels: Tensor, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastssl.batch import ImageBatch, pack_images
-from fastssl.data_prep.images import decode_image, find_images
+from fastssl.data_prep.images import ImageFolder, decode_image, find_images
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.loaders.bad_images import BadImages
 from fastssl.loaders.memory import folder_pixel_bytes
@@ -32,7 +32,7 @@ Decoded = tuple[np.ndarray, int, int]  # pixels (H, W, 3) uint8, index, label
 
 
 class FolderLoader:
-    """Loader over `root/train/<class>/*`, `root/<class>/*` or a flat folder; the contract is `make.Loader`.
+    """Loader over `root/train/<class>/*`, `root/<class>/*`, a flat folder or a listing; the contract is `make.Loader`.
 
     on_bad_image: "skip" gives the place of an unreadable image to the next readable one in file order (pixels and
     label are the replacement's; `index`, and so its augmentation, stay the place's own) and lists it in `bad_images`;
@@ -42,7 +42,7 @@ class FolderLoader:
 
     def __init__(
         self,
-        data: str | os.PathLike,
+        data: str | os.PathLike | ImageFolder,
         *,
         batch_size: int,
         seed: int,
@@ -55,7 +55,7 @@ class FolderLoader:
         class_names: Sequence[str] | None = None,
         read_ahead: int | None = None,
     ) -> None:
-        self.folder = find_images(data, class_names)
+        self.folder = data if isinstance(data, ImageFolder) else find_images(data, class_names)
         self.num_images = len(self.folder.paths)
         self.class_names = self.folder.class_names
         self.batches_per_epoch = count_batches(self.num_images, batch_size, world_size)
