@@ -63,7 +63,7 @@ class MoCoLoss(NamedTuple):
     contrast: Tensor | None
     align: Tensor | None
     uniform: Tensor | None
-    top1: Tensor | None  # percent of queries whose key is nearer than every queue row, comes with contrast
+    top1: Tensor | None  # percent of queries to which no queue row is nearer than their key; comes with contrast
     top5: Tensor | None  # percent of queries with fewer than 5 queue rows nearer than their key
 
 
