@@ -31,7 +31,7 @@ def test_every_loader_of_files_takes_part():
 
 
 def test_a_loader_that_fails_stops_the_bench_with_its_reason(tmp_path):
-    with pytest.raises(RuntimeError, match=r"ours, folder: ValueError: .*(empty|no images)"):
+    with pytest.raises(ValueError, match=r"ours, folder: ValueError: .*(empty|no images)"):
         main([str(tmp_path), "--only", "ours, folder", "--threads", "1"])
     with pytest.raises(ValueError, match="give one with --beton"):
         CONTESTANTS["FFCV, two decoders"](Options("x", None, 4, 1))

@@ -28,7 +28,7 @@ class Round(NamedTuple):
 
 
 class LoaderProcess:
-    """A loader in a child process; `import_`, `start` and `round` wait for it. Raises RuntimeError when it fails."""
+    """A loader in a child process; `import_`, `start` and `round` wait for it. Raises ValueError when it fails."""
 
     def __init__(self, name: str, options: Options) -> None:
         context = multiprocessing.get_context("spawn")
@@ -71,7 +71,7 @@ class LoaderProcess:
         except EOFError:
             failed, answer = True, "its process died"
         if failed:
-            raise RuntimeError(f"{self.name}: {answer}")
+            raise ValueError(f"{self.name}: {answer}")
         return answer
 
 
