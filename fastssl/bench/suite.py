@@ -55,11 +55,11 @@ def main(argv: Sequence[str]) -> int:
         data, beton = open_data(args.data, args.beton, Path(scratch), sizes.photos)
         make = cpu_entries if args.suite == "cpu" else gpu_entries
         entries = make(sizes, train_folder(data), beton)
-        if args.suite == "gpu":
-            compile_all(sizes, finish)
         stages = {entry.stage for entry in entries}
         if unknown := set(args.only or ()) - stages:
             raise ValueError(f"--only {' '.join(sorted(unknown))}: the suite has {', '.join(sorted(stages))}")
+        if args.suite == "gpu":
+            compile_all(sizes, finish)
         for entry in [entry for entry in entries if not args.only or entry.stage in args.only]:
             done.append(run_entry(entry, folder / f"{entry.name}-{suffix}.json", finish))
             save(folder / f"suite-{suffix}.json", done, args.data or SOURCE)
