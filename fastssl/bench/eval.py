@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fastssl.bench.knn_peer import knn_the_reference_way, nearest_by_cdist
-from fastssl.bench.timing import Function, Timing, summarise, time_calls, turns
+from fastssl.bench.timing import Function, Timing, in_turn, summarise, time_calls
 from fastssl.distributed import Ranks
 from fastssl.environment import environment
 from fastssl.eval.linear_cached import Setting, Sweep, fit_linear
@@ -44,12 +44,11 @@ def make_features(num: int, dim: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def take_turns(contestants: dict[str, Function], rounds: int) -> dict[str, Timing]:
     """Seconds of whole calls, one after the other, each round beginning with another one."""
-    names, seconds = list(contestants), {name: [] for name in contestants}
-    for turn in turns(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
-            contestants[name]()
-            seconds[name].append(time.perf_counter() - start)
+    seconds = {name: [] for name in contestants}
+    for name in in_turn(contestants, rounds):
+        start = time.perf_counter()
+        contestants[name]()
+        seconds[name].append(time.perf_counter() - start)
     return {name: summarise(measured) for name, measured in seconds.items()}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from fastssl.bench.loader_peers import CONTESTANTS, DECODES, RAW, Options
 from fastssl.bench.loader_process import LoaderProcess, Round
 from fastssl.bench.photos import train_folder
-from fastssl.bench.timing import summarise, turns
+from fastssl.bench.timing import in_turn, summarise
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.environment import environment
 
@@ -29,9 +29,8 @@ def measure(names: list[str], options: Options, rounds: int) -> tuple[dict[str, 
         running = [name for name in names if name not in missing]
         first = {name: processes[name].start() for name in running}
         measured: dict[str, list[Round]] = {name: [] for name in running}
-        for turn in turns(rounds):
-            for name in running[turn % len(running) :] + running[: turn % len(running)]:
-                measured[name].append(processes[name].round())
+        for name in in_turn(running, rounds):
+            measured[name].append(processes[name].round())
         memory = {name: processes[name].memory() for name in running}
     finally:
         for process in processes.values():

@@ -12,7 +12,7 @@ from contextlib import closing
 import torch
 
 from fastssl.batch import ImageBatch
-from fastssl.bench.timing import turns
+from fastssl.bench.timing import in_turn
 from fastssl.build import Trainee, compile_and_wrap, make_trainee, open_loader, open_policy
 from fastssl.config import Config
 from fastssl.distributed import Ranks
@@ -95,8 +95,7 @@ def time_steps(batches: Iterable, step: Step, steps: int) -> float:
 
 def time_loops(loops: dict[str, Loop], steps: int, rounds: int) -> dict[str, list[float]]:
     """Runs every loop once per round, each round beginning with another one; seconds of one step, a number a round."""
-    names, seconds = list(loops), {name: [] for name in loops}
-    for turn in turns(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            seconds[name].append(loops[name](steps) / steps)
+    seconds = {name: [] for name in loops}
+    for name in in_turn(loops, rounds):
+        seconds[name].append(loops[name](steps) / steps)
     return seconds

@@ -7,7 +7,8 @@ not counted, for anyone. On a CPU the wall clock is read around each call.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,14 +52,20 @@ def turns(rounds: int) -> Iterator[int]:
         yield turn
 
 
+def in_turn(names: Iterable[str], rounds: int) -> Iterator[str]:
+    """All names once per round, each round beginning with another one."""
+    order = deque(names)
+    for _ in turns(rounds):
+        yield from order
+        order.rotate(-1)
+
+
 def time_in_turn(functions: dict[str, Function], device: torch.device, rounds: int) -> dict[str, Timing]:
     """Times every function once per round, `rounds` times, starting each round with another one."""
     clocks = {name: _gpu_clock(f) if device.type == "cuda" else _cpu_clock(f) for name, f in functions.items()}
-    names = list(clocks)
-    seconds = {name: [] for name in names}
-    for turn in turns(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            seconds[name].append(clocks[name]())
+    seconds = {name: [] for name in clocks}
+    for name in in_turn(clocks, rounds):
+        seconds[name].append(clocks[name]())
     return {name: summarise(measured) for name, measured in seconds.items()}
 
 
