@@ -6,7 +6,6 @@ runs on its cores, as threads that read images. A CUDA graph is one launch, but 
 
 from __future__ import annotations
 
-import copy
 import gc
 import sys
 import warnings
@@ -15,9 +14,8 @@ import torch
 
 from fastssl.config import Config
 from fastssl.distributed import Ranks, broadcast_object, gather_objects
-from fastssl.encoder_timing import images_to_time, make_iteration, time_in_turn
+from fastssl.encoder_timing import images_to_time, make_eager_iteration, make_iteration, time_in_turn
 from fastssl.moco import MoCo
-from fastssl.models.batchnorm import split_batchnorm
 from fastssl.plan import rank_batch_size
 
 MODES = {"on": "default", "graphs": "reduce-overhead"}  # as torch.compile calls them
@@ -89,11 +87,10 @@ def set_compiled(moco: MoCo, how: str) -> None:
 
 def time_eager(config: Config, moco: MoCo, ranks: Ranks) -> tuple[float, float]:
     """(seconds the host takes to launch an eager iteration, seconds it takes with all of a rank's images)."""
-    encoder = copy.deepcopy(moco.encoder_q)
-    split_batchnorm(encoder, 1)  # in pieces it costs far more than compiled
     batch, most = rank_batch_size(config, ranks), images_to_time(config, ranks)
     few = min(FEW, most)
-    seconds = time_in_turn({n: make_iteration(config, encoder, encoder, n, moco.memory_format) for n in {few, most}})
+    sizes, encoder = {few, most}, moco.encoder_q
+    seconds = time_in_turn({n: make_eager_iteration(config, encoder, n, moco.memory_format) for n in sizes})
     return seconds[few], seconds[most] * batch / most
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Hashable
 from statistics import median
@@ -12,6 +13,7 @@ from torch import nn
 
 from fastssl.config import Config
 from fastssl.distributed import Ranks
+from fastssl.models.batchnorm import split_batchnorm
 from fastssl.plan import DTYPES, choose_precision, rank_batch_size
 
 ROUNDS = 3
@@ -46,6 +48,15 @@ def make_iteration(
             torch.cuda.synchronize(device)
 
     return iteration
+
+
+def make_eager_iteration(
+    config: Config, encoder: nn.Module, images: int, layout: torch.memory_format
+) -> Callable[[], None]:
+    """The same by a copy of `encoder` in that layout, not compiled; the encoder stays as it is."""
+    model = copy.deepcopy(encoder).to(memory_format=layout)
+    split_batchnorm(model, 1)  # in pieces it costs far more than compiled, and the convolutions decide
+    return make_iteration(config, model, model, images, layout)
 
 
 def time_in_turn(iterations: dict[Key, Callable[[], None]], warm_up: int = 1) -> dict[Key, float]:

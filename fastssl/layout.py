@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
 from fastssl.config import Config
 from fastssl.distributed import Ranks, broadcast_object
-from fastssl.encoder_timing import images_to_time, make_iteration, time_in_turn
-from fastssl.models.batchnorm import split_batchnorm
+from fastssl.encoder_timing import images_to_time, make_eager_iteration, time_in_turn
 
 LAYOUT_NAMES = {torch.channels_last: "channels_last", torch.contiguous_format: "contiguous"}
 RULE = torch.channels_last  # what convolutions in 16 bits want, on GPUs and on CPUs
@@ -40,10 +36,5 @@ def choose_layout(config: Config, encoder: nn.Module, ranks: Ranks) -> tuple[tor
 
 def time_layouts(config: Config, encoder: nn.Module, ranks: Ranks) -> dict[torch.memory_format, float]:
     """Seconds of an iteration in each layout, in turn."""
-
-    def iteration(layout: torch.memory_format) -> Callable[[], None]:
-        model = copy.deepcopy(encoder).to(memory_format=layout)
-        split_batchnorm(model, 1)  # in pieces it costs far more than compiled, and the convolutions decide
-        return make_iteration(config, model, model, images_to_time(config, ranks), layout)
-
-    return time_in_turn({layout: iteration(layout) for layout in LAYOUT_NAMES})
+    images = images_to_time(config, ranks)
+    return time_in_turn({layout: make_eager_iteration(config, encoder, images, layout) for layout in LAYOUT_NAMES})

@@ -160,11 +160,11 @@ def test_a_gpu_that_the_trial_broke_ends_the_run(monkeypatch, moco):
 def test_the_host_is_timed_with_few_images_and_the_device_with_all(monkeypatch, moco):
     sizes = []
 
-    def make_iteration(config, encoder_q, encoder_k, images, layout):
+    def make_iteration(config, encoder, images, layout):
         sizes.append(images)
         return lambda: None
 
-    monkeypatch.setattr(compile_encoders, "make_iteration", make_iteration)
+    monkeypatch.setattr(compile_encoders, "make_eager_iteration", make_iteration)
     monkeypatch.setattr(compile_encoders, "time_in_turn", lambda iterations: {n: float(n) for n in iterations})
     config = replace(TINY, batch_size=1024, image_size=224)
     assert time_eager(config, moco, CUDA) == (8.0, 1024.0) and sorted(sizes) == [8, 256]
