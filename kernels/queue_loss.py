@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import torch
 import triton
-from torch import Tensor
-from torch.library import triton_op
+from torch import Tensor, library
 
 from .queue_loss_finish import finish_rows, finish_scalars
 from .row_lse import rows_per_program
@@ -27,7 +26,7 @@ _SCHEMA = (
 )
 
 
-@triton_op("fastssl::queue_loss", mutates_args=(), schema=_SCHEMA)
+@library.triton_op("fastssl::queue_loss", mutates_args=(), schema=_SCHEMA)
 def queue_loss(
     q_ND: Tensor,
     k_ND: Tensor,

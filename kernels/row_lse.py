@@ -15,8 +15,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.library import triton_op
+from torch import Tensor, library
 
 from .row_lse_blocks import DIMS
 from .row_lse_pass import on_device_of, pass_over_queue
@@ -70,7 +69,7 @@ def _add_parts(
         tl.store(above_ptr + row, above, mask=row < N)
 
 
-@triton_op("fastssl::row_lse", mutates_args=(), schema=SCHEMA)
+@library.triton_op("fastssl::row_lse", mutates_args=(), schema=SCHEMA)
 def row_lse(
     x_ND: Tensor,
     y_KD: Tensor,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 SCHEMA = (
     "(Tensor x_ND, Tensor y_KD, float[] scales, Tensor? positive_N=None, bool exclude_self=False)"
@@ -22,7 +22,7 @@ TIE = 1e-6  # a row counts as above another only beyond rounding
 _TILE_N, _TILE_FLOATS = 256, 2**21  # 8 MB of dot products: they stay in cache, and threads meet seldom
 
 
-@torch.library.custom_op("fastssl::row_lse_tiled", mutates_args=(), schema=SCHEMA)
+@library.custom_op("fastssl::row_lse_tiled", mutates_args=(), schema=SCHEMA)
 def row_lse_tiled(
     x_ND: Tensor,
     y_KD: Tensor,

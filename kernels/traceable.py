@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch.library import wrap_triton
+from torch import library
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
@@ -13,4 +13,4 @@ def traceable(kernel: object) -> object:
     The interpreter's functions (TRITON_INTERPRET=1) are launched as they are: older versions of torch refuse to wrap
     them, and the compiler has nothing to see there.
     """
-    return wrap_triton(kernel) if isinstance(kernel, (JITFunction, Autotuner)) else kernel
+    return library.wrap_triton(kernel) if isinstance(kernel, (JITFunction, Autotuner)) else kernel

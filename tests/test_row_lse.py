@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import library
 
 from fastssl.bench.loss import published_loss
 from fastssl.kernels.reference import row_lse_reference
@@ -143,7 +144,7 @@ def test_opcheck(implementation):
         (x, queue, [14.0, 6.0], torch.rand(9, device=DEVICE)),
         (x, x.detach(), [6.0], None, True),
     ):
-        torch.library.opcheck(implementation, arguments, test_utils=tests)
+        library.opcheck(implementation, arguments, test_utils=tests)
 
 
 def plain_loss(z, z_k, queue, config):
