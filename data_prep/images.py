@@ -63,8 +63,8 @@ def find_images(root: str | os.PathLike, class_names: Sequence[str] | None = Non
         what = "is a file, not a folder" if os.path.exists(root) else "does not exist"
         raise ValueError(f"{root} {what}: give a folder that holds images, <class>/ folders or train/<class>/ folders")
     try:
-        base = os.path.join(root, "train") if _has_train_split(root) else root
-        paths = sorted(_walk(base), key=lambda path: path.split("/"))
+        base = os.path.join(root, "train") if has_train_split(root) else root
+        paths = sorted(walk_images(base), key=lambda path: path.split("/"))
     except OSError as error:
         raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
     if not paths:
@@ -149,7 +149,7 @@ def _open_regular(path: str, flags: int) -> int:
     return handle
 
 
-def _has_train_split(root: str) -> bool:
+def has_train_split(root: str) -> bool:
     """Is root/train the training split? Not where it is one class among others (as in CIFAR-100)."""
     if not os.path.isdir(os.path.join(root, "train")):
         return False
@@ -167,7 +167,7 @@ def is_image_name(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(EXTENSIONS)
 
 
-def _walk(folder: str, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
+def walk_images(folder: str, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
     """Relative paths of the images in a folder and below; a link back to a folder above is not followed."""
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) in above:
@@ -178,7 +178,7 @@ def _walk(folder: str, prefix: str = "", above: frozenset[tuple[int, int]] = fro
             if entry.name.startswith("."):
                 continue
             if _is_folder(entry):
-                yield from _walk(entry.path, f"{prefix}{entry.name}/", above)
+                yield from walk_images(entry.path, f"{prefix}{entry.name}/", above)
             elif is_image_name(entry.name):
                 yield prefix + entry.name
 

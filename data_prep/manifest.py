@@ -22,17 +22,20 @@ import json
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from fastssl.data_prep.beton_format import RAW
 from fastssl.data_prep.files import partial_file
-from fastssl.data_prep.images import BadImage
-from fastssl.data_prep.prepare import Prepared, Store
-from fastssl.data_prep.sources import Place, Selection, Source
+
+if TYPE_CHECKING:
+    from fastssl.data_prep.images import BadImage
+    from fastssl.data_prep.prepare import Prepared, Store
+    from fastssl.data_prep.sources import Place, Selection, Source
 
 FORMAT = 1
+MOST_CLASSES = 10_000_000  # a larger label is no class number: a name for each would fill the memory
 
 
 class Tally:
@@ -94,6 +97,11 @@ def manifest_path(data: Path) -> Path:
     return data / "manifest.json" if data.is_dir() else data.with_name(data.name + ".json")
 
 
+def listing_path(beton: Path) -> Path:
+    """Where the listing of a beton lies."""
+    return beton.with_name(beton.name + ".images.jsonl")
+
+
 def write_manifest(path: Path, kind: str, content: dict[str, object]) -> None:
     """Writes a manifest to its partial path; the caller renames it."""
     content = {"format": FORMAT, "kind": kind, **content}
@@ -104,7 +112,8 @@ def write_manifest(path: Path, kind: str, content: dict[str, object]) -> None:
 def read_manifest(data: Path) -> dict | None:
     """The manifest of a beton or of a folder of shards, checked; None where there is none.
 
-    Raises ValueError when it is damaged, of another format, or that of something else.
+    Raises ValueError when it is damaged, of another format, or that of something else: what lies under its name must
+    be the manifest, or nobody could tell whose classes the labels number.
     """
     path, kind = manifest_path(data), "shards" if data.is_dir() else "beton"
     if not path.exists():
@@ -113,14 +122,29 @@ def read_manifest(data: Path) -> dict | None:
         content = json.loads(path.read_bytes())
         claimed = content.pop("sha256")
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or no manifest: convert again") from error
+        raise ValueError(f"{path} is damaged or no manifest: move it away, or convert the images again") from error
     if content.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {content.get('format')}, and this program reads {FORMAT}: convert again")
+        raise ValueError(
+            f"{path} has format {content.get('format')}, and this program reads {FORMAT}: convert the images again"
+        )
     if claimed != _sum(content):
-        raise ValueError(f"{path} is damaged: its checksum is not that of its content")
+        raise ValueError(f"{path} is damaged: its checksum is not that of its content; convert the images again")
     if content["kind"] != kind:
-        raise ValueError(f"{path} is a manifest of {content['kind']} and not of {data}: convert again")
+        raise ValueError(f"{path} is a manifest of {content['kind']} and not of {data}: convert the images again")
     return content
+
+
+def name_classes(data: Path, manifest: dict | None, largest: int) -> list[str]:
+    """Names of the classes 0 to `largest` (-1: none) of a data set: those of its manifest, without one the numbers.
+
+    Raises ValueError when the manifest names fewer, or `largest` cannot be a class number.
+    """
+    if largest >= MOST_CLASSES:
+        raise ValueError(f"{data} has a label {largest:,}, which is no class number: write it with classes from 0 on")
+    names = [str(number) for number in range(largest + 1)] if manifest is None else list(manifest["class_names"])
+    if largest >= len(names):
+        raise ValueError(f"{data} has a label {largest}, but its manifest names {len(names)} classes")
+    return names
 
 
 def _sum(content: dict[str, object]) -> str:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from fastssl.data_prep.class_list import read_classes
+from fastssl.data_prep.images import has_train_split
 
 _SPLITS = ("train", "val", "valid", "validation", "test")
 
@@ -21,7 +22,7 @@ def make_subset(data: str | os.PathLike, out: str | os.PathLike, classes: str, f
     data, out = Path(data).absolute(), Path(out)
     if not data.is_dir():
         raise ValueError(f"{data} is no folder: give a folder with train/<class>/ or <class>/ folders")
-    splits = [name for name in _SPLITS if (data / name).is_dir()] if (data / "train").is_dir() else [""]
+    splits = [name for name in _SPLITS if (data / name).is_dir()] if has_train_split(str(data)) else [""]
     wanted = {split: read_classes(classes, _folders(data / split), str(data / split)) for split in splits}
     if out.absolute() == data or data in out.absolute().parents:
         raise ValueError(f"{out} lies inside {data}: the subset would become part of what it is made from")

@@ -9,7 +9,7 @@ from pathlib import Path
 from fastssl.data_prep.beton_writer import BLOCK, BetonWriter
 from fastssl.data_prep.convert import converted
 from fastssl.data_prep.files import partial_file, publish, refuse_existing
-from fastssl.data_prep.manifest import Tally, manifest_path, write_manifest
+from fastssl.data_prep.manifest import Tally, listing_path, manifest_path, write_manifest
 from fastssl.data_prep.prepare import Store
 from fastssl.data_prep.sources import Selection, open_source
 from fastssl.data_prep.work_pool import Work
@@ -28,7 +28,7 @@ def write_beton(
     out = Path(out)
     refuse_existing(out, force)
     source = open_source(data, selection)
-    listing, manifest = out.with_name(out.name + ".images.jsonl"), manifest_path(out)
+    listing, manifest = listing_path(out), manifest_path(out)
     with partial_file(out) as file, partial_file(listing) as lines:
         tally = Tally(source, lines)
         with closing(BetonWriter(file, len(source))) as writer:

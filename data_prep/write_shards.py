@@ -12,7 +12,7 @@ from pathlib import Path
 from fastssl.data_prep.beton_format import RAW
 from fastssl.data_prep.convert import converted
 from fastssl.data_prep.files import file_sum, partial_file, partial_path, sync_folder
-from fastssl.data_prep.manifest import Tally, write_manifest
+from fastssl.data_prep.manifest import Tally, read_manifest, write_manifest
 from fastssl.data_prep.prepare import Prepared, Store
 from fastssl.data_prep.sources import Selection, open_source
 from fastssl.data_prep.work_pool import Work
@@ -123,7 +123,7 @@ def _refuse_foreign(out: Path, force: bool) -> None:
     """Raises ValueError where `out` is taken, unless `force` and it holds shards of ours."""
     if not out.exists():
         return
-    if not out.is_dir() or (any(out.iterdir()) and not (out / "manifest.json").exists()):
+    if not out.is_dir() or (any(out.iterdir()) and read_manifest(out) is None):
         raise ValueError(f"{out} exists and is no folder of shards: choose another name")
     if not force and any(out.iterdir()):
         raise ValueError(f"{out} exists: --force replaces it")

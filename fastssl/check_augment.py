@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import closing
 
 import numpy as np
 
@@ -17,8 +18,8 @@ from fastssl.augment.policy import POLICIES, make_policy
 from fastssl.augment.rates import anchor_check, count_checks
 from fastssl.batch import ImageBatch, pack_images
 from fastssl.command import FAILED
-from fastssl.data_prep.images import decode_image, find_images
 from fastssl.demo_images import CLASSES, draw_picture
+from fastssl.loaders.folder_loader import FolderLoader
 
 
 def main(argv: Sequence[str]) -> int:
@@ -60,10 +61,17 @@ def print_check(name: str, holds: bool, found: str) -> bool:
 
 
 def read_pictures(folder: str, count: int) -> ImageBatch:
-    """`count` images of a folder, evenly spread. Raises ValueError for a folder without images and for a bad image."""
-    found = find_images(folder)
-    places = np.unique(np.linspace(0, len(found.paths) - 1, count).astype(int))
-    return pack_images([decode_image(Path(found.root) / found.paths[i]) for i in places], places, [0] * len(places))
+    """`count` images of a folder, evenly spread; one that cannot be read is named and left out.
+
+    Raises ValueError for a folder without images, and when none of them can be read.
+    """
+    with closing(FolderLoader(folder, batch_size=1, seed=0, device="cpu")) as loader:
+        batch = next(loader.eval_batches(count, limit=count), None)
+        for bad in loader.bad_images:
+            print(f"left out: {bad}", file=sys.stderr)
+        if batch is None:
+            raise ValueError(f"none of {min(count, loader.num_images)} images of {folder} can be read")
+    return batch
 
 
 def render_pictures(count: int) -> ImageBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -20,6 +21,8 @@ PREEMPTED = 75  # stopped by a signal after saving: start again with --resume au
 
 def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Runs a command; an error meant for people becomes one sentence. FASTSSL_TRACEBACK=1 shows where it came from."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a name that is not UTF-8 must still print
     try:
         return command(argv)
     except (ValueError, OSError, MemoryError) as error:

@@ -5,6 +5,7 @@ Every flag and recipe of `fastssl pretrain` is understood; those of the augmenta
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -39,8 +40,10 @@ def main(argv: Sequence[str]) -> int:
     )
     with closing(loader):
         batch = next(loader.eval_batches(COUNT, limit=COUNT), None)
+        for bad in loader.bad_images:
+            print(f"left out: {bad}", file=sys.stderr)
         if batch is None:
-            raise ValueError(f"none of {min(COUNT, loader.num_images)} images can be read: {loader.bad_images[0]}")
+            raise ValueError(f"none of {min(COUNT, loader.num_images)} images of {config.data} can be read")
         save_preview(batch, open_policy(config), config.augment.image_size, config.train.seed, 0, output, COUNT)
     print(f"{output}: {min(COUNT, batch.size)} images and their views, policy {config.augment.policy}")
     return 0

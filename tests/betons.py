@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes.util
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,8 @@ from photos import render_photo
 from PIL import Image
 
 from fastssl.data_prep.beton_format import ALLOCATION, DESCRIPTOR, FIELD_METADATA, HEADER, IMAGE_FIELD, INT_FIELD, JPEG
+from fastssl.data_prep.files import partial_path
+from fastssl.data_prep.manifest import manifest_path, write_manifest
 
 NO_TURBOJPEG = ctypes.util.find_library("turbojpeg") is None  # then nothing decodes the images of a beton
 FFCV_PHOTOS = [render_photo(40 + 3 * i, 60 - 2 * i, seed=i) for i in range(12)]  # what the fixture by_ffcv writes
@@ -59,6 +60,12 @@ def write_beton(
         file.seek(0)
         file.write(header.tobytes() + fields.tobytes() + rows.tobytes())
     if class_names is not None:
-        manifest = {"num_images": len(images), "class_names": list(class_names), "file_bytes": path.stat().st_size}
-        Path(f"{path}.json").write_text(json.dumps({"format": 1, **manifest}), "utf-8")
+        put_manifest(path, num_images=len(images), class_names=list(class_names), file_bytes=path.stat().st_size)
     return path
+
+
+def put_manifest(data: Path, **content: object) -> None:
+    """The manifest of a beton or of a folder of shards, with what matters to a test."""
+    path = manifest_path(data)
+    write_manifest(path, "shards" if data.is_dir() else "beton", content)
+    partial_path(path).replace(path)

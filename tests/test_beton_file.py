@@ -5,10 +5,12 @@ import time
 
 import numpy as np
 import pytest
-from betons import FFCV_PHOTOS, ROW, encode_jpeg, stored_jpeg, write_beton
+from betons import FFCV_PHOTOS, ROW, encode_jpeg, put_manifest, stored_jpeg, write_beton
 from photos import render_photo
 
-from fastssl.data_prep.beton_format import ALLOCATION, DESCRIPTOR, HEADER, JPEG, RAW
+from fastssl.data_prep.beton_format import ALLOCATION, DESCRIPTOR, FRONT, HEADER, JPEG, RAW
+from fastssl.data_prep.describe import describe
+from fastssl.data_prep.verify import verify
 from fastssl.loaders import beton_file
 from fastssl.loaders.beton_file import open_beton
 
@@ -144,17 +146,33 @@ def test_what_is_not_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("manifest", "message"),
     [
-        ("{", "cannot read the manifest"),
-        ("[]", "cannot read the manifest"),
-        ('{"num_images": 6}', "it has no class_names"),
-        ('{"num_images": 6, "class_names": ["a", "b", "c"], "file_bytes": 7}', "its manifest tells of 7 bytes"),
-        ('{"num_images": 5, "class_names": ["a", "b", "c"], "file_bytes": BYTES}', "6 images, its manifest tells of 5"),
-        ('{"num_images": 6, "class_names": ["a", "b"], "file_bytes": BYTES}', "label 2, but its manifest names 2"),
+        ({"file_bytes": 7}, "its manifest tells of 7 bytes"),
+        ({"num_images": 5}, "6 images, its manifest tells of 5"),
+        ({"class_names": ["a", "b"]}, "label 2, but its manifest names 2"),
     ],
 )
 def test_a_manifest_that_does_not_fit(small, manifest, message):
-    small.with_name(small.name + ".json").write_text(manifest.replace("BYTES", str(small.stat().st_size)), "utf-8")
+    fitting = {"num_images": 6, "class_names": ["a", "b", "c"], "file_bytes": small.stat().st_size}
+    put_manifest(small, **(fitting | manifest))
     with pytest.raises(ValueError, match=message):
+        open_beton(small)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"name": "of another program"}', '{"format": 2, "sha256": "x"}'])
+def test_what_is_no_manifest_stops_every_reader_with_one_sentence(small, text):
+    small.with_name(small.name + ".json").write_text(text)
+    said = set()
+    for reader in (open_beton, verify, describe):
+        with pytest.raises(ValueError, match=r"small\.beton\.json .*convert the images again") as info:
+            reader(small)
+        said.add(str(info.value))
+    assert len(said) == 1
+
+
+def test_labels_that_are_no_class_numbers(small):
+    """Say the only number FFCV was given: the image's. A name for each would fill the memory."""
+    damage(small, lambda data: data.__setitem__(slice(FRONT + 16, FRONT + 24), (10**12).to_bytes(8, "little")))
+    with pytest.raises(ValueError, match="a label 1,000,000,000,000, which is no class number"):
         open_beton(small)
 
 

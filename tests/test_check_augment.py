@@ -31,6 +31,18 @@ def test_photographs_of_a_folder(image_folder: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.startswith("4 pictures, views of 32 pixels")
 
 
+def test_unreadable_images_are_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for i in range(3):
+        Image.effect_noise((40, 30), 60).convert("RGB").save(tmp_path / f"{i}.png")
+    (tmp_path / "1.png").write_bytes(b"no image")
+    assert main(["check-augment", str(tmp_path), "--size", "16", "--policy", "v2"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("2 pictures") and said.err.startswith(f"left out: {tmp_path / '1.png'}: not an image")
+    assert main(["preview", str(tmp_path), "--image-size", "16", "--output", str(tmp_path / "views.out")]) == 0
+    said = capsys.readouterr()
+    assert "2 images and their views" in said.out and "1.png: not an image" in said.err
+
+
 @pytest.mark.parametrize("name", ["update_hue", "update_contrast", "update_blur"])
 def test_a_wrong_operation_is_found_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = getattr(parity, name)
@@ -83,10 +95,12 @@ def test_preview_writes_a_picture(image_folder: Path, tmp_path: Path, capsys: py
     assert preview.COUNT == 8
 
 
-def test_preview_of_images_none_of_which_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_images_none_of_which_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "x.jpg").write_text("no image")
-    assert main(["preview", str(tmp_path), "--output", str(tmp_path / "views.png")]) == 1
-    assert "none of 1 images can be read" in (said := capsys.readouterr().err) and "x.jpg" in said
+    for command in (["check-augment"], ["preview", "--output", str(tmp_path / "views.png")]):
+        assert main([command[0], str(tmp_path), *command[1:]]) == 1
+        said = capsys.readouterr().err
+        assert f"none of 1 images of {tmp_path} can be read" in said and "x.jpg: not an image" in said
 
 
 @pytest.fixture

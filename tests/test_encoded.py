@@ -1,17 +1,20 @@
 """Encoded images by index: the same bytes and labels from a folder, a .beton file and tar shards."""
 
 import io
-import json
+import os
+import resource
 import tarfile
 
 import numpy as np
 import pytest
+from betons import put_manifest
 
 from fastssl.conformance import samples
 from fastssl.data_prep.beton_format import ALLOCATION, DESCRIPTOR, HEADER, IMAGE_FIELD, INT_FIELD, JPEG, RAW, VERSION
 from fastssl.data_prep.images import BadImage
+from fastssl.data_prep.sources import Selection, open_source
 from fastssl.loaders.encoded import open_encoded
-from fastssl.loaders.make import make_loader
+from fastssl.loaders.make import choose_loader, make_loader
 
 ROW = np.dtype(
     [
@@ -89,20 +92,17 @@ def test_the_dali_loader_reads_all_three(everywhere, folder, tmp_path):
 
 
 def test_class_names_of_shards_come_from_their_manifest(everywhere, tmp_path):
-    (tmp_path / "shards" / "manifest.json").write_text('{"class_names": ["cat", "dog", "emu"]}')
+    put_manifest(tmp_path / "shards", class_names=["cat", "dog", "emu"])
     assert open_encoded(tmp_path / "shards").class_names == ["cat", "dog", "emu"]
     assert len(open_encoded(tmp_path / "shards" / "004.tar").label) == 4
 
 
 def test_labels_follow_the_classes_of_another_split(everywhere, tmp_path):
     """Wherever the images lie: a held-out split may lack classes that the training split has."""
-    names = {"shards": ["cat", "dog", "emu"], "x.beton": ["cat", "dog", "emu"]}
-    (tmp_path / "shards" / "manifest.json").write_text(json.dumps({"class_names": names["shards"]}))
     size = (tmp_path / "x.beton").stat().st_size
-    manifest = {"num_images": 11, "class_names": names["x.beton"], "file_bytes": size}
-    (tmp_path / "x.beton.json").write_text(json.dumps(manifest))
     trained = ["ant", "bee", "cat", "dog", "emu"]
-    for data in names:
+    for data in ("shards", "x.beton"):
+        put_manifest(tmp_path / data, num_images=11, class_names=trained[2:], file_bytes=size)
         found = open_encoded(tmp_path / data, trained)
         assert found.label.tolist() == (everywhere[0].label + 2).tolist() and found.class_names == trained
         with pytest.raises(ValueError, match="has a class 'emu' that is not among the 4 of the other split"):
@@ -139,3 +139,37 @@ def test_raw_pixels_are_not_for_a_decoder(tmp_path):
     write_beton(tmp_path / "raw.beton", [bytes(range(12))] * 3, [0, 1, 0], RAW)
     with pytest.raises(ValueError, match=r"3 of 3 images as raw pixels.*--loader beton"):
         open_encoded(tmp_path / "raw.beton")
+
+
+def test_more_shards_than_files_may_be_open(folder, tmp_path):
+    source = open_encoded(folder)
+    root = write_shards(tmp_path / "many", [source.read(i) for i in range(11)], source.label.tolist(), per_shard=1)
+    open_now = len(os.listdir("/proc/self/fd"))
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 6, hard))
+    try:
+        shards = open_encoded(root)
+        assert [shards.read(i) for i in range(11)] == [source.read(i) for i in range(11)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    (root / "003.tar").write_bytes(b"")
+    with pytest.raises(BadImage, match=r"003\.tar/000003\.jpg: the tar file ends within it"):
+        shards.read(3)
+
+
+def test_the_image_of_a_sample_need_not_come_first(folder, tmp_path):
+    """As wds2idx lists what was packed in the order of the names: cls, json, png."""
+    root = write_shards(tmp_path / "shards", [open_encoded(folder).read(0)], [0])
+    place = (root / "000.idx").read_text().split("jpg ")[1].split()[:2]
+    (root / "000.idx").write_text(f"v1.1 1\njson 0 512 PNG {' '.join(place)} txt 512 2\n")
+    assert open_encoded(root).read(0) == open_encoded(folder).read(0)
+
+
+def test_an_image_folder_may_hold_the_tars_it_was_unpacked_from(folder, tmp_path):
+    with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as archive:
+        archive.add(folder / "class0" / "001.jpg", "001.jpg")
+    assert choose_loader("auto", folder)[0] == "folder"
+    assert len(open_encoded(folder).label) == len(open_source(folder, Selection())) == 11
+    shards = write_shards(tmp_path / "shards", [open_encoded(folder).read(0)], [0])
+    for data in (shards, shards / "000.tar"):
+        assert choose_loader("auto", data)[0] == "dali" and len(open_encoded(data).label) == 1

@@ -1,6 +1,7 @@
 """fastssl prep shards: WebDataset tar files with DALI's index, the same bytes every time; tar files as a source."""
 
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -10,7 +11,7 @@ import pytest
 from prep_images import bad_kinds, jpeg, kinds, write_kinds, write_photos
 
 from fastssl.data_prep.describe import describe
-from fastssl.data_prep.images import decode_image, find_images
+from fastssl.data_prep.images import BadImage, decode_image, find_images
 from fastssl.data_prep.prepare import Store
 from fastssl.data_prep.sources import Selection, open_source, read_place
 from fastssl.data_prep.verify import verify
@@ -173,6 +174,23 @@ def test_a_folder_packed_in_a_tar_is_that_folder(photos, tmp_path, top):
         assert chosen.folder.labels[i] == 0 and read_place(chosen.place(i)) == read_place(wanted.place(i))
 
 
+def test_links_and_hidden_files_in_a_tar_are_what_they_are_in_a_folder(tmp_path):
+    data = write_kinds(tmp_path / "x" / "a", {"1.jpg": (jpeg(9, 9), ""), ".2.jpg": (b"hidden", "")})
+    os.link(data / "1.jpg", data / "3.jpg")
+    (data / "4.jpg").symlink_to("../a/1.jpg")
+    (data / "5.jpg").symlink_to("nowhere.jpg")
+    write_kinds(tmp_path / "x" / ".thumbnails", {"1.jpg": (jpeg(5, 5), "")})
+    for top in ("x", "./x"):
+        with tarfile.open(tmp_path / "x.tar", "w") as archive:
+            archive.add(tmp_path / "x", top)
+        packed, folder = open_source(tmp_path / "x.tar", Selection()), open_source(tmp_path / "x", Selection())
+        assert packed.folder.paths == folder.folder.paths and packed.folder.class_names == ["a"]
+        assert [read_place(packed.place(i)) for i in range(3)] == [read_place(folder.place(i)) for i in range(3)]
+        for source in (packed, folder):
+            with pytest.raises(BadImage, match=r"a/5\.jpg"):
+                read_place(source.place(3))
+
+
 def test_tars_that_cannot_be_used(shards, tmp_path):
     with pytest.raises(ValueError, match="uncompressed tar"):
         open_source(write_kinds(tmp_path / "x", {"a.tar": (b"no tar" * 500, "")}), Selection())
@@ -191,6 +209,11 @@ def test_what_is_in_the_way_stays(photos, tmp_path):
     for force in (False, True):
         with pytest.raises(ValueError, match="no folder of shards"):
             write(photos, precious, force=force)
+    (tmp_path / "precious" / "manifest.json").write_text('{"name": "of a web page"}')
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged or no manifest"):
+        write(photos, precious, force=True)
+    assert (precious / "a.jpg").exists()
+    (tmp_path / "precious" / "manifest.json").unlink()
     data = write_photos(tmp_path / "few", {"a": [(20, 20)] * 2})
     write(data, tmp_path / "shards")
     with pytest.raises(ValueError, match="--force"):

@@ -41,6 +41,12 @@ def test_links_in_every_split(imagenet, tmp_path, capsys):
     assert make_subset(imagenet / "train", tmp_path / "flat", IDS[1]) == {"": 1}
 
 
+def test_a_class_may_be_called_train(tmp_path):
+    write_photos(tmp_path / "cifar100" / "train", {"apple": [(8, 8)], "test": [(8, 8)], "train": [(8, 8)]})
+    assert make_subset(tmp_path / "cifar100" / "train", tmp_path / "out", "apple,train") == {"": 2}
+    assert find_images(tmp_path / "out").class_names == ["apple", "train"]
+
+
 def test_force_replaces_links_and_nothing_else(imagenet, tmp_path):
     out = tmp_path / "out"
     make_subset(imagenet, out, IDS[0])

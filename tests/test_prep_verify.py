@@ -1,7 +1,10 @@
 """fastssl prep verify and describe: truncation and every flipped bit are found; what is told is true."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -201,3 +204,22 @@ def test_a_beton_gets_a_name_that_the_loaders_know(tmp_path, capsys):
         f"OUT must end in .beton, by which the loaders know the file: {tmp_path}/train.beton" in capsys.readouterr().err
     )
     assert not list(tmp_path.glob("train*"))
+
+
+def test_a_renamed_beton_is_still_whole(beton):
+    for side in SIDES:
+        beton.with_name(f"x.beton{side}").rename(beton.with_name(f"y.beton{side}"))
+    assert "all 2 checksums hold" in verify(beton.with_name("y.beton"), workers=1)
+
+
+def test_a_name_that_is_not_utf_8_can_be_converted_and_described(tmp_path):
+    """On a terminal of UTF-8, which refuses what Python makes of such a name."""
+    top = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.makedirs(top + b"/caf\xe9")
+    with open(top + b"/caf\xe9/1.jpg", "wb") as file:
+        file.write(jpeg(9, 9))
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    for command in (["beton", top, top + b".beton", "--workers", "1"], ["describe", top + b".beton"]):
+        command = [sys.executable, "-m", "fastssl", "prep", *command]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0 and r"caf\udce9" in done.stdout, done.stderr

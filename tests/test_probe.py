@@ -1,6 +1,7 @@
 """Features in order and in eval mode, and the k-NN probe of a run: what is asked, what is said, ranks agree."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from fastssl.batch import pack_images
 from fastssl.config import Config, replace
 from fastssl.distributed import Ranks
 from fastssl.eval.features import extract_features, gather_features
+from fastssl.eval.images import find_held_out
 from fastssl.eval.online import eval_resize, keep_asked, make_probe
 from fastssl.loaders.make import make_loader
 
@@ -105,6 +107,11 @@ def test_probe_asks_the_held_out_split(image_folder, ends_in_train):
     bank = list(make_loader("folder", image_folder / "train", batch_size=1, seed=0, device="cpu").eval_batches(5))
     queries = list(make_loader("folder", image_folder / "val", batch_size=1, seed=0, device="cpu").eval_batches(5))
     assert probe(ColourBackbone()) == pytest.approx(probe_slowly(config, bank, queries))
+
+
+def test_the_folder_train_itself_may_be_where_one_stands(image_folder, monkeypatch):
+    monkeypatch.chdir(image_folder / "train")
+    assert find_held_out(Path(".")).samefile(image_folder / "val")
 
 
 def test_probe_without_a_held_out_split_keeps_the_asked_out_of_the_bank(make_image_folder, tmp_path):

@@ -101,6 +101,7 @@ def find_held_out(data: Path, held_out: Sequence[str] = HELD_OUT) -> Path | None
     if data.is_file():
         beside = [data.with_name(name + data.suffix) for name in held_out]
         return next((path for path in beside if path.is_file() and path != data), None)
+    data = data.absolute()  # "." may be train
     train = data if data.name == "train" else data / "train"
     beside = [train.parent / name for name in held_out]
     return next((path for path in beside if train.is_dir() and path.is_dir()), None)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from fastssl.data_prep.beton_format import HEADER, IMAGE_FIELD, INT_FIELD, RAW, cut_short, read_tables, record_sizes
 from fastssl.data_prep.images import MAX_PIXELS
-from fastssl.loaders.beton_manifest import read_manifest
+from fastssl.data_prep.manifest import name_classes, read_manifest
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,12 @@ def open_beton(path: str | os.PathLike, class_names: Sequence[str] | None = None
         raise ValueError(f"{path} has no image field, only {names}: write it with an RGBImageField")
     pointer, size = image["pointer"].astype(np.int64), record_sizes(tables, image["pointer"])
     label = np.full(len(image), -1, np.int64) if label is None else label.astype(np.int64)
-    manifest = read_manifest(path)
+    manifest = read_manifest(Path(path))
     if manifest and manifest["file_bytes"] != len(data):
         raise cut_short(path, f"its manifest tells of {manifest['file_bytes']:,} bytes and there are {len(data):,}")
     if manifest and manifest["num_images"] != len(label):
         raise ValueError(f"{path} has {len(label):,} images, its manifest tells of {manifest['num_images']:,}")
-    names = [str(c) for c in range(label.max(initial=-1) + 1)] if not manifest else list(manifest["class_names"])
-    if names and label.max(initial=-1) >= len(names):
-        raise ValueError(f"{path} has a label {label.max()}, but its manifest names {len(names)} classes")
+    names = name_classes(Path(path), manifest, int(label.max(initial=-1)))
     label, names = number_labels(path, label, names, class_names)
     mode, height, width = image["mode"].copy(), image["height"].astype(np.int32), image["width"].astype(np.int32)
     beton = BetonFile(path, data, label, mode, height, width, pointer, size, names)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import glob
-import json
 import mmap
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from fastssl.data_prep.beton_format import RAW
-from fastssl.data_prep.images import find_images, read_file
+from fastssl.data_prep.images import find_images, is_image_name, read_file
+from fastssl.data_prep.manifest import name_classes, read_manifest
+from fastssl.data_prep.sources import Place, find_tars, read_place
 from fastssl.loaders.beton_file import number_labels, open_beton
 
 _INDEX_VERSIONS = ("v1.1", "v1.2")
@@ -36,9 +37,9 @@ def open_encoded(data: str | os.PathLike, class_names: Sequence[str] | None = No
     """
     data = os.fspath(data)
     if data.endswith(".tar") and os.path.isfile(data):
-        return _from_shards(data, [data], class_names)
-    if os.path.isdir(data) and (tars := sorted(glob.glob(os.path.join(glob.escape(data), "*.tar")))):
-        return _from_shards(data, tars, class_names)
+        return _from_shards(data, os.path.dirname(data), [data], class_names)
+    if os.path.isdir(data) and (tars := find_tars(data)):
+        return _from_shards(data, data, list(map(str, tars)), class_names)
     if os.path.isfile(data):
         return _from_beton(data, class_names)
     return _from_folder(data, class_names)
@@ -68,33 +69,23 @@ def _from_beton(data: str, class_names: Sequence[str] | None) -> EncodedImages:
     )
 
 
-def _from_shards(data: str, tars: Sequence[str], class_names: Sequence[str] | None) -> EncodedImages:
-    maps, places, names, labels = [], [], [], []
-    for tar in tars:
-        with open(tar, "rb") as file:
-            if not os.path.getsize(tar):
-                raise ValueError(f"the shard {tar} is empty: make the shards again with 'fastssl prep shards'")
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        for place, name, label in _read_index(tar, mapped):
-            places.append((len(maps), *place))
-            names.append(name)
-            labels.append(label)
-        maps.append(mapped)
-    if not places:
+def _from_shards(data: str, folder: str, tars: Sequence[str], class_names: Sequence[str] | None) -> EncodedImages:
+    """Shards are opened anew for each image: a thousand of them would be more files than a process may hold open."""
+    samples = [sample for tar in tars for sample in _read_index(tar)]
+    if not samples:
         raise ValueError(f"the shards of {data} hold no images: make them again with 'fastssl prep shards'")
-    label = np.array(labels, dtype=np.int64)
-    label, found_names = number_labels(data, label, _class_names(data, int(label.max())), class_names)
-
-    def read(i: int) -> bytes:
-        shard, start, size = places[i]
-        return maps[shard][start : start + size]
-
-    return EncodedImages(read, lambda i: names[i], label, found_names)
+    places = [place for place, _ in samples]
+    label = np.array([label for _, label in samples], dtype=np.int64)
+    found_names = name_classes(Path(data), read_manifest(Path(folder)), int(label.max()))
+    label, found_names = number_labels(data, label, found_names, class_names)
+    return EncodedImages(lambda i: read_place(places[i]), lambda i: places[i].name, label, found_names)
 
 
-def _read_index(tar: str, mapped: mmap.mmap) -> list[tuple[tuple[int, int], str, int]]:
-    """((offset, size), name, label) of each sample of a shard; a sample's image is its first part that is no label."""
+def _read_index(tar: str) -> list[tuple[Place, int]]:
+    """Place and label of each sample of a shard. Its image is the first part named as one, else the first but `cls`."""
     path = os.path.splitext(tar)[0] + ".idx"
+    if not os.path.getsize(tar):
+        raise ValueError(f"the shard {tar} is empty: make the shards again with 'fastssl prep shards'")
     if not os.path.exists(path):
         raise ValueError(f"the shard {tar} has no index {path}: make one with DALI's wds2idx or 'fastssl prep shards'")
     with open(path, encoding="utf-8") as file:
@@ -104,27 +95,18 @@ def _read_index(tar: str, mapped: mmap.mmap) -> list[tuple[tuple[int, int], str,
         raise ValueError(f"{path} is not a whole DALI index of version 1.1 or 1.2: make it again")
     fields = 4 if version == "v1.2" else 3  # kind, offset, size and, since 1.2, the name
     samples = []
-    for number, line in enumerate(lines):
-        words = line.split(" ")
-        try:
-            parts = [(words[k], int(words[k + 1]), int(words[k + 2])) for k in range(0, len(words), fields)]
-            kind, start, size = next(part for part in parts if part[0] != "cls")
-            label = next((int(mapped[at : at + n]) for k, at, n in parts if k == "cls"), -1)
-        except (ValueError, IndexError, StopIteration):
-            raise ValueError(f"line {number + 2} of {path} is damaged: make the index again") from None
-        if start + size > len(mapped):
-            raise ValueError(f"the shard {tar} is cut short: {path} tells of more bytes; copy it again")
-        name = words[3] if fields == 4 else f"{number}.{kind}"
-        samples.append(((start, size), f"{tar}/{name}", label))
+    with open(tar, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        for number, line in enumerate(lines):
+            words = line.split(" ")
+            try:
+                parts = [(words[k], int(words[k + 1]), int(words[k + 2])) for k in range(0, len(words), fields)]
+                others = [part for part in parts if part[0] != "cls"]
+                kind, start, size = next((part for part in others if is_image_name(f"x.{part[0]}")), others[0])
+                label = next((int(mapped[at : at + n]) for k, at, n in parts if k == "cls"), -1)
+            except (ValueError, IndexError):
+                raise ValueError(f"line {number + 2} of {path} is damaged: make the index again") from None
+            if start + size > len(mapped):
+                raise ValueError(f"the shard {tar} is cut short: {path} tells of more bytes; copy it again")
+            name = words[3] if fields == 4 else f"{number}.{kind}"
+            samples.append((Place(f"{tar}/{name}", os.path.abspath(tar), start, size), label))
     return samples
-
-
-def _class_names(data: str, largest: int) -> list[str]:
-    """Names from the manifest.json beside the shards, else the class numbers; none where no sample has a class."""
-    manifest = os.path.join(data if os.path.isdir(data) else os.path.dirname(data), "manifest.json")
-    if os.path.exists(manifest):
-        with open(manifest, encoding="utf-8") as file:
-            names = json.load(file).get("class_names", [])
-        if len(names) > largest:
-            return names
-    return [str(number) for number in range(largest + 1)]

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from fastssl.batch import ImageBatch
+from fastssl.data_prep.sources import find_tars
 from fastssl.loaders.folder_loader import FolderLoader
 from fastssl.loaders.order import Order
 from fastssl.loaders.synthetic_loader import SyntheticLoader
@@ -128,14 +129,16 @@ def choose_loader(name: str, data: str | os.PathLike | None) -> tuple[str, str]:
         raise ValueError("no data set was given: name an image folder, or choose the loader 'synthetic'")
     if name != "auto":
         return name, "asked for"
-    if os.path.isdir(data) and any(name.endswith(".tar") for name in os.listdir(data)):
+    if os.path.isdir(data) and find_tars(data):
         return "dali", f"{os.fspath(data)} is a folder of tar shards"
+    if os.path.isfile(data) and os.fspath(data).endswith(".tar"):
+        return "dali", f"{os.fspath(data)} is a tar shard"
     if os.path.isdir(data):
         return "folder", f"{os.fspath(data)} is a folder of image files"
     if os.path.isfile(data) and os.fspath(data).endswith(".beton"):
         return "beton", f"{os.fspath(data)} is a .beton file"
     what = "is a file, and no loader reads it" if os.path.exists(data) else "does not exist"
     raise ValueError(
-        f"{os.fspath(data)} {what}: give a .beton file or a folder that holds images, <class>/ or train/<class>/ "
-        "folders"
+        f"{os.fspath(data)} {what}: give a .beton file, a tar shard or a folder that holds images, <class>/ or "
+        "train/<class>/ folders"
     )
