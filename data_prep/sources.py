@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fastssl.data_prep.class_list import read_classes
-from fastssl.data_prep.images import (
-    BadImage,
-    ImageFolder,
-    find_images,
-    is_image_name,
-    label_by_folder,
-    read_file,
-    walk_images,
-)
-from fastssl.data_prep.manifest import name_classes, read_manifest
+from fastssl.data_prep.images import BadImage, ImageFolder, find_images, read_file
+from fastssl.data_prep.tars import Member, find_tars, read_tars
 
 
 @dataclass(frozen=True)
@@ -52,10 +43,10 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Image files in order. `members` are (tar, offset, size) of each image in a tar, None for files in a folder."""
+    """Image files in order. `members` are where each image lies in a tar, None for files in a folder."""
 
     folder: ImageFolder
-    members: list[tuple[str, int, int]] | None = None
+    members: list[Member] | None = None
 
     def __len__(self) -> int:
         return len(self.folder.paths)
@@ -92,14 +83,8 @@ def open_source(path: str | os.PathLike, selection: Selection) -> Source:
         raise ValueError("no data set was given: name an image folder, a tar file of images, or a folder of such")
     path = Path(path)
     tars = [path] if path.is_file() else find_tars(path)
-    source = _from_tars(path, tars) if tars else Source(find_images(path))
+    source = Source(*read_tars(path, tars)) if tars else Source(find_images(path))
     return select(source, selection)
-
-
-def find_tars(folder: str | os.PathLike) -> list[Path]:
-    """The tar files in a folder, sorted; none where folders below it hold images, which were unpacked from them."""
-    tars = sorted(Path(folder).glob("*.tar"))
-    return [] if tars and any("/" in path for path in walk_images(os.fspath(folder))) else tars
 
 
 def select(source: Source, selection: Selection) -> Source:
@@ -127,62 +112,3 @@ def select(source: Source, selection: Selection) -> Source:
     if not len(rows):
         raise ValueError(f"{source.folder.root} holds no images of the classes asked for")
     return source.take(rows, labels[rows], names)
-
-
-def _from_tars(path: Path, tars: list[Path]) -> Source:
-    """Images with a `.cls` beside them (WebDataset) in the order of the tars; without any, a folder packed in tars."""
-    images, classes = [], {}
-    for tar in tars:
-        try:
-            with tarfile.open(tar, "r:") as archive:
-                places = _places(archive)
-                for name, (offset, size) in places.items():
-                    key, kind = os.path.splitext(name)
-                    if kind == ".cls":
-                        archive.fileobj.seek(offset)
-                        classes[tar, key] = int(archive.fileobj.read(size))
-                    elif is_image_name(os.path.basename(name)):
-                        images.append((tar, name, offset, size))
-        except (tarfile.TarError, OSError, ValueError) as error:
-            raise ValueError(f"cannot read {tar} as an uncompressed tar file: {error}") from error
-    if not images:
-        raise ValueError(f"{path} holds no images: give an image folder, a tar file of images, or a folder of such")
-    if not classes:
-        images.sort(key=lambda image: image[1].split("/"))
-        names = _below_common_folder([image[1] for image in images])
-        folder = label_by_folder(str(path), names)
-    else:
-        names = [f"{tar.name}/{name}" for tar, name, _, _ in images]
-        keys = [(tar, os.path.splitext(name)[0]) for tar, name, _, _ in images]
-        if missing := [name for name, key in zip(names, keys) if key not in classes]:
-            raise ValueError(f"{missing[0]} has no .cls beside it, and {len(classes)} other images have: add its class")
-        labels = np.array([classes[key] for key in keys], dtype=np.int64)
-        shards = path if path.is_dir() else path.parent
-        names_of_classes = name_classes(path, read_manifest(shards), int(labels.max(initial=-1)))
-        folder = ImageFolder(str(path), names, labels, names_of_classes)
-    return Source(folder, [(str(tar), offset, size) for tar, _, offset, size in images])
-
-
-def _places(archive: tarfile.TarFile) -> dict[str, tuple[int, int]]:
-    """(offset, size) of each file that is not hidden, by name, in the order of the archive; a link has its target's.
-
-    A link to nothing in the archive is an empty file: no image, but one that is named.
-    """
-    places, links = {}, {}
-    for member in archive:
-        name = os.path.normpath(member.name)
-        places[name] = member.offset_data, member.size if member.isfile() else 0
-        if member.islnk():  # of two names of a file, tar stores the second so
-            links[name] = os.path.normpath(member.linkname)
-        elif member.issym():
-            links[name] = os.path.normpath(os.path.join(os.path.dirname(name), member.linkname))
-    places |= {name: places.get(target, (0, 0)) for name, target in links.items()}
-    return {name: place for name, place in places.items() if not any(part.startswith(".") for part in name.split("/"))}
-
-
-def _below_common_folder(names: list[str]) -> list[str]:
-    """Names without the folder a tar was made of, which all share above their class folders."""
-    parts = [name.split("/") for name in names]
-    while all(len(part) > 2 for part in parts) and len({part[0] for part in parts}) == 1:
-        parts = [part[1:] for part in parts]
-    return ["/".join(part) for part in parts]

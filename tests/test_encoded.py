@@ -124,6 +124,10 @@ def test_a_file_that_vanished_is_a_bad_image(folder):
         (lambda root: (root / "004.idx").write_text("v9 0\n"), "not a whole DALI index"),
         (lambda root: (root / "004.idx").write_text("v1.2 1\njpg x 3 a.jpg\n"), "line 2 of .*004.idx is damaged"),
         (lambda root: (root / "004.idx").write_text("v1.2 1\ncls 512 1 a.cls\n"), "line 2 of .*004.idx is damaged"),
+        (
+            lambda root: (root / "004.idx").write_text("v1.1 1\njpg 512 9 cls 0 10\n"),
+            "0.jpg holds b'000004.jpg' and no",
+        ),
         (lambda root: (root / "004.tar").write_bytes(b"x" * 900), "damaged|cut short"),
         (lambda root: (root / "004.tar").write_bytes(b""), "is empty"),
     ],
@@ -161,7 +165,7 @@ def test_the_image_of_a_sample_need_not_come_first(folder, tmp_path):
     """As wds2idx lists what was packed in the order of the names: cls, json, png."""
     root = write_shards(tmp_path / "shards", [open_encoded(folder).read(0)], [0])
     place = (root / "000.idx").read_text().split("jpg ")[1].split()[:2]
-    (root / "000.idx").write_text(f"v1.1 1\njson 0 512 PNG {' '.join(place)} txt 512 2\n")
+    (root / "000.idx").write_text(f"v1.1 1\njson 0 512 PNG {' '.join(place)} txt 512 2 depth.png 0 9\n")
     assert open_encoded(root).read(0) == open_encoded(folder).read(0)
 
 

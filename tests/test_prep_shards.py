@@ -1,5 +1,6 @@
 """fastssl prep shards: WebDataset tar files with DALI's index, the same bytes every time; tar files as a source."""
 
+import io
 import json
 import os
 import subprocess
@@ -189,6 +190,40 @@ def test_links_and_hidden_files_in_a_tar_are_what_they_are_in_a_folder(tmp_path)
         for source in (packed, folder):
             with pytest.raises(BadImage, match=r"a/5\.jpg"):
                 read_place(source.place(3))
+
+
+def pack(path, members):
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_one_image_of_each_sample_with_several(tmp_path):
+    photo, mask = jpeg(9, 9), jpeg(5, 5)
+    sample = [("s.v1/1.cls", b" 2\n"), ("s.v1/1.depth.png", mask), ("s.v1/1.jpg", photo), ("s.v1/1.txt", b"words")]
+    source = open_source(pack(tmp_path / "x.tar", sample), Selection())
+    assert source.folder.paths == ["x.tar/s.v1/1.jpg"] and source.folder.labels.tolist() == [2]
+    assert read_place(source.place(0)) == photo
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("1.jpg", b"x"), ("1.cls", b"n01440764")], r"x\.tar/1\.cls holds b'n01440764' and no class number"),
+        (
+            [("a.1.jpg", b"x"), ("a.1.cls", b"1"), ("a.2.jpg", b"x"), ("a.2.cls", b"1")],
+            r"a\.2\.cls: samples must differ",
+        ),
+        ([("1.jpg", b"x"), ("2.jpg", b"x"), ("2.cls", b"1")], r"x\.tar/1\.jpg has no \.cls beside it"),
+        ([("1.jpg", b"x"), ("1.cls", b"1000000000000")], "a label 1,000,000,000,000, which is no class number"),
+    ],
+)
+def test_classes_that_cannot_be_read(tmp_path, members, message):
+    with pytest.raises(ValueError, match=message):
+        open_source(pack(tmp_path / "x.tar", members), Selection())
 
 
 def test_tars_that_cannot_be_used(shards, tmp_path):

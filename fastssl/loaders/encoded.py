@@ -13,7 +13,8 @@ import numpy as np
 from fastssl.data_prep.beton_format import RAW
 from fastssl.data_prep.images import find_images, is_image_name, read_file
 from fastssl.data_prep.manifest import name_classes, read_manifest
-from fastssl.data_prep.sources import Place, find_tars, read_place
+from fastssl.data_prep.sources import Place, read_place
+from fastssl.data_prep.tars import class_number, find_tars
 from fastssl.loaders.beton_file import number_labels, open_beton
 
 _INDEX_VERSIONS = ("v1.1", "v1.2")
@@ -82,7 +83,7 @@ def _from_shards(data: str, folder: str, tars: Sequence[str], class_names: Seque
 
 
 def _read_index(tar: str) -> list[tuple[Place, int]]:
-    """Place and label of each sample of a shard. Its image is the first part named as one, else the first but `cls`."""
+    """Place and label of each sample of a shard."""
     path = os.path.splitext(tar)[0] + ".idx"
     if not os.path.getsize(tar):
         raise ValueError(f"the shard {tar} is empty: make the shards again with 'fastssl prep shards'")
@@ -93,20 +94,40 @@ def _read_index(tar: str) -> list[tuple[Place, int]]:
         lines = file.read().splitlines()
     if version not in _INDEX_VERSIONS or not count.strip().isdigit() or int(count) != len(lines):
         raise ValueError(f"{path} is not a whole DALI index of version 1.1 or 1.2: make it again")
-    fields = 4 if version == "v1.2" else 3  # kind, offset, size and, since 1.2, the name
     samples = []
     with open(tar, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         for number, line in enumerate(lines):
-            words = line.split(" ")
             try:
-                parts = [(words[k], int(words[k + 1]), int(words[k + 2])) for k in range(0, len(words), fields)]
-                others = [part for part in parts if part[0] != "cls"]
-                kind, start, size = next((part for part in others if is_image_name(f"x.{part[0]}")), others[0])
-                label = next((int(mapped[at : at + n]) for k, at, n in parts if k == "cls"), -1)
+                parts = _parse(line, 4 if version == "v1.2" else 3)
+                image = min((part for part in parts if part.kind != "cls"), key=_least_likely)
             except (ValueError, IndexError):
                 raise ValueError(f"line {number + 2} of {path} is damaged: make the index again") from None
-            if start + size > len(mapped):
+            if max(part.start + part.size for part in parts) > len(mapped):
                 raise ValueError(f"the shard {tar} is cut short: {path} tells of more bytes; copy it again")
-            name = words[3] if fields == 4 else f"{number}.{kind}"
-            samples.append((Place(f"{tar}/{name}", os.path.abspath(tar), start, size), label))
+            name = f"{tar}/{image.name or f'{number}.{image.kind}'}"
+            texts = [mapped[part.start : part.start + part.size] for part in parts if part.kind == "cls"]
+            label = class_number(texts[0], f"the .cls beside {name}") if texts else -1
+            samples.append((Place(name, os.path.abspath(tar), image.start, image.size), label))
     return samples
+
+
+class _Part(NamedTuple):
+    """A file of a sample, as an index tells of it."""
+
+    kind: str
+    start: int
+    size: int
+    name: str = ""  # unknown before version 1.2
+
+
+def _parse(line: str, fields: int) -> list[_Part]:
+    words = line.split(" ")
+    return [
+        _Part(words[k], int(words[k + 1]), int(words[k + 2]), *words[k + 3 : k + fields])
+        for k in range(0, len(words), fields)
+    ]
+
+
+def _least_likely(part: _Part) -> tuple[bool, int]:
+    """How little a part of a sample looks like its image: .jpg is one, .mask.png less so, .json is none."""
+    return not is_image_name(f"x.{part.kind}"), part.kind.count(".")

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from fastssl.batch import ImageBatch
-from fastssl.data_prep.sources import find_tars
+from fastssl.data_prep.tars import find_tars
 from fastssl.loaders.folder_loader import FolderLoader
 from fastssl.loaders.order import Order
 from fastssl.loaders.synthetic_loader import SyntheticLoader

@@ -1,0 +1,119 @@
+"""Images in tar files: WebDataset samples, or a folder that was packed."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fastssl.data_prep.images import ImageFolder, is_image_name, label_by_folder, walk_images
+from fastssl.data_prep.manifest import name_classes, read_manifest
+
+
+class Member(NamedTuple):
+    """Where a file lies in a tar."""
+
+    tar: str
+    offset: int
+    size: int
+
+
+Members = dict[tuple[Path, str], Member]  # by tar and name, in the order of the tars
+
+
+def find_tars(folder: str | os.PathLike) -> list[Path]:
+    """The tar files in a folder, sorted; none where folders below it hold images, which were unpacked from them."""
+    tars = sorted(Path(folder).glob("*.tar"))
+    return [] if tars and any("/" in path for path in walk_images(os.fspath(folder))) else tars
+
+
+def read_tars(path: Path, tars: list[Path]) -> tuple[ImageFolder, list[Member]]:
+    """The images in the `tars` of `path`, and where each lies.
+
+    With `.cls` files (WebDataset) samples in the order of the tars; without any, a folder that was packed in them.
+    Raises ValueError for what is no tar or holds no images, and for a class that is no number or missing.
+    """
+    images: Members = {}
+    classes: dict[tuple[Path, str], int] = {}
+    for tar in tars:
+        try:
+            with tarfile.open(tar, "r:") as archive:
+                members = _members(archive)
+                images |= {(tar, name): m for name, m in members.items() if is_image_name(os.path.basename(name))}
+                texts = {name: _bytes(archive, m) for name, m in members.items() if name.endswith(".cls")}
+        except (tarfile.TarError, OSError, ValueError) as error:
+            raise ValueError(f"cannot read {tar} as an uncompressed tar file: {error}") from error
+        for name, text in texts.items():
+            if (tar, _key(name)) in classes:
+                raise ValueError(f"{tar}/{name}: samples must differ in their names up to the first dot: rename them")
+            classes[tar, _key(name)] = class_number(text, f"{tar}/{name}")
+    if not images:
+        raise ValueError(f"{path} holds no images: give an image folder, a tar file of images, or a folder of such")
+    return _samples(path, images, classes) if classes else _packed_folder(path, images)
+
+
+def class_number(text: bytes, name: str) -> int:
+    """The class that a `.cls` file tells. Raises ValueError, with `name`, when it is no number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name} holds {text[:20]!r} and no class number: write it with classes from 0 on") from None
+
+
+def _samples(path: Path, images: Members, classes: dict[tuple[Path, str], int]) -> tuple[ImageFolder, list[Member]]:
+    """One image of each sample: the first that has no dot more in its name than others (.jpg, not .mask.png)."""
+    names: dict[tuple[Path, str], str] = {}
+    for tar, name in images:
+        chosen = names.setdefault((tar, _key(name)), name)
+        if name.count(".") < chosen.count("."):
+            names[tar, _key(name)] = name
+    shown = [f"{tar.name}/{name}" for (tar, _), name in names.items()]
+    if missing := [name for name, sample in zip(shown, names) if sample not in classes]:
+        raise ValueError(f"{missing[0]} has no .cls beside it, and {len(classes)} other images have: add its class")
+    labels = np.array([classes[sample] for sample in names], dtype=np.int64)
+    manifest = read_manifest(path if path.is_dir() else path.parent)
+    folder = ImageFolder(str(path), shown, labels, name_classes(path, manifest, int(labels.max())))
+    return folder, [images[tar, name] for (tar, _), name in names.items()]
+
+
+def _packed_folder(path: Path, images: Members) -> tuple[ImageFolder, list[Member]]:
+    """In the order of a folder, without the folders that all images share above their class folders."""
+    places = sorted(images, key=lambda place: place[1].split("/"))
+    parts = [name.split("/") for _, name in places]
+    while all(len(part) > 2 for part in parts) and len({part[0] for part in parts}) == 1:
+        parts = [part[1:] for part in parts]
+    return label_by_folder(str(path), ["/".join(part) for part in parts]), [images[place] for place in places]
+
+
+def _members(archive: tarfile.TarFile) -> dict[str, Member]:
+    """Each file that is not hidden by its name, in the order of the archive; a link lies where its target does.
+
+    A link to nothing in the archive is an empty file: no image, but one that is named.
+    """
+    members, links = {}, {}
+    for member in archive:
+        name = os.path.normpath(member.name)
+        if any(part.startswith(".") for part in name.split("/")):
+            continue
+        if member.isfile() or member.islnk() or member.issym():
+            members[name] = Member(archive.name, member.offset_data, member.size if member.isfile() else 0)
+        if member.islnk():  # the second name of a file that has two
+            links[name] = os.path.normpath(member.linkname)
+        elif member.issym():
+            links[name] = os.path.normpath(os.path.join(os.path.dirname(name), member.linkname))
+    nothing = Member(archive.name, 0, 0)
+    return members | {name: members.get(target, nothing) for name, target in links.items()}
+
+
+def _bytes(archive: tarfile.TarFile, member: Member) -> bytes:
+    archive.fileobj.seek(member.offset)
+    return archive.fileobj.read(member.size)
+
+
+def _key(name: str) -> str:
+    """What the files of a WebDataset sample have in common: their name up to its first dot."""
+    folder, file = os.path.split(name)
+    return os.path.join(folder, file.partition(".")[0])
