@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -25,10 +26,7 @@ def partial_file(path: Path) -> Iterator[BinaryIO]:
     partial = partial_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "rb+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is writing {partial}: wait for it, or choose another name") from None
+        _lock(file.fileno(), partial)
         try:
             file.truncate(0)
             yield file
@@ -36,9 +34,41 @@ def partial_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         except BaseException as error:
             partial.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.filename is None:  # "no space left on device": where?
-                raise OSError(error.errno, error.strerror, str(partial.parent)) from error
+            _tell_where(error, partial.parent)
             raise
+
+
+@contextlib.contextmanager
+def partial_folder(path: Path) -> Iterator[Path]:
+    """As `partial_file`, a folder for files; whoever uses it renames it within the block."""
+    partial = partial_path(path)
+    partial.mkdir(parents=True, exist_ok=True)
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        _lock(handle, partial)
+        try:
+            for left in partial.iterdir():
+                left.unlink()
+            yield partial
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            _tell_where(error, partial.parent)
+            raise
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, partial: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is writing {partial}: wait for it, or choose another name") from None
+
+
+def _tell_where(error: BaseException, folder: Path) -> None:
+    """Raises "no space left on device" again with the folder, which it does not tell."""
+    if isinstance(error, OSError) and error.filename is None:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def publish(*paths: Path) -> None:

@@ -56,7 +56,8 @@ def make_static_views(
 
     A set that was begun with the same options is finished, not begun again. An image that cannot be read is named and
     the next of its class takes its place.
-    Raises ValueError for a flat folder, two images of one name in a class, and a folder made with other options.
+    Raises ValueError for a flat folder, two images of one name in a class, and an `out` that was made with other
+    options or lies among the images.
     """
     if images_per_class < 1 or (workers is not None and workers < 1):
         raise ValueError("--images-per-class and --workers must be at least 1")
@@ -65,6 +66,8 @@ def make_static_views(
     folder = find_images(data)
     if not folder.class_names:
         raise ValueError(f"{data} holds images without classes: a view set needs <class>/ folders")
+    if Path(out).resolve().is_relative_to(Path(folder.root).resolve()):
+        raise ValueError(f"{out} lies inside {folder.root}: the views would become images of it; choose another folder")
     options = {"aug": aug, "seed": seed, "quality": quality}  # more images a class may be added later
     _claim(Path(out), options)
     queues = {name: iter(jobs) for name, jobs in _jobs(folder, out, options).items()}

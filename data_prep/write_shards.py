@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastssl.data_prep.beton_format import RAW
 from fastssl.data_prep.convert import converted
-from fastssl.data_prep.files import file_sum, partial_file, partial_path, sync_folder
+from fastssl.data_prep.files import file_sum, partial_file, partial_folder, partial_path, sync_folder
 from fastssl.data_prep.manifest import Tally, read_manifest, write_manifest
 from fastssl.data_prep.prepare import Prepared, Store
 from fastssl.data_prep.sources import Selection, open_source
@@ -84,10 +84,7 @@ def write_shards(
     if shard_size < 1:
         raise ValueError(f"--shard-size must be at least 1 (million bytes), got {shard_size}")
     source = open_source(data, selection)
-    partial = partial_path(out)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with partial_folder(out) as partial:
         with partial_file(partial / "images.jsonl") as lines:
             tally = Tally(source, lines)
             shards = _write(partial, converted(source, store, work, tally), shard_size * 1_000_000)
@@ -95,13 +92,10 @@ def write_shards(
         write_manifest(partial / "manifest.json", "shards", content)
         for name in ("images.jsonl", "manifest.json"):
             os.replace(partial_path(partial / name), partial / name)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    sync_folder(partial)
-    if out.exists():
-        shutil.rmtree(out)
-    os.replace(partial, out)
+        sync_folder(partial)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(partial, out)
     sync_folder(out.parent)
     return tally
 

@@ -12,6 +12,7 @@ import pytest
 from prep_images import bad_kinds, jpeg, kinds, write_kinds, write_photos
 
 from fastssl.data_prep.describe import describe
+from fastssl.data_prep.files import partial_folder
 from fastssl.data_prep.images import BadImage, decode_image, find_images
 from fastssl.data_prep.prepare import Store
 from fastssl.data_prep.sources import Selection, open_source, read_place
@@ -173,6 +174,19 @@ def test_a_folder_packed_in_a_tar_is_that_folder(photos, tmp_path, top):
     wanted = open_source(photos, Selection(classes="bee", count=3))
     for i in range(3):
         assert chosen.folder.labels[i] == 0 and read_place(chosen.place(i)) == read_place(wanted.place(i))
+
+
+def test_two_that_write_one_folder_do_not_mix(photos, tmp_path):
+    with partial_folder(tmp_path / "out") as partial:
+        (partial / "shard-000000.tar").write_bytes(b"of the first")
+        with pytest.raises(ValueError, match=r"another process is writing .*out\.partial"):
+            write(photos, tmp_path / "out")
+        assert (partial / "shard-000000.tar").read_bytes() == b"of the first"
+    write(photos, tmp_path / "out")  # over what a killed one left
+    assert "checksums hold" in verify(tmp_path / "out", workers=1)
+    with pytest.raises(OSError, match=r"No space left on device: .*pytest"), partial_folder(tmp_path / "full"):
+        raise OSError(28, "No space left on device")
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_links_and_hidden_files_in_a_tar_are_what_they_are_in_a_folder(tmp_path):

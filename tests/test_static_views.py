@@ -212,6 +212,7 @@ def test_refusals_are_one_sentence(image_folder, tmp_path, capsys):
         ),
         ([data, str(tmp_path), "--aug", "hard"], "is not empty and"),
         ([data + "/class0", str(tmp_path / "x")], "holds images without classes"),
+        ([data, data + "/views"], "the views would become images of it"),
         ([data, out, "--images-per-class", "0"], "must be at least 1"),
         ([data, out, "--quality", "0"], "--quality must lie in 1 to 95"),
         ([str(tmp_path / "nowhere"), out], "does not exist"),
