@@ -169,6 +169,14 @@ def test_what_is_no_manifest_stops_every_reader_with_one_sentence(small, text):
     assert len(said) == 1
 
 
+def test_labels_below_0_are_no_classes(tmp_path):
+    """As semi-supervised sets mark what they know no class of; FFCV writes any integer."""
+    photos = [stored_jpeg(photo, label) for photo, label in zip(PHOTOS, (0, -1, -2, -100, 1, 0))]
+    path = write_beton(tmp_path / "x.beton", photos)
+    assert open_beton(path).label.tolist() == [0, -1, -1, -1, 1, 0]
+    assert open_beton(path, ["2", "1", "0"]).label.tolist() == [2, -1, -1, -1, 1, 2]
+
+
 def test_labels_that_are_no_class_numbers(small):
     """Say the only number FFCV was given: the image's. A name for each would fill the memory."""
     damage(small, lambda data: data.__setitem__(slice(FRONT + 16, FRONT + 24), (10**12).to_bytes(8, "little")))

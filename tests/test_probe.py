@@ -197,6 +197,17 @@ def test_a_beton_is_asked_where_it_lies_or_where_it_is_named(tmp_path):
         make_probe(config, open_loader(config), ALONE)
 
 
+@pytest.mark.skipif(NO_TURBOJPEG, reason="needs libturbojpeg")
+def test_images_without_a_class_among_others_neither_vote_nor_are_asked(tmp_path):
+    colours = [np.full((8, 8, 3), value, np.uint8) for value in (10, 240, 20, 230, 240, 10)]
+    for split in ("train", "val"):
+        labels = (0, 1, 0, 1, -1, -2)
+        write_beton(tmp_path / f"{split}.beton", [stored_jpeg(*image) for image in zip(colours, labels)])
+    config = config_of(tmp_path / "train.beton")
+    probe, _ = make_probe(config, open_loader(config), ALONE)
+    assert probe(ColourBackbone()) == 100
+
+
 def test_synthetic_images_have_a_probe():
     config = config_of("", loader="synthetic")
     probe, note = make_probe(config, open_loader(config), ALONE)

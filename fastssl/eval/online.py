@@ -40,7 +40,7 @@ def make_probe(config: Config, loader: Loader, ranks: Ranks) -> tuple[Probe | No
         return None, f"no k-NN probe: {found}, and {images} training images are too few to keep some out"
 
     def share(part: Loader) -> Iterator[ImageBatch]:
-        return part.eval_batches(_BATCH, ranks.rank, ranks.world_size, config.eval.knn_images)
+        return keep_labelled(part.eval_batches(_BATCH, ranks.rank, ranks.world_size, config.eval.knn_images))
 
     def probe(backbone: nn.Module) -> float:
         if held_out is not None:
@@ -76,9 +76,17 @@ def _try_held_out(path: Path, config: Config, loader: Loader, device: torch.devi
         return None, str(error)
     if not held_out.class_names:
         return None, f"{path} has no class folders" if path.is_dir() else f"{path} has no labels"
-    if next(held_out.eval_batches(_BATCH, limit=_BATCH), None) is None:
-        return None, f"no image of {path} can be read"
+    if next(keep_labelled(held_out.eval_batches(_BATCH, limit=_BATCH)), None) is None:
+        return None, f"no image of {path} can be read" + (" or has a class" if held_out.decoded else "")
     return held_out, str(path)
+
+
+def keep_labelled(batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
+    """The images that have a class: a beton or shards may hold others among them."""
+    for batch in batches:
+        rows = (batch.label >= 0).nonzero()[:, 0]
+        if len(rows):
+            yield batch.select(rows)
 
 
 def keep_asked(batches: Iterable[ImageBatch], asked: bool) -> Iterator[ImageBatch]:

@@ -70,6 +70,7 @@ def number_labels(
 ) -> tuple[np.ndarray, list[str]]:
     """Labels (n,) of the classes `names` numbered by a list made elsewhere (an evaluation split's by the training
     split's), and that list; as they are without one. Raises ValueError when a class is not on the list."""
+    label = np.maximum(label, -1)  # any below 0 is no class
     if not class_names or not names:
         return label, names
     number = {name: i for i, name in enumerate(class_names)}
