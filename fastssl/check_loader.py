@@ -85,7 +85,7 @@ def check_loaders(args: argparse.Namespace) -> int:
             results = [run_check(*first), *(run_check(*check) for check in checks)]
             failed, checked = failed + results.count(False), checked + len(results)
     if not checked:
-        raise ValueError(f"no loader can read {args.data}")
+        raise ValueError(f"no loader can be checked on {args.data}: the lines above say why")
     print(f"{checked - failed} of {checked} checks passed")
     return failed
 

@@ -179,8 +179,8 @@ def test_labels_below_0_are_no_classes(tmp_path):
 
 def test_labels_that_are_no_class_numbers(small):
     """Say the only number FFCV was given: the image's. A name for each would fill the memory."""
-    damage(small, lambda data: data.__setitem__(slice(FRONT + 16, FRONT + 24), (10**12).to_bytes(8, "little")))
-    with pytest.raises(ValueError, match="a label 1,000,000,000,000, which is no class number"):
+    damage(small, lambda data: data.__setitem__(slice(FRONT + 16, FRONT + 24), (20_000_000).to_bytes(8, "little")))
+    with pytest.raises(ValueError, match="a label 20,000,000, which is no class number"):
         open_beton(small)
 
 

@@ -142,7 +142,7 @@ def test_the_command_prints_a_table_and_fails_when_a_check_does(image_folder, mo
 def test_the_command_refuses_what_it_cannot_check(image_folder, tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         main([str(tmp_path / "none"), "--loader", "folder"])
-    with pytest.raises(ValueError, match="no loader can read"):  # though one of them reads no files
+    with pytest.raises(ValueError, match="no loader can be checked on"):  # though one of them reads no files
         main([str(tmp_path / "none")])
     with pytest.raises(ValueError, match="at least 1"):
         main([str(image_folder), "--world-sizes", "0"])

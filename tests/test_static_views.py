@@ -1,9 +1,11 @@
 """Static view sets: names, geometry read back from the pixels, statistics, resuming, every refusal."""
 
+import argparse
 import os
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastssl.command import run_command
@@ -19,6 +21,8 @@ from fastssl.data_prep.view_pairs import (
     make_view_pair,
     shared_region,
 )
+from fastssl.distributed import Ranks
+from fastssl.eval.view_set import open_view_set
 
 WIDTH, HEIGHT = 250, 200
 
@@ -200,6 +204,15 @@ def test_images_of_other_kinds(tmp_path, greyscale):
     make_static_views(str(tmp_path / "data"), str(tmp_path / "set"), "moco", 1, workers=1)
     with Image.open(tmp_path / "set/a/picture-0.jpeg") as image:
         assert image.mode == "RGB"
+
+
+def test_the_set_of_odd_names_is_read_again(tmp_path):
+    for name in ("two\nlines", "☃", "-x"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / "a b.png")
+    assert make_static_views(str(tmp_path / "data"), str(tmp_path / "set"), "moco", 1, workers=1) == []
+    found = open_view_set(argparse.Namespace(data=tmp_path / "set", workers=1), Ranks(0, 1, 1, torch.device("cpu")))
+    assert found.class_names == ["-x", "two\nlines", "☃"] and found.files.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
 
 
 def test_refusals_are_one_sentence(image_folder, tmp_path, capsys):

@@ -25,7 +25,7 @@ MODES = {  # which files are the original and its two views
     "avg-mask": (0, 7, 8),
     "rand-avg-mask": (0, 9, 10),
 }
-_NAME = re.compile(r"(.+)-(\d+)\.jpe?g", re.IGNORECASE)
+_NAME = re.compile(r"(.+)-(\d+)\.jpe?g", re.IGNORECASE | re.DOTALL)  # a name may hold a new line
 
 
 class ViewSet(NamedTuple):
