@@ -16,7 +16,6 @@ from fastssl.compile_encoders import HOW_NAMES, compile_encoders
 from fastssl.config import Config, DataConfig
 from fastssl.distributed import Ranks
 from fastssl.faster_sgd import choose_sgd
-from fastssl.foreign.fit import Unallocated
 from fastssl.host_memory import keep_freed_memory
 from fastssl.layout import LAYOUT_NAMES, choose_layout
 from fastssl.loaders.make import Loader, make_loader
@@ -26,6 +25,7 @@ from fastssl.moco import MoCo
 from fastssl.models.batchnorm import convert_sync_batchnorm, split_batchnorm
 from fastssl.models.cpu_conv import use_cpu_convolutions
 from fastssl.models.encoders import make_encoder
+from fastssl.models.unallocated import Unallocated
 from fastssl.optim import make_optimizer, supports_scaler_without_sync
 from fastssl.plan import DTYPES, Plan, choose_precision, explain_precision, rank_batch_size
 

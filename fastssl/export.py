@@ -33,6 +33,8 @@ from fastssl.foreign.read import Contents, read_weights
 from fastssl.models import Encoder
 from fastssl.verify_export import largest_difference
 
+_SUFFIXES = ("", ".safetensors", ".pth", ".pt", ".tar", ".ckpt", ".bin")  # all but one: what torch.save writes
+
 
 def export(source: str, out: str, to: str = "plain", *, arch: str | None = None, stem: str | None = None,
            key: str = "q", head: bool = False, force: bool = False) -> tuple[Report, str]:  # fmt: skip
@@ -44,10 +46,10 @@ def export(source: str, out: str, to: str = "plain", *, arch: str | None = None,
     path = find_source(source)
     if Path(out).is_dir():
         raise ValueError(f"{out} is a folder: name a file in it")
-    if Path(out).suffix == ".onnx":
+    if Path(out).suffix not in _SUFFIXES:
         raise ValueError(
-            f"{out} would hold weights and no graph: name a .pth or .safetensors file; torch.onnx.export "
-            "makes ONNX from the module"
+            f"{out} would hold what torch.save writes, weights and no graph: name a .safetensors file or one of "
+            f"{' '.join(_SUFFIXES[2:])}; torch.onnx.export makes ONNX from the module"
         )
     if Path(out).exists() and not force:
         raise ValueError(f"{out} exists: --force replaces it")

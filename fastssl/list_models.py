@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from fastssl.foreign.fit import Unallocated
 from fastssl.models.encoders import list_architectures, make_backbone, source_of
+from fastssl.models.unallocated import Unallocated
 
 
 def main(argv: Sequence[str]) -> int:

@@ -217,7 +217,8 @@ def test_refusals(tmp_path, capsys):
     for arguments, message in [
         ([source, str(tmp_path / "there.pth")], "exists: --force replaces it"),
         ([source, str(tmp_path / "empty"), "--force"], "empty is a folder: name a file in it"),
-        ([source, str(tmp_path / "x.onnx")], "x.onnx would hold weights and no graph"),
+        ([source, str(tmp_path / "x.onnx")], "x.onnx would hold what torch.save writes, weights and no graph"),
+        ([source, str(tmp_path / "x.npz")], "name a .safetensors file or one of .pth .pt .tar .ckpt .bin"),
         ([source, str(tmp_path / "there.pth" / "x.pth")], "or name another place"),
         ([source, str(tmp_path / "x.pth"), "--to", "timm"], "--to timm has no cifar stem: use --to plain"),
         ([source, str(tmp_path / "x.safetensors"), "--to", "moco"], "name a .pth.tar file"),

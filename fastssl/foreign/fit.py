@@ -5,28 +5,16 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from fastssl.foreign.layout import Layout, split_classifier
 from fastssl.models.encoders import list_architectures, make_backbone
+from fastssl.models.unallocated import Unallocated
 
 # The same network under another name: the first is what is said.
 _ALIASES = {"swav_resnet50": "resnet50", "simclr_resnet50": "resnet50"}
 # Batches seen by BN; files written before PyTorch 0.4.1 lack it, and nothing reads it here.
 COUNTER = "num_batches_tracked"
-
-
-class Unallocated(TorchFunctionMode):
-    """Within, a module's weights have shapes but no memory. (Under torch.device("meta") RegNets cannot be built:
-
-    they compute their widths with tensors.)
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        return func(*args, **{**kwargs, "device": "meta"}) if func is torch.empty else func(*args, **kwargs)
 
 
 class Signature(NamedTuple):

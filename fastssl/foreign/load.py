@@ -14,8 +14,9 @@ from fastssl.foreign.layout import Layout, find_encoder, split_classifier
 from fastssl.foreign.read import Contents, read_weights
 from fastssl.models.encoders import Encoder, classifier_name, list_architectures, make_backbone
 
-# timm has both under the same names and shapes; they pad differently.
+# timm has both under the same names and shapes; they pad differently, or have another number of attention heads.
 _TWINS = {f"tf_efficientnet_b{i}": f"timm:efficientnet_b{i}" for i in range(4)}
+_TWINS["mocov3_vit_small"] = "timm:vit_small_patch16_224"  # which is DINO's
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from fastssl.checkpoint import CheckpointError
 
 # Where projects put the weights in a checkpoint, in the order they are looked for.
 _WEIGHTS = ("state_dict", "model", "model_state_dict", "net")
+_NETWORKS = ("student", "teacher")  # or one dict for each of the two, as DINO
 # How torch names, in what it raises, the code it met: a class, a function, a blocked module's, a whole program.
 _CODE = re.compile(
     r"GLOBAL (\S+) was not an allowed global|Unsupported class (\S+)|unsupported GLOBAL (\S+)|(TorchScript)"
@@ -44,6 +45,7 @@ def read_weights(path: str | Path) -> Contents:
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not weights by name: save model.state_dict()")
     if not _is_weights(loaded):
+        loaded = _join_networks(loaded)
         name = next((n for n in _WEIGHTS if _is_weights(loaded.get(n))), None)
         if name is None:
             held = ", ".join(map(str, list(loaded)[:8])) or "nothing"
@@ -65,6 +67,15 @@ def _is_weights(value: object) -> bool:
         and bool(value)
         and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
     )
+
+
+def _join_networks(loaded: dict) -> dict:
+    """DINO's checkpoint with both networks in one state dict, as others save them."""
+    networks = {name: loaded[name] for name in _NETWORKS if _is_weights(loaded.get(name))}
+    if not networks:
+        return loaded
+    others = {k: v for k, v in loaded.items() if k not in networks}
+    return {"state_dict": {f"{n}.{k}": v for n, tensors in networks.items() for k, v in tensors.items()}, **others}
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
