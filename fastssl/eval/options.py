@@ -125,10 +125,10 @@ def positive(text: str) -> int:
 
 
 def positive_float(text: str) -> float:
-    """A float above 0."""
+    """A float above 0, not infinite."""
     value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -64,6 +65,7 @@ class Session:
             self.note("no --pretrained: the encoder has random weights")
             torch.manual_seed(o.seed)
             backbone = make_encoder(o.arch).backbone
+        check_size(backbone.eval(), o.arch, o.image_size)
         return backbone.to(self.ranks.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def warn_bad(self, *sets: Images) -> int:
@@ -82,7 +84,7 @@ class Session:
             return
         record = {
             "evaluation": command,
-            **result,
+            **without_nan(result),
             "checkpoint": self.report,
             "options": {k: v for k, v in vars(o).items() if k != "json"},
             "peak_memory_gb": [round(peak, 3) for peak in peaks],
@@ -90,7 +92,7 @@ class Session:
         }
         partial = Path(f"{o.json}.partial")
         partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(record, indent=1) + "\n")
+        partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
         partial.replace(o.json)
 
 
@@ -105,6 +107,25 @@ def run_session(command: str, options: argparse.Namespace, evaluate: Callable[[S
     finally:
         distributed.stop()
     return 0
+
+
+@torch.no_grad()
+def check_size(backbone: nn.Module, arch: str, size: int) -> None:
+    """Raises ValueError where images of `size` pixels are none for this encoder: too small, or not its only size."""
+    try:
+        backbone(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{arch} cannot take images of {size} pixels, choose another --image-size: {reason}") from None
+
+
+def without_nan(value: object) -> object:
+    """The same with null for NaN, which JSON lacks: a number that does not exist, as alignment in classes of one."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def check_writable(path: str | Path, flag: str) -> None:
