@@ -116,7 +116,8 @@ def _to_moco(contents: Contents, report: Report, module: nn.Module, path: Path, 
     """All of MoCo's state that the file has: with the query encoder asked for, the key encoder and the queue too."""
     query, head = _parts(module)
     tensors = strip_wrappers(contents.tensors)
-    whole = key == "q" and report.kind.endswith("the query encoder") and "queue" in tensors
+    whole = report.kind.endswith("the query encoder") and "the key encoder" in report.left_out
+    whole = whole and {"queue", "queue_ptr"} <= tensors.keys()
     others: list = [None, None, None, None]
     if whole:
         other, _ = load_pretrained(path, report.arch, key="k", with_head=bool(head), stem=report.stem)
