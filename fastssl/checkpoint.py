@@ -10,7 +10,9 @@ import contextlib
 import os
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -25,7 +27,12 @@ class CheckpointError(ValueError):
 
 
 def save(state: dict, path: Path) -> None:
-    """Writes atomically: a kill or a full disk leaves the previous checkpoints as they were.
+    """Writes atomically, by torch.save. Raises CheckpointError when the disk refuses."""
+    write_whole(path, lambda file: torch.save(state, file))
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """A file as `write` fills it, or none: a kill or a full disk leaves earlier checkpoints as they were.
 
     Raises CheckpointError when the disk refuses.
     """
@@ -33,7 +40,7 @@ def save(state: dict, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
-            torch.save(state, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -9,7 +9,6 @@ fastssl export step_000010000.pt old.pth.tar --to moco          for the scripts 
 from __future__ import annotations
 
 import argparse
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 
 from fastssl import checkpoint
 from fastssl.checkpoint import CheckpointError
-from fastssl.data_prep.files import sync_folder
 from fastssl.foreign import Report, load_pretrained
 from fastssl.foreign.formats import (
     FORMATS,
@@ -96,14 +94,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         return
     from safetensors.torch import save
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(save(tensors, metadata))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)
+    checkpoint.write_whole(path, lambda file: file.write(save(tensors, metadata)))
 
 
 def _parts(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
