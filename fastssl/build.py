@@ -25,7 +25,7 @@ from fastssl.moco import MoCo
 from fastssl.models.batchnorm import convert_sync_batchnorm, split_batchnorm
 from fastssl.models.cpu_conv import use_cpu_convolutions
 from fastssl.models.encoders import make_encoder
-from fastssl.models.unallocated import Unallocated
+from fastssl.models.unallocated import Unallocated, check_image_size
 from fastssl.optim import make_optimizer, supports_scaler_without_sync
 from fastssl.plan import DTYPES, Plan, choose_precision, explain_precision, rank_batch_size
 
@@ -76,11 +76,15 @@ def open_policy(config: Config) -> Policy:
 
 
 def check_names(config: Config) -> None:
-    """Raises ValueError for a policy, architecture, head or stem that does not exist: before images are read."""
+    """Raises ValueError for a policy, architecture, head or stem that does not exist, or an image size it cannot take:
+
+    before images are read.
+    """
     open_policy(config)
     m = config.model
     with Unallocated():
-        make_encoder(m.arch, head=m.head, dim=m.dim, stem=m.stem)
+        encoder = make_encoder(m.arch, head=m.head, dim=m.dim, stem=m.stem)
+    check_image_size(encoder.eval().to("meta"), m.arch, config.augment.image_size)
 
 
 class Trainee(NamedTuple):

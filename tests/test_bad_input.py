@@ -80,6 +80,11 @@ def test_a_batch_that_does_not_divide(run, data):
     assert "--bn-splits 3" in one_sentence(run(data, "--bn-splits", "3")[1])
 
 
+def test_an_architecture_that_takes_images_of_one_size_alone(run, data):
+    code, text = run(data, "-a", "vit_b_32", "--image-size", "96")
+    assert code == FAILED and "vit_b_32 cannot take images of 96 pixels, choose another --image" in one_sentence(text)
+
+
 def test_an_unknown_architecture_is_answered_with_the_nearest(run, data):
     code, text = run(data, "-a", "resnet19")
     assert code == FAILED and "resnet18" in one_sentence(text)
