@@ -96,6 +96,7 @@ def test_overrides() -> None:
         ),
         ("v2", {"crop_ratio": (2.0, 1.0)}, "crop_ratio must be"),
         ("v2", {"blur_sigma": (0.1, 3.0)}, "blur_sigma must be"),
+        ("v2", {"blur_sigma": (1e-46, 2.0)}, "blur_sigma must be two numbers with 0.01 <= low"),
     ],
 )
 def test_bad_policies(name: str, settings: dict, message: str) -> None:
