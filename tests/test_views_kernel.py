@@ -253,6 +253,16 @@ def test_make_views_takes_the_kernel_asked_for() -> None:
     assert [v.shape for v in make_views(empty, policy, 32, 0, 0, kernel="triton")] == [(0, 3, 32, 32)] * 2
 
 
+@pytest.mark.parametrize("kernel", ["triton", "numba", "reference"])
+def test_every_second_image_and_a_narrow_index(kernel: str) -> None:
+    batch, policy = photo_batch(((9, 7),) * 4), make_policy("v2", **EVERYTHING)
+    device = DEVICE if kernel == "triton" else "cpu"
+    expected = make_views(batch.select(torch.tensor([0, 2])), policy, 4, 0, 0, kernel="reference")
+    some = batch._replace(index=batch.index.int()).to(device).select(slice(None, None, 2))
+    for found, view in zip(make_views(some, policy, 4, 0, 0, kernel=kernel), expected):
+        assert torch.equal(found.cpu(), view)
+
+
 def test_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert choose_augment_kernel(cpu, "reference") == ("reference", "requested")
