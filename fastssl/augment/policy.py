@@ -96,7 +96,9 @@ def make_policy(
         named["crop_scale"] = tuple(crop_scale)
     elif tuple(crop_scale) != (0.2, 1.0):
         raise ValueError("crop_scale has no meaning for the policy 'none', which keeps the centre of every image")
-    policy = dataclasses.replace(POLICIES[name], **({k: v for k, v in named.items() if v is not None} | overrides))
+    settings = {k: v for k, v in named.items() if v is not None} | overrides
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}  # a policy is a key of a cache
+    policy = dataclasses.replace(POLICIES[name], **settings)
     _check(policy)
     return policy
 
