@@ -10,10 +10,12 @@ from urllib.parse import urlparse
 
 import torch
 
+from fastssl.list_flags import ListParser
+
 
 def split_launch_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The reference scripts' launch flags, and the rest of the command line."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = ListParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--multiprocessing-distributed", action="store_true")
     parser.add_argument("--world-size", type=int, default=-1)  # of nodes
     parser.add_argument("--rank", type=int, default=-1)  # of this node

@@ -10,6 +10,7 @@ from fastssl.flags import parse
 from fastssl.launch import launch_command, split_launch_flags
 from fastssl.losses import LossConfig
 from fastssl.recipe import RECIPES, load_recipe, option_types, to_yaml
+from fastssl.train import pretrain
 
 
 def test_option_names_are_unique_over_the_sections():
@@ -204,3 +205,23 @@ def test_two_nodes_keep_the_address_and_the_batch_of_a_node():
 
 def test_one_process_needs_no_launcher():
     assert launch_command(["DATA", "--world-size", "1", "--rank", "0"], "fastssl.train") is None
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("-a mobilenetv3_small --image-size 32 -b 1", "cannot train on 1 x 3 x 32 x 32 .* larger --batch-size"),
+        ("-a resnet18 --image-size 32 -b 8 --bn-splits 4 --accumulate 2", "fewer --bn-splits and --accumulate"),
+        ("-a deit_tiny --image-size 33 -b 8", "divisible by patch size .* take another --image-size"),
+        ("-a alexnet --image-size 16 -b 8", "Output size is too small.* take another --image-size"),
+        ("-a resnet18 -b 9 --bn-splits 2", "must be a multiple of --bn-splits 2"),
+    ],
+)
+def test_sizes_with_which_no_step_can_be_made_are_refused_before_images_are_read(line, said):
+    with pytest.raises(ValueError, match=said):
+        pretrain(parse(["nowhere", *line.split()]))
+
+
+def test_one_image_a_batch_may_have_values_enough():
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        pretrain(parse("nowhere -a resnet18 --image-size 64 -b 1".split()))

@@ -38,6 +38,7 @@ from fastssl.bench.timing import Function, time_calls
 from fastssl.data_prep.images import decode_image, find_images
 from fastssl.environment import environment
 from fastssl.host_memory import keep_freed_memory
+from fastssl.list_flags import ListParser
 from fastssl.loaders.synthetic_loader import SyntheticLoader
 
 KORNIA, DALI = "kornia, compiled", "DALI"
@@ -124,7 +125,7 @@ def copy_speed(device: torch.device, rounds: int) -> float:
 def main(argv: list[str]) -> None:
     """Measures, prints and writes JSON with device, versions and commit."""
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="bench_throughput.py augment", description=__doc__.splitlines()[0])
+    parser = ListParser(prog="bench_throughput.py augment", description=__doc__.splitlines()[0])
     parser.add_argument("photos", nargs="?", help="a folder of images; by default synthetic ones")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--policy", default="v2", choices=[name for name, p in POLICIES.items() if p.crop_scale])
