@@ -70,7 +70,7 @@ def parse(argv: Sequence[str], program: str = "fastssl pretrain") -> Config:
     first.add_argument("--config", metavar="RECIPE")
     first.add_argument("--print-config", action="store_true")
     own, rest = first.parse_known_args(list(argv))
-    default = load_recipe(own.config) if own.config else Config()
+    default = Config() if own.config is None else load_recipe(own.config)
     config = tyro.cli(
         Config,
         prog=program,

@@ -108,9 +108,9 @@ class Run:
         """views.png: eight images over the data set, each with its two views of epoch 0."""
         path = self.folder / "views.png"
         if self.writes and not path.exists():
-            batch = next(loader.eval_batches(8, limit=8), None)
-            if batch is not None:  # none where all eight are unreadable, which the log names
-                save_preview(batch, policy, self.config.augment.image_size, self.config.train.seed, 0, path)
+            with self.clock.paused():
+                if (batch := next(loader.eval_batches(8, limit=8), None)) is not None:  # all eight may be unreadable
+                    save_preview(batch, policy, self.config.augment.image_size, self.config.train.seed, 0, path)
 
     def say_new(self, lines: Sequence[str]) -> None:
         """Says those of a growing list that were not said yet, of every rank. Call on all ranks."""

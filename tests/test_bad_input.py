@@ -74,6 +74,12 @@ def test_a_batch_larger_than_the_data_set(run, data):
     assert code == FAILED and "8 images" in line and "64" in line
 
 
+def test_a_first_epoch_after_the_last_step(run, data):
+    code, text = run(data, "--epochs", "4", "--start-epoch", "2", "--steps", "4")
+    assert code == FAILED and "--start-epoch 2 begins after step 4, --steps 4 ends before it" in one_sentence(text)
+    assert run(data, "--epochs", "4", "--start-epoch", "2", "--steps", "5")[0] == 0
+
+
 def test_a_batch_that_does_not_divide(run, data):
     code, text = run(data, "--accumulate", "3")
     assert code == USAGE and "must be a multiple of --accumulate 3" in " ".join(text.split())

@@ -157,6 +157,8 @@ def test_a_recipe_that_is_no_text_is_named(tmp_path):
 def test_an_unknown_recipe_lists_those_there_are():
     with pytest.raises(ValueError, match="no recipe 'nothing'"):
         load_recipe("nothing")
+    with pytest.raises(ValueError, match="no recipe ''"):  # a shell's variable that was never set
+        parse(["DATA", "--config", ""])
 
 
 def test_print_config_is_a_recipe_that_gives_the_run_back(tmp_path, capsys):
