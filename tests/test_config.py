@@ -131,6 +131,7 @@ def test_a_recipe_lies_between_defaults_and_flags(tmp_path):
         ("intra_batch: 2", ["must be true or false"]),
         ("milestones: 3", ["milestones must be a list"]),
         ("crop_scale: [0.1]", ["crop_scale must be a list"]),
+        ("policy_set: flip_p=0", ["policy_set must be a list like [flip_p=0, hue=0.2]"]),
         ("lr: 1\nlr: 2", ["line 2", "twice"]),
         ("- lr", ["option: value"]),
         ("lr: [1", ["not valid YAML"]),
