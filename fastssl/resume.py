@@ -91,7 +91,9 @@ def find_checkpoint(resume: str, folder: Path, ranks: Ranks) -> tuple[Path | Non
     path, notes = broadcast_object((path, notes), ranks)
     if path is None and notes:
         raise CheckpointError(f"no checkpoint in {folder} can be used: {notes[-1]}")
-    return path, notes if path else [f"nothing to resume in {folder}: starting afresh"]
+    if path is None:
+        return None, [f"nothing to resume in {folder}: starting afresh"]
+    return path, [f"{note}; using the one before it" for note in notes]
 
 
 def restore(path: Path, trainee: Trainee, config: Config, num_images: int, world_size: int) -> tuple[int, list[str]]:

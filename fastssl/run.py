@@ -42,7 +42,7 @@ def choose_folder(config: Config, ranks: Ranks) -> Path:
     Raises ValueError rather than mix a new run into the folder of an old one.
     """
     t = config.train
-    if t.output is None and t.resume == "auto":
+    if not t.output and t.resume == "auto":
         raise ValueError("--resume auto needs --output: the folder of the run to go on with")
     default = f"runs/{config.model.arch}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(broadcast_object(t.output or default, ranks))
