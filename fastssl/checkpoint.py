@@ -97,7 +97,7 @@ def newest_good(folder: Path, report: list[str]) -> Path | None:
             load(path)
             return path
         except CheckpointError as error:
-            report.append(f"{error}; using the one before it")
+            report.append(str(error))
     return None
 
 

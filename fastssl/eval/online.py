@@ -76,8 +76,8 @@ def _try_held_out(path: Path, config: Config, loader: Loader, device: torch.devi
         return None, str(error)
     if not held_out.class_names:
         return None, f"{path} has no class folders" if path.is_dir() else f"{path} has no labels"
-    if next(held_out.eval_batches(_BATCH, limit=_BATCH), None) is None:
-        return None, f"no image of {path} can be read"
+    if next(held_out.eval_batches(_BATCH, limit=config.eval.knn_images), None) is None:
+        return None, f"no image of {path} can be read, of those that would be asked"
     return held_out, str(path)
 
 

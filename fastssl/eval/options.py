@@ -12,11 +12,12 @@ import torch
 
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.launch import launch_if_asked
+from fastssl.list_flags import ListParser
 
 
 def make_parser(command: str, description: str, *, batch_size: int, data: str) -> argparse.ArgumentParser:
     """A parser with the shared flags. batch_size: the reference script's default; data: what DIR is, for --help."""
-    p = argparse.ArgumentParser(
+    p = ListParser(
         prog=f"fastssl eval {command}",
         description=description,
         allow_abbrev=False,

@@ -20,7 +20,6 @@ from fastssl.eval.images import Images
 from fastssl.eval.memory import GB, Memory, peak_memory
 from fastssl.foreign import load_pretrained
 from fastssl.models.encoders import make_encoder
-from fastssl.models.unallocated import check_image_size
 from fastssl.plan import DTYPES
 
 
@@ -66,7 +65,7 @@ class Session:
             self.note("no --pretrained: the encoder has random weights")
             torch.manual_seed(o.seed)
             backbone = make_encoder(o.arch).backbone
-        check_image_size(backbone.eval(), o.arch, o.image_size)
+        check_size(backbone.eval(), o.arch, o.image_size)
         return backbone.to(self.ranks.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def warn_bad(self, *sets: Images) -> int:
@@ -108,6 +107,16 @@ def run_session(command: str, options: argparse.Namespace, evaluate: Callable[[S
     finally:
         distributed.stop()
     return 0
+
+
+@torch.no_grad()
+def check_size(backbone: nn.Module, arch: str, size: int) -> None:
+    """Raises ValueError where images of `size` pixels are none for this encoder: too small, or not its only size."""
+    try:
+        backbone(torch.zeros(1, 3, size, size))
+    except (ValueError, RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{arch} cannot take images of {size} pixels, choose another --image-size: {reason}") from None
 
 
 def without_nan(value: object) -> object:
