@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from inspect import signature
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from fastssl.moco import MoCo
 from fastssl.models.batchnorm import convert_sync_batchnorm, split_batchnorm
 from fastssl.models.cpu_conv import use_cpu_convolutions
 from fastssl.models.encoders import make_encoder
-from fastssl.models.unallocated import Unallocated
+from fastssl.models.tryout import build_without_memory, why_refused
 from fastssl.optim import make_optimizer, supports_scaler_without_sync
 from fastssl.plan import DTYPES, Plan, choose_precision, explain_precision, rank_batch_size
 
@@ -85,17 +86,14 @@ def check_parts(config: Config) -> None:
     m, size, world_size = config.model, config.augment.image_size, read_ranks()[1]
     whole = rank_batch_size(config, Ranks(0, world_size, 1, torch.device("meta"))) // config.optim.accumulate
     images = whole * world_size if m.sync_bn else whole // m.bn_splits  # that are normalised together
-    with Unallocated():
-        encoder = make_encoder(m.arch, head=m.head, dim=m.dim, stem=m.stem).to("meta")
-    try:
-        encoder(torch.empty(images, 3, size, size, device="meta"))
-    except NotImplementedError:  # torch knows some operation only with memory: the first step will tell
+    build = partial(make_encoder, m.arch, head=m.head, dim=m.dim, stem=m.stem)
+    if not why_refused(build_without_memory(build).to("meta"), images, size, "meta"):
         return
-    except (ValueError, RuntimeError, AssertionError) as error:
+    # torch knows some operations only with memory: asked again with it, and with little
+    if reason := why_refused(build(), min(images, 2), size):
         fewer = "a larger --batch-size or --image-size, or fewer --bn-splits and --accumulate"
-        mend = "take " + (fewer if images == 1 else "another --image-size")
-        said = str(error).splitlines()[0].removesuffix(".")
-        raise ValueError(f"{m.arch} cannot train on {images} x 3 x {size} x {size} pixels ({said}): {mend}") from error
+        mend = "take " + (fewer if images == 1 else "another --image-size, or another --arch")
+        raise ValueError(f"{m.arch} cannot train on {images} x 3 x {size} x {size} pixels ({reason}): {mend}")
 
 
 class Trainee(NamedTuple):

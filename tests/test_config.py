@@ -218,6 +218,7 @@ def test_one_process_needs_no_launcher():
         ("-a deit_tiny --image-size 33 -b 8", "divisible by patch size .* take another --image-size"),
         ("-a alexnet --image-size 16 -b 8", "Output size is too small.* take another --image-size"),
         ("-a resnet18 -b 9 --bn-splits 2", "must be a multiple of --bn-splits 2"),
+        ("-a timm:halonet26t --image-size 64 -b 8", r"pixels \(AssertionError\): take another"),  # which says no more
     ],
 )
 def test_sizes_with_which_no_step_can_be_made_are_refused_before_images_are_read(line, said):
@@ -225,6 +226,14 @@ def test_sizes_with_which_no_step_can_be_made_are_refused_before_images_are_read
         pretrain(parse(["nowhere", *line.split()]))
 
 
-def test_one_image_a_batch_may_have_values_enough():
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-a resnet18 --image-size 64 -b 1",  # still 2 x 2 values a channel
+        "-a timm:vit_small_resnet26d_224 -b 8",  # runs while it is built, so it wants memory
+        "-a timm:vit_small_patch8_224 --image-size 224 -b 8",  # whose classifier timm leaves out by default
+    ],
+)
+def test_what_can_train_is_not_refused(line):
     with pytest.raises(ValueError, match="nowhere does not exist"):
-        pretrain(parse("nowhere -a resnet18 --image-size 64 -b 1".split()))
+        pretrain(parse(["nowhere", *line.split()]))

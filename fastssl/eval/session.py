@@ -20,6 +20,7 @@ from fastssl.eval.images import Images
 from fastssl.eval.memory import GB, Memory, peak_memory
 from fastssl.foreign import load_pretrained
 from fastssl.models.encoders import make_encoder
+from fastssl.models.tryout import why_refused
 from fastssl.plan import DTYPES
 
 
@@ -109,14 +110,10 @@ def run_session(command: str, options: argparse.Namespace, evaluate: Callable[[S
     return 0
 
 
-@torch.no_grad()
 def check_size(backbone: nn.Module, arch: str, size: int) -> None:
     """Raises ValueError where images of `size` pixels are none for this encoder: too small, or not its only size."""
-    try:
-        backbone(torch.zeros(1, 3, size, size))
-    except (ValueError, RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{arch} cannot take images of {size} pixels, choose another --image-size: {reason}") from None
+    if reason := why_refused(backbone, 1, size):
+        raise ValueError(f"{arch} cannot take images of {size} pixels, choose another --image-size: {reason}")
 
 
 def without_nan(value: object) -> object:

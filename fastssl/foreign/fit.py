@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 from torch import Tensor
 
 from fastssl.foreign.layout import Layout, split_classifier
 from fastssl.models.encoders import list_architectures, make_backbone
-from fastssl.models.unallocated import Unallocated
+from fastssl.models.tryout import build_without_memory
 
 # The same network under another name: the first is what is said.
 _ALIASES = {"swav_resnet50": "resnet50", "simclr_resnet50": "resnet50"}
@@ -29,8 +29,7 @@ class Signature(NamedTuple):
 def signature(arch: str, stem: str = "imagenet") -> Signature | None:
     """Of an architecture, without allocating it. None where its stem cannot be had."""
     try:
-        with Unallocated():
-            backbone, classifier, feature_dim = make_backbone(arch, stem)
+        backbone, classifier, feature_dim = build_without_memory(partial(make_backbone, arch, stem))
     except ValueError:
         return None
     shapes = {name: tuple(tensor.shape) for name, tensor in backbone.state_dict().items()}

@@ -47,7 +47,7 @@ def _build_timm(name: str, **options: object) -> nn.Module:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
         raise ValueError(f"timm has no model {name!r}" + (f": did you mean timm:{near[0]}?" if near else ""))
-    return timm.create_model(name, pretrained=False, **options)
+    return timm.create_model(name, pretrained=False, num_classes=1000, **options)  # by default some have no classifier
 
 
 def _torchvision(name: str) -> Architecture:
