@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from inspect import signature
 from typing import NamedTuple
 
@@ -14,9 +15,8 @@ from fastssl.augment.choose import choose_augment_kernel
 from fastssl.augment.policy import CROP_PAIRS, Policy, make_policy, parse_settings
 from fastssl.compile_encoders import HOW_NAMES, compile_encoders
 from fastssl.config import Config, DataConfig
-from fastssl.distributed import Ranks
+from fastssl.distributed import Ranks, read_ranks
 from fastssl.faster_sgd import choose_sgd
-from fastssl.foreign.fit import Unallocated
 from fastssl.host_memory import keep_freed_memory
 from fastssl.layout import LAYOUT_NAMES, choose_layout
 from fastssl.loaders.make import Loader, make_loader
@@ -26,6 +26,7 @@ from fastssl.moco import MoCo
 from fastssl.models.batchnorm import convert_sync_batchnorm, split_batchnorm
 from fastssl.models.cpu_conv import use_cpu_convolutions
 from fastssl.models.encoders import make_encoder
+from fastssl.models.tryout import build_without_memory, why_refused
 from fastssl.optim import make_optimizer, supports_scaler_without_sync
 from fastssl.plan import DTYPES, Plan, choose_precision, explain_precision, rank_batch_size
 
@@ -75,12 +76,24 @@ def open_policy(config: Config) -> Policy:
     return make_policy(a.policy, cj=a.cj, grey_scale=a.grey_scale, gaussian_blur=a.gaussian_blur, **settings)
 
 
-def check_names(config: Config) -> None:
-    """Raises ValueError for a policy, architecture, head or stem that does not exist: before images are read."""
+def check_parts(config: Config) -> None:
+    """Sends a batch through an encoder, both without memory, before images are read.
+
+    Raises ValueError for a policy, architecture, head or stem that does not exist, and for sizes with which no step can
+    be made: batch norm of one value a channel, images too small or not divided by a ViT's patches.
+    """
     open_policy(config)
-    m = config.model
-    with Unallocated():
-        make_encoder(m.arch, head=m.head, dim=m.dim, stem=m.stem)
+    m, size, world_size = config.model, config.augment.image_size, read_ranks()[1]
+    whole = rank_batch_size(config, Ranks(0, world_size, 1, torch.device("meta"))) // config.optim.accumulate
+    images = whole * world_size if m.sync_bn else whole // m.bn_splits  # that are normalised together
+    build = partial(make_encoder, m.arch, head=m.head, dim=m.dim, stem=m.stem)
+    if not why_refused(build_without_memory(build).to("meta"), images, size, "meta"):
+        return
+    # torch knows some operations only with memory: asked again with it, and with little
+    if reason := why_refused(build(), min(images, 2), size):
+        fewer = "a larger --batch-size or --image-size, or fewer --bn-splits and --accumulate"
+        mend = "take " + (fewer if images == 1 else "another --image-size, or another --arch")
+        raise ValueError(f"{m.arch} cannot train on {images} x 3 x {size} x {size} pixels ({reason}): {mend}")
 
 
 class Trainee(NamedTuple):

@@ -5,7 +5,6 @@ Without DATA on pictures rendered here, with it on that folder's. The exit code 
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -19,12 +18,13 @@ from fastssl.augment.rates import anchor_check, count_checks
 from fastssl.batch import ImageBatch, pack_images
 from fastssl.command import FAILED
 from fastssl.demo_images import CLASSES, draw_picture
+from fastssl.list_flags import ListParser
 from fastssl.loaders.folder_loader import FolderLoader
 
 
 def main(argv: Sequence[str]) -> int:
     """Prints the tables; 0 when every bound holds, else 1."""
-    parser = argparse.ArgumentParser(prog="fastssl check-augment", description=__doc__.splitlines()[0])
+    parser = ListParser(prog="fastssl check-augment", description=__doc__.splitlines()[0])
     parser.add_argument("data", nargs="?", help="a folder of images; by default pictures rendered here")
     parser.add_argument("--images", type=int, default=16, help="how many, evenly spread over the folder")
     parser.add_argument("--size", type=int, default=96, help="of the views, in pixels")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fastssl.conformance import faults, images, samples
 from fastssl.conformance.case import Case
+from fastssl.list_flags import ListParser
 from fastssl.loaders.make import LOADERS
 
 BY_RANKS = {
@@ -92,7 +93,7 @@ def check_loaders(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Parses the flags, prints a table, returns 0 when everything holds and 1 when something does not."""
-    parser = argparse.ArgumentParser(prog="fastssl check-loader", description=__doc__.splitlines()[0])
+    parser = ListParser(prog="fastssl check-loader", description=__doc__.splitlines()[0])
     parser.add_argument("data", help="folder of images, .beton file or folder of shards")
     parser.add_argument("--loader", nargs="+", choices=LOADERS, help="which ones; by default all that can read DATA")
     parser.add_argument("--world-sizes", nargs="+", type=int, default=[1, 2, 4], help="numbers of ranks to check")

@@ -10,7 +10,9 @@ import contextlib
 import os
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -24,8 +26,17 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written, read or used here."""
 
 
+class OtherVersionError(CheckpointError):
+    """A checkpoint is whole, and another version of this program wrote it."""
+
+
 def save(state: dict, path: Path) -> None:
-    """Writes atomically: a kill or a full disk leaves the previous checkpoints as they were.
+    """Writes atomically, by torch.save. Raises CheckpointError when the disk refuses."""
+    write_whole(path, lambda file: torch.save(state, file))
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """A file as `write` fills it, or none: a kill or a full disk leaves earlier checkpoints as they were.
 
     Raises CheckpointError when the disk refuses.
     """
@@ -33,7 +44,7 @@ def save(state: dict, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
-            torch.save(state, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -68,7 +79,8 @@ def load(path: Path) -> dict:
         lacking = f"it lacks some of {', '.join(PARTS)}"
         raise CheckpointError(f"{path} is not a fastssl checkpoint: {lacking}; --restart starts from its weights alone")
     if state["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {state['format']}, this version reads {FORMAT}")
+        wrote = f"{path} has format {state['format']}, this version reads {FORMAT}"
+        raise OtherVersionError(f"{wrote}: go on with the version that wrote it, or with another --output")
     return state
 
 
@@ -84,13 +96,18 @@ def saved_steps(folder: Path) -> dict[int, Path]:
 
 
 def newest_good(folder: Path, report: list[str]) -> Path | None:
-    """The newest checkpoint that can be trusted; what is wrong with newer ones goes into `report`."""
+    """The newest checkpoint that can be trusted; what is wrong with newer ones goes into `report`.
+
+    None where there is none, or where another version of this program wrote a newer one.
+    """
     for path in saved_steps(folder).values():
         try:
             load(path)
             return path
         except CheckpointError as error:
-            report.append(f"{error}; using the one before it")
+            report.append(str(error))
+            if isinstance(error, OtherVersionError):  # going on from an older one would overwrite it
+                return None
     return None
 
 

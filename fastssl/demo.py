@@ -25,6 +25,7 @@ from fastssl.config import Config, replace
 from fastssl.demo_images import write_demo_images
 from fastssl.eval.online import make_probe
 from fastssl.loaders.make import make_loader
+from fastssl.recipe import load_recipe
 from fastssl.run import write_text
 from fastssl.train import pretrain
 
@@ -61,7 +62,7 @@ class DemoOptions:
     data: str | None = None
     """Folder of images to use instead: train/<class>/* and val/<class>/*, or <class>/*, or a flat folder."""
     output: str | None = None
-    """Folder for all it makes; by default runs/demo, or runs/demo-2 and so on. An unfinished one is gone on with."""
+    """Folder for all it makes; by default runs/demo, or runs/demo-2 and so on. One that is named is gone on with."""
     seed: int = 0
     """The images, the first weights, the order and the augmentation are functions of it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -76,7 +77,8 @@ def main(argv: Sequence[str]) -> int:
 def demo(options: DemoOptions) -> int:
     """All of it, in order. Returns the exit code."""
     folder = Path(options.output) if options.output else free_folder(Path("runs"))
-    data = options.data or draw_images(folder / "images", options.seed)
+    check_seed(folder, options.seed)
+    data = options.data or draw_images(folder / f"images-{options.seed}", options.seed)
     config = make_demo_config(options, folder, data)
     before, _ = measure(config, saved=None)
     if code := pretrain(config):
@@ -91,6 +93,13 @@ def free_folder(parent: Path) -> Path:
     """parent/demo, or the first of demo-2, demo-3, ... that is not there."""
     names = (parent / ("demo" if i == 1 else f"demo-{i}") for i in count(1))
     return next(path for path in names if not path.exists())
+
+
+def check_seed(folder: Path, seed: int) -> None:
+    """Raises ValueError when the run in `folder` is of another seed: its result would be told as this one's."""
+    path = folder / "config.yaml"
+    if path.exists() and (then := load_recipe(str(path)).train.seed) != seed:
+        raise ValueError(f"{folder} holds the demo of --seed {then}: choose another --output for --seed {seed}")
 
 
 def draw_images(folder: Path, seed: int) -> str:

@@ -9,7 +9,6 @@ fastssl export step_000010000.pt old.pth.tar --to moco          for the scripts 
 from __future__ import annotations
 
 import argparse
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 
 from fastssl import checkpoint
 from fastssl.checkpoint import CheckpointError
-from fastssl.data_prep.files import sync_folder
 from fastssl.foreign import Report, load_pretrained
 from fastssl.foreign.formats import (
     FORMATS,
@@ -33,6 +31,8 @@ from fastssl.foreign.read import Contents, read_weights
 from fastssl.models import Encoder
 from fastssl.verify_export import largest_difference
 
+_SUFFIXES = ("", ".safetensors", ".pth", ".pt", ".tar", ".ckpt", ".bin")  # all but one: what torch.save writes
+
 
 def export(source: str, out: str, to: str = "plain", *, arch: str | None = None, stem: str | None = None,
            key: str = "q", head: bool = False, force: bool = False) -> tuple[Report, str]:  # fmt: skip
@@ -44,10 +44,10 @@ def export(source: str, out: str, to: str = "plain", *, arch: str | None = None,
     path = find_source(source)
     if Path(out).is_dir():
         raise ValueError(f"{out} is a folder: name a file in it")
-    if Path(out).suffix == ".onnx":
+    if Path(out).suffix not in _SUFFIXES:
         raise ValueError(
-            f"{out} would hold weights and no graph: name a .pth or .safetensors file; torch.onnx.export "
-            "makes ONNX from the module"
+            f"{out} would hold what torch.save writes, weights and no graph: name a .safetensors file or one of "
+            f"{' '.join(_SUFFIXES[2:])}; torch.onnx.export makes ONNX from the module"
         )
     if Path(out).exists() and not force:
         raise ValueError(f"{out} exists: --force replaces it")
@@ -94,14 +94,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         return
     from safetensors.torch import save
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(save(tensors, metadata))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)
+    checkpoint.write_whole(path, lambda file: file.write(save(tensors, metadata)))
 
 
 def _parts(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -114,7 +107,8 @@ def _to_moco(contents: Contents, report: Report, module: nn.Module, path: Path, 
     """All of MoCo's state that the file has: with the query encoder asked for, the key encoder and the queue too."""
     query, head = _parts(module)
     tensors = strip_wrappers(contents.tensors)
-    whole = key == "q" and report.kind.endswith("the query encoder") and "queue" in tensors
+    whole = report.kind.endswith("the query encoder") and "the key encoder" in report.left_out
+    whole = whole and {"queue", "queue_ptr"} <= tensors.keys()
     others: list = [None, None, None, None]
     if whole:
         other, _ = load_pretrained(path, report.arch, key="k", with_head=bool(head), stem=report.stem)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import tyro
 
 from fastssl.config import Config
+from fastssl.list_flags import data_first
 from fastssl.recipe import load_recipe, to_yaml
 
 # What a reference flag without a twin of its own means here. Flags that only differ in name are aliases in config.py.
@@ -33,6 +34,10 @@ REFERENCE_VALUES = {
     # the small-model project has the contrastive loss alone
     "--moco-t": ["--contrast-weight", "1", "--align-weight", "0", "--uniform-weight", "0", "--temperature"],
     "--schedule": ["--milestones"],
+}
+LISTS = {  # what their items look like: the word after them may be the data set
+    "--milestones": str.isdecimal,
+    "--policy-set": lambda word: word.partition("=")[0].isidentifier() and "=" in word,
 }
 HEADS = ("linear", "simple", "deep", "wide", "dropout")
 
@@ -65,11 +70,11 @@ def parse(argv: Sequence[str], program: str = "fastssl pretrain") -> Config:
     first.add_argument("--config", metavar="RECIPE")
     first.add_argument("--print-config", action="store_true")
     own, rest = first.parse_known_args(list(argv))
-    default = load_recipe(own.config) if own.config else Config()
+    default = Config() if own.config is None else load_recipe(own.config)
     config = tyro.cli(
         Config,
         prog=program,
-        args=translate_reference_flags(rest),
+        args=data_first(translate_reference_flags(rest), LISTS),
         default=default,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from urllib.parse import urlparse
 
 import torch
 
+from fastssl.list_flags import ListParser
+
 
 def split_launch_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The reference scripts' launch flags, and the rest of the command line."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = ListParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--multiprocessing-distributed", action="store_true")
     parser.add_argument("--world-size", type=int, default=-1)  # of nodes
     parser.add_argument("--rank", type=int, default=-1)  # of this node
@@ -46,7 +49,9 @@ def launch_command(argv: Sequence[str], module: str) -> list[str] | None:
 
 
 def show_gpus(gpus: Sequence[int]) -> None:
-    """Hides all other GPUs. An id counts those visible now, as torch does; ValueError when there are not so many."""
+    """Hides all other GPUs. An id counts those visible now, as torch does; ValueError when there is none such."""
+    if min(gpus) < 0:  # CUDA would take it for none
+        raise ValueError(f"GPUs are counted from 0, got {min(gpus)}: for a run without one, --device cpu")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else None
     if names and max(gpus) >= len(names):
@@ -56,10 +61,16 @@ def show_gpus(gpus: Sequence[int]) -> None:
 
 
 def count_nodes(flags: argparse.Namespace) -> tuple[int, int]:
-    """(nodes, this node's number): --world-size and --rank; with env://, as the scripts do, else the variables."""
+    """(nodes, this node's number): --world-size and --rank; with env://, as the scripts do, else the variables.
+
+    Raises ValueError for a node that is not among them.
+    """
     read = os.environ if flags.dist_url.startswith("env://") else {}
     nodes = flags.world_size if flags.world_size != -1 else int(read.get("WORLD_SIZE", 1))
-    return nodes, flags.rank if flags.rank != -1 else int(read.get("RANK", 0))
+    node = flags.rank if flags.rank != -1 else int(read.get("RANK", 0))
+    if not 0 <= node < nodes:
+        raise ValueError(f"--rank {node} is no node of --world-size {nodes}: both count nodes, ranks from 0")
+    return nodes, node
 
 
 def find_address(dist_url: str) -> tuple[str, str]:
@@ -76,9 +87,10 @@ def find_address(dist_url: str) -> tuple[str, str]:
 
 def per_node_batch(argv: list[str], nodes: int) -> list[str]:
     """Their --batch-size is of one node, ours of all: the same command line with the total."""
-    result = [word for item in argv for word in (item.split("=", 1) if item.startswith("--batch-size=") else [item])]
+    spelt = re.compile(r"^(-b|--batch-size(?==))=?(\d+)$")  # -b64 -b=64 --batch-size=64
+    result = [word for item in argv for word in (spelt.findall(item) or [[item]])[0]]
     for i, word in enumerate(result[:-1]):
-        if word in ("-b", "--batch-size"):
+        if word in ("-b", "--batch-size") and result[i + 1].isdecimal():  # what is no number is named later
             result[i + 1] = str(int(result[i + 1]) * nodes)
     return result
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 
-from fastssl.foreign.fit import Unallocated
 from fastssl.models.encoders import list_architectures, make_backbone, source_of
+from fastssl.models.tryout import build_without_memory
 
 
 def main(argv: Sequence[str]) -> int:
@@ -19,8 +20,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"no architecture has {word!r} in its name; timm's are had as timm:NAME")
     print(f"{'name':24}  {'M weights':>9}  {'features':>8}  source")
     for name in names:
-        with Unallocated():
-            backbone, _, features = make_backbone(name)
+        backbone, _, features = build_without_memory(partial(make_backbone, name))
         millions = sum(p.numel() for p in backbone.parameters()) / 1e6
         print(f"{name:24}  {millions:9.2f}  {features:8}  {source_of(name)}")
     return 0

@@ -71,10 +71,11 @@ def moco_loss(q: Tensor, k: Tensor, queue: Tensor, config: LossConfig, kernel: s
     """The loss of N queries against their keys and the queue.
 
     q, k: (N, D) unit rows, the gradient flows to q only; queue: (K, D) unit rows, read in place and not needed by the
-    backward, so it may be overwritten as soon as this returns. Low-precision q and k are widened to float32, under
-    autocast too. kernel: "auto" takes what `choose_kernel` says.
+    backward, so it may be overwritten as soon as this returns. Low-precision q is widened to float32, under autocast
+    too, and k takes its dtype. kernel: "auto" takes what `choose_kernel` says.
 
     Raises ValueError when shapes, devices or layouts do not fit (no host sync; `check_loss_inputs` looks at values).
+    Only "reference" can be differentiated twice, the others raise RuntimeError.
     """
     check_shapes(q, k, queue)
     # float64 is for checking gradients, on the paths in plain PyTorch
@@ -82,17 +83,14 @@ def moco_loss(q: Tensor, k: Tensor, queue: Tensor, config: LossConfig, kernel: s
     temperature = config.temperature if config.contrast_weight else None
     name, _ = choose_kernel(q.device, dtype, q.shape[1], kernel, temperature)
     with torch.autocast(q.device.type, enabled=False):
-        q, k, queue = _widen(q), _widen(k.detach()), queue.detach()
+        q, queue = q.to(torch.promote_types(q.dtype, torch.float32)), queue.detach()
+        k = k.detach().to(q.dtype)
         if name == "triton" and (config.contrast_weight or config.uniform_weight):
             return _triton_loss(q, k, queue, config)
         if name == "reference":
             # autograd of the plain formulas keeps the queue for the backward, so it keeps a copy
             return _mix_terms(_reference_terms(q, k, queue.to(q.dtype, copy=True), config), config, q.dtype)
         return _mix_terms(_tiled_terms(q, k, queue, config), config, q.dtype)
-
-
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _reference_terms(q_ND: Tensor, k_ND: Tensor, queue_KD: Tensor, config: LossConfig) -> dict[str, Tensor]:

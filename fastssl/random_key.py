@@ -52,10 +52,10 @@ def philox(counter: tuple[Word, Word, Word, Word], seed: int) -> tuple[Word, Wor
 def random_bits(seed: int, epoch: int, index: Tensor, stream: int, num: int) -> Tensor:
     """`num` independent uint32 words for each sample, as int64 of shape (B, num).
 
-    seed: any int (its low 64 bits count); epoch in [0, 2^32); index: (B,) int64, non-negative; stream in [0, 2^16).
+    seed: any int (its low 64 bits count); epoch in [0, 2^32); index: (B,) integers, non-negative; stream in [0, 2^16).
     Word d of a sample depends on (seed, epoch, index, stream, d) alone, not on `num` or on the rest of the batch.
     """
-    blocks = (num + 3) // 4
+    index, blocks = index.long(), (num + 3) // 4  # the hash would wrap at 32 bits
     draw = torch.arange(blocks, device=index.device)
     shape = (index.shape[0], blocks)
     counter = (

@@ -80,7 +80,7 @@ def convert(node: yaml.Node, hint: object, where: str) -> object:
             return None
         return convert(node, next(c for c in choices if c is not type(None)), where)
     if origin is tuple:
-        example = "[120, 160]" if choices[0] is int else "[0.2, 1.0]"
+        example = {int: "[120, 160]", float: "[0.2, 1.0]", str: "[flip_p=0, hue=0.2]"}[choices[0]]
         if not isinstance(node, yaml.SequenceNode) or (choices[-1] is not Ellipsis and len(node.value) != len(choices)):
             raise ValueError(f"{where} must be a list like {example}")
         return tuple(convert(item, choices[0], where) for item in node.value)

@@ -21,8 +21,8 @@ SHAPES = ("arch", "head", "dim", "stem", "queue_size", "optimizer")
 # These may change freely: they do not touch a single weight.
 HARMLESS = {
     "data", "loader", "workers", "output", "resume", "log_every", "save_every_epochs", "save_every_steps", "keep_last",
-    "keep_every_epochs", "knn_every", "knn_k", "knn_images", "eval_resize", "steps", "start_epoch", "on_bad_image",
-    "restart",
+    "keep_every_epochs", "knn_every", "knn_k", "knn_images", "eval_resize", "val", "steps", "start_epoch", "restart",
+    "on_bad_image", "read_ahead", "beton_cache",
 }  # fmt: skip
 
 
@@ -48,11 +48,15 @@ def start_or_resume(
 
     --resume PATH takes that checkpoint, and with --restart only its weights; --resume auto the newest good one of the
     run folder; otherwise, or when there is none, the run starts afresh. Raises CheckpointError when a checkpoint
-    cannot be used, or none of several.
+    cannot be used, or none of several; ValueError when --start-epoch leaves no step.
     """
     path, notes = find_checkpoint(config.train.resume, folder, ranks)
     if path is None:
-        return config.train.start_epoch * plan.steps_per_epoch, notes
+        first = config.train.start_epoch * plan.steps_per_epoch
+        if first >= plan.stop:
+            started = f"--start-epoch {config.train.start_epoch} begins after step {first}"
+            raise ValueError(f"{started}, --steps {plan.stop} ends before it: raise --steps")
+        return first, notes
     if config.train.restart:
         return 0, start_from_weights(path, trainee, config)
     first, changed = restore(path, trainee, config, num_images, ranks.world_size)
@@ -87,7 +91,9 @@ def find_checkpoint(resume: str, folder: Path, ranks: Ranks) -> tuple[Path | Non
     path, notes = broadcast_object((path, notes), ranks)
     if path is None and notes:
         raise CheckpointError(f"no checkpoint in {folder} can be used: {notes[-1]}")
-    return path, notes if path else [f"nothing to resume in {folder}: starting afresh"]
+    if path is None:
+        return None, [f"nothing to resume in {folder}: starting afresh"]
+    return path, [f"{note}; using the one before it" for note in notes]
 
 
 def restore(path: Path, trainee: Trainee, config: Config, num_images: int, world_size: int) -> tuple[int, list[str]]:

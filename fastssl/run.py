@@ -42,7 +42,7 @@ def choose_folder(config: Config, ranks: Ranks) -> Path:
     Raises ValueError rather than mix a new run into the folder of an old one.
     """
     t = config.train
-    if t.output is None and t.resume == "auto":
+    if not t.output and t.resume == "auto":
         raise ValueError("--resume auto needs --output: the folder of the run to go on with")
     default = f"runs/{config.model.arch}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(broadcast_object(t.output or default, ranks))
@@ -108,9 +108,9 @@ class Run:
         """views.png: eight images over the data set, each with its two views of epoch 0."""
         path = self.folder / "views.png"
         if self.writes and not path.exists():
-            batch = next(loader.eval_batches(8, limit=8), None)
-            if batch is not None:  # none where all eight are unreadable, which the log names
-                save_preview(batch, policy, self.config.augment.image_size, self.config.train.seed, 0, path)
+            with self.clock.paused():
+                if (batch := next(loader.eval_batches(8, limit=8), None)) is not None:  # all eight may be unreadable
+                    save_preview(batch, policy, self.config.augment.image_size, self.config.train.seed, 0, path)
 
     def say_new(self, lines: Sequence[str]) -> None:
         """Says those of a growing list that were not said yet, of every rank. Call on all ranks."""

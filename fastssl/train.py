@@ -20,7 +20,7 @@ from fastssl.augment.normalise import normalise_bytes
 from fastssl.augment.policy import Policy
 from fastssl.augment.views import make_views
 from fastssl.batch import ImageBatch, split_batch
-from fastssl.build import Trainee, check_names, compile_and_wrap, describe, make_trainee, open_loader, open_policy
+from fastssl.build import Trainee, check_parts, compile_and_wrap, describe, make_trainee, open_loader, open_policy
 from fastssl.command import PREEMPTED, run_command, stop_on_signals
 from fastssl.config import Config
 from fastssl.distributed import Ranks, StopSignal, gather_rows, mean_over_ranks, shuffle_rows, unshuffle_keys
@@ -133,7 +133,7 @@ def detach_terms(loss: MoCoLoss) -> dict[str, Tensor]:
 
 def pretrain(config: Config) -> int:
     """A whole run. Returns the exit code: 0 when it is complete, PREEMPTED when a signal stopped it after saving."""
-    check_names(config)
+    check_parts(config)
     make_deterministic(config.train.deterministic)
     ranks = distributed.start(config.train.device)
     try:

@@ -22,24 +22,32 @@ def largest_difference(source: str, out: str, to: str, name: str, arch: str, ste
 
     Raises ValueError when the file does not load, or differs by more than TOLERANCE.
     """
+    module = load_pretrained(source, arch, key=key, with_head=head, stem=stem)[0]
+    side = str(image_side(module, stem))
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "features.pt"
-        command = [sys.executable, "-m", "fastssl.verify_export", out, to, name, stem, str(int(head)), str(result)]
+        words = [out, to, name, stem, str(int(head)), side, str(result)]
+        command = [sys.executable, "-m", "fastssl.verify_export", *words]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ValueError(f"{out} does not load as {to} {name}: {last[:300]}")
         found = torch.load(result, weights_only=True)
-    expected = compute(load_pretrained(source, arch, key=key, with_head=head, stem=stem)[0], stem)
+    expected = compute(module, int(side))
     difference = float((found - expected).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:
         raise ValueError(f"{out} loads but its features differ by {difference:.1e} of their size: do not use it")
     return difference
 
 
-def compute(module: nn.Module, stem: str) -> Tensor:
+def image_side(module: nn.Module, stem: str) -> int:
+    """Pixels of the images it is tried on: those timm gives a model of its own, some of which take no others."""
+    settings = getattr(getattr(module, "backbone", module), "pretrained_cfg", None) or {"input_size": (3, 224, 224)}
+    return 32 if stem == "cifar" else settings["input_size"][1]
+
+
+def compute(module: nn.Module, side: int) -> Tensor:
     """What a module makes of two fixed random images."""
-    side = 32 if stem == "cifar" else 224
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return module.eval()(images)
@@ -67,5 +75,5 @@ def load_as(out: str, to: str, name: str, stem: str, head: bool) -> nn.Module:
 
 
 if __name__ == "__main__":
-    out, to, name, stem, head, result = sys.argv[1:]
-    torch.save(compute(load_as(out, to, name, stem, head == "1"), stem), result)
+    out, to, name, stem, head, side, result = sys.argv[1:]
+    torch.save(compute(load_as(out, to, name, stem, head == "1"), int(side)), result)

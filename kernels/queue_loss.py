@@ -17,6 +17,7 @@ from .queue_loss_finish import finish_rows, finish_scalars
 from .row_lse import rows_per_program
 from .row_lse_pass import QueuePass, on_device_of, pass_over_queue
 from .row_lse_plan import weights_need_float32
+from .row_lse_tiled import refuse_second_derivative
 from .traceable import traceable
 
 _SCHEMA = (
@@ -129,6 +130,7 @@ def _save_for_gradient(ctx, inputs: tuple, output: tuple) -> None:
 
 
 def _gradient(ctx, grad_total: Tensor, *grad_rest: None) -> tuple:
+    refuse_second_derivative()
     gradient_ND, uniform_gradient_ND, factor = ctx.saved_tensors
     if len(uniform_gradient_ND):
         gradient_ND = torch.addcmul(gradient_ND, uniform_gradient_ND, factor)

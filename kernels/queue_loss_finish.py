@@ -57,7 +57,7 @@ def finish_rows(
         align = distance2
         slope = tl.full([BLOCK_R], 2.0, tl.float32)
     else:
-        apart = distance2 > 0  # identical rows take the gradient 0
+        apart = distance2 != 0  # identical rows take the gradient 0; NaN is not 0 and stays
         log_distance2 = tl.log2(tl.where(apart, distance2, 1.0))
         align = tl.where(apart, tl.exp2(log_distance2 * (align_alpha / 2)), 0.0)
         slope = tl.where(apart, align_alpha * tl.exp2(log_distance2 * (align_alpha / 2 - 1)), 0.0)

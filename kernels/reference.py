@@ -39,7 +39,7 @@ def align_reference(q_ND: Tensor, k_ND: Tensor, alpha: float) -> Tensor:
     distance2_N = (q_ND - k_ND).square().sum(1)
     if alpha == 2:
         return distance2_N.mean()
-    apart = distance2_N > 0
+    apart = distance2_N != 0  # true of NaN, which must reach the mean
     power_N = torch.where(apart, distance2_N, 1.0).pow(alpha / 2)
     return torch.where(apart, power_N, 0.0).mean()
 

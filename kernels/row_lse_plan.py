@@ -59,4 +59,7 @@ def _float32(number: float) -> float:
 
 def dot_precision() -> str:
     """How float32 operands are multiplied: TF32 if the user has allowed PyTorch to, else in full."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    matmul = torch.backends.cuda.matmul
+    # torch 2.9 named it anew, and refuses to answer by the old names once the new one was set
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if allowed else "ieee"

@@ -96,8 +96,17 @@ def save_for_gradient(ctx, inputs: tuple, output: tuple) -> None:
     ctx.scales, ctx.dtype = inputs[2], inputs[0].dtype
 
 
+def refuse_second_derivative() -> None:
+    """For a backward whose saved gradient is a constant to autograd. Raises RuntimeError where it is to be derived."""
+    if torch.is_grad_enabled():  # with create_graph=True alone
+        raise RuntimeError(
+            "the fast losses cannot be differentiated twice (create_graph): take --loss-kernel reference"
+        )
+
+
 def row_lse_gradient(ctx, grad_lse_CN: Tensor, grad_mean: None, grad_above: None) -> tuple:
     """d lse[c, i] / d x_i = scales[c] mean[c, i], summed over the scales."""
+    refuse_second_derivative()
     (mean_CND,) = ctx.saved_tensors
     parts = [mean_ND * (scale * grad_N)[:, None] for scale, grad_N, mean_ND in zip(ctx.scales, grad_lse_CN, mean_CND)]
     return sum(parts[1:], parts[0]).to(ctx.dtype), None, None, None, None

@@ -95,7 +95,7 @@ def jitter_rows(
     stop = tl.minimum(first + rows_per_program * S, plane)
     if (tl.load(ints_ptr + CONTRAST_AT) < 4) | (tl.load(ints_ptr + GREY_AFTER) != 0):
         tile = tl.arange(0, BLOCK_TILES)
-        total = tl.sum(tl.load(luma_ptr + n * tiles + tile, mask=tile < tiles, other=0))
+        total = tl.sum(tl.load(luma_ptr + n * tiles + tile, mask=tile < tiles, other=0).to(tl.int64))
         mean = ((2 * total + plane) // (2 * plane)).to(tl.float32)  # rounded half up, as Pillow rounds it
         _update_colours(planes_ptr, ints_ptr, floats_ptr, mean, first, stop, plane, BLOCK)
     if tl.load(ints_ptr + BLUR) != 0:

@@ -73,6 +73,8 @@ def test_overrides() -> None:
     policy = make_policy("small", grey_scale=0.1, gaussian_blur=0.0, crop_scale=(0.08, 1.0), hue=0.2, cj=1.0)
     assert (policy.grey_p, policy.blur_p, policy.crop_scale, policy.hue) == (0.1, 0.0, (0.08, 1.0), 0.2)
     assert make_policy("v2", solarise_p=0.2, hide_and_seek=True, hide_p=0.7).hide_p == 0.7
+    pairs = {"crop_ratio": [0.5, 2.0], "blur_sigma": [0.5, 1.5], "crop_iou": [0.1, 0.3]}
+    assert hash(make_policy("v2", **pairs)) == hash(make_policy("v2", **{k: tuple(v) for k, v in pairs.items()}))
 
 
 @pytest.mark.parametrize(
@@ -96,6 +98,7 @@ def test_overrides() -> None:
         ),
         ("v2", {"crop_ratio": (2.0, 1.0)}, "crop_ratio must be"),
         ("v2", {"blur_sigma": (0.1, 3.0)}, "blur_sigma must be"),
+        ("v2", {"blur_sigma": (1e-46, 2.0)}, "blur_sigma must be two numbers with 0.01 <= low"),
     ],
 )
 def test_bad_policies(name: str, settings: dict, message: str) -> None:

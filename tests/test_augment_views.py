@@ -238,6 +238,9 @@ def test_empty_batch_and_bad_sizes() -> None:
     assert make_eval_view(empty, 32, 32).shape == (0, 3, 32, 32)
     with pytest.raises(ValueError, match="at least 1 pixel, got 0"):
         make_views(empty, make_policy("v2"), 0, 0, 0)
+    for dtype in (torch.float64, torch.uint8):
+        with pytest.raises(ValueError, match=f"float16, torch.bfloat16, not in {dtype}: convert"):
+            make_views(empty, make_policy("v2"), 32, 0, 0, dtype)
     with pytest.raises(ValueError, match="short side resized to at least that, got 30"):
         make_eval_view(empty, 32, 30)
 

@@ -74,6 +74,12 @@ def test_a_batch_larger_than_the_data_set(run, data):
     assert code == FAILED and "8 images" in line and "64" in line
 
 
+def test_a_first_epoch_after_the_last_step(run, data):
+    code, text = run(data, "--epochs", "4", "--start-epoch", "2", "--steps", "4")
+    assert code == FAILED and "--start-epoch 2 begins after step 4, --steps 4 ends before it" in one_sentence(text)
+    assert run(data, "--epochs", "4", "--start-epoch", "2", "--steps", "5")[0] == 0
+
+
 def test_a_batch_that_does_not_divide(run, data):
     code, text = run(data, "--accumulate", "3")
     assert code == USAGE and "must be a multiple of --accumulate 3" in " ".join(text.split())
@@ -188,6 +194,16 @@ def test_a_file_that_is_no_checkpoint(run, data, tmp_path):
     assert code == FAILED and "is a folder: --resume auto --output" in one_sentence(text)
     code, text = run(data, "--resume", "auto")  # an empty folder is a fresh start, and said so
     assert code == 0 and "starting afresh" in text
+    (only,) = checkpoint.saved_steps(tmp_path / "run" / "checkpoints").values()
+    only.write_bytes(b"")
+    code, text = run(data, "--resume", "auto")
+    assert code == FAILED and "can be used" in one_sentence(text) and "the one before it" not in text
+
+
+def test_going_on_in_a_folder_without_a_name_is_no_fresh_start(run, data, tmp_path):
+    for output in ([], ["--output", ""]):  # the second a shell's variable that was never set
+        code = run_command(train.main, [str(data), *FLAGS.split(), "--resume", "auto", *output])
+        assert code == FAILED and not (tmp_path / "runs").exists()
 
 
 def test_a_queue_of_16_bits_trains_and_resumes(run, data, tmp_path):

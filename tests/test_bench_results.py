@@ -81,7 +81,8 @@ def test_the_verdict_of_a_step_says_when_the_host_is_what_it_waits_for():
 
 @pytest.mark.parametrize("ours, word", [(0.5, "faster than"), (2.0, "slower than"), (1.0, "within the noise of")])
 def test_the_verdict_of_peers_looks_at_the_fastest_other_within_each_round(ours, word):
-    rounds = {"ours, beton": [ours * t for t in (1.0, 5.0)], "DALI": [1.0, 5.0], "classical": [3.0, 15.0]}
+    others = {"DALI": [1.0, 5.0, 2.0], "classical": [3.0, 15.0, 6.0]}
+    rounds = {"ours, beton": [ours * t for t in others["DALI"]], **others}
     line = loop_result()["lines"][0] | {
         "beside": "classical",
         "seconds_of_rounds": rounds,
@@ -89,6 +90,9 @@ def test_the_verdict_of_peers_looks_at_the_fastest_other_within_each_round(ours,
     }
     (verdict,) = peers_verdicts({"lines": [line]})
     assert f"is {word} the fastest other, 'DALI'" in verdict and verdict.endswith("not measured: FFCV")
+    line["seconds_of_rounds"] = {name: seconds[:1] for name, seconds in rounds.items()}
+    (verdict,) = peers_verdicts({"lines": [line]})
+    assert "is in too few rounds to judge by (1), beside the fastest other" in verdict
 
 
 @pytest.mark.parametrize(
@@ -105,6 +109,8 @@ def test_a_difference_counts_only_beyond_both_spreads(old, new, word):
     inverse = {"faster": "slower", "slower": "faster"}.get(word, word)
     before, after = (row._replace(unit="ms", higher_is_better=False) for row in (before, after))
     assert judge(before, after) == (old[0] / new[0], inverse)
+    once = after._replace(value=after.value._replace(rounds=1))  # whose spread is none
+    assert judge(before, once)[1] == judge(once, before)[1] == "of 1 round(s): no spread to judge by"
 
 
 def test_rows_that_only_one_result_has_are_named():
@@ -155,10 +161,19 @@ def test_bad_input_of_a_stage_is_one_sentence(tmp_path):
         (["loader", "nowhere"], "nowhere is no folder: give one of JPEGs in class folders"),
         (["loss", "--compare", "nowhere.json"], "nowhere.json is not a result of bench_throughput.py"),
         (["loss", "--rounds", "0", "--num", "2", "--queue-size", "4"], "--rounds must be at least 1, got 0"),
+        (["eval", "--bank", "9", "-k", "11"], "-k 11 neighbours need as many features: raise --bank 9"),
+        (["step", "--arch", "resnet18", "--batch-size", "1", "--image-size", "32"], "resnet18 cannot train on 1 x 3 x"),
     ]:
         command = [sys.executable, str(suite.PROGRAM), *words]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
         assert done.returncode == 1 and f"fastssl: error: {sentence}" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", ["step --steps 0", "loss --num 4 0", "augment --size 0", "convert DATA --copies 0"])
+def test_nothing_can_be_measured_none_times(words, capsys):
+    with pytest.raises(SystemExit):
+        bench_throughput.main(words.split())
+    assert "must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_the_time_limit_leaves_three_rounds(monkeypatch):

@@ -56,6 +56,15 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(tmp_
     assert len(report) == 1 and checkpoint.name(30) in report[0]
 
 
+def test_the_work_of_another_version_is_not_passed_over(tmp_path):
+    """Going on from the checkpoint before it would overwrite it."""
+    save(tmp_path, 10)
+    checkpoint.save({**state(20), "format": checkpoint.FORMAT + 1}, tmp_path / checkpoint.name(20))
+    report = []
+    assert checkpoint.newest_good(tmp_path, report) is None
+    assert len(report) == 1 and "go on with the version that wrote it" in report[0]
+
+
 def test_a_full_disk_leaves_the_previous_checkpoint_and_no_litter(tmp_path):
     good = save(tmp_path, 1)
     before = good.read_bytes()

@@ -10,6 +10,7 @@ from fastssl.flags import parse
 from fastssl.launch import launch_command, split_launch_flags
 from fastssl.losses import LossConfig
 from fastssl.recipe import RECIPES, load_recipe, option_types, to_yaml
+from fastssl.train import pretrain
 
 
 def test_option_names_are_unique_over_the_sections():
@@ -130,6 +131,7 @@ def test_a_recipe_lies_between_defaults_and_flags(tmp_path):
         ("intra_batch: 2", ["must be true or false"]),
         ("milestones: 3", ["milestones must be a list"]),
         ("crop_scale: [0.1]", ["crop_scale must be a list"]),
+        ("policy_set: flip_p=0", ["policy_set must be a list like [flip_p=0, hue=0.2]"]),
         ("lr: 1\nlr: 2", ["line 2", "twice"]),
         ("- lr", ["option: value"]),
         ("lr: [1", ["not valid YAML"]),
@@ -156,6 +158,8 @@ def test_a_recipe_that_is_no_text_is_named(tmp_path):
 def test_an_unknown_recipe_lists_those_there_are():
     with pytest.raises(ValueError, match="no recipe 'nothing'"):
         load_recipe("nothing")
+    with pytest.raises(ValueError, match="no recipe ''"):  # a shell's variable that was never set
+        parse(["DATA", "--config", ""])
 
 
 def test_print_config_is_a_recipe_that_gives_the_run_back(tmp_path, capsys):
@@ -204,3 +208,32 @@ def test_two_nodes_keep_the_address_and_the_batch_of_a_node():
 
 def test_one_process_needs_no_launcher():
     assert launch_command(["DATA", "--world-size", "1", "--rank", "0"], "fastssl.train") is None
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("-a mobilenetv3_small --image-size 32 -b 1", "cannot train on 1 x 3 x 32 x 32 .* larger --batch-size"),
+        ("-a resnet18 --image-size 32 -b 8 --bn-splits 4 --accumulate 2", "fewer --bn-splits and --accumulate"),
+        ("-a deit_tiny --image-size 33 -b 8", "divisible by patch size .* take another --image-size"),
+        ("-a alexnet --image-size 16 -b 8", "Output size is too small.* take another --image-size"),
+        ("-a resnet18 -b 9 --bn-splits 2", "must be a multiple of --bn-splits 2"),
+        ("-a timm:halonet26t --image-size 64 -b 8", r"pixels \(AssertionError\): take another"),  # which says no more
+    ],
+)
+def test_sizes_with_which_no_step_can_be_made_are_refused_before_images_are_read(line, said):
+    with pytest.raises(ValueError, match=said):
+        pretrain(parse(["nowhere", *line.split()]))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-a resnet18 --image-size 64 -b 1",  # still 2 x 2 values a channel
+        "-a timm:vit_small_resnet26d_224 -b 8",  # runs while it is built, so it wants memory
+        "-a timm:vit_small_patch8_224 --image-size 224 -b 8",  # whose classifier timm leaves out by default
+    ],
+)
+def test_what_can_train_is_not_refused(line):
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        pretrain(parse(["nowhere", *line.split()]))

@@ -66,6 +66,14 @@ def test_gradients_are_the_derivatives():
     assert torch.autograd.gradcheck(_PatchProduct.apply, (images, weight, 2))
 
 
+def test_second_derivatives_are_refused():
+    _, patched = make_pair()
+    images = torch.randn(2, 6, 2, 2, dtype=torch.float64, requires_grad=True)
+    for power in (1, 3):
+        with pytest.raises(RuntimeError, match="differentiated twice: call use_plain_convolutions"):
+            torch.autograd.grad(patched(images).pow(power).sum(), images, create_graph=True)
+
+
 @pytest.mark.parametrize("height", [1, 2])
 def test_in_bf16_it_is_as_exact_as_the_convolution(height):
     plain, patched = make_pair(dtype=torch.float32)

@@ -87,6 +87,9 @@ def test_from_nothing_to_the_table_and_again(tmp_path, monkeypatch, capsys):
     assert "the run is complete" in capsys.readouterr().err
     assert json.loads((folder / "demo.json").read_text())["knn_percent"] == result["knn_percent"]
 
+    assert small_demo(monkeypatch, "--output", folder, "--seed", 1) == 1  # would tell seed 0's figures
+    assert "holds the demo of --seed 0: choose another --output" in capsys.readouterr().err
+
 
 def test_an_image_folder_of_ones_own(tmp_path, image_folder, monkeypatch, capsys):
     flat = tmp_path / "flat"

@@ -165,11 +165,14 @@ def test_bad_input_is_one_sentence(run, image_folder, tmp_path):
         ([image_folder, *flags, "--pretrained", tmp_path / "none.pt"], "there is no checkpoint"),
         ([image_folder, *flags, "--resize", 16], "--resize 16 must be at least --image-size 32"),
         ([image_folder, *flags, "--max-mem-gb", 0.05], "--max-mem-gb 0.05 is too little"),
+        ([image_folder, "-a", "vit_b_16", "--image-size", 96], "vit_b_16 cannot take images of 96 pixels"),
+        ([image_folder, "-a", "deit_tiny", "--image-size", 100], "Input height (100) should be divisible by"),
     ]:
         code, _, err = run(*words)
         assert code == 1 and sentence in err and "Traceback" not in err, err
     assert run(image_folder, "--rep-space", "normed")[0] == 2
     assert run(image_folder, "-k", 0)[0] == 2
+    assert run(image_folder, "--max-mem-gb", "inf")[0] == 2
 
 
 def test_a_checkpoint_that_holds_code_is_refused(run, image_folder, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torchvision.transforms.functional as tvf
 from PIL import Image
+from ranks import run_ranks
 from test_eval_linear import train_slowly
 from torch import nn
 from torchvision.transforms import InterpolationMode
@@ -181,11 +182,11 @@ def test_frozen_transfer_equals_sgd_in_numpy_on_unit_features(image_folder, tmp_
         assert results[protocol]["acc1"] == pytest.approx(truth)
 
 
-def finetune(data, output, mode):
+def finetune(data, output, mode, ranks=None):
     torch.manual_seed(0)
     flags = ["--finetune", "--finetune-mode", mode, "--image-size", 16, "--epochs", 3, "--lr", 0.1, "-b", 8]
     session = session_of(data, "--dataset", "caltech101", *flags)
-    session.options.arch = "tiny"
+    session.options.arch, session.ranks = "tiny", ranks or session.ranks
     train, test = transfer_data.open_transfer_data(session)
     model = Classifier(Backbone(), 3, 3, 0, unit_length=True)
     view = transfer.bicubic_view(session)
@@ -199,6 +200,17 @@ def test_finetuning_trains_the_backbone_in_train_mode(image_folder, tmp_path):
     norm = finetune(image_folder, tmp_path / "a", "train")
     assert norm.num_batches_tracked == 9 and not torch.equal(norm.weight, torch.ones(3))
     assert finetune(image_folder, tmp_path / "b", "reference").num_batches_tracked == 3  # of the first epoch only
+
+
+def finetune_on_rank(rank, world_size, data, output):
+    return finetune(data, output, "train", Ranks(rank, world_size, world_size, torch.device("cpu"))).state_dict()
+
+
+def test_all_ranks_validate_the_batch_norm_that_is_saved(image_folder, tmp_path):
+    first, second = run_ranks(finetune_on_rank, 2, image_folder, tmp_path)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    saved = torch.load(tmp_path / "checkpoint_0002.pth.tar", weights_only=True)["state_dict"]
+    assert torch.equal(saved["module.norm.running_mean"], second["running_mean"])
 
 
 @pytest.fixture

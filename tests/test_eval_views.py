@@ -1,5 +1,6 @@
 """Instance discrimination, statistics, t-SNE and `all` on static view sets, against NumPy in float64."""
 
+import argparse
 import json
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.nn.functional import normalize
 from fastssl.command import run_command
 from fastssl.distributed import Ranks
 from fastssl.eval import __main__ as evaluations
+from fastssl.eval import all as all_evaluations
 from fastssl.eval import instdisc, stats, tsne
 from fastssl.eval.instdisc import chunk_accuracy, count_above, count_above_over_ranks
 from fastssl.eval.stats import alignment, class_alignment, subset_uniformity, uniformity
@@ -158,8 +160,13 @@ def test_masked_modes(run, tmp_path):
 
 def test_every_second_chunk_only_where_the_reference_does_so():
     for data, samples, expected in (("x/auged-train", 50, True), ("x/auged-train", 40, False), ("x/val", 50, False)):
-        options = instdisc.make_instdisc_parser().parse_args([data, "-s", str(samples)])
-        assert instdisc.every_second(options) is expected
+        assert instdisc.every_second(samples, data) is expected
+        options = argparse.Namespace(views=data, sample_per_class=samples, topk=2)
+        session = argparse.Namespace(options=options, ranks=ALONE, say=print)
+        original, view1, view2 = (unit_rows(130, 3, seed) for seed in range(3))
+        above = count_above(original, view1, original)
+        found = all_evaluations.discriminate(session, [original, view1, view2])
+        assert found["d-sd"] == chunk_accuracy(above, 2, samples, expected)
 
 
 def test_stats_table(run, view_set, tmp_path):
@@ -169,6 +176,14 @@ def test_stats_table(run, view_set, tmp_path):
     head, values = out.splitlines()[-3:-1]
     assert head.split("  ")[0] == "D-SD align" and len(head) == len(values) == 90
     assert [float(v) for v in values.split()] == pytest.approx([result[n] for n in stats.COLUMNS], abs=6e-5)
+
+
+def test_a_number_that_does_not_exist_is_null_in_json(run, view_set, tmp_path):
+    code, _, err = run("stats", view_set, *FLAGS, "-s", 1, "--json", "one.json")
+    assert code == 0, err
+    refuse = pytest.fail  # NaN, which Python reads and others do not
+    result = json.loads((tmp_path / "one.json").read_text(), parse_constant=refuse)
+    assert result["D cls-align"] is None and result["D-SD align"] > 0 and result["samples"] == 3
 
 
 def test_tsne_files(run, view_set, tmp_path):
@@ -212,7 +227,8 @@ def test_tsne_is_given_the_principal_components(tmp_path, monkeypatch, capsys):
 def test_all_gives_the_numbers_of_each(run, image_folder, view_set, tmp_path):
     flags = [*FLAGS, "-b", 16, "--seed", 3]
     linear = ["--epochs", 3, "--lrs", "0.1,1"]
-    code, _, err = run("all", image_folder, "--views", view_set, *flags, *linear, "-k", 5, "-s", 6, "--perplexity", 5,
+    # instance discrimination asks all images, in chunks of -s; the statistics the first -s of each class
+    code, _, err = run("all", image_folder, "--views", view_set, *flags, *linear, "-k", 5, "-s", 4, "--perplexity", 5,
                        "--json", "all.json", "--figure", "page")  # fmt: skip
     assert code == 0, err
     found = json.loads((tmp_path / "all.json").read_text())
@@ -220,15 +236,18 @@ def test_all_gives_the_numbers_of_each(run, image_folder, view_set, tmp_path):
     for name, data, more in [
         ("knn", image_folder, ["-k", 5, "--rep-space", "norm"]),
         ("linear", image_folder, ["--protocol", "cached", *linear]),
-        ("instdisc", view_set, ["-s", 6]),
-        ("stats", view_set, ["-s", 6]),
+        ("instdisc", view_set, ["-s", 4]),
+        ("instdisc", view_set, ["-s", 4, "--mode", "sd-sd"]),
+        ("stats", view_set, ["-s", 4]),
     ]:
         assert run(name, data, *flags, *more, "--json", "one.json")[0] == 0
-        single[name] = json.loads((tmp_path / "one.json").read_text())
+        result = json.loads((tmp_path / "one.json").read_text())
+        single[result.get("mode", name)] = result
     assert found["knn"]["accuracy"] == single["knn"]["accuracy"]
     assert found["linear"]["settings"] == single["linear"]["settings"]
-    assert found["instdisc"]["d-sd"] == single["instdisc"]["accuracy"]["normal"]
+    assert found["instdisc"] == {mode: single[mode]["accuracy"]["normal"] for mode in ("d-sd", "sd-sd")}
     assert all(found["stats"][name] == pytest.approx(single["stats"][name]) for name in stats.COLUMNS)
+    assert found["stats"]["samples"] == single["stats"]["samples"] == 12
     assert found["figures"] == ["page.pdf", "page.png"] and (tmp_path / "page.png").stat().st_size > 50_000
 
 

@@ -190,6 +190,14 @@ def test_verify_loads_in_a_new_process(tmp_path, capsys, to, arch):
             verify_export.load_as(str(out), to, arch, "imagenet", False)
 
 
+def test_verify_asks_timms_models_at_their_own_size(tmp_path, capsys):
+    model = timm.create_model("vit_tiny_patch16_384")
+    torch.save(model.state_dict(), tmp_path / "in.pth")
+    words = ["-a", "timm:vit_tiny_patch16_384", "--to", "timm", "--verify"]
+    assert run_command(export.main, [str(tmp_path / "in.pth"), str(tmp_path / "out.pth"), *words]) == 0
+    assert "verified: loaded strictly" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arch, arguments, message",
     [
@@ -217,8 +225,10 @@ def test_refusals(tmp_path, capsys):
     for arguments, message in [
         ([source, str(tmp_path / "there.pth")], "exists: --force replaces it"),
         ([source, str(tmp_path / "empty"), "--force"], "empty is a folder: name a file in it"),
-        ([source, str(tmp_path / "x.onnx")], "x.onnx would hold weights and no graph"),
+        ([source, str(tmp_path / "x.onnx")], "x.onnx would hold what torch.save writes, weights and no graph"),
+        ([source, str(tmp_path / "x.npz")], "name a .safetensors file or one of .pth .pt .tar .ckpt .bin"),
         ([source, str(tmp_path / "there.pth" / "x.pth")], "or name another place"),
+        ([source, str(tmp_path / "there.pth" / "x.safetensors")], "or name another place"),
         ([source, str(tmp_path / "x.pth"), "--to", "timm"], "--to timm has no cifar stem: use --to plain"),
         ([source, str(tmp_path / "x.safetensors"), "--to", "moco"], "name a .pth.tar file"),
         ([str(tmp_path / "empty"), str(tmp_path / "x.pth")], "holds no checkpoint that can be used"),

@@ -122,6 +122,41 @@ def test_identical_pairs_have_a_defined_gradient(alpha, kernel):
 
 
 @pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
+@pytest.mark.parametrize("alpha", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("damaged", [0, 1])  # q or k
+def test_nan_in_one_row_is_seen(damaged, alpha, kernel):
+    rows = make_projections(6, 50, 32, kernel)
+    rows[damaged][2, 3] = torch.nan
+    for uniform_weight in (0.0, 1.0):
+        config = LossConfig(align_alpha=alpha, uniform_weight=uniform_weight)
+        loss, gradient = loss_and_gradient(*rows, config, kernel)
+        assert loss.total.isnan() and loss.align.isnan() and gradient[2].isnan().all()
+
+
+@pytest.mark.parametrize("term", ["contrast", "uniform"])
+def test_second_derivatives_are_right_or_refused(term):
+    """The fast paths keep the gradient as a constant, whose own derivative would silently be missing."""
+    config = LossConfig(**{"align_weight": 0.0, "uniform_weight": 0.0, f"{term}_weight": 1.0})
+
+    def penalty(kernel):
+        z_q, z_k, queue = (x.to(device_of(kernel)) for x in make_projections(4, 20, 32, kernel))
+        z_q = z_q.double() if kernel == "reference" else z_q
+
+        def norm(z):
+            loss = moco_loss(F.normalize(z, dim=1), F.normalize(z_k, dim=1), queue, config, kernel)
+            return torch.autograd.grad(loss.total, z, create_graph=True)[0].square().sum()
+
+        return norm, z_q.requires_grad_()
+
+    norm, z = penalty("reference")
+    assert torch.autograd.gradcheck(norm, z)
+    for kernel in ("auto", "triton"):
+        norm, z = penalty(kernel)
+        with pytest.raises(RuntimeError, match=r"differentiated twice \(create_graph\): take --loss-kernel reference"):
+            norm(z)
+
+
+@pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
 def test_identical_queries_and_no_pairs_are_defined(kernel):
     z_q, z_k, queue = make_projections(1, 50, 32, kernel)
     loss, gradient = loss_and_gradient(z_q, z_k, queue, LossConfig(), kernel)
@@ -205,6 +240,15 @@ def test_low_precision_queries_are_widened(dtype):
     assert loss.total.dtype == torch.float32 and loss.total == wide.total
     loss.total.backward()
     assert q.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
+def test_keys_may_have_another_dtype(kernel):
+    z_q, z_k, queue = make_projections(8, 90, 64, kernel)
+    q, k = F.normalize(z_q, dim=1), F.normalize(z_k, dim=1)
+    for dtype in (torch.float16, torch.float64):
+        loss = moco_loss(q, k.to(dtype), queue, LossConfig(**ALL_ON), kernel)
+        assert loss == moco_loss(q, k.to(dtype).float(), queue, LossConfig(**ALL_ON), kernel)
 
 
 @pytest.mark.parametrize(

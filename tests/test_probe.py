@@ -171,9 +171,15 @@ def test_a_held_out_split_that_cannot_serve_is_named(make_image_folder, tmp_path
     config = config_of(data)
     (data / "val" / "class1").rename(data / "val" / "other")
     assert "a folder 'other' that is not among" in make_probe(config, open_loader(config), ALONE)[1]
-    for image in data.glob("val/*/*"):
-        image.write_bytes(b"not an image")
     (data / "val" / "other").rename(data / "val" / "class1")
+    last = max(data.glob("val/*/*"))
+    for image in data.glob("val/*/*"):
+        if image != last:
+            image.write_bytes(b"not an image")
+    assert make_probe(config, open_loader(config), ALONE)[0]
+    asked = replace(config, knn_images=1)  # the first, which cannot be read
+    assert "of those that would be asked" in make_probe(asked, open_loader(config), ALONE)[1]
+    last.write_bytes(b"not an image")
     assert f"no image of {data / 'val'} can be read" in make_probe(config, open_loader(config), ALONE)[1]
     shutil.rmtree(data / "val")
     shutil.copytree(data / "train" / "class0", data / "val")

@@ -52,6 +52,12 @@ def test_words_do_not_depend_on_the_batch_or_on_how_many_are_drawn() -> None:
     assert torch.equal(words[3], words[4])
 
 
+def test_words_do_not_depend_on_the_width_of_the_index() -> None:
+    index = torch.tensor([0, 3, 250])
+    for dtype in (torch.int32, torch.uint8):
+        assert torch.equal(random_bits(11, 2, index.to(dtype), 1, 5), random_bits(11, 2, index, 1, 5))
+
+
 def test_every_part_of_the_key_matters() -> None:
     index = torch.arange(4)
     first = random_bits(1, 2, index, 0, 8)

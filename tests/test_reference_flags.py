@@ -154,6 +154,27 @@ def test_nodes_are_read_from_the_environment_with_env(monkeypatch):
     assert "--standalone" in launch_command(one, "fastssl.train")
 
 
+@pytest.mark.parametrize("spelt", ["-b 8", "-b8", "-b=8", "--batch-size 8", "--batch-size=8"])
+def test_the_batch_of_a_node_however_it_is_spelt(spelt):
+    line = f"DIR --multiprocessing-distributed --world-size 3 --rank 2 --dist-url tcp://h:1 {spelt}"
+    command = launch_command(line.split(), "fastssl.train")
+    assert parse(command[command.index("DIR") :]).train.batch_size == 24
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--multiprocessing-distributed --world-size 2 --rank 2", "--rank 2 is no node of --world-size 2"),
+        ("--multiprocessing-distributed --world-size 0 --rank 0", "--rank 0 is no node of --world-size 0"),
+        ("--gpu -1", "GPUs are counted from 0, got -1"),  # CUDA_VISIBLE_DEVICES=-1 would hide them all
+    ],
+)
+def test_a_node_or_a_gpu_there_cannot_be(line, said, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(ValueError, match=said):
+        launch_command(["DIR", *line.split()], "fastssl.train")
+
+
 def test_one_process_is_this_one_and_no_stale_variable_counts(monkeypatch):
     for name, value in {"WORLD_SIZE": "3", "RANK": "1", "CUDA_VISIBLE_DEVICES": "4,7"}.items():
         monkeypatch.setenv(name, value)

@@ -156,12 +156,29 @@ def test_a_finished_run_resumes_to_nothing_and_an_old_folder_is_not_overwritten(
     assert digest(uninterrupted) == before
 
 
-@pytest.mark.parametrize("saved_by", [1, 2])
-def test_another_number_of_processes_is_named(tmp_path, saved_by):
+@pytest.fixture
+def small(tmp_path):
+    """`small(saved_by, **changed)`: what is told when a tiny run of so many processes goes on, options changed."""
     config = replace(Config(), arch="resnet18", queue_size=8, dim=8, batch_size=8, device="cpu", channels_last="on")
-    ranks, path = Ranks(0, 1, 1, torch.device("cpu")), tmp_path / "checkpoint.pt"
+    ranks = Ranks(0, 1, 1, torch.device("cpu"))
     trainee = make_trainee(config, ranks)
-    checkpoint.save(state_of(trainee, 3, config, 24, saved_by), path)
-    resumed = replace(config, resume=str(path))
-    step, notes = start_or_resume(resumed, make_plan(config, 3), trainee, tmp_path, 24, ranks)
-    assert step == 3 and ("the world size is 1, was 2" in " ".join(notes)) is (saved_by == 2)
+
+    def go_on(saved_by=1, **changed):
+        path = tmp_path / "checkpoint.pt"
+        checkpoint.save(state_of(trainee, 3, config, 24, saved_by), path)
+        resumed = replace(config, resume=str(path), **changed)
+        step, notes = start_or_resume(resumed, make_plan(config, 3), trainee, tmp_path, 24, ranks)
+        assert step == 3
+        return " ".join(notes)
+
+    return go_on
+
+
+def test_what_was_changed_is_told_where_it_touches_a_weight(small):
+    assert "lr is 1.0, was 0.03: the run goes on, but not as if it had never stopped" in small(lr=1.0)
+    assert "not as if" not in small(read_ahead=3, beton_cache="process", val="elsewhere", log_every=7)
+
+
+@pytest.mark.parametrize("saved_by", [1, 2])
+def test_another_number_of_processes_is_named(small, saved_by):
+    assert ("the world size is 1, was 2" in small(saved_by)) is (saved_by == 2)

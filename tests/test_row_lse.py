@@ -14,7 +14,7 @@ from fastssl.bench.loss import published_loss
 from fastssl.kernels.reference import row_lse_reference
 from fastssl.kernels.row_lse import row_lse
 from fastssl.kernels.row_lse_blocks import DIMS, Blocks, find_blocks, table_blocks
-from fastssl.kernels.row_lse_plan import split_queue, weight_factors, weights_need_float32
+from fastssl.kernels.row_lse_plan import dot_precision, split_queue, weight_factors, weights_need_float32
 from fastssl.kernels.row_lse_tiled import MAX_SCALE, row_lse_tiled
 from fastssl.losses import LossConfig, moco_loss
 
@@ -190,6 +190,18 @@ def test_loss_is_at_most_twice_as_wrong_as_plain(dtype, mix, peaked, nan_poisone
     for part in (slice(0, 1), slice(1, None)):  # the value, the gradient
         ours_worst, plain_worst = (max(error[part].max() for error in errors) for errors in (our_errors, plain_errors))
         assert ours_worst <= 2 * plain_worst + 1e-6
+
+
+def test_tf32_is_allowed_by_either_of_torchs_names():
+    matmul = torch.backends.cuda.matmul
+    names = ["fp32_precision", "ieee", "tf32"], ["allow_tf32", False, True]
+    try:
+        for name, no, yes in names if hasattr(matmul, "fp32_precision") else names[1:]:
+            for value, expected in ((yes, "tf32"), (no, "ieee")):
+                setattr(matmul, name, value)
+                assert dot_precision() == expected
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_parts_cover_the_queue_and_fill_the_device():

@@ -15,6 +15,7 @@ from fastssl.augment.policy import POLICIES, Policy, make_policy
 from fastssl.augment.views import make_view, make_views
 from fastssl.batch import ImageBatch, pack_images
 from fastssl.kernels.views import COMPILED, INTERPRETED, Draw, Launch, Windows, empty_tables, views_triton
+from fastssl.kernels.views_jitter import jitter_rows
 from fastssl.loaders.synthetic_loader import SyntheticLoader
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -105,6 +106,24 @@ def test_every_order_of_the_jitter() -> None:
     params = sample_both(make_policy("small", jitter_p=1.0, blur_p=0.3), batch, 0, 0)
     order = torch.arange(24, dtype=torch.int32).split(12)
     assert_same_bits(batch, [p._replace(order=o) for p, o in zip(params, order)], 24)
+
+
+def test_mean_of_a_view_whose_luma_passes_32_bits() -> None:
+    """White, 2100 pixels a side: contrast 0 leaves the mean of it, by launch two alone."""
+    size, tile = 2100, 64
+    tiles = (size // tile + 1) ** 2
+    batch = photo_batch(((4, 4),))
+    params = sample_both(make_policy("v2", blur_p=0.0, jitter_p=1.0, grey_p=0.0), batch, 0, 0)[0]
+    params = params._replace(
+        brightness=torch.ones(1), contrast=torch.zeros(1), saturation=torch.ones(1), hue=torch.zeros(1)
+    )
+    ints, floats = (table.to(DEVICE) for table in make_tables(params))
+    planes = torch.full((1, 3, size, size), 255, dtype=torch.uint8, device=DEVICE)
+    luma = torch.full((1, tiles), 255 * size * size // tiles, dtype=torch.int32, device=DEVICE)
+    luma[0, 0] += 255 * size * size % tiles
+    taps, rows = floats.new_empty(1, 16), planes.new_empty(0, dtype=torch.int16)
+    jitter_rows[(1, 1)](planes, rows, luma, taps, ints, floats, size, tiles, 8, BLOCK=1 << 14, BLOCK_TILES=2048)
+    assert (planes == 255).all()
 
 
 @pytest.mark.parametrize("missing", ["brightness", "contrast", "saturation", "hue"])
@@ -232,6 +251,16 @@ def test_make_views_takes_the_kernel_asked_for() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*views))
     empty = batch.select(slice(0, 0))
     assert [v.shape for v in make_views(empty, policy, 32, 0, 0, kernel="triton")] == [(0, 3, 32, 32)] * 2
+
+
+@pytest.mark.parametrize("kernel", ["triton", "numba", "reference"])
+def test_every_second_image_and_a_narrow_index(kernel: str) -> None:
+    batch, policy = photo_batch(((9, 7),) * 4), make_policy("v2", **EVERYTHING)
+    device = DEVICE if kernel == "triton" else "cpu"
+    expected = make_views(batch.select(torch.tensor([0, 2])), policy, 4, 0, 0, kernel="reference")
+    some = batch._replace(index=batch.index.int()).to(device).select(slice(None, None, 2))
+    for found, view in zip(make_views(some, policy, 4, 0, 0, kernel=kernel), expected):
+        assert torch.equal(found.cpu(), view)
 
 
 def test_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

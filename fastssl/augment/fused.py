@@ -62,7 +62,8 @@ def _launch(
 
     if batch.size > MAX_BATCH:
         raise ValueError(f"the triton augmentation kernel takes at most {MAX_BATCH} images, got {batch.size}")
-    windows, draw = Windows(batch.pixels, batch.offset, batch.height, batch.width, batch.index), None
+    fields = batch.pixels, batch.offset, batch.height, batch.width, batch.index.long()
+    windows, draw = Windows(*(field.contiguous() for field in fields)), None  # `select` may leave every second image
     if key is not None:
         policy, seed, epoch = key
         draw = Draw(policy_table(policy, batch.pixels.device), (seed + 2**63) % 2**64 - 2**63, epoch)

@@ -18,7 +18,8 @@ from fastssl.random_key import uniform
 if TYPE_CHECKING:
     from fastssl.augment.policy import Policy
 
-MAX_BLUR_SIGMA = 2.0  # pixels; the blur's taps are laid out for it
+MIN_BLUR_SIGMA = 0.01  # pixels; it moves no byte, and one that is 0 in float32 would divide by 0
+MAX_BLUR_SIGMA = 2.0  # the blur's taps are laid out for it
 
 # The number of each draw: word `draw` of the Philox stream `view` of (seed, epoch, index). The kernel that draws them
 # itself, kernels/views_draw.py, repeats these numbers and this arithmetic, for the same bits.
@@ -51,7 +52,7 @@ class ViewParams(NamedTuple):
     hue: Tensor  # float32 turns in [-0.5, 0.5]; 0 changes nothing
     grey_after: Tensor  # bool, greyscale after the jitter
     blur: Tensor  # bool
-    sigma: Tensor  # float32 pixels, in (0, MAX_BLUR_SIGMA]
+    sigma: Tensor  # float32 pixels, in [MIN_BLUR_SIGMA, MAX_BLUR_SIGMA]
     solarise: Tensor  # bool
     hide_cells: Tensor  # int32 cells along a side of the hide-and-seek grid: 16, 8, 4; 0 hides nothing
     hide_p: Tensor  # float32 probability of each cell

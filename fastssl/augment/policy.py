@@ -7,7 +7,7 @@ import difflib
 import math
 from collections.abc import Iterable, Sequence
 
-from fastssl.augment.params import MAX_BLUR_SIGMA, ViewParams, sample_params
+from fastssl.augment.params import MAX_BLUR_SIGMA, MIN_BLUR_SIGMA, ViewParams, sample_params
 
 __all__ = ["POLICIES", "Policy", "ViewParams", "make_policy", "sample_params"]
 
@@ -96,7 +96,9 @@ def make_policy(
         named["crop_scale"] = tuple(crop_scale)
     elif tuple(crop_scale) != (0.2, 1.0):
         raise ValueError("crop_scale has no meaning for the policy 'none', which keeps the centre of every image")
-    policy = dataclasses.replace(POLICIES[name], **({k: v for k, v in named.items() if v is not None} | overrides))
+    settings = {k: v for k, v in named.items() if v is not None} | overrides
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}  # a policy is a key of a cache
+    policy = dataclasses.replace(POLICIES[name], **settings)
     _check(policy)
     return policy
 
@@ -163,5 +165,6 @@ def _check(policy: Policy) -> None:
         )
     if not (len(ratio) == 2 and 0.01 <= ratio[0] <= ratio[1] <= 100):
         raise ValueError(f"crop_ratio must be two numbers with 0.01 <= low <= high <= 100, got {ratio}")
-    if not (len(sigma) == 2 and 0 < sigma[0] <= sigma[1] <= MAX_BLUR_SIGMA):
-        raise ValueError(f"blur_sigma must be two numbers with 0 < low <= high <= {MAX_BLUR_SIGMA} pixels, got {sigma}")
+    if not (len(sigma) == 2 and MIN_BLUR_SIGMA <= sigma[0] <= sigma[1] <= MAX_BLUR_SIGMA):
+        limits = f"{MIN_BLUR_SIGMA} <= low <= high <= {MAX_BLUR_SIGMA} pixels"
+        raise ValueError(f"blur_sigma must be two numbers with {limits}, got {sigma}")

@@ -28,6 +28,7 @@ from fastssl.batch import ImageBatch
 # many as stay small beside its memory, counted before the rows are resized.
 CPU_PIXELS, CPU_ALONE = 250_000, 144
 GPU_PIXELS = 1 << 24
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # all kernels have them
 
 
 def make_views(
@@ -42,12 +43,14 @@ def make_views(
 ) -> tuple[Tensor, Tensor]:
     """(view_q, view_k) of `batch` under `policy`: each (B, 3, size, size), channels_last, normalised.
 
-    kernel: auto, triton, numba or reference (`make_view` of each), see `choose_augment_kernel`; on a device all give
-    the same bits. key_bytes: view_k is uint8, to travel and to become the same by `normalise_bytes`. Raises ValueError
-    for size < 1, for a kernel that cannot run and for key_bytes of a policy with hide-and-seek, whose hidden cells are
-    0 after normalisation: no byte is.
+    dtype: one of DTYPES. kernel: auto, triton, numba or reference (`make_view` of each), see `choose_augment_kernel`;
+    on a device all give the same bits. key_bytes: view_k is uint8, to travel and to become the same by
+    `normalise_bytes`. Raises ValueError for size < 1, for another dtype, for a kernel that cannot run and for
+    key_bytes of a policy with hide-and-seek, whose hidden cells are 0 after normalisation: no byte is.
     """
     _check_size(size)
+    if dtype not in DTYPES:
+        raise ValueError(f"views are made in {', '.join(map(str, DTYPES))}, not in {dtype}: convert them afterwards")
     if key_bytes and policy.hide_and_seek:
         raise ValueError("bytes cannot hold what hide-and-seek hides: leave key_bytes out, or hide_and_seek")
     chosen, _ = choose_augment_kernel(batch.pixels.device, kernel)

@@ -37,7 +37,9 @@ from fastssl.bench.pil_processes import in_processes
 from fastssl.bench.timing import Function, time_calls
 from fastssl.data_prep.images import decode_image, find_images
 from fastssl.environment import environment
+from fastssl.eval.options import positive
 from fastssl.host_memory import keep_freed_memory
+from fastssl.list_flags import ListParser
 from fastssl.loaders.synthetic_loader import SyntheticLoader
 
 KORNIA, DALI = "kornia, compiled", "DALI"
@@ -124,15 +126,15 @@ def copy_speed(device: torch.device, rounds: int) -> float:
 def main(argv: list[str]) -> None:
     """Measures, prints and writes JSON with device, versions and commit."""
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="bench_throughput.py augment", description=__doc__.splitlines()[0])
+    parser = ListParser(prog="bench_throughput.py augment", description=__doc__.splitlines()[0])
     parser.add_argument("photos", nargs="?", help="a folder of images; by default synthetic ones")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--policy", default="v2", choices=[name for name, p in POLICIES.items() if p.crop_scale])
-    parser.add_argument("--batch-size", type=int, default=256 if cuda else 32)
-    parser.add_argument("--size", type=int, nargs="+", default=[224])
-    parser.add_argument("--source-size", type=int, default=256, help="height and width of synthetic images, in pixels")
-    parser.add_argument("--short-side", type=int, help="of photographs, made smaller before; by default their own")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--batch-size", type=positive, default=256 if cuda else 32)
+    parser.add_argument("--size", type=positive, nargs="+", default=[224])
+    parser.add_argument("--source-size", type=positive, default=256, help="pixels of a synthetic image's sides")
+    parser.add_argument("--short-side", type=positive, help="of photographs, made smaller before; by default their own")
+    parser.add_argument("--threads", type=positive, default=1, help="of the CPU")
     parser.add_argument("--rounds", type=int, default=30 if cuda else 7)
     parser.add_argument("--output", type=Path, help="where to write the JSON")
     args = parser.parse_args(argv)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from fastssl.bench.results import Row
+from fastssl.bench.timing import FEWEST_ROUNDS
 
 MACHINE = ("gpus", "cpu", "cpus", "threads")
 
 
 def judge(old: Row, new: Row) -> tuple[float, str]:
-    """(how many times as fast as before, "faster", "slower" or "within the noise").
+    """(how many times as fast as before, "faster", "slower" or "within the noise"; of too few rounds none of them).
 
     Beyond the noise only when the two spreads, tenth to ninetieth percentile, do not touch.
     """
     ratio = new.value.median / old.value.median if new.higher_is_better else old.value.median / new.value.median
+    if (rounds := min(old.value.rounds, new.value.rounds)) < FEWEST_ROUNDS:
+        return ratio, f"of {rounds} round(s): no spread to judge by"
     apart = new.value.low > old.value.high or new.value.high < old.value.low
     return ratio, ("faster" if ratio > 1 else "slower") if apart else "within the noise"
 

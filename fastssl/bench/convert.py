@@ -19,6 +19,7 @@ from fastssl.data_prep.sources import Selection
 from fastssl.data_prep.work_pool import Work, make_pool, usable_cores
 from fastssl.data_prep.write_beton import write_beton
 from fastssl.environment import environment
+from fastssl.eval.options import positive
 
 
 def convert_bare(paths: list[str]) -> int:
@@ -45,9 +46,9 @@ def main(argv: list[str]) -> None:
     """Measures in turn, prints, and writes JSON."""
     parser = argparse.ArgumentParser(prog="bench_throughput.py convert", description=__doc__)
     parser.add_argument("data", help="image folder")
-    parser.add_argument("--copies", type=int, default=8, help="times each image is linked")
+    parser.add_argument("--copies", type=positive, default=8, help="times each image is linked")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=usable_cores())
+    parser.add_argument("--workers", type=positive, default=usable_cores())
     parser.add_argument("--scratch", help="folder to write to; by default the system's for temporary files")
     parser.add_argument("--output", type=Path, help="where to write the JSON")
     args = parser.parse_args(argv)

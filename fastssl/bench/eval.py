@@ -24,6 +24,7 @@ from fastssl.distributed import Ranks
 from fastssl.environment import environment
 from fastssl.eval.linear_cached import Setting, Sweep, fit_linear
 from fastssl.eval.memory import Memory
+from fastssl.eval.options import positive
 from fastssl.eval.search import knn_over_ranks
 from fastssl.eval.vote import odd_ks
 
@@ -119,17 +120,19 @@ def main(argv: Sequence[str]) -> None:
     """Measures, prints and writes JSON with versions and commit."""
     parser = argparse.ArgumentParser(prog="bench_throughput.py eval", description=__doc__.splitlines()[0])
     parser.add_argument("--what", choices=("knn", "sweep"), nargs="+", default=["knn", "sweep"])
-    parser.add_argument("--bank", type=int, default=50_000, help="training features (default 50000)")
-    parser.add_argument("--queries", type=int, default=10_000, help="features asked about (default 10000)")
-    parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("-k", type=int, default=101, help="all odd k up to it (default 101)")
-    parser.add_argument("--batch-size", type=int, default=512, help="of the reference's way; its default is 512")
+    parser.add_argument("--bank", type=positive, default=50_000, help="training features (default 50000)")
+    parser.add_argument("--queries", type=positive, default=10_000, help="features asked about (default 10000)")
+    parser.add_argument("--dim", type=positive, default=512)
+    parser.add_argument("-k", type=positive, default=101, help="all odd k up to it (default 101)")
+    parser.add_argument("--batch-size", type=positive, default=512, help="of the reference's way; its default is 512")
     parser.add_argument("--max-mem-gb", type=float, help="cap of ours")
-    parser.add_argument("--epochs", type=int, default=2, help="of the sweep (default 2)")
+    parser.add_argument("--epochs", type=positive, default=2, help="of the sweep (default 2)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="of the CPU; by default all cores")
+    parser.add_argument("--threads", type=positive, help="of the CPU; by default all cores")
     parser.add_argument("--output", type=Path, help="where to write the JSON")
     args = parser.parse_args(list(argv))
+    if args.k > args.bank:
+        raise ValueError(f"-k {args.k} neighbours need as many features: raise --bank {args.bank}")
     if args.threads:
         torch.set_num_threads(args.threads)
     measure = {"knn": measure_knn, "sweep": measure_sweep}

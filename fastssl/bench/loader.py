@@ -6,7 +6,6 @@ beginning with another, so that all share the machine's weather. A pair is an im
 
 from __future__ import annotations
 
-import argparse
 import json
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +16,8 @@ from fastssl.bench.photos import train_folder
 from fastssl.bench.timing import in_turn, summarise
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.environment import environment
+from fastssl.eval.options import positive
+from fastssl.list_flags import ListParser
 
 PACKAGES = ("torch", "torchvision", "pillow", "llvmlite", "ffcv", "numba", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 
@@ -72,12 +73,12 @@ def print_table(results: dict[str, dict], threads: int) -> None:
 
 def main(argv: list[str]) -> None:
     """Measures, prints a table and writes JSON with machine, versions and commit."""
-    parser = argparse.ArgumentParser(prog="bench_throughput.py loader", description=__doc__.splitlines()[0])
+    parser = ListParser(prog="bench_throughput.py loader", description=__doc__.splitlines()[0])
     parser.add_argument("data", help="folder of JPEGs in class folders, perhaps below train/; it is read once before")
     parser.add_argument("--beton", help="the same files as a .beton: fastssl prep beton DATA FILE --originals")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="these alone")
-    parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--threads", type=positive, default=usable_cores())
+    parser.add_argument("--batch-size", type=positive, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="where to write the JSON")
     args = parser.parse_args(argv)

@@ -13,7 +13,7 @@ import torch
 
 from fastssl.batch import ImageBatch
 from fastssl.bench.timing import in_turn
-from fastssl.build import Trainee, compile_and_wrap, make_trainee, open_loader, open_policy
+from fastssl.build import Trainee, check_parts, compile_and_wrap, make_trainee, open_loader, open_policy
 from fastssl.config import Config
 from fastssl.distributed import Ranks
 from fastssl.health import Health
@@ -34,6 +34,7 @@ def our_loop(config: Config, ranks: Ranks, trainee: Trainee | None = None) -> Lo
 
 def trainee_of(config: Config, ranks: Ranks) -> Trainee:
     """Fresh weights, their encoders compiled, and the device's libraries set, as the configuration says."""
+    check_parts(config)
     make_deterministic(config.train.deterministic)
     return compile_and_wrap(config, make_trainee(config, ranks), ranks)
 

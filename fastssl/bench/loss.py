@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastssl.bench.timing import Function, peak_extra_bytes, time_in_turn
 from fastssl.environment import environment
+from fastssl.eval.options import positive
 from fastssl.kernels.reference import align_reference, contrast_reference, uniform_reference
 from fastssl.losses import LossConfig, choose_kernel, moco_loss
 
@@ -136,13 +137,13 @@ def main(argv: list[str]) -> None:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="bench_throughput.py loss", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--num", type=int, nargs="+", default=[256, 512, 1024, 4096] if cuda else [256, 512])
-    parser.add_argument("--queue-size", type=int, nargs="+", default=[4096, 16384, 65536])
-    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--num", type=positive, nargs="+", default=[256, 512, 1024, 4096] if cuda else [256, 512])
+    parser.add_argument("--queue-size", type=positive, nargs="+", default=[4096, 16384, 65536])
+    parser.add_argument("--dim", type=positive, default=128)
     parser.add_argument("--terms", choices=TERMS, nargs="+", default=["all"])
     parser.add_argument("--rounds", type=int, default=30 if cuda else 7)
     parser.add_argument("--no-compiled", action="store_true", help="leave torch.compile of the formulas out")
-    parser.add_argument("--threads", type=int, help="of the CPU; by default all cores")
+    parser.add_argument("--threads", type=positive, help="of the CPU; by default all cores")
     parser.add_argument("--output", type=Path, help="where to write the JSON")
     args = parser.parse_args(argv)
     if args.threads:

@@ -21,6 +21,8 @@ from fastssl.bench.photos import SOURCE, open_data
 from fastssl.bench.step import add_step_flags, as_line, make_config, print_line, save
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.distributed import Ranks
+from fastssl.eval.options import positive
+from fastssl.list_flags import ListParser
 
 CLASSICAL = "classical"
 OURS = ("resident", "beton", "dali", "folder")
@@ -57,10 +59,10 @@ def make_loops(args: argparse.Namespace, data: str, beton: str, ranks: Ranks) ->
 
 def main(argv: Sequence[str]) -> None:
     """Measures, prints and writes JSON."""
-    parser = argparse.ArgumentParser(prog="bench_throughput.py peers", description=__doc__.splitlines()[0])
+    parser = ListParser(prog="bench_throughput.py peers", description=__doc__.splitlines()[0])
     parser.add_argument("data", nargs="?", help=f"folder of JPEGs in class folders; by default {SOURCE}")
     parser.add_argument("--beton", help="the same files as a .beton (fastssl prep beton DATA FILE --originals)")
-    parser.add_argument("--photos", type=int, default=768, help="of them, where no folder is given")
+    parser.add_argument("--photos", type=positive, default=768, help="of them, where no folder is given")
     parser.add_argument("--arch", default="resnet18")
     parser.add_argument("--loader", nargs="+", choices=OURS, default=OURS, help="of our loop")
     parser.add_argument("--workers", type=int, default=usable_cores(), help="threads or processes of the others")

@@ -26,6 +26,7 @@ from fastssl.build import Trainee
 from fastssl.compile_encoders import HOW_NAMES
 from fastssl.config import Config, flat, replace
 from fastssl.environment import environment
+from fastssl.eval.options import positive
 from fastssl.models.cpu_conv import use_plain_convolutions
 
 ARCHS = ("resnet18", "mobilenetv3_small", "mobilenetv3_large", "efficientnet_b0", "deit_tiny", "resnet50")
@@ -36,15 +37,15 @@ HOST = "host alone"  # the loop whose seconds are kept apart
 def add_step_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that step, all and peers share."""
     cuda = torch.cuda.is_available()
-    parser.add_argument("--image-size", type=int, default=224 if cuda else 64)
-    parser.add_argument("--batch-size", type=int, default=256 if cuda else 64)
-    parser.add_argument("--queue-size", type=int, default=65536)
+    parser.add_argument("--image-size", type=positive, default=224 if cuda else 64)
+    parser.add_argument("--batch-size", type=positive, default=256 if cuda else 64)
+    parser.add_argument("--queue-size", type=positive, default=65536)
     parser.add_argument("--head", default="simple")
     parser.add_argument("--policy", default="v2")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--compile", default="auto", choices=COMPILE)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--steps", type=int, default=50 if cuda else 6, help="steps of one turn")
+    parser.add_argument("--steps", type=positive, default=50 if cuda else 6, help="steps of one turn")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant")
     parser.add_argument("--profile", action="store_true", help="of step and all: the kernels that take most of a step")
     parser.add_argument("--no-eager", action="store_true", help="of step and all: leave the eager step out")

@@ -27,6 +27,13 @@ class Timing(NamedTuple):
     rounds: int
 
 
+def in_words(times_faster: Timing) -> str:
+    """A ratio as `faster than`, `slower than` or `within the noise of`; of too few rounds none of them."""
+    if times_faster.rounds < FEWEST_ROUNDS:
+        return f"in too few rounds to judge by ({times_faster.rounds}), beside"
+    return "faster than" if times_faster.low > 1 else "slower than" if times_faster.high < 1 else "within the noise of"
+
+
 def stop_after(seconds: float) -> None:
     """No measurement of this process begins a further round once so many seconds are over, but each makes three."""
     global _deadline

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from statistics import median
 
 from fastssl.bench.results import Row, loader_rows, loop_rows, seconds_rows, spread
-from fastssl.bench.timing import times_faster
+from fastssl.bench.timing import in_words, times_faster
 
 BOUND = 0.95  # of the step's rate: above it the loader does not matter
 RAW = "libjpeg-turbo alone"
@@ -102,7 +102,7 @@ def peers_verdicts(result: dict[str, object]) -> Iterator[str]:
             yield f"none of our loaders ran{left_out}"
             continue
         ratio = times_faster(rounds, ours[0].name, others[0].name)
-        what = "faster than" if ratio.low > 1 else "slower than" if ratio.high < 1 else "within the noise of"
+        what = in_words(ratio)
         change = "" if ratio.low > 1 else "; `bench_throughput.py all` says what binds our loop"
         yield (
             f"{line['settings']['arch']}: {ours[0].name!r} is {what} the fastest other, {others[0].name!r}: "

@@ -21,6 +21,7 @@ from fastssl.bench.timing import while_time_lasts
 from fastssl.build import open_loader
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.distributed import Ranks
+from fastssl.eval.options import positive
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="bench_throughput.py all", description=__doc__.splitlines()[0])
     parser.add_argument("--data", help=f"image folder, train/<class>/* or <class>/*; by default {SOURCE}")
     parser.add_argument("--beton", help="the same images as a .beton; by default written from the folder")
-    parser.add_argument("--photos", type=int, default=768, help="of them, where no folder is given")
+    parser.add_argument("--photos", type=positive, default=768, help="of them, where no folder is given")
     parser.add_argument("--arch", nargs="+", default=["resnet18"])
     parser.add_argument(
         "--loader", nargs="+", default=["auto"], help="auto and folder read the folder, others the .beton"

@@ -24,7 +24,7 @@ from fastssl.eval.options import finish_options, launch, make_parser, numbers, p
 from fastssl.eval.search import knn_over_ranks
 from fastssl.eval.session import Session, check_writable, run_session
 from fastssl.eval.tsne_figures import save_figure
-from fastssl.eval.view_set import check_per_class, collect_views, open_view_set
+from fastssl.eval.view_set import check_per_class, collect_views, first_rows, open_view_set
 from fastssl.eval.vote import REP_SPACES, odd_ks, to_rep_space
 
 
@@ -55,9 +55,9 @@ def evaluate(session: Session) -> dict:
     views = open_view_set(argparse.Namespace(**{**vars(o), "data": o.views}), session.ranks) if o.views else None
     if views:
         check_per_class(views, o.sample_per_class)
-        views = stats.first_of_each_class(views, o.sample_per_class)
-        shown = views.labels < o.classes
-        tsne.check_perplexity(o.perplexity, 3 * int(shown.sum()))
+        rows = first_rows(views.labels, o.sample_per_class)
+        shown = rows[views.labels[rows] < o.classes]
+        tsne.check_perplexity(o.perplexity, 3 * len(shown))
         instdisc.check_topk(o.topk, len(views.labels))
     backbone, view, result = session.open_backbone(), eval_view(session), {}
     with closing(train), closing(val):
@@ -70,7 +70,7 @@ def evaluate(session: Session) -> dict:
     if views:
         found = collect_views(session, backbone, views, (0, 1, 2))
         result["instdisc"] = discriminate(session, found)
-        result["stats"] = stats.report(session, o.views, *found, views.labels)
+        result["stats"] = stats.report(session, o.views, *(x[rows.to(x.device)] for x in found), views.labels[rows])
         if session.ranks.rank == 0:
             coordinates = tsne.embed(session, [x[shown.to(x.device)] for x in found], views.labels[shown])
     if session.ranks.rank == 0:
@@ -100,7 +100,8 @@ def discriminate(session: Session, views: list[Tensor]) -> dict[str, list[float]
     o, found = session.options, {}
     for mode, (query, positive_view) in instdisc.QUERY_AND_POSITIVE.items():
         above = instdisc.count_above_over_ranks(views[query], views[positive_view], session.ranks)
-        found[mode] = instdisc.chunk_accuracy(above, o.topk, o.sample_per_class)
+        every_second = instdisc.every_second(o.sample_per_class, o.views)
+        found[mode] = instdisc.chunk_accuracy(above, o.topk, o.sample_per_class, every_second)
         session.say(f"Masked: normal; Mode: {mode}; Top1-{o.topk}: {[round(a, 6) for a in found[mode]]}")
     return found
 

@@ -51,7 +51,7 @@ def evaluate(session: Session) -> dict:
         query, positive_view = collect_views(session, backbone, views, QUERY_AND_POSITIVE[o.mode])
         session.say("=> iterating through the representations...")
         above = count_above_over_ranks(query, positive_view, session.ranks)
-        accuracy = chunk_accuracy(above, o.topk, o.sample_per_class, every_second(o))
+        accuracy = chunk_accuracy(above, o.topk, o.sample_per_class, every_second(o.sample_per_class, o.data))
         results[mode] = accuracy
         session.say(
             f"Masked: {mode}; Mode: {o.mode}; Top1-{o.topk}: {[round(a, 6) for a in accuracy]}; "
@@ -60,9 +60,9 @@ def evaluate(session: Session) -> dict:
     return {"mode": o.mode, "samples": len(query), "accuracy": results}
 
 
-def every_second(o: argparse.Namespace) -> bool:
+def every_second(samples: int, data: str) -> bool:
     """Whether every second chunk counts: the reference's way to compare a training set fairly with a smaller one."""
-    return o.sample_per_class == 50 and "auged-train" in o.data
+    return samples == 50 and "auged-train" in data
 
 
 def check_topk(topk: int, samples: int) -> None:

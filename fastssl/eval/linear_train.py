@@ -1,7 +1,7 @@
 """The reference's linear evaluation: a classifier trained by SGD on augmented images, the backbone frozen or not.
 
 Images of an epoch come in one order for all ranks, the tail included, and a step's loss is the mean over all ranks'
-images: the number of ranks changes nothing but the speed.
+images: the number of ranks changes nothing but the speed (and, fine-tuning, what batch norm sees at once).
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ def train_classifier(
             group["lr"] = rate
         model.train(protocol.finetune and not (protocol.eval_after_first and epoch > o.start_epoch))
         train_epoch(session, model, train, optimizer, protocol.train_view, epoch)
+        if protocol.finetune:
+            share_buffers(model, session.ranks)
         if frozen is not None and epoch == first:
             check_frozen(model.backbone, frozen)
             session.say("=> sanity check passed.")
@@ -132,6 +134,13 @@ def sum_gradients(optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
     dist.all_reduce(flat)
     for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.grad = part.view_as(p)
+
+
+def share_buffers(model: nn.Module, ranks: Ranks) -> None:
+    """Rank 0's batch norm statistics for all, as DDP does: fine-tuned, each rank's come from its own images."""
+    if ranks.world_size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def sum_over_ranks(value: Tensor, ranks: Ranks) -> float:

@@ -76,8 +76,9 @@ def _try_held_out(path: Path, config: Config, loader: Loader, device: torch.devi
         return None, str(error)
     if not held_out.class_names:
         return None, f"{path} has no class folders" if path.is_dir() else f"{path} has no labels"
-    if next(keep_labelled(held_out.eval_batches(_BATCH, limit=_BATCH)), None) is None:
-        return None, f"no image of {path} can be read" + (" or has a class" if held_out.decoded else "")
+    if next(keep_labelled(held_out.eval_batches(_BATCH, limit=config.eval.knn_images)), None) is None:
+        what = "has a class" if held_out.decoded else "can be read"
+        return None, f"no image of {path} {what}, of those that would be asked"
     return held_out, str(path)
 
 

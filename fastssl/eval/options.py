@@ -12,11 +12,12 @@ import torch
 
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.launch import launch_if_asked
+from fastssl.list_flags import ListParser
 
 
 def make_parser(command: str, description: str, *, batch_size: int, data: str) -> argparse.ArgumentParser:
     """A parser with the shared flags. batch_size: the reference script's default; data: what DIR is, for --help."""
-    p = argparse.ArgumentParser(
+    p = ListParser(
         prog=f"fastssl eval {command}",
         description=description,
         allow_abbrev=False,
@@ -125,10 +126,10 @@ def positive(text: str) -> int:
 
 
 def positive_float(text: str) -> float:
-    """A float above 0."""
+    """A float above 0, not infinite."""
     value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,6 +20,7 @@ from fastssl.eval.images import Images
 from fastssl.eval.memory import GB, Memory, peak_memory
 from fastssl.foreign import load_pretrained
 from fastssl.models.encoders import make_encoder
+from fastssl.models.tryout import why_refused
 from fastssl.plan import DTYPES
 
 
@@ -64,6 +66,7 @@ class Session:
             self.note("no --pretrained: the encoder has random weights")
             torch.manual_seed(o.seed)
             backbone = make_encoder(o.arch).backbone
+        check_size(backbone.eval(), o.arch, o.image_size)
         return backbone.to(self.ranks.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def warn_bad(self, *sets: Images) -> int:
@@ -82,7 +85,7 @@ class Session:
             return
         record = {
             "evaluation": command,
-            **result,
+            **without_nan(result),
             "checkpoint": self.report,
             "options": {k: v for k, v in vars(o).items() if k != "json"},
             "peak_memory_gb": [round(peak, 3) for peak in peaks],
@@ -90,7 +93,7 @@ class Session:
         }
         partial = Path(f"{o.json}.partial")
         partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(record, indent=1) + "\n")
+        partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
         partial.replace(o.json)
 
 
@@ -105,6 +108,21 @@ def run_session(command: str, options: argparse.Namespace, evaluate: Callable[[S
     finally:
         distributed.stop()
     return 0
+
+
+def check_size(backbone: nn.Module, arch: str, size: int) -> None:
+    """Raises ValueError where images of `size` pixels are none for this encoder: too small, or not its only size."""
+    if reason := why_refused(backbone, 1, size):
+        raise ValueError(f"{arch} cannot take images of {size} pixels, choose another --image-size: {reason}")
+
+
+def without_nan(value: object) -> object:
+    """The same with null for NaN, which JSON lacks: a number that does not exist, as alignment in classes of one."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def check_writable(path: str | Path, flag: str) -> None:

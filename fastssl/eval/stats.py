@@ -18,7 +18,7 @@ from fastssl.distributed import Ranks, gather_objects
 from fastssl.eval.compute import full_float32
 from fastssl.eval.options import finish_options, launch, make_parser, positive
 from fastssl.eval.session import Session, run_session
-from fastssl.eval.view_set import ViewSet, check_per_class, collect_views, open_view_set
+from fastssl.eval.view_set import check_per_class, collect_views, first_rows, open_view_set
 from fastssl.loaders.order import epoch_order
 
 T = 2.0  # of the uniformity (Wang & Isola, arXiv 2005.10242)
@@ -39,7 +39,8 @@ def evaluate(session: Session) -> dict:
     o = session.options
     views = open_view_set(o, session.ranks)
     check_per_class(views, o.sample_per_class)
-    views = first_of_each_class(views, o.sample_per_class)
+    rows = first_rows(views.labels, o.sample_per_class)
+    views = views._replace(files=views.files[rows], labels=views.labels[rows])
     backbone = session.open_backbone()
     session.say("=> iterating through the dataset...")
     original, view1, view2 = collect_views(session, backbone, views, (0, 1, 2))
@@ -67,12 +68,6 @@ def report(session: Session, data: str, original: Tensor, view1: Tensor, view2: 
         "samples": len(original),
         "classes": len(torch.unique(labels)),
     }
-
-
-def first_of_each_class(views: ViewSet, samples: int) -> ViewSet:
-    """The first `samples` of every class."""
-    rows = torch.cat([(views.labels == c).nonzero()[:samples, 0] for c in range(len(views.class_names))])
-    return views._replace(files=views.files[rows], labels=views.labels[rows])
 
 
 def alignment(x: Tensor, y: Tensor) -> float:

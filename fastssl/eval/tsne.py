@@ -20,7 +20,7 @@ from fastssl.command import run_command
 from fastssl.eval.options import finish_options, launch, make_parser, positive, positive_float
 from fastssl.eval.session import Session, check_writable, run_session
 from fastssl.eval.tsne_figures import draw_class, draw_space, save_figure
-from fastssl.eval.view_set import collect_views, open_view_set
+from fastssl.eval.view_set import collect_views, first_rows, open_view_set
 
 PARTS = ("Y0", "Y1", "Y2", "labels")  # coordinates of originals and views, classes of the samples
 
@@ -53,10 +53,7 @@ def features_to_show(session: Session) -> tuple[list[torch.Tensor], torch.Tensor
     """Unit features of originals and both views of the first samples of the first classes, and their labels."""
     o = session.options
     views = open_view_set(o, session.ranks)
-    rows = [
-        (views.labels == c).nonzero()[: o.sample_per_class, 0] for c in range(min(o.classes, len(views.class_names)))
-    ]
-    rows = torch.cat(rows)
+    rows = first_rows(views.labels[views.labels < o.classes], o.sample_per_class)
     views = views._replace(files=views.files[rows], labels=views.labels[rows])
     check_perplexity(o.perplexity, 3 * len(rows))
     backbone = session.open_backbone()

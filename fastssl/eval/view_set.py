@@ -112,3 +112,8 @@ def check_per_class(views: ViewSet, wanted: int) -> None:
     if counts.min() < wanted:
         name = views.class_names[int(counts.argmin())]
         raise ValueError(f"class {name} has {counts.min()} samples, -s asks for {wanted}: use -s {counts.min()}")
+
+
+def first_rows(labels: Tensor, samples: int) -> Tensor:
+    """The first `samples` rows of every class of (n,) ascending labels, or all where it has fewer."""
+    return torch.cat([(labels == c).nonzero()[:samples, 0] for c in torch.unique(labels)])

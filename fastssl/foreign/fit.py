@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from fastssl.foreign.layout import Layout, split_classifier
 from fastssl.models.encoders import list_architectures, make_backbone
+from fastssl.models.tryout import build_without_memory
 
 # The same network under another name: the first is what is said.
 _ALIASES = {"swav_resnet50": "resnet50", "simclr_resnet50": "resnet50"}
 # Batches seen by BN; files written before PyTorch 0.4.1 lack it, and nothing reads it here.
 COUNTER = "num_batches_tracked"
-
-
-class Unallocated(TorchFunctionMode):
-    """Within, a module's weights have shapes but no memory. (Under torch.device("meta") RegNets cannot be built:
-
-    they compute their widths with tensors.)
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        return func(*args, **{**kwargs, "device": "meta"}) if func is torch.empty else func(*args, **kwargs)
 
 
 class Signature(NamedTuple):
@@ -41,8 +29,7 @@ class Signature(NamedTuple):
 def signature(arch: str, stem: str = "imagenet") -> Signature | None:
     """Of an architecture, without allocating it. None where its stem cannot be had."""
     try:
-        with Unallocated():
-            backbone, classifier, feature_dim = make_backbone(arch, stem)
+        backbone, classifier, feature_dim = build_without_memory(partial(make_backbone, arch, stem))
     except ValueError:
         return None
     shapes = {name: tuple(tensor.shape) for name, tensor in backbone.state_dict().items()}

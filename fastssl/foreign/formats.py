@@ -33,7 +33,7 @@ def counterpart(arch: str, stem: str, to: str) -> str:
         return name.removeprefix("tv_")
     if to == "timm":
         known = {**{name: name for name in _RESNETS}, **_AS_RESNET50, "deit_tiny": "deit_tiny_patch16_224"}
-        known["efficientnet_b0"] = "tf_efficientnet_b0"
+        known |= {"vit_base": "vit_base_patch16_224", "efficientnet_b0": "tf_efficientnet_b0"}
         name = arch.removeprefix("timm:") if arch.startswith(("timm:", "tf_")) else known.get(arch)
         if name is None:
             raise ValueError(f"timm has no {arch} that computes the same: use --to plain")

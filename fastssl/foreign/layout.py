@@ -3,6 +3,8 @@
   MoCo v1, v2, align + uniform, small models   [module.]encoder_q.* encoder_k.* queue queue_ptr [scalar_label]
   SEED                                         [module.]student.* teacher.* [queue small_queue queue_ptr]
   fastssl                                      encoder_q.backbone.* encoder_q.head.* encoder_k.* queue queue_ptr
+  DINO                                         student.* teacher.*, each of them backbone.* head.*
+  SimSiam                                      [module.]encoder.* predictor.*
   MoCo v3                                      [module.]base_encoder.* momentum_encoder.* predictor.*
   solo-learn, Barlow Twins, VICReg, lightly    backbone.* and any of the side networks below
   SwAV                                         [module.]conv1 ... projection_head.* prototypes.*
@@ -25,7 +27,8 @@ _ENCODERS = {  # prefix -> (project, which encoder, what people call it)
     "encoder_q.": ("MoCo", "q", "the query encoder"),
     "encoder_k.": ("MoCo", "k", "the key encoder"),
     "student.": ("SEED", "q", "the student"),
-    "teacher.": ("SEED", "k", "the teacher"),
+    "teacher.": ("SEED", "k", "the teacher"),  # or DINO's, which are a backbone and a head each
+    "encoder.": ("SimSiam", "q", "the encoder"),
     "base_encoder.": ("MoCo v3", "q", "the query encoder"),
     "momentum_encoder.": ("MoCo v3", "k", "the key encoder"),
     "backbone.": ("self-supervised", "q", "the backbone"),  # that of fastssl has a head beside it, and nothing else
@@ -62,8 +65,9 @@ def find_encoder(tensors: dict[str, Tensor], key: str = "q") -> Layout:
     if key not in ("q", "k"):
         raise ValueError(f"unknown encoder {key!r}: choose q (query) or k (key)")
     tensors = strip_wrappers(tensors)
-    own = all(name.startswith(("backbone.", "head.")) for name in tensors)
-    groups = {} if own else {prefix: _below(tensors, prefix) for prefix in _ENCODERS}
+    groups = {} if _has_own_names(tensors) else {prefix: _below(tensors, prefix) for prefix in _ENCODERS}
+    if {name.split(".")[0] for name in tensors} != {"encoder", "predictor"}:
+        groups.pop("encoder.", None)  # torchvision's ViTs have an encoder inside
     projects = {_ENCODERS[prefix][0] for prefix, group in groups.items() if group}
     if not projects:
         if key == "k":
@@ -72,6 +76,8 @@ def find_encoder(tensors: dict[str, Tensor], key: str = "q") -> Layout:
     if len(projects) > 1:
         raise CheckpointError(f"it holds encoders of {' and '.join(sorted(projects))} at once: keep those of one")
     (project,) = projects
+    if project == "SEED" and _has_own_names(strip_wrappers(groups["student."] or groups["teacher."])):
+        project = "DINO"
     if project == "SEED" and key == "k":
         raise CheckpointError("a SEED checkpoint has a student and a teacher, no key encoder: leave out --key k")
     left_out: dict[str, list[str]] = {}
@@ -87,7 +93,7 @@ def find_encoder(tensors: dict[str, Tensor], key: str = "q") -> Layout:
         raise CheckpointError(f"it has no {'key' if key == 'k' else 'query'} encoder, only {', '.join(left_out)}")
     sides = {} if project in ("MoCo", "SEED") else _SIDES
     for name in tensors:
-        if not name.startswith(tuple(_ENCODERS)):
+        if not name.startswith(tuple(groups)):
             reason = _STATE.get(name) or sides.get(name.split(".")[0])
             if reason is None:
                 raise CheckpointError(f"nobody knows its tensor {name!r} beside the encoders of a {project} checkpoint")
@@ -124,9 +130,14 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
+def _has_own_names(tensors: dict[str, Tensor]) -> bool:
+    """Is it one encoder as ours, and DINO's: a backbone and a head?"""
+    return all(name.startswith(("backbone.", "head.")) for name in tensors)
+
+
 def _split_own(kind: str, encoder: dict[str, Tensor], left_out: dict[str, list[str]]) -> Layout:
     """Our own encoders hold `backbone` and `head`; others keep both in one classifier."""
-    if encoder and all(k.startswith(("backbone.", "head.")) for k in encoder):
+    if encoder and _has_own_names(encoder):
         kind = kind.replace("MoCo checkpoint", "fastssl checkpoint")
         backbone = _name_children(strip_wrappers(_below(encoder, "backbone.")))
         return Layout(kind, backbone, _below(encoder, "head."), left_out)

@@ -11,11 +11,12 @@ from fastssl.checkpoint import CheckpointError
 from fastssl.foreign.fit import COUNTER, differences, fits, fitting_architectures
 from fastssl.foreign.heads import build_head, name_head, output_dim
 from fastssl.foreign.layout import Layout, find_encoder, split_classifier
-from fastssl.foreign.read import Contents, read_weights
+from fastssl.foreign.read import Contents, is_weights, read_weights
 from fastssl.models.encoders import Encoder, classifier_name, list_architectures, make_backbone
 
-# timm has both under the same names and shapes; they pad differently.
+# timm has both under the same names and shapes; they pad differently, or have another number of attention heads.
 _TWINS = {f"tf_efficientnet_b{i}": f"timm:efficientnet_b{i}" for i in range(4)}
+_TWINS["mocov3_vit_small"] = "timm:vit_small_patch16_224"  # which is DINO's
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def load_pretrained(
     head = name_head(layout.head, feature_dim) or "unknown"
     dim = None if head in ("none", "unknown") else output_dim(layout.head)
     loaded, left_out = len(layout.backbone), dict(layout.left_out)
+    left_out |= {f"the tensors of {name!r}": list(v) for name, v in contents.entries.items() if is_weights(v)}
     if with_head:
         if dim is None:
             held = f"a head that is none of those known ({_few(list(layout.head))})" if layout.head else "no head"
@@ -115,10 +117,11 @@ def _choose(contents: Contents, layout: Layout, arch: str | None, stem: str | No
     config = contents.entries.get("config")
     own = config if isinstance(config, dict) else contents.entries
     said_arch, said_stem = own.get("arch"), own.get("stem")
+    said_stem = said_stem if isinstance(said_stem, str) else "imagenet"
     if arch is not None:
-        return arch, stem or (said_stem if isinstance(said_stem, str) else "imagenet")
+        return arch, stem or said_stem
     if said_arch in list_architectures():
-        for choice in dict.fromkeys([stem or said_stem or "imagenet", stem or "imagenet"]):
+        for choice in dict.fromkeys([stem or said_stem, stem or "imagenet"]):
             if fits(layout, said_arch, choice):
                 return said_arch, choice
     found = [pair for pair in fitting_architectures(layout) if stem in (None, pair[1])]

@@ -17,10 +17,14 @@ from fastssl.checkpoint import CheckpointError
 
 # Where projects put the weights in a checkpoint, in the order they are looked for.
 _WEIGHTS = ("state_dict", "model", "model_state_dict", "net")
+_NETWORKS = ("student", "teacher")  # or one dict for each of the two, as DINO
 # How torch names, in what it raises, the code it met: a class, a function, a blocked module's, a whole program.
 _CODE = re.compile(
     r"GLOBAL (\S+) was not an allowed global|Unsupported class (\S+)|unsupported GLOBAL (\S+)|(TorchScript)"
+    r"|(the legacy \.tar format)"
 )
+# Weights of other types are quantised: without their scales they mean nothing.
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Contents(NamedTuple):
@@ -40,11 +44,12 @@ def read_weights(path: str | Path) -> Contents:
     if not path.is_file():
         is_folder = f"{path} is a folder: name a checkpoint in it, such as RUN/checkpoints/step_000001000.pt"
         raise CheckpointError(is_folder if path.is_dir() else f"there is no checkpoint {path}")
-    loaded, entries = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
+    loaded, entries = _read_safetensors(path) if _is_safetensors(path) else (_read_torch(path), {})
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not weights by name: save model.state_dict()")
-    if not _is_weights(loaded):
-        name = next((n for n in _WEIGHTS if _is_weights(loaded.get(n))), None)
+    if not is_weights(loaded):
+        loaded = _join_networks(loaded)
+        name = next((n for n in _WEIGHTS if is_weights(loaded.get(n))), None)
         if name is None:
             held = ", ".join(map(str, list(loaded)[:8])) or "nothing"
             raise CheckpointError(f"{path} holds no weights under {', '.join(_WEIGHTS)}; it holds {held}")
@@ -53,18 +58,40 @@ def read_weights(path: str | Path) -> Contents:
     odd = next((k for k, v in loaded.items() if v.layout != torch.strided or v.is_meta), None)
     if odd is not None:
         raise CheckpointError(f"{path}: {odd} is sparse or has no values: save plain tensors, .to_dense()")
+    odd = next((k for k, v in loaded.items() if v.dtype not in _FLOATS and _must_be_float(k, v)), None)
+    if odd is not None:
+        raise CheckpointError(f"{path}: {odd} holds {loaded[odd].dtype}, no weights as they are: save them as float32")
     broken = next((k for k, v in loaded.items() if v.is_floating_point() and not v.isfinite().all()), None)
     if broken is not None:
         raise CheckpointError(f"{path}: {broken} holds values that are not finite: take an earlier checkpoint")
     return Contents(path, dict(loaded), entries)
 
 
-def _is_weights(value: object) -> bool:
+def _must_be_float(name: str, tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex() or name.endswith((".weight", ".bias"))
+
+
+def is_weights(value: object) -> bool:
     return (
         isinstance(value, dict)
         and bool(value)
         and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
     )
+
+
+def _join_networks(loaded: dict) -> dict:
+    """DINO's checkpoint with both networks in one state dict, as others save them."""
+    networks = {name: loaded[name] for name in _NETWORKS if is_weights(loaded.get(name))}
+    if not networks:
+        return loaded
+    others = {k: v for k, v in loaded.items() if k not in networks}
+    return {"state_dict": {f"{n}.{k}": v for n, tensors in networks.items() for k, v in tensors.items()}, **others}
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its first bytes, a length and JSON: a downloaded file may have any name."""
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{" or path.suffix == ".safetensors"
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:

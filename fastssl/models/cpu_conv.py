@@ -80,6 +80,8 @@ class _PatchProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        if torch.is_grad_enabled():  # create_graph=True: what is saved has no graph, so terms would silently be missing
+            raise RuntimeError("these convolutions cannot be differentiated twice: call use_plain_convolutions(model)")
         patches, matrix = ctx.saved_tensors
         grad, grad_images, grad_weight = grad.permute(0, 2, 3, 1).flatten(0, 2), None, None
         if ctx.needs_input_grad[0]:

@@ -47,7 +47,7 @@ def _build_timm(name: str, **options: object) -> nn.Module:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
         raise ValueError(f"timm has no model {name!r}" + (f": did you mean timm:{near[0]}?" if near else ""))
-    return timm.create_model(name, pretrained=False, **options)
+    return timm.create_model(name, pretrained=False, num_classes=1000, **options)  # by default some have no classifier
 
 
 def _torchvision(name: str) -> Architecture:
@@ -67,6 +67,9 @@ _SMALL_MODELS = {
 }
 _TIMM = {
     "deit_tiny": partial(_build_timm, "deit_tiny_patch16_224", dynamic_img_size=True),  # any multiple of 16 pixels
+    "vit_base": partial(_build_timm, "vit_base_patch16_224", dynamic_img_size=True),
+    # MoCo v3's own (arXiv 2104.02057): 12 heads, where timm's and DINO's have 6
+    "mocov3_vit_small": partial(_build_timm, "vit_small_patch16_224", num_heads=12, dynamic_img_size=True),
     **{f"tf_efficientnet_{size}": partial(_build_timm, f"tf_efficientnet_{size}") for size in SIZES},
 }
 _ARCHITECTURES: dict[str, Architecture] = {

@@ -1,0 +1,61 @@
+"""Checkpoints whose files are odd: names, types of numbers, what lies beside the weights."""
+
+import tarfile
+
+import pytest
+import safetensors.torch
+import torch
+from old_checkpoints import make_moco, make_network
+
+from fastssl.checkpoint import CheckpointError
+from fastssl.export import export
+from fastssl.foreign import load_pretrained
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return {k: v.contiguous() for k, v in make_network("resnet18")[0].items()}
+
+
+def test_a_safetensors_file_by_any_name(tmp_path, tensors):
+    """As a URL may have named it."""
+    safetensors.torch.save_file(tensors, tmp_path / "download")
+    backbone, _ = load_pretrained(tmp_path / "download")
+    assert torch.equal(backbone.conv1.weight, tensors["conv1.weight"])
+    torch.save(tensors, tmp_path / "weights.safetensors")
+    with pytest.raises(CheckpointError, match="is damaged or no safetensors file"):
+        load_pretrained(tmp_path / "weights.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_quantised_weights_are_not_taken_for_weights(tmp_path, tensors, dtype):
+    torch.save({k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=rf"conv1\.weight holds {dtype}, no weights as they are"):
+        load_pretrained(tmp_path / "x.pth")
+
+
+def test_weights_beside_the_weights_are_accounted_for(tmp_path, tensors):
+    torch.save({"arch": "resnet18", "stem": ["odd"], "model": tensors, "model_ema": tensors}, tmp_path / "x.pth")
+    report = load_pretrained(tmp_path / "x.pth")[1]
+    assert report.left_out == {"the tensors of 'model_ema'": list(tensors)}
+    assert "left out the tensors of 'model_ema' (conv1.weight, " in str(report)
+
+
+def test_files_of_torch_0_1_are_refused_without_advice_to_trust_them(tmp_path, tensors):
+    torch.save(tensors, tmp_path / "storages")
+    with tarfile.open(tmp_path / "old.pth", "w") as archive:
+        archive.add(tmp_path / "storages", "storages")
+    with pytest.raises(CheckpointError, match=r"holds the legacy \.tar format, .*: refused") as refusal:
+        load_pretrained(tmp_path / "old.pth")
+    assert "weights_only" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("lost", ["module.queue_ptr", "module.encoder_k."])
+def test_what_mocos_layout_cannot_be_whole_without_leaves_the_query_encoder(tmp_path, lost):
+    saved, tensors, _ = make_moco("resnet18")
+    saved["state_dict"] = {k: v for k, v in saved["state_dict"].items() if not k.startswith(lost)}
+    torch.save(saved, tmp_path / "in.pth.tar")
+    export(str(tmp_path / "in.pth.tar"), str(tmp_path / "out.pth.tar"), "moco")
+    state = torch.load(tmp_path / "out.pth.tar", weights_only=True)["state_dict"]
+    assert all(name.startswith("module.encoder_q.") for name in state)
+    assert torch.equal(state["module.encoder_q.conv1.weight"], tensors["conv1.weight"])

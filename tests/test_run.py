@@ -1,0 +1,24 @@
+"""The record of a run: what counts as training time."""
+
+import time
+
+import torch
+
+from fastssl import run as run_module
+from fastssl.augment.policy import make_policy
+from fastssl.config import Config, replace
+from fastssl.distributed import Ranks
+from fastssl.loaders.make import make_loader
+from fastssl.plan import make_plan
+from fastssl.run import Run
+
+
+def test_the_picture_of_views_is_drawn_off_the_clock(tmp_path, monkeypatch):
+    config = replace(Config(), image_size=32)
+    record = Run(tmp_path, config, make_plan(config, 3), 0, Ranks(0, 1, 1, torch.device("cpu")))
+    monkeypatch.setattr(run_module, "save_preview", lambda *_: time.sleep(0.5))
+    loader = make_loader("synthetic", "", batch_size=2, seed=0, device="cpu", synthetic_images=8, synthetic_size=40)
+    before = record.clock.seconds()
+    record.preview(loader, make_policy("v2"))
+    assert record.clock.seconds() - before < 0.4
+    record.close()
