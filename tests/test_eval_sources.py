@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from betons import NO_TURBOJPEG
+from betons import NO_TURBOJPEG, stored_jpeg
+from betons import write_beton as write_small_beton
+from photos import render_photo
 
 from fastssl.command import run_command
 from fastssl.data_prep.prepare import Store
@@ -13,7 +15,7 @@ from fastssl.data_prep.write_shards import write_shards
 from fastssl.distributed import Ranks
 from fastssl.eval import all as everything
 from fastssl.eval import knn, linear, transfer
-from fastssl.eval.images import open_splits
+from fastssl.eval.images import open_images, open_splits
 from fastssl.eval.options import finish_options
 from fastssl.eval.session import Session
 from fastssl.eval.transfer_data import open_transfer_data
@@ -117,3 +119,11 @@ def test_bad_input_is_one_sentence(sources, capsys):
     (sources["shards"] / "other").rename(sources["shards"] / "train")
     with pytest.raises(ValueError, match="has a class 'class2' that is not among the 3 of the other split"):
         open_splits(options_of(knn.make_knn_parser(), sources["shards"]), ALONE)
+
+
+@NEEDS_TURBOJPEG
+def test_an_image_without_a_class_is_told_before_any_is_read(tmp_path):
+    images = [stored_jpeg(render_photo(40, 50, seed), label) for seed, label in enumerate((0, 1, -1, 1))]
+    write_small_beton(tmp_path / "train.beton", images)
+    with pytest.raises(ValueError, match="has 1 images without a class: an evaluation needs one of each"):
+        open_images(tmp_path / "train.beton", options_of(knn.make_knn_parser(), tmp_path), ALONE)

@@ -26,6 +26,7 @@ class Images(Protocol):
 
     num_images: int
     class_names: list[str]
+    label: np.ndarray  # (num_images,) int64, -1 for none
     bad_images: list[str]  # "path: reason" of the unreadable images met so far
 
     def read(self, shares: Iterator[Tensor], *, replace_bad: bool = False) -> Iterator[ImageBatch]: ...
@@ -39,7 +40,7 @@ class ArrayImages:
     bad_images: tuple[str, ...] = ()
 
     def __init__(self, pixels: np.ndarray, labels: Sequence[int], class_names: Sequence[str], device: torch.device):
-        self.pixels, self.labels = pixels, np.asarray(labels, dtype=np.int64)
+        self.pixels, self.label = pixels, np.asarray(labels, dtype=np.int64)
         self.num_images, self.class_names = len(pixels), list(class_names)
         self._prefetcher = Prefetcher(device)
 
@@ -50,7 +51,7 @@ class ArrayImages:
             for share in shares:
                 if len(share):
                     rows = share.numpy()
-                    yield pack_images(list(self.pixels[rows]), rows, self.labels[rows])
+                    yield pack_images(list(self.pixels[rows]), rows, self.label[rows])
 
         return self._prefetcher.iterate(pack())
 
@@ -62,7 +63,7 @@ class ArrayImages:
 def open_images(
     path: str | os.PathLike, options: argparse.Namespace, ranks: Ranks, class_names: Sequence[str] | None = None
 ) -> Images:
-    """The images of a folder, a .beton file or a folder of tar shards. Raises ValueError when they have no classes."""
+    """The images of a folder, a .beton file or a folder of tar shards. Raises ValueError when any has no class."""
     if choose_loader("auto", path)[0] == "dali":  # shards, which DALI decodes otherwise on a GPU
         images = ShardImages(path, ranks.device, options.workers, class_names)
     else:
@@ -72,6 +73,8 @@ def open_images(
     if not images.class_names:
         what = "class folders" if os.path.isdir(path) else "labels"
         raise ValueError(f"{os.fspath(path)} has no {what}: an evaluation needs <class>/ folders of images")
+    if without := int((images.label < 0).sum()):
+        raise ValueError(f"{os.fspath(path)} has {without:,} images without a class: an evaluation needs one of each")
     return images
 
 

@@ -32,7 +32,7 @@ class ShardImages:
         class_names: Sequence[str] | None = None,
     ) -> None:
         encoded = open_encoded(data, class_names)
-        self.class_names, self._label, self.num_images = encoded.class_names, encoded.label, len(encoded.label)
+        self.class_names, self.label, self.num_images = encoded.class_names, encoded.label, len(encoded.label)
         self.workers = workers or default_workers()
         self._images = BadImages("skip", self.num_images, lambda i: decode_image(encoded.read(i), encoded.name(i)))
         self._prefetcher = Prefetcher(device)
@@ -57,6 +57,6 @@ class ShardImages:
         with ThreadPoolExecutor(self.workers, thread_name_prefix="fastssl-decode") as pool:
             for share in shares:
                 loaded = zip(share.tolist(), pool.map(load, share.tolist()))
-                found = [(pixels, i, int(self._label[used])) for i, (pixels, used) in loaded if pixels is not None]
+                found = [(pixels, i, int(self.label[used])) for i, (pixels, used) in loaded if pixels is not None]
                 if found:
                     yield pack_images(*zip(*found))

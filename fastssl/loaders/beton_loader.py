@@ -66,7 +66,7 @@ class BetonLoader:
         cache: str = "page",
     ) -> None:
         self.beton = open_beton(data, class_names)
-        self.num_images, self.class_names = len(self.beton), self.beton.class_names
+        self.num_images, self.class_names, self.label = len(self.beton), self.beton.class_names, self.beton.label
         self.batches_per_epoch = count_batches(self.num_images, batch_size, world_size)
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.order, self.workers = order, workers or default_workers()
