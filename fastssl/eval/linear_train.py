@@ -59,7 +59,8 @@ def train_classifier(
         raise ValueError(f"{o.resume} has all its {first} epochs: give more --epochs, or -e to validate it")
     if session.ranks.rank == 0:
         check_writable(folder / "model_best.pth.tar", "--output")
-    result = {"epochs_trained": first, "best_acc1": best, "acc1_by_epoch": []}
+    # of the best epoch before --resume a checkpoint, whose keys are the reference's, holds acc1 alone
+    result = {"epochs_trained": first, "best_acc1": best, "best_acc5": None, "best_epoch": None, "acc1_by_epoch": []}
     for epoch in range(first, o.epochs):
         rate = learning_rate(
             epoch, base_lr=o.lr, epochs=o.epochs, steps_per_epoch=1, schedule="step", milestones=o.schedule,
