@@ -135,7 +135,7 @@ def test_without_dali_the_mend_is_named(tmp_path, monkeypatch):
     data = samples.make_good("dali", tmp_path, 12)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(ValueError, match=r"cannot import nvidia\.dali .*install nvidia-dali-cuda120 .*--loader folder"):
-        open_loader("dali", data)
+        make_loader("dali", data, batch_size=6, seed=0, device="cpu")
 
 
 def test_memory_is_used_again_only_when_nobody_looks(tmp_path):
