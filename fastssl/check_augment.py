@@ -12,13 +12,13 @@ from contextlib import closing
 
 import numpy as np
 
+from fastssl.arguments import ListParser
 from fastssl.augment.parity import Row, chain_rows, operation_rows
 from fastssl.augment.policy import POLICIES, make_policy
 from fastssl.augment.rates import anchor_check, count_checks
 from fastssl.batch import ImageBatch, pack_images
 from fastssl.command import FAILED
 from fastssl.demo_images import CLASSES, draw_picture
-from fastssl.list_flags import ListParser
 from fastssl.loaders.folder_loader import FolderLoader
 
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from fastssl.arguments import ListParser
 from fastssl.conformance import faults, images, samples
 from fastssl.conformance.case import Case
-from fastssl.list_flags import ListParser
 from fastssl.loaders.make import LOADERS
 
 BY_RANKS = {

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import tyro
 
+from fastssl.arguments import data_first
 from fastssl.config import Config
-from fastssl.list_flags import data_first
 from fastssl.recipe import load_recipe, to_yaml
 
 # What a reference flag without a twin of its own means here. Flags that only differ in name are aliases in config.py.

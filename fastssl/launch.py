@@ -11,7 +11,7 @@ from urllib.parse import urlparse
 
 import torch
 
-from fastssl.list_flags import ListParser
+from fastssl.arguments import ListParser
 
 
 def split_launch_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fastssl.arguments import ListParser, positive
 from fastssl.augment.choose import choose_augment_kernel
 from fastssl.augment.params import sample_both
 from fastssl.augment.policy import POLICIES, Policy, make_policy
@@ -37,9 +38,7 @@ from fastssl.bench.pil_processes import in_processes
 from fastssl.bench.timing import Function, time_calls
 from fastssl.data_prep.images import decode_image, find_images
 from fastssl.environment import environment
-from fastssl.eval.options import positive
 from fastssl.host_memory import keep_freed_memory
-from fastssl.list_flags import ListParser
 from fastssl.loaders.synthetic_loader import SyntheticLoader
 
 KORNIA, DALI = "kornia, compiled", "DALI"

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from fastssl.arguments import positive
 from fastssl.bench.timing import time_in_turn
 from fastssl.data_prep.images import find_images
 from fastssl.data_prep.prepare import Store, encode_jpeg, shrink
@@ -19,7 +20,6 @@ from fastssl.data_prep.sources import Selection
 from fastssl.data_prep.work_pool import Work, make_pool, usable_cores
 from fastssl.data_prep.write_beton import write_beton
 from fastssl.environment import environment
-from fastssl.eval.options import positive
 
 
 def convert_bare(paths: list[str]) -> int:

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fastssl.arguments import positive
 from fastssl.bench.knn_peer import knn_the_reference_way, nearest_by_cdist
 from fastssl.bench.timing import Function, Timing, in_turn, summarise, time_calls
 from fastssl.distributed import Ranks
 from fastssl.environment import environment
 from fastssl.eval.linear_cached import Setting, Sweep, fit_linear
 from fastssl.eval.memory import Memory
-from fastssl.eval.options import positive
 from fastssl.eval.search import knn_over_ranks
 from fastssl.eval.vote import odd_ks
 

@@ -10,14 +10,13 @@ import json
 from importlib import metadata
 from pathlib import Path
 
+from fastssl.arguments import ListParser, positive
 from fastssl.bench.loader_peers import CONTESTANTS, DECODES, RAW, Options
 from fastssl.bench.loader_process import LoaderProcess, Round
 from fastssl.bench.photos import train_folder
 from fastssl.bench.timing import in_turn, summarise
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.environment import environment
-from fastssl.eval.options import positive
-from fastssl.list_flags import ListParser
 
 PACKAGES = ("torch", "torchvision", "pillow", "llvmlite", "ffcv", "numba", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 

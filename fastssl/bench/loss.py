@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl.arguments import positive
 from fastssl.bench.timing import Function, peak_extra_bytes, time_in_turn
 from fastssl.environment import environment
-from fastssl.eval.options import positive
 from fastssl.kernels.reference import align_reference, contrast_reference, uniform_reference
 from fastssl.losses import LossConfig, choose_kernel, moco_loss
 

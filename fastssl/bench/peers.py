@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from fastssl import distributed
+from fastssl.arguments import ListParser, positive
 from fastssl.bench.classical import classical_loop
 from fastssl.bench.loops import Loop, our_loop, time_loops, trainee_of
 from fastssl.bench.peer_loops import dali_loop, ffcv_loop
@@ -21,8 +22,6 @@ from fastssl.bench.photos import SOURCE, open_data
 from fastssl.bench.step import add_step_flags, as_line, make_config, print_line, save
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.distributed import Ranks
-from fastssl.eval.options import positive
-from fastssl.list_flags import ListParser
 
 CLASSICAL = "classical"
 OURS = ("resident", "beton", "dali", "folder")

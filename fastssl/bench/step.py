@@ -16,6 +16,7 @@ from statistics import median
 import torch
 
 from fastssl import distributed
+from fastssl.arguments import positive
 from fastssl.bench.loops import Loop, host_alone, our_loop, time_loops, trainee_of
 from fastssl.bench.results import loop_rows, show_row
 from fastssl.bench.step_floor import step_floor
@@ -26,7 +27,6 @@ from fastssl.build import Trainee
 from fastssl.compile_encoders import HOW_NAMES
 from fastssl.config import Config, flat, replace
 from fastssl.environment import environment
-from fastssl.eval.options import positive
 from fastssl.models.cpu_conv import use_plain_convolutions
 
 ARCHS = ("resnet18", "mobilenetv3_small", "mobilenetv3_large", "efficientnet_b0", "deit_tiny", "resnet50")

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from fastssl import distributed
+from fastssl.arguments import positive
 from fastssl.bench.classical import classical_loop
 from fastssl.bench.loops import loader_alone, our_loops, time_loops, trainee_of
 from fastssl.bench.photos import SOURCE, open_data
@@ -21,7 +22,6 @@ from fastssl.bench.timing import while_time_lasts
 from fastssl.build import open_loader
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.distributed import Ranks
-from fastssl.eval.options import positive
 
 
 def main(argv: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from contextlib import closing
 
 from torch import Tensor
 
+from fastssl.arguments import numbers, positive, positive_float
 from fastssl.command import run_command
 from fastssl.eval import instdisc, knn, stats, tsne
 from fastssl.eval.all_figure import draw_page
@@ -20,7 +21,7 @@ from fastssl.eval.images import open_splits
 from fastssl.eval.linear import LINE
 from fastssl.eval.linear_sweep import CACHED, run_sweep
 from fastssl.eval.memory import Rows
-from fastssl.eval.options import finish_options, launch, make_parser, numbers, positive, positive_float
+from fastssl.eval.options import finish_options, launch, make_parser
 from fastssl.eval.search import knn_over_ranks
 from fastssl.eval.session import Session, check_writable, run_session
 from fastssl.eval.tsne_figures import save_figure

@@ -10,11 +10,12 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
+from fastssl.arguments import positive
 from fastssl.command import run_command
 from fastssl.eval.features import collect_features, eval_view
 from fastssl.eval.images import open_splits
 from fastssl.eval.nearest import TORCH
-from fastssl.eval.options import finish_options, launch, make_parser, positive
+from fastssl.eval.options import finish_options, launch, make_parser
 from fastssl.eval.search import TEMPERATURE, Answers, knn_over_ranks
 from fastssl.eval.session import Session, run_session
 from fastssl.eval.vote import REP_SPACES, odd_ks, to_rep_space

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Sequence
 
 import torch
 
+from fastssl.arguments import ListParser, numbers, positive, positive_float, rate
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.launch import launch_if_asked
-from fastssl.list_flags import ListParser
 
 
 def make_parser(command: str, description: str, *, batch_size: int, data: str) -> argparse.ArgumentParser:
@@ -115,32 +114,3 @@ def count_processes(gpus: int, device: str) -> int:
             raise ValueError(f"-g {gpus} asks for {gpus} GPUs, this machine shows {have}")
         return gpus
     return min(gpus, usable_cores())
-
-
-def positive(text: str) -> int:
-    """An int of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
-def positive_float(text: str) -> float:
-    """A float above 0, not infinite."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
-    return value
-
-
-def rate(text: str) -> float:
-    """A float of at least 0, not infinite."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
-    return value
-
-
-def numbers(text: str) -> list[float]:
-    """Comma-separated rates."""
-    return [rate(part) for part in text.split(",")]

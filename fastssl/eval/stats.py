@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastssl.arguments import positive
 from fastssl.command import run_command
 from fastssl.distributed import Ranks, gather_objects
 from fastssl.eval.compute import full_float32
-from fastssl.eval.options import finish_options, launch, make_parser, positive
+from fastssl.eval.options import finish_options, launch, make_parser
 from fastssl.eval.session import Session, run_session
 from fastssl.eval.view_set import check_per_class, collect_views, first_rows, open_view_set
 from fastssl.loaders.order import epoch_order

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from sklearn.manifold import TSNE
 
+from fastssl.arguments import positive, positive_float
 from fastssl.command import run_command
-from fastssl.eval.options import finish_options, launch, make_parser, positive, positive_float
+from fastssl.eval.options import finish_options, launch, make_parser
 from fastssl.eval.session import Session, check_writable, run_session
 from fastssl.eval.tsne_figures import draw_class, draw_space, save_figure
 from fastssl.eval.view_set import collect_views, first_rows, open_view_set

@@ -2,10 +2,10 @@
 
 import pytest
 
+from fastssl.arguments import ListParser
 from fastssl.eval.linear import make_linear_parser
 from fastssl.flags import parse
 from fastssl.launch import split_launch_flags
-from fastssl.list_flags import ListParser
 
 
 @pytest.mark.parametrize(

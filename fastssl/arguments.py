@@ -1,11 +1,13 @@
-"""A flag that takes a list ends where its list ends: `--milestones 120 160 DATA` is `DATA --milestones 120 160`.
+"""What argparse lacks: lists that end where their items end, and numbers within bounds.
 
-argparse and tyro give such a flag every word up to the next flag, the data set's place too.
+argparse and tyro give a flag that takes a list every word up to the next flag, the data set's place too. Here
+`--milestones 120 160 DATA` is `DATA --milestones 120 160`.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 Fits = Callable[[str], bool]  # whether a word can be an item
@@ -56,3 +58,32 @@ def item_test(action: argparse.Action) -> Fits:
         return action.choices is None or item in action.choices
 
     return fits
+
+
+def positive(text: str) -> int:
+    """An int of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """A float above 0, not infinite."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    return value
+
+
+def rate(text: str) -> float:
+    """A float of at least 0, not infinite."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
+    return value
+
+
+def numbers(text: str) -> list[float]:
+    """Comma-separated rates."""
+    return [rate(part) for part in text.split(",")]
