@@ -18,6 +18,7 @@ from fastssl.eval import __main__ as evaluations
 from fastssl.eval import all as all_evaluations
 from fastssl.eval import instdisc, stats, tsne
 from fastssl.eval.instdisc import chunk_accuracy, count_above, count_above_over_ranks
+from fastssl.eval.session import finite_or_null
 from fastssl.eval.stats import alignment, class_alignment, subset_uniformity, uniformity
 from fastssl.loaders.order import epoch_order
 
@@ -184,6 +185,7 @@ def test_a_number_that_does_not_exist_is_null_in_json(run, view_set, tmp_path):
     refuse = pytest.fail  # NaN, which Python reads and others do not
     result = json.loads((tmp_path / "one.json").read_text(), parse_constant=refuse)
     assert result["D cls-align"] is None and result["D-SD align"] > 0 and result["samples"] == 3
+    assert finite_or_null({"a": [1.5, -np.inf, (np.nan, 2)], "b": "inf"}) == {"a": [1.5, None, [None, 2]], "b": "inf"}
 
 
 def test_tsne_files(run, view_set, tmp_path):

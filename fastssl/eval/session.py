@@ -85,7 +85,7 @@ class Session:
             return
         record = {
             "evaluation": command,
-            **without_nan(result),
+            **result,
             "checkpoint": self.report,
             "options": {k: v for k, v in vars(o).items() if k != "json"},
             "peak_memory_gb": [round(peak, 3) for peak in peaks],
@@ -93,7 +93,7 @@ class Session:
         }
         partial = Path(f"{o.json}.partial")
         partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        partial.write_text(json.dumps(finite_or_null(record), indent=1, allow_nan=False) + "\n")
         partial.replace(o.json)
 
 
@@ -116,13 +116,13 @@ def check_size(backbone: nn.Module, arch: str, size: int) -> None:
         raise ValueError(f"{arch} cannot take images of {size} pixels, choose another --image-size: {reason}")
 
 
-def without_nan(value: object) -> object:
-    """The same with null for NaN, which JSON lacks: a number that does not exist, as alignment in classes of one."""
+def finite_or_null(value: object) -> object:
+    """The same with null for NaN and infinity, which JSON lacks: numbers that do not exist, or a loss that diverged."""
     if isinstance(value, dict):
-        return {k: without_nan(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [without_nan(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return {k: finite_or_null(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_null(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_writable(path: str | Path, flag: str) -> None:
