@@ -77,7 +77,7 @@ def open_policy(config: Config) -> Policy:
 
 
 def check_parts(config: Config) -> None:
-    """Sends a batch through an encoder, both without memory, before images are read.
+    """Sends a batch through an encoder before images are read, both without memory where torch can do so.
 
     Raises ValueError for a policy, architecture, head or stem that does not exist, and for sizes with which no step can
     be made: batch norm of one value a channel, images too small or not divided by a ViT's patches.

@@ -23,17 +23,17 @@ def largest_difference(source: str, out: str, to: str, name: str, arch: str, ste
     Raises ValueError when the file does not load, or differs by more than TOLERANCE.
     """
     module = load_pretrained(source, arch, key=key, with_head=head, stem=stem)[0]
-    side = str(image_side(module, stem))
+    side = image_side(module, stem)
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "features.pt"
-        words = [out, to, name, stem, str(int(head)), side, str(result)]
+        words = [out, to, name, stem, str(int(head)), str(side), str(result)]
         command = [sys.executable, "-m", "fastssl.verify_export", *words]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ValueError(f"{out} does not load as {to} {name}: {last[:300]}")
         found = torch.load(result, weights_only=True)
-    expected = compute(module, int(side))
+    expected = compute(module, side)
     difference = float((found - expected).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:
         raise ValueError(f"{out} loads but its features differ by {difference:.1e} of their size: do not use it")
