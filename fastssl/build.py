@@ -28,7 +28,7 @@ from fastssl.models.cpu_conv import use_cpu_convolutions
 from fastssl.models.encoders import make_encoder
 from fastssl.models.tryout import build_without_memory, why_refused
 from fastssl.optim import make_optimizer, supports_scaler_without_sync
-from fastssl.plan import DTYPES, Plan, choose_precision, explain_precision, rank_batch_size
+from fastssl.plan import DTYPES, Plan, choose_precision, encoder_batch_size, explain_precision, rank_batch_size
 
 
 def open_loader(config: Config, ranks: Ranks) -> Loader:
@@ -84,7 +84,7 @@ def check_parts(config: Config) -> None:
     """
     open_policy(config)
     m, size, world_size = config.model, config.augment.image_size, read_ranks()[1]
-    whole = rank_batch_size(config, Ranks(0, world_size, 1, torch.device("meta"))) // config.optim.accumulate
+    whole = encoder_batch_size(config, Ranks(0, world_size, 1, torch.device("meta")))
     images = whole * world_size if m.sync_bn else whole // m.bn_splits  # that are normalised together
     build = partial(make_encoder, m.arch, head=m.head, dim=m.dim, stem=m.stem)
     if not why_refused(build_without_memory(build).to("meta"), images, size, "meta"):
@@ -176,6 +176,7 @@ def describe(config: Config, plan: Plan, loader: Loader, trainee: Trainee, ranks
     t = config.train
     encoder = trainee.moco.encoder_q
     millions = sum(p.numel() for p in encoder.parameters()) / 1e6
+    both = " (each view the query once)" if config.moco.symmetric else ""
     temperature = config.loss.temperature if config.loss.contrast_weight else None
     queue = trainee.moco.queue
     kernel, why = choose_kernel(ranks.device, queue.dtype, config.model.dim, t.loss_kernel, temperature)
@@ -186,7 +187,7 @@ def describe(config: Config, plan: Plan, loader: Loader, trainee: Trainee, ranks
     return [
         *[f"every step waits for the device: fp16 with {config.optim.optimizer} (bf16 or fp32 does not)"] * slow,
         f"{loader.num_images} images{classes}, loader {loader.name} ({loader.reason})",
-        f"{config.model.arch}, {config.model.head} head, {millions:.1f} M weights, {t.batch_size} images a step, "
+        f"{config.model.arch}, {config.model.head} head, {millions:.1f} M weights, {t.batch_size} images a step{both}, "
         f"{plan.steps_per_epoch} steps an epoch, {plan.stop} in all",
         f"{ranks.world_size} x {ranks.device.type}, {precision} ({why_precision}), "
         f"{LAYOUT_NAMES[trainee.moco.memory_format]} ({trainee.why_layout}), "

@@ -16,7 +16,7 @@ from fastssl.config import Config
 from fastssl.distributed import Ranks, broadcast_object, gather_objects
 from fastssl.encoder_timing import images_to_time, make_eager_iteration, make_iteration, time_in_turn
 from fastssl.moco import MoCo
-from fastssl.plan import rank_batch_size
+from fastssl.plan import encoder_batch_size
 
 MODES = {"on": "default", "graphs": "reduce-overhead"}  # as torch.compile calls them
 HOW_NAMES = {"off": "not compiled", "on": "compiled", "graphs": "compiled, as CUDA graphs"}
@@ -87,7 +87,7 @@ def set_compiled(moco: MoCo, how: str) -> None:
 
 def time_eager(config: Config, moco: MoCo, ranks: Ranks) -> tuple[float, float]:
     """(seconds the host takes to launch an eager iteration, seconds it takes with all of a rank's images)."""
-    batch, most = rank_batch_size(config, ranks), images_to_time(config, ranks)
+    batch, most = encoder_batch_size(config, ranks), images_to_time(config, ranks)
     few = min(FEW, most)
     sizes, encoder = {few, most}, moco.encoder_q
     seconds = time_in_turn({n: make_eager_iteration(config, encoder, n, moco.memory_format) for n in sizes})
@@ -119,7 +119,7 @@ def time_graphs(config: Config, moco: MoCo, ranks: Ranks) -> float:
     from torch._dynamo.utils import counters  # seconds to import, and only here
 
     device, skipped = ranks.device, counters["inductor"]["cudagraph_skips"]
-    images = rank_batch_size(config, ranks)
+    images = encoder_batch_size(config, ranks)
     iteration = make_iteration(config, moco.encoder_q, moco.encoder_k, images, moco.memory_format)
 
     def step() -> None:

@@ -109,6 +109,8 @@ class MoCoConfig:
     """Momentum of the key encoder's moving average."""
     ema_schedule: Literal["constant", "cosine"] = "constant"
     """cosine: the momentum rises to 1 over the run."""
+    symmetric: bool = False
+    """Each view is once the query and once the key, and the loss is the mean of both: a step costs twice as much."""
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,11 @@ def unshuffle_keys(k: Tensor, permutation: Tensor, ranks: Ranks) -> Tensor:
     return gather_rows(k, ranks)[to_device(torch.argsort(permutation), k.device)]
 
 
+def in_rank_order(keys: list[Tensor], world_size: int) -> Tensor:
+    """Keys of each micro-batch, (W * B, D) in rank order, as those of one batch: rank by rank, then part by part."""
+    return torch.stack(keys).unflatten(1, (world_size, -1)).transpose(0, 1).flatten(0, 2)
+
+
 def to_device(index: Tensor, device: torch.device) -> Tensor:
     """A small host tensor on the device, without waiting for it."""
     return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index

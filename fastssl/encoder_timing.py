@@ -14,7 +14,7 @@ from torch import nn
 from fastssl.config import Config
 from fastssl.distributed import Ranks
 from fastssl.models.batchnorm import split_batchnorm
-from fastssl.plan import DTYPES, choose_precision, rank_batch_size
+from fastssl.plan import DTYPES, choose_precision, encoder_batch_size
 
 ROUNDS = 3
 # Pixels of a measurement: on a CPU a whole batch can take minutes, on a GPU, not compiled, more memory than a step.
@@ -24,9 +24,9 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def images_to_time(config: Config, ranks: Ranks) -> int:
-    """Images of a rank's micro-batch, or as many of them as a measurement takes."""
-    whole = rank_batch_size(config, ranks) // config.optim.accumulate
-    return min(whole, max(4, MOST_PIXELS[ranks.device.type] // config.augment.image_size**2))
+    """Images of a forward pass, or as many of them as a measurement takes."""
+    most = max(4, MOST_PIXELS[ranks.device.type] // config.augment.image_size**2)
+    return min(encoder_batch_size(config, ranks), most)
 
 
 def make_iteration(

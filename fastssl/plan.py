@@ -67,9 +67,22 @@ def rank_batch_size(config: Config, ranks: Ranks) -> int:
             f"--batch-size {config.train.batch_size} must be a multiple of {parts} "
             f"({ranks.world_size} processes x --accumulate {config.optim.accumulate})"
         )
-    if size % config.model.bn_splits:
-        raise ValueError(f"the batch of one device, {size}, must be a multiple of --bn-splits {config.model.bn_splits}")
+    views = size * directions(config)
+    if views % config.model.bn_splits:
+        raise ValueError(
+            f"the batch of one device, {views}, must be a multiple of --bn-splits {config.model.bn_splits}"
+        )
     return size * config.optim.accumulate
+
+
+def directions(config: Config) -> int:
+    """How often a pair of views enters the loss: the first as the query, and with --symmetric the second as well."""
+    return 2 if config.moco.symmetric else 1
+
+
+def encoder_batch_size(config: Config, ranks: Ranks) -> int:
+    """Views in one forward pass of an encoder on one rank. Raises ValueError as `rank_batch_size`."""
+    return rank_batch_size(config, ranks) // config.optim.accumulate * directions(config)
 
 
 def choose_precision(precision: str, device: torch.device) -> str:

@@ -32,7 +32,7 @@ from fastssl.launch import launch_if_asked
 from fastssl.loaders.make import Loader
 from fastssl.losses import MoCoLoss, check_loss_inputs, moco_loss
 from fastssl.optim import set_lr
-from fastssl.plan import DTYPES, Plan, choose_precision, make_plan
+from fastssl.plan import DTYPES, Plan, choose_precision, directions, make_plan
 from fastssl.random_key import STREAM_SHUFFLE, STREAM_STEP, derive_seed, permutation
 from fastssl.resume import start_or_resume, state_of
 from fastssl.run import Run, choose_folder
@@ -59,12 +59,13 @@ def make_train_step(
     moco, encoder_q, optimizer, scaler = trainee[:4]
     seed, accumulate = config.train.seed, config.optim.accumulate
     size, views_by = config.augment.image_size, config.augment.augment_kernel
+    ways = directions(config)
     dtype = DTYPES[choose_precision(config.train.precision, ranks.device)]
     parameters = [p for p in moco.encoder_q.parameters() if p.requires_grad]
     # a shuffle within one sub-batch changes nothing, nor does one under statistics over all ranks
     shuffles = not config.model.sync_bn and ranks.world_size * config.model.bn_splits > 1
-    # between ranks view_k travels as bytes; not what hide-and-seek has set to zero after normalisation
-    key_bytes = shuffles and ranks.world_size > 1 and not policy.hide_and_seek
+    # between ranks a view travels as bytes, unless it is also a query, or hide-and-seek has set parts of it to zero
+    key_bytes = shuffles and ranks.world_size > 1 and ways == 1 and not policy.hide_and_seek
     unchecked = True
 
     def autocast() -> torch.autocast:
@@ -72,7 +73,7 @@ def make_train_step(
 
     @torch.no_grad()
     def encode_keys(view_k: Tensor, micro_step: int) -> Tensor:
-        """All ranks' keys (W * B, D) in rank order, unit rows."""
+        """All ranks' keys (W * B, D) in rank order, unit rows; B are the views of a rank."""
         order = permutation(seed, micro_step, ranks.world_size * view_k.shape[0], STREAM_SHUFFLE) if shuffles else None
         view_k = view_k if order is None else shuffle_rows(view_k, order, ranks)
         with autocast():
@@ -90,6 +91,8 @@ def make_train_step(
         keys, losses = [], []
         for micro, part in enumerate(split_batch(batch, accumulate)):
             views = inputs.run(make_views, part, policy, size, seed, plan.epoch(step), dtype, views_by, key_bytes)
+            if ways == 2:
+                views = torch.cat(views), torch.cat(views[::-1])
             view_q, view_k = (view.contiguous(memory_format=moco.memory_format) for view in views)
             all_keys = encode_keys(view_k, step * accumulate + micro)
             if ranks.world_size > 1:
@@ -101,10 +104,11 @@ def make_train_step(
             if unchecked:
                 check_loss_inputs(q, k, moco.queue)  # waits for the device, once in a run
                 unchecked = False
-            loss = moco_loss(q, k, moco.queue, config.loss, config.train.loss_kernel)
-            scaler.scale(loss.total / accumulate).backward()
+            pairs = zip(q.chunk(ways), k.chunk(ways))
+            found = [moco_loss(*pair, moco.queue, config.loss, config.train.loss_kernel) for pair in pairs]
+            scaler.scale(sum(loss.total for loss in found) / (ways * accumulate)).backward()
             keys.append(all_keys)
-            losses.append(detach_terms(loss))
+            losses += map(detach_terms, found)
         metrics = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
         metrics["feature_std"] = q.detach().std(dim=0, correction=0).norm()  # 1: spread out; 0: collapsed
         if config.optim.clip_grad is not None:
@@ -114,15 +118,10 @@ def make_train_step(
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        moco.update_queue(in_rank_order(keys, ranks.world_size))
+        moco.update_queue(distributed.in_rank_order(keys, ranks.world_size))
         return metrics
 
     return train_step
-
-
-def in_rank_order(keys: list[Tensor], world_size: int) -> Tensor:
-    """Keys of each micro-batch, (W * B, D) in rank order, as those of one batch: rank by rank, then part by part."""
-    return torch.stack(keys).unflatten(1, (world_size, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def detach_terms(loss: MoCoLoss) -> dict[str, Tensor]:

@@ -218,6 +218,7 @@ def test_one_process_needs_no_launcher():
         ("-a deit_tiny --image-size 33 -b 8", "divisible by patch size .* take another --image-size"),
         ("-a alexnet --image-size 16 -b 8", "Output size is too small.* take another --image-size"),
         ("-a resnet18 -b 9 --bn-splits 2", "must be a multiple of --bn-splits 2"),
+        ("-a resnet18 -b 9 --bn-splits 4 --symmetric", "one device, 18, must be a multiple of --bn-splits 4"),
         ("-a timm:halonet26t --image-size 64 -b 8", r"pixels \(AssertionError\): take another"),  # which says no more
     ],
 )
@@ -230,6 +231,7 @@ def test_sizes_with_which_no_step_can_be_made_are_refused_before_images_are_read
     "line",
     [
         "-a resnet18 --image-size 64 -b 1",  # still 2 x 2 values a channel
+        "-a resnet18 --image-size 32 -b 1 --symmetric",  # two views
         "-a timm:vit_small_resnet26d_224 -b 8",  # runs while it is built, so it wants memory
         "-a timm:vit_small_patch8_224 --image-size 224 -b 8",  # whose classifier timm leaves out by default
     ],

@@ -15,7 +15,7 @@ from fastssl.augment.views import make_views
 from fastssl.batch import pack_images
 from fastssl.build import Trainee, compile_and_wrap, make_trainee, wrap_ddp
 from fastssl.config import Config, replace
-from fastssl.distributed import Ranks
+from fastssl.distributed import Ranks, in_rank_order
 from fastssl.health import Health, NonFiniteLoss
 from fastssl.input_stream import IN_TURN, InputStream
 from fastssl.moco import MoCo
@@ -23,7 +23,7 @@ from fastssl.models.batchnorm import split_batchnorm
 from fastssl.optim import make_optimizer
 from fastssl.plan import Plan
 from fastssl.random_key import STREAM_SHUFFLE, permutation
-from fastssl.train import in_rank_order, make_deterministic, make_train_step
+from fastssl.train import make_deterministic, make_train_step
 
 DIM, SIZE, STEPS, LR, WD, M, T = 8, 16, 3, 0.5, 1e-3, 0.9, 0.2
 POLICY = make_policy("v2")
@@ -87,7 +87,7 @@ def published_loss(q, k, queue, config):
 
 def rederive(config, world_size):
     """The references' loop for `world_size` ranks, in one process and float64, one line a rule."""
-    seed = config.train.seed
+    seed, ways = config.train.seed, 1 + config.moco.symmetric
     enc = [make_encoder().double() for _ in range(world_size)]  # rank r's encoder_q: same weights, own BN buffers
     enc_k = copy.deepcopy(enc)
     queue = MoCo(make_encoder(), DIM, config.moco.queue_size, seed).queue.double().clone()
@@ -99,6 +99,8 @@ def rederive(config, world_size):
         for model_k, model in zip(enc_k, enc):  # momentum update before the keys
             for p_k, p in zip(model_k.parameters(), model.parameters()):
                 p_k.data = M * p_k.data + (1 - M) * p.data
+        if config.moco.symmetric:
+            views = [(torch.cat([a, b]), torch.cat([b, a])) for a, b in views]
         view_k = torch.cat([v[1] for v in views]).double()
         if world_size > 1:
             order = permutation(seed, step, len(view_k), STREAM_SHUFFLE)
@@ -106,9 +108,11 @@ def rederive(config, world_size):
             keys = torch.cat([F.normalize(m(v), dim=1) for m, v in zip(enc_k, shuffled)])[order.argsort()].detach()
         else:
             keys = F.normalize(enc_k[0](view_k), dim=1).detach()
+        queries = [F.normalize(m(v[0].double()), dim=1) for m, v in zip(enc, views)]
         losses = [
-            published_loss(F.normalize(m(v[0].double()), dim=1), k, queue, config)  # the queue before this step
-            for m, v, k in zip(enc, views, keys.chunk(world_size))
+            # the queue before this step; the mean over both ways where the loss is symmetric
+            torch.stack([published_loss(*way, queue, config) for way in zip(q.chunk(ways), k.chunk(ways))]).mean()
+            for q, k in zip(queries, keys.chunk(world_size))
         ]
         for model, loss in zip(enc, losses):
             model.zero_grad()
@@ -144,13 +148,15 @@ def compare(result, truth, rank):
     assert state["queue_ptr"].tolist() == [pointer]
 
 
-def test_three_steps_follow_the_reference_semantics():
-    config = make_config()
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_three_steps_follow_the_reference_semantics(symmetric):
+    config = make_config(symmetric=symmetric)
     compare(run_steps(0, 1, config), rederive(config, 1), 0)
 
 
 def two_ranks(rank, world_size, config, config_bn):
-    return run_steps(rank, world_size, config), one_step(rank, world_size, config_bn)
+    both = replace(config, symmetric=True)
+    return run_steps(rank, world_size, config), one_step(rank, world_size, config_bn), run_steps(rank, world_size, both)
 
 
 def one_step(rank, world_size, config):
@@ -169,9 +175,10 @@ def test_two_ranks_follow_the_reference_semantics_and_equal_split_batch_norm_on_
     # without the uniform term: it pools pairs per rank, so one process with twice the batch has another value
     bn = make_config(uniform_weight=0.0)
     results = run_ranks(two_ranks, 2, make_config(), bn)
-    truth = rederive(make_config(), 2)
+    truth, symmetric = rederive(make_config(), 2), rederive(make_config(symmetric=True), 2)
     for rank in (0, 1):
         compare(results[rank][0], truth, rank)
+        compare(results[rank][2], symmetric, rank)
 
     (loss0, grads0, buffers0), (loss1, grads1, buffers1) = results[0][1], results[1][1]
     loss, grads, buffers = one_step(0, 1, replace(bn, bn_splits=2))
