@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from urllib.parse import urlparse
 
 import torch
@@ -27,9 +28,10 @@ def split_launch_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[st
     return parser.parse_known_args(list(argv))
 
 
-def launch_command(argv: Sequence[str], module: str) -> list[str] | None:
+def launch_command(argv: Sequence[str], module: str, node_batch: int | None = None) -> list[str] | None:
     """The torchrun command that a reference command line asks for, or None when it asks for one process.
 
+    node_batch: the default of a -b that counts a node's images; None where -b and -j count those of a process.
     Sets CUDA_VISIBLE_DEVICES for --gpu and --gpus. Raises ValueError when --dist-url is no address.
     """
     flags, rest = split_launch_flags(argv)
@@ -41,11 +43,13 @@ def launch_command(argv: Sequence[str], module: str) -> list[str] | None:
     nodes, node = count_nodes(flags)
     processes = len(gpus) or max(1, torch.cuda.device_count())
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    if node_batch is not None:
+        rest = in_our_units(rest, nodes, processes, node_batch)
     if nodes == 1:
         return [*command, "--standalone", "-m", module, *rest] if processes > 1 else None
     host, port = find_address(flags.dist_url)
     command += ["--nnodes", str(nodes), "--node_rank", str(node), "--master_addr", host, "--master_port", port]
-    return [*command, "-m", module, *per_node_batch(rest, nodes)]
+    return [*command, "-m", module, *rest]
 
 
 def show_gpus(gpus: Sequence[int]) -> None:
@@ -85,22 +89,34 @@ def find_address(dist_url: str) -> tuple[str, str]:
     return host, port
 
 
-def per_node_batch(argv: list[str], nodes: int) -> list[str]:
-    """Their --batch-size is of one node, ours of all: the same command line with the total."""
-    spelt = re.compile(r"^(-b|--batch-size(?==))=?(\d+)$")  # -b64 -b=64 --batch-size=64
+def in_our_units(argv: list[str], nodes: int, processes: int, node_batch: int) -> list[str]:
+    """The same command line where -b counts all nodes' images, not one's, and -j a process's threads, not a node's."""
+    argv = change_number(argv, "-b", "--batch-size", lambda images: images * nodes)
+    argv = change_number(argv, "-j", "--workers", lambda threads: math.ceil(threads / processes))
+    if nodes == 1 or {"-b", "--batch-size", "--config"} & set(argv):  # a recipe's batch is that of the whole run
+        return argv
+    return ["-b", str(node_batch * nodes), *argv]
+
+
+def change_number(argv: list[str], short: str, long: str, change: Callable[[int], int]) -> list[str]:
+    """The same command line with the number after a flag changed: -b 64, -b64, -b=64, --batch-size=64."""
+    spelt = re.compile(rf"^({short}|{long}(?==))=?(\d+)$")
     result = [word for item in argv for word in (spelt.findall(item) or [[item]])[0]]
     for i, word in enumerate(result[:-1]):
-        if word in ("-b", "--batch-size") and result[i + 1].isdecimal():  # what is no number is named later
-            result[i + 1] = str(int(result[i + 1]) * nodes)
+        if word in (short, long) and result[i + 1].isdecimal():  # what is no number is named later
+            result[i + 1] = str(change(int(result[i + 1])))
     return result
 
 
-def launch_if_asked(argv: Sequence[str], module: str) -> list[str]:
-    """Becomes torchrun when the command line asks for it; otherwise returns it without the launch flags."""
+def launch_if_asked(argv: Sequence[str], module: str, node_batch: int | None = None) -> list[str]:
+    """Becomes torchrun when the command line asks for it; otherwise returns it without the launch flags.
+
+    node_batch: see `launch_command`.
+    """
     flags, rest = split_launch_flags(argv)
     if "LOCAL_RANK" in os.environ:  # torchrun has started this process
         return rest
-    command = launch_command(argv, module)
+    command = launch_command(argv, module, node_batch)
     if command is not None:
         print("fastssl: " + " ".join(["torchrun", *command[3:]]), file=sys.stderr, flush=True)
         os.execv(command[0], command)

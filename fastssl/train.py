@@ -192,7 +192,7 @@ def make_deterministic(on: bool) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """`fastssl pretrain`."""
-    return pretrain(parse(launch_if_asked(argv, "fastssl.train")))
+    return pretrain(parse(launch_if_asked(argv, "fastssl.train", Config().train.batch_size)))
 
 
 if __name__ == "__main__":

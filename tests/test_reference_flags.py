@@ -146,7 +146,7 @@ def test_nodes_are_read_from_the_environment_with_env(monkeypatch):
     for name, value in {"WORLD_SIZE": "3", "RANK": "1", "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "1234"}.items():
         monkeypatch.setenv(name, value)
     flags = ["DIR", "--multiprocessing-distributed", "-b", "8"]
-    command = " ".join(launch_command([*flags, "--dist-url", "env://"], "fastssl.train"))
+    command = " ".join(launch_command([*flags, "--dist-url", "env://"], "fastssl.train", 128))
     assert "--nnodes 3 --node_rank 1 --master_addr 10.0.0.7 --master_port 1234" in command
     assert command.endswith("fastssl.train DIR -b 24")  # theirs is of one node
     one = [*flags, "--dist-url", "env://", "--world-size", "1", "--rank", "0", "--gpus", "0", "1"]
@@ -157,8 +157,38 @@ def test_nodes_are_read_from_the_environment_with_env(monkeypatch):
 @pytest.mark.parametrize("spelt", ["-b 8", "-b8", "-b=8", "--batch-size 8", "--batch-size=8"])
 def test_the_batch_of_a_node_however_it_is_spelt(spelt):
     line = f"DIR --multiprocessing-distributed --world-size 3 --rank 2 --dist-url tcp://h:1 {spelt}"
-    command = launch_command(line.split(), "fastssl.train")
+    command = launch_command(line.split(), "fastssl.train", 128)
     assert parse(command[command.index("DIR") :]).train.batch_size == 24
+
+
+NODES = "DIR --multiprocessing-distributed --world-size 3 --rank 2 --dist-url tcp://h:1 --gpus 0 1 2 3"
+
+
+@pytest.mark.parametrize(
+    ("more", "images", "threads"),
+    [
+        ("-j 30", 3 * 128, 8),  # 128 on each node; its threads are shared out, rounded up
+        ("--config resnet18 --workers=32", 512, 8),  # a recipe's batch is of all
+        ("--config resnet18 -b 64", 192, None),
+    ],
+)
+def test_a_node_has_its_batch_and_its_threads(more, images, threads, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    command = launch_command([*NODES.split(), *more.split()], "fastssl.train", 128)
+    config = parse(command[command.index("fastssl.train") + 1 :])
+    assert (config.train.batch_size, config.input.workers, config.data) == (images, threads, "DIR")
+
+
+@pytest.mark.parametrize(("evaluation", "images"), [(linear, 512), (transfer, 512), (knn, 512), (stats, 128)])
+def test_whose_batch_an_evaluation_means(evaluation, images, monkeypatch):
+    """main_lincls.py and main_transfer.py train on a node's batch; the others' fits into a process."""
+    monkeypatch.setattr("os.execv", lambda _, command: pytest.fail(" ".join(command)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    line = "DIR --multiprocessing-distributed --world-size 2 --rank 0 --dist-url tcp://h:1"
+    with pytest.raises(pytest.fail.Exception) as started:
+        evaluation.main(line.split())
+    trains = evaluation in (linear, transfer)
+    assert (f"-b {images}" in str(started.value)) == trains
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,9 @@ def output_folder(o: argparse.Namespace, kind: str = "lincls", what: str = "") -
 
 def main(argv: Sequence[str]) -> int:
     """`fastssl eval linear`."""
-    options = finish_options(make_linear_parser().parse_args(launch(argv, "fastssl.eval.linear")))
+    parser = make_linear_parser()
+    words = launch(argv, "fastssl.eval.linear", node_batch=parser.get_default("batch_size"))
+    options = finish_options(parser.parse_args(words))
     check_training_flags(options)
     return run_session("linear", options, evaluate)
 

@@ -82,10 +82,11 @@ def finish_options(options: argparse.Namespace) -> argparse.Namespace:
     return options
 
 
-def launch(argv: Sequence[str], module: str, *, counts_gpus: bool = False) -> list[str]:
+def launch(argv: Sequence[str], module: str, *, counts_gpus: bool = False, node_batch: int | None = None) -> list[str]:
     """Starts the processes a command line asks for (and does not come back then), or returns it without those flags.
 
     counts_gpus: `-g N` and `--gpus N` mean N processes, as in the reference's k-NN; elsewhere --gpus lists ids.
+    node_batch: see `launch_command`.
     Raises ValueError when N GPUs are asked for and fewer are there.
     """
     argv = list(argv)
@@ -100,7 +101,7 @@ def launch(argv: Sequence[str], module: str, *, counts_gpus: bool = False) -> li
             if count < found.gpus:
                 print(f"fastssl: no GPU: {count} processes, as many as cores, not {found.gpus}", file=sys.stderr)
             argv += ["--multiprocessing-distributed", "--gpus", *map(str, range(count))]
-    return launch_if_asked(argv, module)
+    return launch_if_asked(argv, module, node_batch)
 
 
 def count_processes(gpus: int, device: str) -> int:

@@ -85,7 +85,9 @@ def check(options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """`fastssl eval transfer`."""
-    options = finish_options(make_transfer_parser().parse_args(launch(argv, "fastssl.eval.transfer")))
+    parser = make_transfer_parser()
+    words = launch(argv, "fastssl.eval.transfer", node_batch=parser.get_default("batch_size"))
+    options = finish_options(parser.parse_args(words))
     check(options)
     return run_session("transfer", options, evaluate)
 
