@@ -10,7 +10,8 @@ from fastssl.checkpoint import CheckpointError
 from fastssl.config import Config, flat
 from fastssl.config_checks import flag_of
 from fastssl.distributed import Ranks, broadcast_object
-from fastssl.foreign import load_into
+from fastssl.foreign import find_moco_run, load_into, read_moco_run
+from fastssl.foreign.read import Contents
 from fastssl.layout import LAYOUT_NAMES
 from fastssl.moco import MoCo
 from fastssl.optim import load_optimizer_state
@@ -46,9 +47,9 @@ def start_or_resume(
 ) -> tuple[int, list[str]]:
     """Steps already done, with their state loaded into `trainee`, and what to tell the person about it.
 
-    --resume PATH takes that checkpoint, and with --restart only its weights; --resume auto the newest good one of the
-    run folder; otherwise, or when there is none, the run starts afresh. Raises CheckpointError when a checkpoint
-    cannot be used, or none of several; ValueError when --start-epoch leaves no step.
+    --resume PATH takes that checkpoint (ours, or one of MoCo's scripts), and with --restart only its weights; --resume
+    auto the newest good one of the run folder; otherwise, or when there is none, the run starts afresh. Raises
+    CheckpointError when a checkpoint cannot be used, or none of several; ValueError when --start-epoch leaves no step.
     """
     path, notes = find_checkpoint(config.train.resume, folder, ranks)
     if path is None:
@@ -59,7 +60,12 @@ def start_or_resume(
         return first, notes
     if config.train.restart:
         return 0, start_from_weights(path, trainee, config)
-    first, changed = restore(path, trainee, config, num_images, ranks.world_size)
+    try:
+        first, changed = restore(path, trainee, config, num_images, ranks.world_size)
+    except CheckpointError:
+        if (contents := find_moco_run(path)) is None:
+            raise
+        first, changed = restore_moco_run(contents, trainee, config, plan)
     complete = " (the run is complete)" if first >= plan.stop else ""
     return first, [*notes, f"going on from {path}, after {first} steps{complete}", *changed]
 
@@ -104,12 +110,7 @@ def restore(path: Path, trainee: Trainee, config: Config, num_images: int, world
     state = checkpoint.load(path)
     then, now = state["config"], flat(config)
     for key in SHAPES:
-        if then[key] != now[key]:
-            flag = flag_of(key)
-            raise CheckpointError(
-                f"{path} was trained with {flag} {then[key]}, this run has {now[key]}: "
-                f"pass {flag} {then[key]}, or start in another --output"
-            )
+        check_same(path, key, then[key], now[key])
     try:
         trainee.moco.load_state_dict(state["model"])
         notes = keep_layout(trainee.moco, state, config)  # first: the optimiser's buffers follow the weights
@@ -126,6 +127,38 @@ def restore(path: Path, trainee: Trainee, config: Config, num_images: int, world
     if num_images != state["num_images"]:
         notes.append(f"the data set has {num_images} images, had {state['num_images']}: the order of images differs")
     return state["step"], notes
+
+
+def restore_moco_run(contents: Contents, trainee: Trainee, config: Config, plan: Plan) -> tuple[int, list[str]]:
+    """Loads a run of MoCo's scripts with its key encoder, queue and momentum. Returns steps and notes as `restore`.
+
+    Raises CheckpointError when it belongs to another model.
+    """
+    moco, m = trainee.moco, config.model
+    run = read_moco_run(contents, m.arch, m.stem)
+    dim, queue_size = run.model["queue"].shape[1], run.model["queue"].shape[0]
+    then = {"head": run.head, "dim": dim, "queue_size": queue_size, "optimizer": "sgd"}
+    for key, value in then.items():
+        check_same(contents.path, key, value, flat(config)[key])
+    try:
+        moco.load_state_dict(run.model)
+        load_optimizer_state(trainee.optimizer, run.optimizer)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{contents.path} does not fit this model: {str(error).splitlines()[0]}") from error
+    return run.epochs * plan.steps_per_epoch, [
+        f"it is a checkpoint of MoCo's scripts after {run.epochs} epochs: encoders, queue and momentum are its own, "
+        "the order of images and the augmentation this run's"
+    ]
+
+
+def check_same(path: Path, option: str, then: object, now: object) -> None:
+    """Raises CheckpointError where an option that the shapes depend on has changed."""
+    flag = flag_of(option)
+    if then != now:
+        raise CheckpointError(
+            f"{path} was trained with {flag} {then}, this run has {now}: pass {flag} {then}, or start in another "
+            "--output"
+        )
 
 
 def keep_layout(moco: MoCo, state: dict, config: Config) -> list[str]:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 import torchvision.models as tv
 from torch import nn
 
+from fastssl.models.encoders import make_backbone
+
 LARGE = [  # kernel, expanded channels, channels, squeeze-and-excite, h-swish, stride: table 1 of arXiv 1905.02244
     (3, 16, 16, 0, 0, 1), (3, 64, 24, 0, 0, 2), (3, 72, 24, 0, 0, 1), (5, 72, 40, 1, 0, 2), (5, 120, 40, 1, 0, 1),
     (5, 120, 40, 1, 0, 1), (3, 240, 80, 0, 1, 2), (3, 200, 80, 0, 1, 1), (3, 184, 80, 0, 1, 1), (3, 184, 80, 0, 1, 1),
@@ -267,3 +269,19 @@ def make_seed(arch, seed=0):
     state.update({f"module.teacher.{k}": torch.randn(4) for k in ("conv1.weight", "fc.0.weight")})
     state["module.queue"], state["module.queue_ptr"] = torch.randn(128, 64), torch.tensor([0])
     return {"epoch": 200, "arch": "mobilenetv3", "state_dict": state, "optimizer": {}, "loss": 1.5}, t, forward
+
+
+class OldMoCo(nn.Module):
+    """The module main_moco.py trains, as its checkpoints describe it."""
+
+    def __init__(self, arch, dim=128, queue=64):
+        super().__init__()
+        self.encoder_q, self.encoder_k = self.build(arch, dim), self.build(arch, dim).requires_grad_(False)
+        self.register_buffer("queue", torch.zeros(dim, queue))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+
+    @staticmethod
+    def build(arch, dim):
+        model, _, c = make_backbone(arch)
+        model.fc = nn.Sequential(nn.Linear(c, c), nn.ReLU(), nn.Linear(c, dim))
+        return model

@@ -9,7 +9,7 @@ import safetensors.torch
 import timm
 import torch
 import torchvision.models as tv
-from old_checkpoints import make_head, make_moco, make_network, make_seed
+from old_checkpoints import OldMoCo, make_head, make_moco, make_network, make_seed
 from torch import nn
 
 from fastssl import convert, export, list_models, verify_export
@@ -89,22 +89,6 @@ def test_timm_names_load_in_timm(tmp_path, arch, name):
     model.load_state_dict(safetensors.torch.load_file(tmp_path / "timm.safetensors"), strict=True)
     images = torch.randn(2, 3, 224, 224)
     assert_same(outputs(model, images), outputs(trainee.moco.encoder_q.backbone, images))
-
-
-class OldMoCo(nn.Module):
-    """The module main_moco.py trains, as its checkpoints describe it."""
-
-    def __init__(self, arch, dim=128, queue=64):
-        super().__init__()
-        self.encoder_q, self.encoder_k = self.build(arch, dim), self.build(arch, dim).requires_grad_(False)
-        self.register_buffer("queue", torch.zeros(dim, queue))
-        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
-
-    @staticmethod
-    def build(arch, dim):
-        model, _, c = make_backbone(arch)
-        model.fc = nn.Sequential(nn.Linear(c, c), nn.ReLU(), nn.Linear(c, dim))
-        return model
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenetv3_small", "efficientnet_b0", "vit_tiny"])

@@ -74,16 +74,24 @@ def moco_optimizer(arch: str, head: dict[str, Tensor], optimizer: dict) -> dict 
 
     None where the optimiser is another, or where its state is not one momentum for each trained parameter.
     """
-    parameters = list(make_backbone(arch)[0].named_parameters())
-    trained = [i for i, (_, p) in enumerate(parameters) if p.requires_grad]
-    trained += [len(parameters) + i for i in range(len(head))]
+    trained, count = trained_places(arch, len(head))
     groups, state = optimizer["param_groups"], optimizer["state"]
     if len(groups) != 1 or "dampening" not in groups[0] or len(groups[0]["params"]) != len(trained):
         return None
     moved = {trained[i]: {"momentum_buffer": entry["momentum_buffer"]} for i, entry in state.items()}
     kept = {k: groups[0][k] for k in ("lr", "momentum", "dampening", "weight_decay", "nesterov")}
-    count = 2 * (len(parameters) + len(head))
     return {"state": moved, "param_groups": [{**kept, "params": list(range(count))}]}
+
+
+def trained_places(arch: str, num_head: int) -> tuple[list[int], int]:
+    """Where main_moco.py's optimiser has the parameters that are trained, and how many it lists.
+
+    It lists those of the query encoder, frozen ones too, with the head's `num_head` last; then the key encoder's.
+    """
+    parameters = list(make_backbone(arch)[0].parameters())
+    trained = [i for i, p in enumerate(parameters) if p.requires_grad]
+    trained += [len(parameters) + i for i in range(num_head)]
+    return trained, 2 * (len(parameters) + num_head)
 
 
 def _timm_name(name: str) -> str:
