@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from functools import partial
 from inspect import signature
@@ -11,24 +12,22 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastssl.augment.choose import choose_augment_kernel
 from fastssl.augment.policy import CROP_PAIRS, Policy, make_policy, parse_settings
-from fastssl.compile_encoders import HOW_NAMES, compile_encoders
+from fastssl.compile_encoders import compile_encoders
 from fastssl.config import Config, DataConfig
 from fastssl.distributed import Ranks, read_ranks
 from fastssl.faster_sgd import choose_sgd
 from fastssl.host_memory import keep_freed_memory
-from fastssl.layout import LAYOUT_NAMES, choose_layout
+from fastssl.layout import choose_layout
 from fastssl.loaders.make import Loader, make_loader
 from fastssl.loaders.memory import is_small
-from fastssl.losses import choose_kernel
 from fastssl.moco import MoCo
 from fastssl.models.batchnorm import convert_sync_batchnorm, split_batchnorm
 from fastssl.models.cpu_conv import use_cpu_convolutions
 from fastssl.models.encoders import make_encoder
 from fastssl.models.tryout import build_without_memory, why_refused
-from fastssl.optim import make_optimizer, supports_scaler_without_sync
-from fastssl.plan import DTYPES, Plan, choose_precision, encoder_batch_size, explain_precision, rank_batch_size
+from fastssl.optim import make_optimizer
+from fastssl.plan import DTYPES, choose_precision, encoder_batch_size, rank_batch_size
 
 
 def open_loader(config: Config, ranks: Ranks) -> Loader:
@@ -94,6 +93,14 @@ def check_parts(config: Config) -> None:
         fewer = "a larger --batch-size or --image-size, or fewer --bn-splits and --accumulate"
         mend = "take " + (fewer if images == 1 else "another --image-size, or another --arch")
         raise ValueError(f"{m.arch} cannot train on {images} x 3 x {size} x {size} pixels ({reason}): {mend}")
+
+
+def make_deterministic(on: bool) -> None:
+    """Bitwise repeatable kernels, or the fastest ones."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.benchmark = not on
 
 
 class Trainee(NamedTuple):
@@ -169,28 +176,3 @@ def wrap_ddp(module: nn.Module, device: torch.device, deterministic: bool = Fals
         find_unused_parameters=deterministic,
         **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},
     )
-
-
-def describe(config: Config, plan: Plan, loader: Loader, trainee: Trainee, ranks: Ranks) -> list[str]:
-    """What a person wants to know before a long run: what was chosen, and why."""
-    t = config.train
-    encoder = trainee.moco.encoder_q
-    millions = sum(p.numel() for p in encoder.parameters()) / 1e6
-    both = " (each view the query once)" if config.moco.symmetric else ""
-    temperature = config.loss.temperature if config.loss.contrast_weight else None
-    queue = trainee.moco.queue
-    kernel, why = choose_kernel(ranks.device, queue.dtype, config.model.dim, t.loss_kernel, temperature)
-    views, why_views = choose_augment_kernel(ranks.device, config.augment.augment_kernel)
-    classes = f" of {len(loader.class_names)} classes" if loader.class_names else ""
-    precision, why_precision = explain_precision(t.precision, ranks.device)
-    slow = precision == "fp16" and not supports_scaler_without_sync(trainee.optimizer)
-    return [
-        *[f"every step waits for the device: fp16 with {config.optim.optimizer} (bf16 or fp32 does not)"] * slow,
-        f"{loader.num_images} images{classes}, loader {loader.name} ({loader.reason})",
-        f"{config.model.arch}, {config.model.head} head, {millions:.1f} M weights, {t.batch_size} images a step{both}, "
-        f"{plan.steps_per_epoch} steps an epoch, {plan.stop} in all",
-        f"{ranks.world_size} x {ranks.device.type}, {precision} ({why_precision}), "
-        f"{LAYOUT_NAMES[trainee.moco.memory_format]} ({trainee.why_layout}), "
-        f"encoders {HOW_NAMES[trainee.compiled]} ({trainee.why_compiled})",
-        f"losses by {kernel} ({why}), views by {views} ({why_views}), {config.optim.optimizer} {trainee.why_optimizer}",
-    ]

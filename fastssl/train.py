@@ -5,7 +5,6 @@ file -> loader -> augment -> encoders q, k -> losses -> optimizer -> checkpoint 
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -20,9 +19,18 @@ from fastssl.augment.normalise import normalise_bytes
 from fastssl.augment.policy import Policy
 from fastssl.augment.views import make_views
 from fastssl.batch import ImageBatch, split_batch
-from fastssl.build import Trainee, check_parts, compile_and_wrap, describe, make_trainee, open_loader, open_policy
+from fastssl.build import (
+    Trainee,
+    check_parts,
+    compile_and_wrap,
+    make_deterministic,
+    make_trainee,
+    open_loader,
+    open_policy,
+)
 from fastssl.command import PREEMPTED, run_command, stop_on_signals
 from fastssl.config import Config
+from fastssl.describe_run import describe
 from fastssl.distributed import Ranks, StopSignal, gather_rows, mean_over_ranks, shuffle_rows, unshuffle_keys
 from fastssl.eval.online import make_probe
 from fastssl.flags import parse
@@ -180,14 +188,6 @@ def train(config: Config, loader: Loader, folder: Path, ranks: Ranks) -> int:
                 run.say_all([f"saved after step {done}, stopped by a signal; go on: --resume auto --output {folder}"])
                 return PREEMPTED
     return 0
-
-
-def make_deterministic(on: bool) -> None:
-    """Bitwise repeatable kernels, or the fastest ones."""
-    if on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(on)
-    torch.backends.cudnn.benchmark = not on
 
 
 def main(argv: Sequence[str]) -> int:

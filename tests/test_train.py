@@ -13,7 +13,7 @@ from torch import nn
 from fastssl.augment.policy import make_policy
 from fastssl.augment.views import make_views
 from fastssl.batch import pack_images
-from fastssl.build import Trainee, compile_and_wrap, make_trainee, wrap_ddp
+from fastssl.build import Trainee, compile_and_wrap, make_deterministic, make_trainee, wrap_ddp
 from fastssl.config import Config, replace
 from fastssl.distributed import Ranks, in_rank_order
 from fastssl.health import Health, NonFiniteLoss
@@ -23,7 +23,7 @@ from fastssl.models.batchnorm import split_batchnorm
 from fastssl.optim import make_optimizer
 from fastssl.plan import Plan
 from fastssl.random_key import STREAM_SHUFFLE, permutation
-from fastssl.train import make_deterministic, make_train_step
+from fastssl.train import make_train_step
 
 DIM, SIZE, STEPS, LR, WD, M, T = 8, 16, 3, 0.5, 1e-3, 0.9, 0.2
 POLICY = make_policy("v2")

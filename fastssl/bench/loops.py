@@ -13,14 +13,22 @@ import torch
 
 from fastssl.batch import ImageBatch
 from fastssl.bench.timing import in_turn
-from fastssl.build import Trainee, check_parts, compile_and_wrap, make_trainee, open_loader, open_policy
+from fastssl.build import (
+    Trainee,
+    check_parts,
+    compile_and_wrap,
+    make_deterministic,
+    make_trainee,
+    open_loader,
+    open_policy,
+)
 from fastssl.config import Config
 from fastssl.distributed import Ranks
 from fastssl.health import Health
 from fastssl.input_stream import IN_TURN, InputStream
 from fastssl.loaders.make import Loader
 from fastssl.plan import make_plan
-from fastssl.train import make_deterministic, make_train_step
+from fastssl.train import make_train_step
 
 WARM_UP = 3  # steps before the clock starts, in every turn: prefetch queues are then as full as they stay
 Loop = Callable[[int], float]
