@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import os
 import signal
@@ -21,6 +22,8 @@ PREEMPTED = 75  # stopped by a signal after saving: start again with --resume au
 
 def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Runs a command; an error meant for people becomes one sentence. FASTSSL_TRACEBACK=1 shows where it came from."""
+    if sys.stderr is sys.__stderr__:
+        faulthandler.enable()  # a crash in compiled code, or kill -ABRT of what hangs, says where every thread stands
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a name that is not UTF-8 must still print
     try:

@@ -1,12 +1,16 @@
-"""Notices a run gone bad without making the step wait: the device remembers the first non-finite loss."""
+"""Notices a run gone bad without making the step wait: a loss that is not finite, features that are all the same."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
 
 from fastssl.command import NOT_FINITE
 from fastssl.distributed import Ranks, gather_objects
+
+COLLAPSED = 0.1  # a feature_std; encoders with random weights have 0.3 and more
 
 
 class NonFiniteLoss(ValueError):
@@ -16,39 +20,51 @@ class NonFiniteLoss(ValueError):
 
 
 class Health:
-    """The first step whose loss was not finite, and its values, kept on the device until someone asks."""
+    """The first step whose loss was not finite, its values and the last spread, on the device until someone asks."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.names: list[str] = []
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=ranks.device)
         self.values = torch.zeros((), device=ranks.device)
+        self.spread: Tensor | None = None  # feature_std
+        self.told = False
 
     def update(self, step: int, metrics: dict[str, Tensor]) -> None:
         """metrics: 0-dim tensors, the total under "loss". No host sync."""
-        self.names = list(metrics)
+        self.names, self.spread = list(metrics), metrics.get("feature_std")
         newly_bad = (self.first_bad < 0) & ~metrics["loss"].isfinite()
         self.values = torch.where(newly_bad, torch.stack(list(metrics.values())).float(), self.values)
         self.first_bad = torch.where(newly_bad, step, self.first_bad)
 
-    def check(self, encoder: nn.Module, advice: str) -> None:
-        """Raises NonFiniteLoss with the step and the cause, on every rank alike.
+    def check(self, encoder: nn.Module, advice: str) -> list[str]:
+        """Returns a sentence, once, when the features have collapsed, on every rank alike.
 
-        Waits for the device: for log steps and before saving.
+        Waits for the device: for log steps and before saving. Raises NonFiniteLoss with the step and the cause.
         """
-        found = [(step, rank, values) for rank, (step, values) in enumerate(gather_objects(self.report(), self.ranks))]
-        bad = [entry for entry in found if entry[0] >= 0]
-        if not bad:
-            return
-        step, rank, values = min(bad)
+        found = gather_objects(self.report(), self.ranks)
+        bad = [(step, rank, values) for rank, (step, values, _) in enumerate(found) if step >= 0]
+        if bad:
+            raise NonFiniteLoss(self.blame(*min(bad), encoder) + f"; {advice}")
+        spread = sum(spread for *_, spread in found) / len(found)
+        if self.told or not spread < COLLAPSED:
+            return []
+        self.told = True
+        return [
+            f"all images have nearly the same features (feature_std {spread:.2g}, random weights have 0.3 or more): "
+            "lower --lr, or give --uniform-weight or --contrast-weight more"
+        ]
+
+    def blame(self, step: int, rank: int, values: str, encoder: nn.Module) -> str:
+        """Where the loss was not finite first, and what is broken by now."""
         where = f" on rank {rank}" if self.ranks.world_size > 1 else ""
         broken = [name for name, p in encoder.named_parameters() if not bool(p.isfinite().all())]
         cause = f"; {len(broken)} weights are not finite by now, {broken[0]} the first" if broken else ""
-        raise NonFiniteLoss(f"the loss is not finite at step {step + 1}{where} ({values}){cause}; {advice}")
+        return f"the loss is not finite at step {step + 1}{where} ({values}){cause}"
 
-    def report(self) -> tuple[int, str]:
-        """The first bad step of this rank, -1 if none, and its values in words."""
-        step = int(self.first_bad)
+    def report(self) -> tuple[int, str, float]:
+        """The first bad step of this rank (-1 if none), its values in words, and the spread (NaN if unknown)."""
+        step, spread = int(self.first_bad), math.nan if self.spread is None else float(self.spread)
         if step < 0:
-            return step, ""
-        return step, ", ".join(f"{name} {value:g}" for name, value in zip(self.names, self.values.tolist()))
+            return step, "", spread
+        return step, ", ".join(f"{name} {value:g}" for name, value in zip(self.names, self.values.tolist())), spread

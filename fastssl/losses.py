@@ -66,6 +66,11 @@ class MoCoLoss(NamedTuple):
     top1: Tensor | None  # percent of queries to which no queue row is nearer than their key; comes with contrast
     top5: Tensor | None  # percent of queries with fewer than 5 queue rows nearer than their key
 
+    def by_name(self) -> dict[str, Tensor]:
+        """What was computed, for a log: detached, the total under "loss"."""
+        parts = {"loss": self.total, **{name: getattr(self, name) for name in self._fields[1:]}}
+        return {name: value.detach() for name, value in parts.items() if value is not None}
+
 
 def moco_loss(q: Tensor, k: Tensor, queue: Tensor, config: LossConfig, kernel: str = "auto") -> MoCoLoss:
     """The loss of N queries against their keys and the queue.

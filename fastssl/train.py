@@ -38,7 +38,7 @@ from fastssl.health import Health
 from fastssl.input_stream import IN_TURN, InputStream
 from fastssl.launch import launch_if_asked
 from fastssl.loaders.make import Loader
-from fastssl.losses import MoCoLoss, check_loss_inputs, moco_loss
+from fastssl.losses import check_loss_inputs, moco_loss
 from fastssl.optim import set_lr
 from fastssl.plan import DTYPES, Plan, choose_precision, directions, make_plan
 from fastssl.random_key import STREAM_SHUFFLE, STREAM_STEP, derive_seed, permutation
@@ -116,9 +116,10 @@ def make_train_step(
             found = [moco_loss(*pair, moco.queue, config.loss, config.train.loss_kernel) for pair in pairs]
             scaler.scale(sum(loss.total for loss in found) / (ways * accumulate)).backward()
             keys.append(all_keys)
-            losses += map(detach_terms, found)
+            losses += [loss.by_name() for loss in found]
         metrics = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
-        metrics["feature_std"] = q.detach().std(dim=0, correction=0).norm()  # 1: spread out; 0: collapsed
+        if len(q) > ways:
+            metrics["feature_std"] = q.detach().std(dim=0, correction=0).norm()  # 1: spread out; 0: collapsed
         if config.optim.clip_grad is not None:
             scaler.unscale_(optimizer)
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.optim.clip_grad)
@@ -130,12 +131,6 @@ def make_train_step(
         return metrics
 
     return train_step
-
-
-def detach_terms(loss: MoCoLoss) -> dict[str, Tensor]:
-    """The computed terms by name, the total under "loss"."""
-    terms = {"loss" if name == "total" else name: value for name, value in loss._asdict().items()}
-    return {name: value.detach() for name, value in terms.items() if value is not None}
 
 
 def pretrain(config: Config) -> int:
@@ -173,7 +168,7 @@ def train(config: Config, loader: Loader, folder: Path, ranks: Ranks) -> int:
             done, last, asked = step + 1, step + 1 == plan.stop, stop()
             run.advance()
             if done % t.log_every == 0 or last:
-                health.check(encoder, ADVICE)
+                run.say_all(health.check(encoder, ADVICE))
                 run.log(done, {**mean_over_ranks(metrics, ranks), "lr": plan.learning_rate(step)})
                 run.say_new(loader.bad_images)
                 run.say_all(inputs.news() if t.log_every > 1 else [])  # a log line itself waits for the GPU
@@ -182,7 +177,7 @@ def train(config: Config, loader: Loader, folder: Path, ranks: Ranks) -> int:
                     run.record(done, {"knn": probe(encoder.backbone)})
             if asked or last or plan.saves_after(done):
                 with run.clock.paused():
-                    health.check(encoder, ADVICE)
+                    run.say_all(health.check(encoder, ADVICE))
                     run.save(done, state_of(trainee, done, config, loader.num_images, ranks.world_size))
             if asked and not last:
                 run.say_all([f"saved after step {done}, stopped by a signal; go on: --resume auto --output {folder}"])
