@@ -38,21 +38,6 @@ def to_rep_space(features: Tensor, rep_space: str, batch_size: int | None = None
     raise ValueError(f"unknown representation space {rep_space!r}: choose {', '.join(REP_SPACES)}")
 
 
-def knn_accuracy(
-    bank: Rows,
-    bank_labels: Tensor,
-    queries: Tensor,
-    query_labels: Tensor,
-    ks: Sequence[int],
-    **search: object,
-) -> dict[int, float]:
-    """Accuracy in percent for each k of `ks`; arguments as `knn_hits`. Raises ValueError without queries."""
-    if len(queries) == 0:
-        raise ValueError("k-NN needs at least one query image")
-    hits = knn_hits(bank, bank_labels, queries, query_labels, ks, **search)
-    return {k: 100 * hit / len(queries) for k, hit in hits.items()}
-
-
 def knn_hits(
     bank: Rows,
     bank_labels: Tensor,
