@@ -111,6 +111,18 @@ def newest_good(folder: Path, report: list[str]) -> Path | None:
     return None
 
 
+def find(source: str | Path) -> Path:
+    """The file itself, or the newest good checkpoint of a run folder. Raises CheckpointError where it has none."""
+    path = Path(source)
+    if not path.is_dir():
+        return path
+    notes: list[str] = []
+    newest = newest_good(path / "checkpoints", notes)
+    if newest is None:
+        raise CheckpointError(f"{path} holds no checkpoint that can be used" + (f": {notes[-1]}" if notes else ""))
+    return newest
+
+
 def prune(folder: Path, keep_last: int, keep_multiple: int) -> None:
     """Removes all but the newest `keep_last` checkpoints and those at a multiple of `keep_multiple` steps (0: none)."""
     for step, path in list(saved_steps(folder).items())[keep_last:]:

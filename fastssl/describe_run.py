@@ -13,7 +13,7 @@ from fastssl.layout import LAYOUT_NAMES
 from fastssl.loaders.make import Loader
 from fastssl.losses import LossConfig, choose_kernel
 from fastssl.optim import supports_scaler_without_sync
-from fastssl.plan import Plan, explain_precision
+from fastssl.plan import Plan, directions, explain_precision
 
 
 def describe(config: Config, plan: Plan, loader: Loader, trainee: Trainee, ranks: Ranks) -> list[str]:
@@ -42,14 +42,15 @@ def describe(config: Config, plan: Plan, loader: Loader, trainee: Trainee, ranks
 
 def warn(config: Config, loader: Loader, trainee: Trainee, precision: str) -> list[str]:
     """What is allowed and may be a mistake."""
-    optimizer, queue = config.optim.optimizer, len(trainee.moco.queue)
+    optimizer, queue, ways = config.optim.optimizer, len(trainee.moco.queue), directions(config)
+    of_an_epoch = ways * loader.num_images
     lines = []
     if precision == "fp16" and not supports_scaler_without_sync(trainee.optimizer):
         lines.append(f"every step waits for the device: fp16 with {optimizer} (bf16 or fp32 does not)")
-    if queue > loader.num_images:
+    if queue > of_an_epoch:
         lines.append(
             f"the queue holds {queue} keys of {loader.num_images} images: each image meets up to "
-            f"{math.ceil(queue / loader.num_images)} older keys of itself as negatives; --queue-size takes any number"
+            f"{ways * math.ceil(queue / of_an_epoch)} older keys of itself as negatives; --queue-size takes any number"
         )
     return lines
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fastssl import checkpoint
-from fastssl.checkpoint import CheckpointError
 from fastssl.foreign import Report, load_pretrained
 from fastssl.foreign.formats import (
     FORMATS,
@@ -41,7 +40,7 @@ def export(source: str, out: str, to: str = "plain", *, arch: str | None = None,
     `out` ends in .safetensors, or is a torch.save file of a plain state dict, or of MoCo's checkpoint. Written whole
     or not at all. Raises ValueError for a format that cannot hold this encoder exactly, and where `out` exists.
     """
-    path = find_source(source)
+    path = checkpoint.find(source)
     if Path(out).is_dir():
         raise ValueError(f"{out} is a folder: name a file in it")
     if Path(out).suffix not in _SUFFIXES:
@@ -71,18 +70,6 @@ def export(source: str, out: str, to: str = "plain", *, arch: str | None = None,
 def has_head(path: Path, arch: str | None, key: str, stem: str | None, to: str) -> bool:
     """MoCo's layout keeps the head wherever there is one that is known."""
     return to == "moco" and load_pretrained(path, arch, key=key, stem=stem)[1].dim is not None
-
-
-def find_source(source: str) -> Path:
-    """The file itself, or the newest good checkpoint of a run folder."""
-    path = Path(source)
-    if not path.is_dir():
-        return path
-    notes: list[str] = []
-    newest = checkpoint.newest_good(path / "checkpoints", notes)
-    if newest is None:
-        raise CheckpointError(f"{path} holds no checkpoint that can be used" + (f": {notes[-1]}" if notes else ""))
-    return newest
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -150,7 +137,7 @@ def main(argv: Sequence[str]) -> int:
     print(report)
     print(f"{o.out}: {o.to} names, {name}")
     if o.verify:
-        source = str(find_source(o.source))
+        source = str(checkpoint.find(o.source))
         difference = largest_difference(source, o.out, o.to, name, report.arch, report.stem, o.key, o.head)
         print(f"verified: loaded strictly in a new process, features differ by at most {difference:.1e} of their size")
     return 0

@@ -14,9 +14,13 @@ from torch import nn
 
 from fastssl import convert, export, list_models, verify_export
 from fastssl.build import make_trainee
+from fastssl.checkpoint import CheckpointError
 from fastssl.command import run_command
 from fastssl.config import Config, replace
 from fastssl.distributed import Ranks
+from fastssl.eval import knn
+from fastssl.eval.options import finish_options
+from fastssl.eval.session import Session
 from fastssl.foreign import load_pretrained
 from fastssl.models.encoders import make_backbone
 from fastssl.resume import state_of
@@ -271,3 +275,14 @@ def test_models_are_listed(capsys):
     assert run_command(list_models.main, ["regnet_y_128gf"]) == 0
     assert "7392  torchvision" in capsys.readouterr().out
     assert run_command(list_models.main, ["nothing"]) == 1
+
+
+def test_an_evaluation_takes_the_run_folder_itself(tmp_path, capsys):
+    encoder = save_run(tmp_path / "run", arch="resnet18").moco.encoder_q
+    options = finish_options(knn.make_knn_parser().parse_args(["DIR", "--pretrained", str(tmp_path / "run")]))
+    backbone = Session(options, RANKS).open_backbone()
+    assert_same(outputs(backbone), outputs(encoder.backbone))
+    assert "step_000000007.pt: fastssl checkpoint" in capsys.readouterr().err
+    options.pretrained = str(tmp_path)
+    with pytest.raises(CheckpointError, match="holds no checkpoint that can be used"):
+        Session(options, RANKS).open_backbone()

@@ -25,7 +25,7 @@ def make_parser(command: str, description: str, *, batch_size: int, data: str) -
     )
     p.add_argument("data", metavar="DIR", help=data)
     p.add_argument("-a", "--arch", help="backbone by name (default: what the checkpoint names, else resnet50)")
-    p.add_argument("--pretrained", default="", metavar="PATH", help="checkpoint of the encoder; random weights without")
+    p.add_argument("--pretrained", default="", metavar="PATH", help="checkpoint or run folder; random weights without")
     p.add_argument("-b", "--batch-size", type=positive, default=batch_size, metavar="N", help=f"(default {batch_size})")
     p.add_argument("-j", "--workers", "--num-workers", type=positive, metavar="N", help="decoding threads (all cores)")
     p.add_argument("--image-size", type=positive, default=224, help="pixels of the centre crop (default 224)")

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fastssl import distributed
-from fastssl.distributed import Ranks, gather_objects
+from fastssl import checkpoint, distributed
+from fastssl.distributed import Ranks, broadcast_object, gather_objects
 from fastssl.environment import environment
 from fastssl.eval.images import Images
 from fastssl.eval.memory import GB, Memory, peak_memory
@@ -55,7 +55,8 @@ class Session:
         if o.pretrained:
             self.say(f"=> creating model '{o.arch or 'of the checkpoint'}'")
             self.say(f"=> loading checkpoint '{o.pretrained}'")
-            backbone, report = load_pretrained(o.pretrained, o.arch)
+            path = broadcast_object(checkpoint.find(o.pretrained), self.ranks)  # a run may be writing newer ones
+            backbone, report = load_pretrained(path, o.arch)
             o.arch, self.report = report.arch, str(report).splitlines()
             for line in self.report:
                 self.note(line)
