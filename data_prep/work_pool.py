@@ -138,7 +138,8 @@ def ahead(begun: Iterator[Item], depth: int) -> Iterator[Item]:
         waiting.append(item)
         if len(waiting) > depth:
             yield waiting.popleft()
-    yield from waiting
+    while waiting:
+        yield waiting.popleft()
 
 
 def usable_cores() -> int:

@@ -6,9 +6,7 @@ at every `break`, waits for ever when one dies, and shows another image's pixels
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastssl.batch import ImageBatch
+from fastssl.data_prep.work_pool import ahead
 from fastssl.loaders.bad_images import BadImages
 from fastssl.loaders.beton_decode import BetonDecoder
 from fastssl.loaders.beton_file import open_beton
@@ -112,17 +111,13 @@ class BetonLoader:
 
     def _decode_batches(self, shares: Iterator[Tensor], replace: bool) -> Iterator[ImageBatch]:
         """CPU batches in the order of `shares`, however the threads finish."""
-        read_ahead = self._prefetcher.read_ahead  # so that threads never wait for the slowest image of one batch
         pool = reader_threads(self.workers, "fastssl-decode", self._prefetcher.device)
-        ahead: deque[_Pending] = deque()
+        begun = (self._start(pool, share.numpy().copy(), replace) for share in shares)
         try:
-            for share in itertools.chain(shares, [None] * read_ahead):
-                if share is not None:
-                    ahead.append(self._start(pool, share.numpy().copy(), replace))
-                if len(ahead) > read_ahead or (share is None and ahead):
-                    batch = self._finish(ahead.popleft(), replace)
-                    if batch.size:
-                        yield batch
+            for pending in ahead(begun, self._prefetcher.read_ahead):  # none waits for the slowest image of one batch
+                batch = self._finish(pending, replace)
+                if batch.size:
+                    yield batch
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastssl.batch import ImageBatch
+from fastssl.data_prep.work_pool import ahead
 from fastssl.loaders.dali_decode import DEPTH, DaliFailed, JpegDecoder
 from fastssl.loaders.dali_read import Item, ItemReader
 from fastssl.loaders.encoded import open_encoded
@@ -93,16 +94,14 @@ class DaliLoader:
         def read_chunk(chunk: list[int]) -> list[Item]:
             return [item for i in chunk if (item := self._reader.read(i, replace)) is not None]
 
-        read_ahead = self._prefetcher.read_ahead
+        def read_share(share: Tensor) -> list[Future]:
+            chunks = share.split(max(1, min(_CHUNK, len(share) // (2 * self.workers))))
+            return [pool.submit(read_chunk, chunk.tolist()) for chunk in chunks]
+
         pool = reader_threads(self.workers, "fastssl-read", self._prefetcher.device)
-        ahead: deque[list[Future]] = deque()
         try:
-            for share in itertools.chain(shares, [None] * read_ahead):
-                if share is not None:
-                    chunks = share.split(max(1, min(_CHUNK, len(share) // (2 * self.workers))))
-                    ahead.append([pool.submit(read_chunk, chunk.tolist()) for chunk in chunks])
-                if len(ahead) > read_ahead or (share is None and ahead):
-                    yield [item for future in ahead.popleft() for item in future.result()]
+            for tasks in ahead(map(read_share, shares), self._prefetcher.read_ahead):
+                yield [item for task in tasks for item in task.result()]
         finally:
             pool.shutdown(cancel_futures=True)
 
