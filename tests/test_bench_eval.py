@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_knn import accuracy_slowly, make_clusters, make_grid, nearest_slowly
+from test_knn import accuracy_slowly, knn_accuracy, make_clusters, make_grid, nearest_slowly
 
 from fastssl.bench import eval as bench
 from fastssl.bench.knn_peer import knn_the_reference_way, nearest_by_cdist
-from fastssl.eval.vote import knn_accuracy, odd_ks
+from fastssl.eval.vote import odd_ks
 
 
 def test_the_reference_way_gives_the_accuracies_of_ours():
