@@ -32,23 +32,27 @@ from fastssl.eval.vote import REP_SPACES, odd_ks, to_rep_space
 def make_all_parser() -> argparse.ArgumentParser:
     """The flags of the single evaluations, which mean here what they mean there."""
     p = make_parser("all", __doc__.splitlines()[0], batch_size=256, data="folder with train and val, as for knn")
-    p.add_argument("--views", metavar="DIR", help="static view set; without one, only k-NN and linear run")
-    p.add_argument("-k", "--k", type=positive, default=101, metavar="K", help="k-NN: largest k (101)")
-    p.add_argument("--rep-space", choices=(*REP_SPACES, "shifted-norm"), default="norm", help="k-NN: see knn (norm)")
-    p.add_argument("--epochs", type=positive, default=100, metavar="N", help="linear: epochs of training (100)")
-    p.add_argument(
-        "--schedule", type=int, nargs="*", default=[60, 80], metavar="EPOCH", help="linear: when the rate drops (60 80)"
-    )
-    p.add_argument(
+    add = p.add_argument
+    add("--views", metavar="DIR", help="static view set; without one, only k-NN and linear run")
+    add("-k", "--k", type=positive, default=101, metavar="K", help="k-NN: largest k (default 101)")
+    add("--rep-space", choices=(*REP_SPACES, "shifted-norm"), default="norm", help="k-NN: see knn (default norm)")
+    add("--epochs", type=positive, default=100, metavar="N", help="linear: epochs of training (default 100)")
+    add("--schedule", type=int, nargs="*", default=[60, 80], metavar="N", help="linear: epochs at which the rate drops")
+    add(
         "--lrs", type=numbers, default=[0.1, 0.3, 1.0, 3.0, 10.0, 30.0], metavar="A,B,..", help="linear: learning rates"
     )
-    p.add_argument("--wds", type=numbers, default=[0.0], metavar="A,B,..", help="linear: weight decays (0)")
-    p.add_argument(
-        "-s", "--sample-per-class", type=positive, default=50, metavar="N", help="view set: images per class (50)"
+    add("--wds", type=numbers, default=[0.0], metavar="A,B,..", help="linear: weight decays (default 0)")
+    add(
+        "-s",
+        "--sample-per-class",
+        type=positive,
+        default=50,
+        metavar="N",
+        help="view set: images per class (default 50)",
     )
-    p.add_argument("--topk", type=positive, default=5, metavar="K", help="instance discrimination: largest k (5)")
-    p.add_argument("--perplexity", type=positive_float, default=30.0, metavar="P", help="t-SNE: perplexity (30)")
-    p.add_argument("--figure", default="all", metavar="NAME", help="draw the results to NAME.pdf and NAME.png (all)")
+    add("--topk", type=positive, default=5, metavar="K", help="instance discrimination: largest k (default 5)")
+    add("--perplexity", type=positive_float, default=30.0, metavar="P", help="t-SNE: perplexity (default 30)")
+    add("--figure", default="all", metavar="NAME", help="draw the results to NAME.pdf and NAME.png (default all)")
     p.set_defaults(momentum=0.9, classes=10)  # what the linear sweep and t-SNE also ask for
     return p
 

@@ -28,13 +28,15 @@ _EQUAL = 1e-13  # float64 products this near are those of equal rows
 def make_instdisc_parser() -> argparse.ArgumentParser:
     """The flags of the small-model project's instance discrimination script, and ours."""
     p = make_parser("instdisc", "Instance discrimination on a static view set.", batch_size=128, data="static view set")
-    p.add_argument("-s", "--sample-per-class", type=positive, default=100, metavar="N", help="images per chunk (100)")
-    p.add_argument("--topk", type=positive, default=5, metavar="K", help="report Acc@1 to Acc@K (5)")
+    p.add_argument(
+        "-s", "--sample-per-class", type=positive, default=100, metavar="N", help="images per chunk (default 100)"
+    )
+    p.add_argument("--topk", type=positive, default=5, metavar="K", help="report Acc@1 to Acc@K (default 5)")
     p.add_argument(
         "--mode",
         choices=tuple(QUERY_AND_POSITIVE),
         default="d-sd",
-        help="find the view of an original (d-sd, the default), or the second view of a first (sd-sd)",
+        help="find the view of an original (d-sd), or the second view of a first (sd-sd) (default d-sd)",
     )
     p.add_argument(
         "--dataset-mode",

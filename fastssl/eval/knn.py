@@ -29,13 +29,15 @@ def make_knn_parser() -> argparse.ArgumentParser:
         batch_size=512,
         data="folder with train and val: class folders, tar shards or .beton files",
     )
-    p.add_argument("-k", "--k", type=positive, default=5, metavar="K", help="largest k; tries 1, 3, ... up to K (5)")
+    p.add_argument(
+        "-k", "--k", type=positive, default=5, metavar="K", help="largest k; tries 1, 3, ... up to K (default 5)"
+    )
     p.add_argument(
         "--rep-space",
         choices=(*REP_SPACES, "shifted-norm"),
         default="original",
         help="which features are compared: the encoder's own (original), scaled to unit length (norm), or first "
-        "shifted by the mean of their batch of -b images (shift-norm, shifted-norm)",
+        "shifted by the mean of their batch of -b images (shift-norm, shifted-norm) (default original)",
     )
     return p
 

@@ -23,54 +23,44 @@ def make_parser(command: str, description: str, *, batch_size: int, data: str) -
         epilog="Several GPUs: torchrun --nproc_per_node N -m fastssl.eval.NAME ..., or --multiprocessing-distributed "
         "with --world-size, --rank and --dist-url; one GPU of several: --gpu I.",
     )
-    p.add_argument("data", metavar="DIR", help=data)
-    p.add_argument("-a", "--arch", help="backbone by name (default: the one the checkpoint names, else resnet50)")
-    p.add_argument(
-        "--pretrained", default="", metavar="PATH", help="checkpoint of the encoder (default: random weights)"
-    )
-    p.add_argument(
-        "-b", "--batch-size", type=positive, default=batch_size, metavar="N", help=f"images per batch ({batch_size})"
-    )
-    p.add_argument("-j", "--workers", "--num-workers", type=positive, metavar="N", help="decoding threads (all cores)")
-    p.add_argument("--image-size", type=positive, default=224, metavar="PIXELS", help="side of the centre crop (224)")
-    p.add_argument("--resize", type=positive, metavar="PIXELS", help="short side before the crop (256/224 of the crop)")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
-    p.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="the encoder's (fp32)")
-    p.add_argument(
-        "--max-mem-gb", type=positive_float, metavar="GB", help="memory limit of each process; features may go to disk"
-    )
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="seed of every random choice (0)")
-    p.add_argument("--json", metavar="FILE", help="also write the results to this file")
+    add = p.add_argument
+    add("data", metavar="DIR", help=data)
+    add("-a", "--arch", help="backbone by name (default: the one the checkpoint names, else resnet50)")
+    add("--pretrained", default="", metavar="PATH", help="checkpoint of the encoder (default: random weights)")
+    add("-b", "--batch-size", type=positive, default=batch_size, help=f"images per batch (default {batch_size})")
+    add("-j", "--workers", "--num-workers", type=positive, metavar="N", help="decoding threads (default all cores)")
+    add("--image-size", type=positive, default=224, metavar="PIXELS", help="side of the centre crop (default 224)")
+    add("--resize", type=positive, metavar="PIXELS", help="short side before the crop (default 256/224 of it)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
+    add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="the encoder's arithmetic (default fp32)")
+    add("--max-mem-gb", type=positive_float, metavar="GB", help="memory limit of each process; features may go to disk")
+    add("--seed", type=int, default=0, metavar="N", help="seed of every random choice (default 0)")
+    add("--json", metavar="FILE", help="also write the results to this file")
     return p
 
 
 def add_training_flags(p: argparse.ArgumentParser, *, print_freq: int) -> None:
     """The flags that the reference's linear and transfer scripts share."""
-    p.add_argument("--epochs", type=positive, default=100, metavar="N", help="epochs of training (100)")
-    p.add_argument("--start-epoch", type=int, default=0, metavar="N", help="first epoch, without --resume (0)")
-    p.add_argument("--lr", "--learning-rate", type=rate, default=30.0, metavar="LR", help="learning rate (30)")
-    p.add_argument(
-        "--schedule", type=int, nargs="*", default=[60, 80], metavar="EPOCH", help="when the rate drops (60 80)"
-    )
-    p.add_argument("--momentum", type=rate, default=0.9, metavar="M", help="momentum of SGD (0.9)")
-    p.add_argument(
-        "--wd", "--weight-decay", dest="weight_decay", type=rate, default=0.0, metavar="W", help="of SGD (0)"
-    )
-    p.add_argument(
-        "-p", "--print-freq", type=positive, default=print_freq, metavar="N", help=f"steps per log line ({print_freq})"
-    )
-    p.add_argument("--resume", default="", metavar="PATH", help="continue from a checkpoint that this command wrote")
-    p.add_argument("-e", "--evaluate", action="store_true", help="only validate the classifier given by --resume")
-    p.add_argument("--output", metavar="DIR", help="folder for the checkpoints (beside the --pretrained one)")
-    p.add_argument(
+    add = p.add_argument
+    add("--epochs", type=positive, default=100, metavar="N", help="epochs of training (default 100)")
+    add("--start-epoch", type=int, default=0, metavar="N", help="first epoch, without --resume (default 0)")
+    add("--lr", "--learning-rate", type=rate, default=30.0, metavar="LR", help="learning rate (default 30)")
+    add("--schedule", type=int, nargs="*", default=[60, 80], help="epochs at which the rate drops (default 60 80)")
+    add("--momentum", type=rate, default=0.9, metavar="M", help="momentum of SGD (default 0.9)")
+    add("--wd", "--weight-decay", dest="weight_decay", type=rate, default=0.0, help="weight decay (default 0)")
+    add("-p", "--print-freq", type=positive, default=print_freq, help=f"steps per log line (default {print_freq})")
+    add("--resume", default="", metavar="PATH", help="continue from a checkpoint that this command wrote")
+    add("-e", "--evaluate", action="store_true", help="only validate the classifier given by --resume")
+    add("--output", metavar="DIR", help="folder for the checkpoints (default: beside the --pretrained one)")
+    add(
         "--protocol",
         choices=("reference", "cached"),
         default="reference",
         help="reference: train on newly augmented images every epoch; cached: compute the features of centre crops "
-        "once and train all settings on them together (reference)",
+        "once and train all settings on them together (default reference)",
     )
-    p.add_argument("--lrs", type=numbers, metavar="A,B,..", help="cached protocol: learning rates to try, not --lr")
-    p.add_argument("--wds", type=numbers, metavar="A,B,..", help="cached protocol: weight decays to try, not --wd")
+    add("--lrs", type=numbers, metavar="A,B,..", help="cached protocol: learning rates to try, not --lr")
+    add("--wds", type=numbers, metavar="A,B,..", help="cached protocol: weight decays to try, not --wd")
 
 
 def check_training_flags(options: argparse.Namespace) -> None:

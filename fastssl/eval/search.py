@@ -72,14 +72,9 @@ def knn_over_ranks(
             for hits, is_weighted in ((majority, False), (weighted, True)):
                 found = vote_hits(distance, labels, truth, ks, highest + 1, is_weighted)
                 hits.update({k: hits[k] + found[k] for k in ks})
-    tally = sum(gather_objects(tally, ranks), Counter())
-    return Answers(
-        percent_of_all(majority, sum(query_sizes), ranks),
-        percent_of_all(weighted, sum(query_sizes), ranks),
-        sum(bank_sizes),
-        sum(query_sizes),
-        {method: count for method, count in tally.items() if count},
-    )
+    majority, weighted = (percent_of_all(hits, sum(query_sizes), ranks) for hits in (majority, weighted))
+    tally = +sum(gather_objects(tally, ranks), Counter())  # + leaves out what is 0
+    return Answers(majority, weighted, sum(bank_sizes), sum(query_sizes), dict(tally))
 
 
 def percent_of_all(hits: dict[int, int], queries: int, ranks: Ranks) -> dict[int, float]:

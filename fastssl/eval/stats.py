@@ -31,7 +31,9 @@ _TILE = 2048
 def make_stats_parser() -> argparse.ArgumentParser:
     """The flags of the small-model project's statistics script, and ours."""
     p = make_parser("stats", "Alignment and uniformity on a static view set.", batch_size=128, data="static view set")
-    p.add_argument("-s", "--sample-per-class", type=positive, default=50, metavar="N", help="images per class (50)")
+    p.add_argument(
+        "-s", "--sample-per-class", type=positive, default=50, metavar="N", help="images per class (default 50)"
+    )
     return p
 
 

@@ -32,14 +32,14 @@ def make_transfer_parser() -> argparse.ArgumentParser:
         batch_size=256,
         data="torchvision's files, or train/<class>/ and test/<class>/ folders",
     )
-    p.add_argument("--dataset", choices=DATASETS, default="cifar10", help="data set to classify (cifar10)")
+    p.add_argument("--dataset", choices=DATASETS, default="cifar10", help="data set to classify (default cifar10)")
     p.add_argument("--finetune", action="store_true", help="also train the backbone")
     p.add_argument(
         "--finetune-mode",
         choices=("train", "reference"),
         default="train",
         help="with --finetune: train in train mode (train), or from the second epoch on in eval mode, as the reference "
-        "script does (reference)",
+        "script does (reference) (default train)",
     )
     add_training_flags(p, print_freq=10)
     return p

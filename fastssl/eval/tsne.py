@@ -29,18 +29,19 @@ PARTS = ("Y0", "Y1", "Y2", "labels")  # coordinates of originals and views, clas
 def make_tsne_parser() -> argparse.ArgumentParser:
     """The flags of the small-model project's t-SNE script, and ours."""
     p = make_parser("tsne", "t-SNE figures of a static view set.", batch_size=128, data="static view set")
-    p.add_argument("--pic-name", default="tsne.pdf", metavar="NAME", help="prefix of the files written (tsne.pdf)")
-    p.add_argument("--perplexity", type=positive_float, default=30.0, metavar="P", help="perplexity of t-SNE (30)")
-    p.add_argument("--paint", action="store_true", help="only draw the figures again, from the .npy files")
-    p.add_argument("--zoomin", action="store_true", help="add an inset around the tightest triangle")
-    p.add_argument("--classes", type=positive, default=10, metavar="N", help="show the first N classes (10)")
-    p.add_argument(
+    add = p.add_argument
+    add("--pic-name", default="tsne.pdf", metavar="NAME", help="prefix of the files written (default tsne.pdf)")
+    add("--perplexity", type=positive_float, default=30.0, metavar="P", help="perplexity of t-SNE (default 30)")
+    add("--paint", action="store_true", help="only draw the figures again, from the .npy files")
+    add("--zoomin", action="store_true", help="add an inset around the tightest triangle")
+    add("--classes", type=positive, default=10, metavar="N", help="show the first N classes (default 10)")
+    add(
         "-s",
         "--sample-per-class",
         type=positive,
         default=100,
         metavar="N",
-        help="show the first N images of each (100)",
+        help="show the first N images of each (default 100)",
     )
     return p
 

@@ -92,16 +92,14 @@ def find_encoder(tensors: dict[str, Tensor], key: str = "q") -> Layout:
         elif group:
             left_out[name] = [prefix + k for k in group]
     if chosen is None:
-        other = "leave out --key k" if key == "k" else "use --key k"
-        raise CheckpointError(f"has no {'key' if key == 'k' else 'query'} encoder, only {', '.join(left_out)}: {other}")
+        lacking, mend = ("key", "leave out --key k") if key == "k" else ("query", "give another checkpoint")
+        raise CheckpointError(f"has no {lacking} encoder, only {', '.join(left_out)}: {mend}")
     sides = {} if project in ("MoCo", "SEED") else _SIDES
     for name in tensors:
         if not name.startswith(tuple(groups)):
             reason = _STATE.get(name) or sides.get(name.split(".")[0])
             if reason is None:
-                raise CheckpointError(
-                    f"has a tensor {name!r} that is not known from {project} checkpoints: save the encoder alone"
-                )
+                raise CheckpointError(f"has a tensor {name!r} unknown in {project} checkpoints: save the encoder alone")
             left_out.setdefault(reason, []).append(name)
     return _split_own(kind, strip_wrappers(chosen), left_out)
 

@@ -124,7 +124,7 @@ def split_batchnorm(module: nn.Module, splits: int) -> None:
 def check_sync_batchnorm(device: torch.device) -> None:
     """Raises ValueError unless the device is CUDA, which SyncBatchNorm needs."""
     if device.type != "cuda":
-        raise ValueError(f"SyncBatchNorm needs CUDA, but this run is on {device.type}: leave it out, or use --bn-splits")
+        raise ValueError(f"SyncBatchNorm needs CUDA, but this run is on {device.type}: leave it out or use --bn-splits")
 
 
 def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
