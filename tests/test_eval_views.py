@@ -267,7 +267,10 @@ def test_bad_input_is_one_sentence(run, view_set, tmp_path):
         (["instdisc", odd, *FLAGS], "other.jpeg is not named <stem>-<number>.jpeg"),
         (["instdisc", broken, *FLAGS], "make the view set again with fastssl prep views"),
         (["instdisc", view_set, *FLAGS, "--topk", 19], "fewer than --topk 19 samples: choose --topk from 1 to 18"),
-        (["tsne", view_set, *FLAGS, "--perplexity", 54], "--perplexity 54 must be below the number of images shown, 54"),
+        (
+            ["tsne", view_set, *FLAGS, "--perplexity", 54],
+            "--perplexity 54 must be below the number of images shown, 54",
+        ),
         (["tsne", view_set, "--paint"], "--paint draws saved coordinates"),
         (["instdisc", tmp_path / "nowhere"], "does not exist"),
     ]:

@@ -163,7 +163,9 @@ def test_no_probe_says_why(make_image_folder, tmp_path):
     assert make_probe(off, open_loader(off), ALONE) == (None, "no k-NN probe: --knn-every is 0")
     assert make_probe(flat, open_loader(flat), ALONE)[1].startswith("no k-NN probe: it needs classes")
     few = config_of(data)
-    assert make_probe(few, open_loader(few), ALONE)[1].endswith("there are too few training images to hold some out (24)")
+    assert make_probe(few, open_loader(few), ALONE)[1].endswith(
+        "there are too few training images to hold some out (24)"
+    )
 
 
 def test_a_held_out_split_that_cannot_serve_is_named(make_image_folder, tmp_path):
@@ -178,7 +180,10 @@ def test_a_held_out_split_that_cannot_serve_is_named(make_image_folder, tmp_path
             image.write_bytes(b"not an image")
     assert make_probe(config, open_loader(config), ALONE)[0]
     asked = replace(config, knn_images=1)  # the first, which cannot be read
-    assert f"no image that the probe would take from {data / 'val'} can be read" in make_probe(asked, open_loader(config), ALONE)[1]
+    assert (
+        f"no image that the probe would take from {data / 'val'} can be read"
+        in make_probe(asked, open_loader(config), ALONE)[1]
+    )
     last.write_bytes(b"not an image")
     assert f"from {data / 'val'} can be read" in make_probe(config, open_loader(config), ALONE)[1]
     shutil.rmtree(data / "val")
