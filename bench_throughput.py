@@ -1,4 +1,4 @@
-"""Measurements: `python bench_throughput.py STAGE [options]`, or `--suite cpu|gpu`; STAGE --help lists its options."""
+"""Benchmarks: `python bench_throughput.py STAGE [options]`, or `--suite cpu|gpu`; STAGE --help lists its options."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ STAGES = {  # stage -> the module whose main(argv) measures it and writes JSON t
     "eval": "fastssl.bench.eval",
 }
 USAGE = f"""usage: python bench_throughput.py STAGE [options]     where STAGE is one of: {", ".join(STAGES)}
-       python bench_throughput.py --suite cpu|gpu     everything worth knowing, in minutes
-       python bench_throughput.py report [--check]    the tables of the pages, from benchmarks/
+       python bench_throughput.py --suite cpu|gpu     everything worth knowing about a machine, in minutes
+       python bench_throughput.py report [--check]    rewrite the tables of the READMEs from benchmarks/
 
 every STAGE takes, besides its own options:
   --output FILE        write the result as JSON
-  --report DIR         write JSON, table and plot there (instead of --output)
-  --compare OLD.json   say what is faster, slower or within the noise; exit code 1 when anything is slower
-  --seconds N          begin no further round after so many seconds (three at least)
+  --report DIR         write JSON, table and plot to this folder (instead of --output)
+  --compare OLD.json   say what is faster, slower or within the noise; exit with 1 if anything is slower
+  --seconds N          start no further round after N seconds, but make at least three
 """
 
 
@@ -48,12 +48,12 @@ def main(argv: list[str]) -> int:
 
 
 def run_stage(stage: str, argv: list[str]) -> int:
-    """Measures; prints the verdicts; writes the report; compares. The exit code."""
+    """Measures, prints the verdicts, writes the report and compares. Returns the exit code."""
     from fastssl.bench import compare, report, results, timing, verdicts
 
     shared, own = shared_parser().parse_known_args(argv)
     old = results.read_result(shared.compare) if shared.compare else None
-    old_rows = results.rows(stage, old, str(shared.compare)) if old else []  # before anything is measured
+    old_rows = results.rows(stage, old, str(shared.compare)) if old else []  # fails before anything is measured
     timing.stop_after(shared.seconds or float("inf"))
     with tempfile.TemporaryDirectory() as scratch:
         output = shared.output or (shared.report or Path(scratch)) / f"{stage}.json"
@@ -67,13 +67,13 @@ def run_stage(stage: str, argv: list[str]) -> int:
         if old is None:
             return 0
         lines, slower = compare.compare(old_rows, results.rows(stage, result))
-        note = compare.differing_machines(old["environment"], result["environment"])
-        print(*lines, *[note] * bool(note), sep="\n")
-        return int(slower and not note)
+        warning = compare.differing_machines(old["environment"], result["environment"])
+        print("\n".join([*lines, warning] if warning else lines))
+        return int(slower and not warning)
 
 
 def shared_parser() -> argparse.ArgumentParser:
-    """The options of every stage."""
+    """The options that every stage takes."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     places = parser.add_mutually_exclusive_group()
     places.add_argument("--output", type=Path)

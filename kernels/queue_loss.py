@@ -1,8 +1,8 @@
 """The whole loss in four launches: the pass over the queue, the one inside the batch, and two that finish.
 
-Run by PyTorch, the algebra of `fastssl/losses.py` is 90 launches, forward and gradient with all terms on, which at
-N = 256 take longer than the pass itself. Here the finishing kernels do it and leave the gradient ready, so that the
-backward is one product.
+In PyTorch, the algebra of `fastssl/losses.py` takes 90 launches for forward and gradient with all terms on, which at
+N = 256 last longer than the pass itself. Here the finishing kernels do it, and already compute the gradient, so that
+the backward is a single product.
 
 Shapes: N = queries, K = rows of the queue, D = feature dimension, P = parts of the queue (see `row_lse_pass.py`).
 """
@@ -40,11 +40,11 @@ def queue_loss(
     uniform_t: float,
     intra_batch: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The weighted loss of `fastssl.losses.moco_loss` and its gradient; at least one of contrast and uniform is on.
+    """The weighted loss of `fastssl.losses.moco_loss` and its gradient; contrast or uniform must have a weight.
 
-    q_ND, k_ND: float32, queue_KD: float32, float16 or bfloat16, all contiguous unit rows. Returns the total (), the
-    parts (5,) contrast, align, uniform, top1, top5 (undefined where the weight is 0), and what the backward needs.
-    Only the total has a gradient, and only with respect to q.
+    q_ND, k_ND: float32, queue_KD: float32, float16 or bfloat16; all contiguous unit rows. Returns the total (), the
+    parts (5,) contrast, align, uniform, top1, top5 (undefined if the term's weight is 0), and three tensors for the
+    backward. Only the total has a gradient, and only with respect to q.
     """
     num, pairs = q_ND.shape[0], float(q_ND.shape[0] * queue_KD.shape[0])
     contrast, uniform = contrast_weight > 0, uniform_weight > 0
@@ -53,7 +53,7 @@ def queue_loss(
     widen = weights_need_float32(scales, queue_KD.dtype)
     with on_device_of(q_ND):
         positive_N = torch.linalg.vecdot(q_ND, k_ND) if contrast else None
-        q_low_ND = q_ND.to(queue_KD.dtype)  # cast here: in the kernel it would keep x out of shared memory
+        q_low_ND = q_ND.to(queue_KD.dtype)  # a cast inside the kernel would keep x out of shared memory
         main, batch = pass_over_queue(q_low_ND, queue_KD, scales, positive_N, False, widen), None
         if uniform and intra_batch and num > 1:
             pairs += num * (num - 1) / 2
@@ -87,7 +87,7 @@ def _launch_finish_rows(
 ) -> None:
     q_ND, k_ND, positive_N, terms_TN, gradient_ND, uniform_gradient_ND = tensors
     num, dim = q_ND.shape
-    inside = main if batch is None else batch  # not read without pairs
+    inside = main if batch is None else batch  # any tensor will do if there are no pairs: the kernel does not read it
     rows = rows_per_program(q_ND)
     traceable(finish_rows)[(triton.cdiv(num, rows),)](
         q_ND,

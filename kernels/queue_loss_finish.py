@@ -43,7 +43,7 @@ def finish_rows(
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """One program: BLOCK_R queries; a factor is the term's weight over N."""
+    """One program: BLOCK_R queries. A term's factor is its weight divided by N."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     element = tl.program_id(0).to(tl.int64) * (BLOCK_R * D) + tl.arange(0, BLOCK_R * D)
     valid = row < N
@@ -57,7 +57,7 @@ def finish_rows(
         align = distance2
         slope = tl.full([BLOCK_R], 2.0, tl.float32)
     else:
-        apart = distance2 != 0  # identical rows take the gradient 0; NaN is not 0 and stays
+        apart = distance2 != 0  # identical rows get the gradient 0; true of NaN, which must stay
         log_distance2 = tl.log2(tl.where(apart, distance2, 1.0))
         align = tl.where(apart, tl.exp2(log_distance2 * (align_alpha / 2)), 0.0)
         slope = tl.where(apart, align_alpha * tl.exp2(log_distance2 * (align_alpha / 2 - 1)), 0.0)
@@ -83,7 +83,7 @@ def finish_rows(
         total = sum_parts(sum_ptr + (C - 1) * N, C * N, row, valid, num_parts, BLOCK_P)
         mean = sum_parts(mean_ptr + (C - 1) * N * D, C * N * D, element, inside, num_parts, BLOCK_P)
         if INSIDE:
-            # a pair stands in two rows: half of each sum, but the gradient comes from both
+            # every pair appears in two rows: it counts half in either sum, but its gradient comes from both
             total += sum_parts(inside_sum_ptr, N, row, valid, num_inside, BLOCK_P) / 2
             mean += sum_parts(inside_mean_ptr, N * D, element, inside, num_inside, BLOCK_P)
         tl.store(terms_ptr + 2 * N + row, total, mask=valid)
@@ -95,7 +95,7 @@ def finish_scalars(
     terms_ptr,  # (4, N) as finish_rows leaves them
     parts_ptr,  # (5,) contrast, align, uniform, top1, top5
     total_ptr,  # ()
-    uniform_factor_ptr,  # () what turns the uniform gradient's sums into a gradient
+    uniform_factor_ptr,  # () factor that turns the sums in uniform_gradient_ptr into a gradient
     N,
     pairs,
     uniform_offset,

@@ -1,8 +1,8 @@
-"""The queue losses in plain PyTorch, as published: the truth the fast paths are tested and timed against.
+"""The queue losses in plain PyTorch, as published: the truth with which the fast paths are tested and compared.
 
 Shapes: N = queries of this rank, K = rows of the queue, D = feature dimension, C = number of scales.
-Rows of q, k and queue are unit vectors. Every function works in the dtype it is given (float64 for the truth) and
-stores N x K values several times over; `row_lse.py` and `row_lse_tiled.py` do the same work without storing them.
+The rows of q, k and queue are unit vectors. Every function works in the dtype it is given (float64 for the truth) and
+stores N x K values several times; `row_lse.py` and `row_lse_tiled.py` do the same work without storing them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .row_lse_tiled import TIE
 def contrast_reference(q_ND: Tensor, k_ND: Tensor, queue_KD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """InfoNCE against the queue (MoCo, arXiv 1911.05722, Eq. 1): cross entropy of [q.k | q.queue] / temperature.
 
-    Returns the mean loss () and, for each query, how many queue rows are nearer to it than its key, beyond rounding:
-    above (N,) int64.
+    Returns the mean loss () and above (N,) int64: for each query, how many queue rows are nearer to it than its key,
+    by more than rounding.
     """
     positive_N = (q_ND * k_ND).sum(1)
     negative_NK = q_ND @ queue_KD.T
@@ -33,8 +33,8 @@ def contrast_reference(q_ND: Tensor, k_ND: Tensor, queue_KD: Tensor, temperature
 def align_reference(q_ND: Tensor, k_ND: Tensor, alpha: float) -> Tensor:
     """Alignment (arXiv 2005.10242, Eq. 15): the mean over pairs of ||q - k||^alpha, a scalar.
 
-    The distance is taken from the difference, not as 2 - 2 q.k: exact for near-identical rows and never negative.
-    Identical rows take the gradient 0, also where the power's own gradient is infinite (alpha < 2).
+    The distance is computed from the difference, not as 2 - 2 q.k, so it is exact for near-identical rows and never
+    negative. Identical rows get the gradient 0, even where that of the power is infinite (alpha < 2).
     """
     distance2_N = (q_ND - k_ND).square().sum(1)
     if alpha == 2:
@@ -47,8 +47,8 @@ def align_reference(q_ND: Tensor, k_ND: Tensor, alpha: float) -> Tensor:
 def uniform_reference(q_ND: Tensor, queue_KD: Tensor, t: float, intra_batch: bool) -> Tensor:
     """Uniformity against the queue (arXiv 2005.10242, Eq. 17; with `intra_batch` Eq. 18), a scalar.
 
-    The log of the mean of exp(-t d^2) over one pooled set: the N K query-queue pairs and, with `intra_batch`, the
-    N (N - 1) / 2 pairs of queries, of which a single query has none.
+    The log of the mean of exp(-t d^2) over all pairs: the N K pairs of a query and a queue row and, with
+    `intra_batch`, also the N (N - 1) / 2 pairs of queries.
     """
     distance2 = (2 - 2 * (q_ND @ queue_KD.T)).flatten()
     if intra_batch:
@@ -64,7 +64,7 @@ def row_lse_reference(
     positive_N: Tensor | None = None,
     exclude_self: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `row_lse` computes, stored in full and in the dtype given; arguments and results as there."""
+    """What `row_lse` computes, with the N x K matrix and in the given dtype; arguments and results as there."""
     dot_NK = x_ND @ y_KD.T
     above_N = dot_NK.new_empty(0, dtype=torch.int32)
     if positive_N is not None:

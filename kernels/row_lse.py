@@ -2,7 +2,7 @@
 
     lse[c, i] = log sum_j exp(scales[c] (x_i . y_j - 1))        mean[c, i] = sum_j softmax_j(scales[c] x_i . y_j) y_j
 
-The mean is the gradient: d lse[c, i] / d x_i = scales[c] mean[c, i], attention whose values are the keys. Both come
+The mean gives the gradient, d lse[c, i] / d x_i = scales[c] mean[c, i]: attention whose values are its keys. Both come
 from one pass over the queue (`row_lse_pass.py`), so the backward does not need the queue.
 
 Shapes: N = rows of x, K = rows of y (the queue), D = feature dimension, C = scales (1 or 2), P = parts of the queue.
@@ -26,7 +26,7 @@ from .traceable import traceable
 
 @triton.jit
 def sum_parts(part_ptr, stride, offsets, mask, num_parts, BLOCK_P: tl.constexpr):
-    """Adds the parts at the given offsets, in a fixed order; `stride` is the size of one part."""
+    """Adds the parts at the given offsets, in a fixed order. stride: elements in a part."""
     p = tl.arange(0, BLOCK_P).to(tl.int64)[:, None]
     total = tl.load(part_ptr + p * stride + offsets[None, :], mask=(p < num_parts) & mask[None, :], other=0)
     for first in range(BLOCK_P, num_parts, BLOCK_P):
@@ -83,15 +83,15 @@ def row_lse(
         mean[c, i] = sum_j softmax_j(scales[c] x_i . y_j) y_j, so that d lse[c, i] / d x_i = scales[c] mean[c, i]
         above[i] = how many j have x_i . y_j > positive_i + TIE
 
-    x_ND, y_KD: unit rows, contiguous, float32, float16 or bfloat16; x is rounded to the dtype of y for the tensor
-    cores, sums are float32. D in DIMS; scales: in (0, MAX_SCALE]; positive_N: (N,) float32 or None (then above is
-    empty); exclude_self: leaves out j = i, for y = x. Returns lse (C, N) and mean (C, N, D) float32, above (N,)
-    int32, the same bits every time. The gradient flows to x through lse, never to y.
+    x_ND, y_KD: unit rows, contiguous, float32, float16 or bfloat16. x is rounded to the dtype of y for the tensor
+    cores; sums are float32. D must be in DIMS, scales in (0, MAX_SCALE]. positive_N: (N,) float32 or None (then above
+    is empty). exclude_self: leaves out j = i, for y = x. Returns lse (C, N) and mean (C, N, D) float32, above (N,)
+    int32, with the same bits every time. The gradient flows to x through lse, never to y.
     """
     (num, dim), count = x_ND.shape, len(scales)
     assert dim in DIMS and y_KD.shape[1] == dim and count in (1, 2) and max(scales) <= MAX_SCALE
     widen = weights_need_float32(scales, y_KD.dtype)
-    x_ND = x_ND.to(y_KD.dtype)  # cast here: in the kernel it would keep x out of shared memory
+    x_ND = x_ND.to(y_KD.dtype)  # a cast inside the kernel would keep x out of shared memory
     with on_device_of(x_ND):
         sum_PCN, mean_PCND, above_PN, offsets = pass_over_queue(x_ND, y_KD, scales, positive_N, exclude_self, widen)
         lse_CN = x_ND.new_empty(count, num, dtype=torch.float32)
@@ -124,5 +124,5 @@ row_lse.register_autograd(row_lse_gradient, setup_context=save_for_gradient)
 
 
 def rows_per_program(x_ND: Tensor) -> int:
-    """Rows for one program of the kernels that add parts: 256 elements; on the CPU's interpreter many more."""
+    """How many rows a program of the kernels that add parts takes: 256 elements; more in the interpreter."""
     return max(1, 256 // x_ND.shape[1]) if x_ND.is_cuda else 32

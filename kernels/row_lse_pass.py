@@ -1,8 +1,8 @@
-"""The one pass over the queue, in Triton: weights exp(scale (x . y - 1)), their sums and the weighted sums of rows.
+"""The single pass over the queue, in Triton: weights exp(scale (x . y - 1)), their sums and the weighted sums of rows.
 
-A tile of y is read once and used by both matrix products, nothing of size N x K is stored. Unit rows bound the
-exponent, so there is no running maximum to keep and rescale by. For small N the queue is cut into parts, so that
-every multiprocessor has work; who calls adds the parts in a fixed order. Derivation and accuracy: `kernels/README.md`.
+A tile of y is read once and used in both matrix products; nothing of size N x K is stored. Unit rows bound the
+exponent, so no running maximum is needed. For small N the queue is cut into parts, so that every multiprocessor has
+work; the caller adds the parts in a fixed order. For derivation and accuracy see `kernels/README.md`.
 
 Shapes: N = rows of x, K = rows of y (the queue), D = feature dimension, C = scales (1 or 2), P = parts of the queue.
 """
@@ -25,14 +25,14 @@ from .row_lse_plan import dot_precision, split_queue, weight_factors
 from .row_lse_tiled import TIE
 from .traceable import traceable
 
-# Fused multiply-adds are faster and no less exact here; Triton 3.9 warns where nothing is said, 3.10 turns them off.
+# Fused multiply-adds are faster here and no less exact; if this is not set, Triton 3.9 warns and 3.10 turns them off.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 _TIE = tl.constexpr(TIE)
 
 
 @triton.jit
 def _as_operand(weight, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """The weight as the tensor cores take it, so that sums and products are of the same numbers."""
+    """The weight as the tensor cores round it, so that the sums and the products use the same numbers."""
     if dtype == tl.float32 and PRECISION == "tf32":
         weight = (weight.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # TF32 drops 13 bits
     return weight.to(dtype)
@@ -51,7 +51,7 @@ def _pass_over_queue(
     N,
     K,
     keys_per_part,
-    # in powers of two: weight = exp2(scale * dot - shift)
+    # weight = exp2(scale * dot - shift)
     scale0,
     shift0,
     scale1,
@@ -115,24 +115,24 @@ def _pass_over_queue(
 
 
 class QueuePass(NamedTuple):
-    """What `pass_over_queue` leaves: P partial results, to be added over the parts."""
+    """The results of `pass_over_queue` for each of P parts of the queue, still to be added."""
 
     sum_PCN: Tensor  # float32, sum_j weight_j
     mean_PCND: Tensor  # float32, sum_j weight_j y_j, not yet divided by the sum
-    above_PN: Tensor  # int32, how many j are above the positive; (P, 0) when not counted
+    above_PN: Tensor  # int32, how many j are above the positive; (P, 0) if that was not asked for
     offsets: list[float]  # per scale: log(sum) + offset = log sum_j exp(scale (x . y_j - 1))
 
 
 def pass_over_queue(
     x_ND: Tensor, y_KD: Tensor, scales: Sequence[float], positive_N: Tensor | None, exclude_self: bool, widen: bool
 ) -> QueuePass:
-    """Launches the kernel inside a `triton_op`; arguments as in `row_lse`, but x in the dtype of y.
+    """Launches the kernel, inside a `triton_op`. Arguments as in `row_lse`, but x has the dtype of y.
 
-    widen: what `weights_need_float32` says.
+    widen: the answer of `weights_need_float32`.
     """
     assert x_ND.dtype == y_KD.dtype
     num, num_keys, count = x_ND.shape[0], y_KD.shape[0], len(scales)
-    dim = int(x_ND.shape[1])  # a constant of the kernel, also where the compiler calls it a symbol
+    dim = int(x_ND.shape[1])  # a constant of the kernel, even if torch.compile passes a symbol
     blocks, multiprocessors = find_blocks(x_ND.device, dim, count, 4 if widen else y_KD.element_size())
     parts, keys_per_part = split_queue(int(num), int(num_keys), blocks, multiprocessors)
     factors = [weight_factors(scale, y_KD.dtype, widen) for scale in scales]
@@ -168,5 +168,5 @@ def pass_over_queue(
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager:
-    """Launches go to the current GPU, so make it the tensor's."""
+    """Makes the tensor's GPU the current one, to which Triton launches go."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,4 +1,4 @@
-"""How a pass over the queue is cut up and in which number formats it computes."""
+"""Decides into how many parts a pass cuts the queue, and in which number formats it computes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _FP16_MAX_SCALE = 10.0  # 2^15 exp(-2 * 10) is still a normal number in float16
 
 @cache
 def split_queue(num: int, num_keys: int, blocks: Blocks, multiprocessors: int) -> tuple[int, int]:
-    """How many parts the queue is cut into, and keys per part (a multiple of the tile), to fill the device.
+    """(number of parts, keys per part, a multiple of the tile) that fill the device.
 
-    The fewest parts among those with the least work on the busiest multiprocessor, a program's start and end counted
-    as one tile.
+    Of the numbers with the least work on the busiest multiprocessor, it is the smallest; a program's start and end
+    count as one tile.
     """
     row_blocks, tiles = _ceil_div(num, blocks.block_n), _ceil_div(num_keys, blocks.block_k)
     places = multiprocessors * blocks.programs_per_sm
@@ -32,16 +32,16 @@ def split_queue(num: int, num_keys: int, blocks: Blocks, multiprocessors: int) -
 
 
 def weights_need_float32(scales: Sequence[float], dtype: torch.dtype) -> bool:
-    """Whether the second product takes its operands in float32 because weights could leave float16's range."""
+    """Whether the second product needs float32 operands, because the weights could leave the range of float16."""
     return dtype == torch.float16 and max(scales) > _FP16_MAX_SCALE
 
 
 def weight_factors(scale: float, dtype: torch.dtype, widen: bool) -> tuple[float, float]:
-    """(a, b) with weight = exp2(a dot - b) = exp(scale (dot - 1)) up to a factor that keeps it in range.
+    """(a, b) such that exp2(a dot - b) is exp(scale (dot - 1)) times a factor that keeps the weight in range.
 
     |dot| <= 1 for unit rows. In float32 and bfloat16 the weight lies between exp(-87) and exp(75), in float16 between
-    2^15 exp(-20), a normal number, and 2^15. Both numbers are float32 values, as the kernel takes them, so that who
-    undoes the shift undoes it exactly.
+    2^15 exp(-20), a normal number, and 2^15. a and b are float32 values, which the kernel uses as they are, so that the
+    shift can be undone exactly.
     """
     factor = _float32(scale / math.log(2))
     if dtype == torch.float16 and not widen:
@@ -58,8 +58,8 @@ def _float32(number: float) -> float:
 
 
 def dot_precision() -> str:
-    """How float32 operands are multiplied: TF32 if the user has allowed PyTorch to, else in full."""
+    """How float32 operands are multiplied: in TF32 if PyTorch is allowed to, else in full precision."""
     matmul = torch.backends.cuda.matmul
-    # torch 2.9 named it anew, and refuses to answer by the old names once the new one was set
+    # torch 2.9 renamed the setting, and raises for the old name once the new one has been set
     allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     return "tf32" if allowed else "ieee"

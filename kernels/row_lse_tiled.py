@@ -1,7 +1,7 @@
 """`row_lse` in PyTorch, tile by tile: the CPU path, whose extra memory does not grow with the queue.
 
-Each tile of dot products stays in the cache while it becomes exponentials, sums and the weighted mean of the queue
-rows, so the (N, K) matrix is never stored. It runs on any device; a GPU has the Triton kernel in `row_lse.py`.
+A tile of dot products stays in the cache while it is turned into exponentials, sums and weighted means of queue rows,
+so the (N, K) matrix is never stored. This runs on any device; GPUs use the Triton kernel in `row_lse.py`.
 
 Shapes: N = rows of x, K = rows of y, D = feature dimension, C = number of scales.
 """
@@ -17,9 +17,9 @@ SCHEMA = (
     "(Tensor x_ND, Tensor y_KD, float[] scales, Tensor? positive_N=None, bool exclude_self=False)"
     " -> (Tensor, Tensor, Tensor)"
 )
-MAX_SCALE = 75.0  # exp(scale) summed over any queue, and exp(-scale), stay inside float32
-TIE = 1e-6  # a row counts as above another only beyond rounding
-_TILE_N, _TILE_FLOATS = 256, 2**21  # 8 MB of dot products: they stay in cache, and threads meet seldom
+MAX_SCALE = 75.0  # float32 holds exp(scale) summed over any queue, and exp(-scale)
+TIE = 1e-6  # a row counts as above another only by more than rounding
+_TILE_N, _TILE_FLOATS = 256, 2**21  # 8 MB of dot products: small enough for the cache, large enough for the threads
 
 
 @library.custom_op("fastssl::row_lse_tiled", mutates_args=(), schema=SCHEMA)
@@ -36,7 +36,7 @@ def row_lse_tiled(
         mean[c, i] = sum_j softmax_j(scales[c] x_i . y_j) y_j, so that d lse[c, i] / d x_i = scales[c] mean[c, i]
         above[i] = how many j have x_i . y_j > positive_i + TIE
 
-    x_ND, y_KD: unit rows, any float dtype; positive_N: (N,) or None (then above is empty); scales: at most MAX_SCALE;
+    x_ND, y_KD: unit rows, any float dtype. positive_N: (N,) or None (then above is empty). scales: at most MAX_SCALE.
     exclude_self: leaves out j = i, for y = x. Returns lse (C, N) and mean (C, N, D) in float32 (float64 for float64 x),
     above (N,) int32. The gradient flows to x through lse, never to y.
     """
@@ -57,7 +57,7 @@ def row_lse_tiled(
             y_kD = y_KD[start : start + tile_k].to(dtype)
             logit_nk, *work_nk = buffers[:, : len(x_nD), : len(y_kD)]
             torch.mm(x_nD, y_kD.T, out=logit_nk)
-            if positive_N is not None:  # as 0.0 and 1.0: booleans are slow to make and to add
+            if positive_N is not None:  # counted as 0.0 and 1.0: booleans are slow to make and to add
                 threshold_n = (positive_N[rows, None] + TIE) * scales[0]
                 above_N[rows] += torch.gt(logit_nk, threshold_n, out=work_nk[0]).sum(1).to(torch.int32)
             if exclude_self:
@@ -69,7 +69,7 @@ def row_lse_tiled(
                 mean_CnD[c].addmm_(weight_nk, y_kD)
         mean_CnD /= sum_Cn[:, :, None]
         for c, scale in enumerate(scales):
-            lse_CN[c, rows] = (sum_Cn[c].double().log() - scale).to(dtype)  # double: two large numbers cancel
+            lse_CN[c, rows] = (sum_Cn[c].double().log() - scale).to(dtype)  # double, since two large numbers cancel
     return lse_CN, mean_CND, above_N
 
 
@@ -80,7 +80,7 @@ def fake_row_lse(
     positive_N: Tensor | None = None,
     exclude_self: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes and dtypes of what `row_lse` returns, for the compiler."""
+    """The shapes and dtypes of what `row_lse` returns, for torch.compile."""
     num, dim = x_ND.shape
     dtype = torch.promote_types(x_ND.dtype, torch.float32)
     lse_CN = x_ND.new_empty(len(scales), num, dtype=dtype)
@@ -89,7 +89,7 @@ def fake_row_lse(
 
 
 def save_for_gradient(ctx, inputs: tuple, output: tuple) -> None:
-    """Keeps the mean rows for the backward: neither x nor the queue."""
+    """Saves only the mean rows for the backward, neither x nor the queue."""
     _, mean_CND, above_N = output
     ctx.mark_non_differentiable(mean_CND, above_N)
     ctx.save_for_backward(mean_CND)
@@ -97,11 +97,9 @@ def save_for_gradient(ctx, inputs: tuple, output: tuple) -> None:
 
 
 def refuse_second_derivative() -> None:
-    """For a backward whose saved gradient is a constant to autograd. Raises RuntimeError where it is to be derived."""
-    if torch.is_grad_enabled():  # with create_graph=True alone
-        raise RuntimeError(
-            "the fast losses cannot be differentiated twice (create_graph): take --loss-kernel reference"
-        )
+    """Raises RuntimeError in a backward that is itself to be differentiated: its saved gradient has no graph."""
+    if torch.is_grad_enabled():  # only with create_graph=True
+        raise RuntimeError("the fast losses cannot be differentiated twice (create_graph): use --loss-kernel reference")
 
 
 def row_lse_gradient(ctx, grad_lse_CN: Tensor, grad_mean: None, grad_above: None) -> tuple:

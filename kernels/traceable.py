@@ -1,4 +1,4 @@
-"""Triton kernels that torch.compile can see through."""
+"""Lets torch.compile see the Triton kernels inside an operator."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from triton.runtime.jit import JITFunction
 
 
 def traceable(kernel: object) -> object:
-    """`kernel`, to be launched as `traceable(kernel)[grid](...)` inside a `triton_op`.
+    """The kernel, to be launched as `traceable(kernel)[grid](...)` inside a `triton_op`.
 
-    The interpreter's functions (TRITON_INTERPRET=1) are launched as they are: older versions of torch refuse to wrap
-    them, and the compiler has nothing to see there.
+    The interpreter's functions (TRITON_INTERPRET=1) are not wrapped: older versions of torch refuse to, and there is
+    nothing to compile.
     """
     return library.wrap_triton(kernel) if isinstance(kernel, (JITFunction, Autotuner)) else kernel

@@ -1,8 +1,8 @@
 """Both views of a batch in three launches: `views_crop.py`, `views_jitter.py`, `views_finish.py`.
 
-Between the launches a view is three planes of bytes, for every operation ends on whole numbers 0..255, as in the Pillow
-pipelines it reproduces. So the result has the bits of the PyTorch chain in `fastssl/augment/views.py`, and two reasons
-alone cut the chain in three: contrast turns on a mean over the whole image, and a blur needs its neighbours.
+Between the launches a view is three planes of bytes, since every operation ends in whole numbers 0..255, as in the
+Pillow pipelines it reproduces. So the result has the same bits as the PyTorch chain in `fastssl/augment/views.py`.
+There are three launches because contrast needs the mean of the whole image, and a blur needs neighbouring pixels.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from .views_finish import finish_tiles
 from .views_jitter import jitter_rows
 from .views_table import FLOAT_FIELDS, INT_FIELDS, NUM_TAPS, POLICY_FIELDS
 
-OPTIONS = {"enable_fp_fusion": False}  # the few float64 steps of the weights then round as PyTorch's do
+OPTIONS = {"enable_fp_fusion": False}  # so that the few float64 steps round as PyTorch's do
 
 
 class Launch(NamedTuple):
-    """How the three kernels are cut."""
+    """How the work of the three launches is cut into programs."""
 
-    tile: int = 8  # side of a square of pixels, launches one and three
-    tiles: int = 49  # squares to a program of launch one, which draws a view's parameters once for them
-    row_pixels: int = 4096  # about so many pixels to a program of launch two, in whole rows
-    block: int = 1024  # pixels it holds at a time
-    warps: tuple[int, int, int] = (1, 8, 1)  # of a program of each launch
+    tile: int = 8  # side of a square tile in pixels, in launches one and three
+    tiles: int = 49  # tiles per program of launch one, which draws a view's parameters once for all of them
+    row_pixels: int = 4096  # about how many pixels a program of launch two takes, in whole rows
+    block: int = 1024  # how many of them at a time
+    warps: tuple[int, int, int] = (1, 8, 1)  # per program, for each launch
 
 
-# The interpreter runs programs one after the other: few and large ones suit it
+# The interpreter runs programs one after the other, so few and large ones are best.
 COMPILED, INTERPRETED = Launch(), Launch(tile=64, tiles=1 << 20, row_pixels=1 << 20, block=1 << 14)
 
 
 class Windows(NamedTuple):
-    """The images: fields of an `ImageBatch`."""
+    """The images of a batch: the fields of `ImageBatch` that the kernels need."""
 
     pixels: Tensor  # (P,) uint8
     offset: Tensor  # (B,) int64
@@ -48,14 +48,14 @@ class Windows(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """The parameters of N views, see `views_table.py`."""
+    """The parameters of N views; see `views_table.py`."""
 
     ints: Tensor  # (N, INTS) int32
     floats: Tensor  # (N, FLOATS) float32
 
 
 class Draw(NamedTuple):
-    """What the parameters are drawn from."""
+    """What determines the random parameters of the views."""
 
     policy: Tensor  # (POLICY_FIELDS,) float64
     seed: int  # in [-2^63, 2^63)
@@ -63,7 +63,7 @@ class Draw(NamedTuple):
 
 
 def empty_tables(windows: Windows) -> Tables:
-    """Rows for both views of every image, to be written by launch one."""
+    """Tables for both views of every image, to be filled by launch one."""
     num = 2 * len(windows.offset)
     floats = windows.pixels.new_empty(num, len(FLOAT_FIELDS), dtype=torch.float32)
     return Tables(windows.width.new_empty(num, len(INT_FIELDS)), floats)
@@ -79,11 +79,11 @@ def views_triton(
     dtype: torch.dtype,
     key_bytes: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """view_q and view_k of B images: each (B, S, S, 3), in `dtype` (float32, float16, bfloat16).
+    """view_q and view_k of B images, each (B, S, S, 3) in `dtype` (float32, float16, bfloat16).
 
-    draw: what to draw the parameters from, which are written to `tables`; None: `tables` holds them. mean and std per
-    channel in 0..1. key_bytes: view_k is uint8, neither normalised nor hidden. Sigmas are at most 2 pixels. Nothing
-    waits for the device.
+    draw: from what to draw the parameters, which are written to `tables`; None if `tables` already holds them. mean,
+    std: per channel, of values in 0..1. key_bytes: view_k is uint8, neither normalised nor hidden. Sigmas are at most 2
+    pixels. Does not wait for the device.
     """
     pixels, (ints, floats) = windows.pixels, tables
     num = ints.shape[0]
@@ -157,7 +157,7 @@ def views_triton(
 
 
 def means_and_scales(mean: Sequence[float], std: Sequence[float]) -> list[float]:
-    """Of bytes, from those of 0..1: normalised = (byte - mean) * scale. First the three means."""
+    """Three means and three scales with normalised = (byte - mean) * scale, from the mean and std of values in 0..1."""
     return [255 * m for m in mean] + [1 / (255 * s) for s in std]
 
 

@@ -1,7 +1,7 @@
-"""Colour operations of the views in Triton: three planes of float32 whole numbers 0..255 in, the same out.
+"""Colour operations of the views in Triton, from three planes of whole numbers 0..255 (float32) to the same.
 
-For factors that are multiples of 2^-13 every step is exact, so results have the bits of the PyTorch reference
-(`fastssl/augment/color.py`, which explains the formulas) whether or not the compiler fuses multiply-adds.
+Factors are multiples of 2^-13, so every step is exact and the results have the same bits as the PyTorch reference
+(`fastssl/augment/color.py`, which explains the formulas), whether or not the compiler fuses multiply-adds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def round_even(x):
 
 @triton.jit
 def luma(red, green, blue):
-    """Pillow's "L"."""
+    """The luma of Pillow's mode "L"."""
     weighted = red * (19595 / 65536) + green * (38470 / 65536) + blue * (7471 / 65536)
     return tl.floor(weighted + 0.5)
 
@@ -33,7 +33,7 @@ def _to_byte(x):
 
 @triton.jit
 def _blend(red, green, blue, anchor, factor):
-    """Away from `anchor` by `factor`."""
+    """Pillow's blend: anchor + factor * (channel - anchor), as bytes."""
     rest = anchor * (1.0 - factor)
     return _to_byte(red * factor + rest), _to_byte(green * factor + rest), _to_byte(blue * factor + rest)
 
@@ -66,8 +66,9 @@ def turn_hue(red, green, blue, levels):
 
 @triton.jit
 def jitter(red, green, blue, plan, first, stop, brightness, contrast, saturation, hue_levels, mean):
-    """Operations first <= p < stop of the plan, three bits each: 0 brightness, 1 contrast, 2 saturation, 3 hue, else
-    nothing. Contrast turns on `mean`."""
+    """Applies operations first <= p < stop of the plan, which holds three bits for each: 0 brightness, 1 contrast
+    (around `mean`), 2 saturation, 3 hue, else nothing.
+    """
     for p in range(first, stop):
         operation = (plan >> (3 * p)) & 7
         if operation == 0:

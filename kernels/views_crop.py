@@ -1,15 +1,15 @@
-"""Launch one of the views: crop, antialiased resize and flip, then the colour operations that stand before contrast.
+"""Launch one of the views: crop, antialiased resize and flip, then the colour operations that come before contrast.
 
-A program makes a few tiles of one view and leaves, beside their bytes, the sum of each one's luma: contrast turns on
-the mean of the whole image as it is when contrast's turn comes, which no program knows before all have finished. Sums
-are of whole numbers and one per tile, so the mean has the same bits every time.
+A program makes some tiles of one view and also stores the sum of each tile's luma. Contrast needs the mean luma of the
+whole image at that point, which is known only when all programs have finished. The sums are of whole numbers, one per
+tile, so the mean has the same bits every time.
 
-The resize is Pillow's: along rows, rounded to bytes, then along columns, weights in steps of 2^-22. With L pixels of
-the box per S outputs, the triangle's weight of pixel p in output o is a whole number over 2 max(L, S),
+The resize is Pillow's: along rows, rounded to bytes, then along columns, with weights in steps of 2^-22. If L pixels
+are resized to S, the triangle filter's weight of pixel p in output o is a whole number over 2 max(L, S),
 
     max(0, 2 max(L, S) - |(2 p + 1) S - (2 o + 1) L|)
 
-so that weights need no coordinate in floating point, whatever the size of the image.
+so the weights need no floating-point coordinates, whatever the size of the image.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _HALF = tl.constexpr(1 << 21)
 
 @triton.jit
 def weight_of(pixel, output, length, size):
-    """The whole-number weight of a pixel of the box in an output."""
+    """The weight, a whole number, of a pixel of the crop in an output pixel."""
     distance = tl.abs((2 * pixel + 1) * size - (2 * output + 1) * length)
     return tl.where(pixel < length, tl.maximum(2 * tl.maximum(length, size) - distance, 0), 0)
 
 
 @triton.jit
 def _axis(output, length, size):
-    """First pixel of each output, 2^22 over the sum of its weights (float64), and how many pixels to look at."""
+    """For each output: its first pixel, 2^22 over the sum of its weights (float64); and how many pixels to look at."""
     widest = tl.maximum(length, size)
     first = tl.maximum((2 * output + 1) * length - 2 * widest + size, 0) // (2 * size)
-    count = tl.cdiv(2 * widest, size)  # the weights' triangle is so wide, its two ends weigh nothing
+    count = tl.cdiv(2 * widest, size)  # the width of the triangle, at whose ends the weights are 0
     total = tl.zeros_like(output).to(tl.int64)
     for t in range(0, count):
         total += weight_of(first + t, output, length, size).to(tl.int64)
@@ -47,7 +47,7 @@ def _axis(output, length, size):
 
 @triton.jit
 def _blur_taps(sigma):
-    """`gaussian_taps` of one sigma: TAPS float32, multiples of 2^-14 that sum to 1 over both sides."""
+    """`gaussian_taps` of one sigma: NUM_TAPS float32 multiples of 2^-14 that, over both sides, sum to 1."""
     k = tl.arange(0, _NUM_TAPS)
     d = k.to(tl.float64)
     wide = sigma.to(tl.float64)
@@ -61,7 +61,7 @@ def _blur_taps(sigma):
 
 @triton.jit
 def _resized(base_ptr, row_bytes, height, width, source_y, source_x, S, BLOCK: tl.constexpr):
-    """Pixels (source_y, source_x) of the crop at `base_ptr` resized to S x S, float32 whole numbers, by channel."""
+    """Pixels (source_y, source_x) of the crop at `base_ptr` resized to S x S: whole numbers in float32, by channel."""
     first_x, unit_x, count_x = _axis(source_x, width, S)
     first_y, unit_y, count_y = _axis(source_y, height, S)
     red = tl.full([BLOCK, BLOCK], _HALF, tl.int32)
@@ -97,7 +97,7 @@ def crop_tiles(
     index_ptr,  # (B,) int64
     policy_ptr,  # (POLICY_FIELDS,) float64
     ints_ptr,  # (N, INTS) int32; written if DRAW, else read
-    floats_ptr,  # (N, FLOATS) float32, likewise
+    floats_ptr,  # (N, FLOATS) float32; written if DRAW, else read
     planes_ptr,  # (N, 3, S, S) uint8, result
     luma_ptr,  # (N, tiles) int32, result: the sum of the luma of each tile
     taps_ptr,  # (N, TAPS) float32, result: the taps of each view's blur
@@ -110,7 +110,7 @@ def crop_tiles(
     DRAW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: some tiles of BLOCK x BLOCK pixels of one view. DRAW: draws the view's parameters itself."""
+    """One program: some tiles, each BLOCK x BLOCK pixels, of one view. DRAW: it draws the view's parameters itself."""
     n = tl.program_id(1).to(tl.int64)
     ints_ptr += n * INTS
     floats_ptr += n * FLOATS

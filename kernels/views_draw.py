@@ -1,9 +1,8 @@
-"""A view's parameters, drawn inside launch one: `sample_params` of fastssl/augment/params.py, to the bit.
+"""A view's parameters, drawn inside launch one: the same bits as `sample_params` of fastssl/augment/params.py.
 
-Draw d is word d % 4 of block d // 4 of the Philox stream `view` of (seed, epoch, index). The arithmetic is the
-reference's, in its order: float64 sums, products, quotients and square roots, never fused, which IEEE rounds alike
-everywhere. What a policy says reaches the kernel as numbers (`POLICY_FIELDS`), so a policy has one definition and one
-compiled kernel serves all.
+Draw d is word d % 4 of block d // 4 in stream `view` of the Philox generator keyed by (seed, epoch, index). The
+arithmetic is the reference's, in the same order: float64 sums, products, quotients and square roots, never fused, which
+IEEE rounds alike everywhere. A policy reaches the kernel as numbers (`POLICY_FIELDS`), so one kernel serves them all.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from . import views_table as table
 
 _ROUND64 = tl.constexpr(1.5 * 2**52)  # x + this - this rounds |x| < 2^51 to the nearest whole number, half to even
 _CROP_TRIES = tl.constexpr(10)
-_LANES = tl.constexpr(16)  # tries are drawn side by side
+_LANES = tl.constexpr(16)  # for the tries, which are made side by side: a power of two
 
 
 @triton.jit
@@ -31,14 +30,14 @@ def _uniform(word):
 
 @triton.jit
 def _draw4(seed, low, high, epoch, view, block):
-    """Draws 4 block to 4 block + 3."""
+    """Draws number 4 * block to 4 * block + 3."""
     a, b, c, d = tl.philox(seed, low, high, epoch, block | (view << 16))
     return _uniform(a), _uniform(b), _uniform(c), _uniform(d)
 
 
 @triton.jit
 def _draw_at(seed, low, high, epoch, view, draw):
-    """The draws of these numbers."""
+    """The draws with these numbers."""
     a, b, c, d = _draw4(seed, low, high, epoch, view, draw // 4)
     word = draw % 4
     return tl.where(word == 0, a, tl.where(word == 1, b, tl.where(word == 2, c, d)))
@@ -46,7 +45,7 @@ def _draw_at(seed, low, high, epoch, view, draw):
 
 @triton.jit
 def _exp(x):
-    """`exact_exp`: Taylor series and squarings."""
+    """`exact_exp` of the reference: a Taylor series and squarings."""
     x = x * (1 / 64)
     power = x * 0.0 + 1.0
     for n in tl.static_range(12, 0, -1):
@@ -58,7 +57,7 @@ def _exp(x):
 
 @triton.jit
 def _random_sides(policy_ptr, seed, low, high, epoch, view, height, width):
-    """(height, width) of the first of ten tries that fits, else of the largest crop within the ratios; does one fit?"""
+    """(height, width) of the first of ten tries that fits, else the largest one within the ratios; whether one fits."""
     lane = tl.arange(0, _LANES)
     u_area = _draw_at(seed, low, high, epoch, view, lane)
     u_ratio = _draw_at(seed, low, high, epoch, view, lane + _CROP_TRIES)
@@ -80,13 +79,13 @@ def _random_sides(policy_ptr, seed, low, high, epoch, view, height, width):
 
 @triton.jit
 def _factor(u, low, span):
-    """A blend's factor, a multiple of 2^-13."""
+    """The factor of a blend, rounded to a multiple of 2^-13."""
     return (round_even64((u * span + low) * 8192.0) * (1 / 8192)).to(tl.float32)
 
 
 @triton.jit
 def _kept(operation, jitter, brightness, contrast, saturation, hue):
-    """The number of an operation, or 7 where it would change nothing."""
+    """The number of an operation, or 7 if it would change nothing."""
     changes = (operation == 0) & (brightness != 1.0) | (operation == 1) & (contrast != 1.0)
     changes = changes | (operation == 2) & (saturation != 1.0) | (operation == 3) & (hue != 0.0)
     return tl.where(jitter & changes, operation, 7)
@@ -94,7 +93,7 @@ def _kept(operation, jitter, brightness, contrast, saturation, hue):
 
 @triton.jit
 def _plan(order, jitter, brightness, contrast, saturation, hue):
-    """Permutation `order` of the four operations, three bits each; and the place of contrast, 4 without it."""
+    """Permutation `order` (0..23) of the four operations, three bits each; and the place of contrast, 4 without it."""
     first, rest = order // 6, order % 6
     second = rest // 2
     second += (second >= first).to(tl.int32)
@@ -113,7 +112,7 @@ def _plan(order, jitter, brightness, contrast, saturation, hue):
 
 @triton.jit
 def draw_view(policy_ptr, ints_ptr, floats_ptr, seed, epoch, index, view, height, width, write):
-    """Draws one view's parameters; returns what launch one needs and, if `write`, stores all in the view's rows."""
+    """Draws one view's parameters. Returns those that launch one needs; if `write`, stores all in the view's row."""
     low, high = (index & 0xFFFFFFFF).to(tl.uint32), (index >> 32).to(tl.uint32)
     seed, epoch, view = seed.to(tl.int64), epoch.to(tl.uint32), view.to(tl.int32)
     u_top, u_left, u_flip, u_jitter = _draw4(seed, low, high, epoch, view, 5)
@@ -174,7 +173,7 @@ def draw_view(policy_ptr, ints_ptr, floats_ptr, seed, epoch, index, view, height
 
 @triton.jit
 def load_view(ints_ptr, floats_ptr):
-    """What `draw_view` returns, from a view's rows."""
+    """What `draw_view` returns, read from the view's row in the tables."""
     top, left = tl.load(ints_ptr + table.TOP), tl.load(ints_ptr + table.LEFT)
     height, width = tl.load(ints_ptr + table.CROP_HEIGHT), tl.load(ints_ptr + table.CROP_WIDTH)
     plan, contrast_at = tl.load(ints_ptr + table.PLAN), tl.load(ints_ptr + table.CONTRAST_AT)

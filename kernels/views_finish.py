@@ -1,4 +1,4 @@
-"""Launch three of the views: the blur along columns, solarise, normalise, hide-and-seek, and the encoder's format."""
+"""Launch three of the views: blur along columns, solarise, normalise and hide-and-seek, in the encoder's format."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _NUM_TAPS = tl.constexpr(NUM_TAPS)
 
 @triton.jit
 def _blur_columns(rows_ptr, taps_ptr, radius, y, x, valid, S):
-    """Three planes of rows blurred in quarters -> bytes blurred both ways, by channel; edges are repeated."""
+    """Blurs along columns what launch two blurred along rows (in quarters): bytes by channel; edges are repeated."""
     tap, at = tl.load(taps_ptr), y * S + x
     red = tl.load(rows_ptr + at, mask=valid, other=0).to(tl.float32) * tap
     green = tl.load(rows_ptr + S * S + at, mask=valid, other=0).to(tl.float32) * tap
     blue = tl.load(rows_ptr + 2 * S * S + at, mask=valid, other=0).to(tl.float32) * tap
-    for k in range(1, radius + 1):  # six loads at a time: what they wait for is memory
+    for k in range(1, radius + 1):  # six loads at a time, since they wait for memory
         tap = tl.load(taps_ptr + k)
         above, below = rows_ptr + tl.maximum(y - k, 0) * S + x, rows_ptr + tl.minimum(y + k, S - 1) * S + x
         red += _sum_of(above, below, valid) * tap
@@ -29,7 +29,7 @@ def _blur_columns(rows_ptr, taps_ptr, radius, y, x, valid, S):
 
 @triton.jit
 def _sum_of(above, below, valid):
-    """The pixels at two places, added as float32."""
+    """The sum of the pixels at two places, as float32."""
     return tl.load(above, mask=valid, other=0).to(tl.float32) + tl.load(below, mask=valid, other=0).to(tl.float32)
 
 

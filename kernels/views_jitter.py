@@ -1,7 +1,7 @@
 """Launch two of the views: contrast and what follows it in the jitter, greyscale, and the blur along rows.
 
-A program owns whole rows of a view, so that after a barrier it may read its neighbours' pixels: what the blur needs to
-the left and right lies in the same rows, which the program itself has just written.
+A program owns whole rows of a view, because the blur needs the neighbours to the left and right: after a barrier, the
+program can read those that it has just written itself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NUM_TAPS = tl.constexpr(NUM_TAPS)
 
 @triton.jit
 def _update_colours(planes_ptr, ints_ptr, floats_ptr, mean, first, stop, plane, BLOCK: tl.constexpr):
-    """Jitter from contrast on, and greyscale, of pixels first <= i < stop of three planes of `plane` pixels."""
+    """Applies the jitter from contrast on, and greyscale, to pixels first <= i < stop of three planes."""
     plan, contrast_at = tl.load(ints_ptr + PLAN), tl.load(ints_ptr + CONTRAST_AT)
     brightness, contrast = tl.load(floats_ptr + BRIGHTNESS), tl.load(floats_ptr + CONTRAST)
     saturation, hue_levels = tl.load(floats_ptr + SATURATION), tl.load(ints_ptr + HUE_LEVELS).to(tl.float32)
@@ -54,7 +54,7 @@ def _update_colours(planes_ptr, ints_ptr, floats_ptr, mean, first, stop, plane, 
 
 @triton.jit
 def _blur_rows(planes_ptr, rows_ptr, taps_ptr, sigma, first, stop, plane, S, BLOCK: tl.constexpr):
-    """The blur along rows, in quarters, of pixels first <= i < stop; edges are repeated."""
+    """Blurs pixels first <= i < stop along rows, in quarters of a grey level; edges are repeated."""
     radius = (4.0 * sigma).to(tl.int32)  # taps reach to 4 sigma
     for start in range(first, stop, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -74,7 +74,7 @@ def _blur_rows(planes_ptr, rows_ptr, taps_ptr, sigma, first, stop, plane, S, BLO
 @triton.jit
 def jitter_rows(
     planes_ptr,  # (N, 3, S, S) uint8, updated
-    rows_ptr,  # (N, 3, S, S) int16, result where a view is blurred: quarters
+    rows_ptr,  # (N, 3, S, S) int16, result if the view is blurred: quarters of a grey level
     luma_ptr,  # (N, tiles) int32
     taps_ptr,  # (N, NUM_TAPS) float32
     ints_ptr,  # (N, INTS) int32
@@ -99,7 +99,7 @@ def jitter_rows(
         mean = ((2 * total + plane) // (2 * plane)).to(tl.float32)  # rounded half up, as Pillow rounds it
         _update_colours(planes_ptr, ints_ptr, floats_ptr, mean, first, stop, plane, BLOCK)
     if tl.load(ints_ptr + BLUR) != 0:
-        tl.debug_barrier()  # the rows of this program are written
+        tl.debug_barrier()  # from here on, all rows of this program have been written
         rows_ptr += n * (3 * plane)
         taps_ptr += n * _NUM_TAPS
         _blur_rows(planes_ptr, rows_ptr, taps_ptr, tl.load(floats_ptr + SIGMA), first, stop, plane, S, BLOCK)

@@ -1,4 +1,4 @@
-"""Views that came from another rank as bytes, into the encoder's format: one launch."""
+"""Normalises views that came from another rank as bytes, in one launch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def normalise_rows(
     bytes_ptr,  # (B, ROW) uint8
     out_ptr,  # (B, ROW) float32, float16 or bfloat16, result
     row,  # values of a view: 3 S^2
-    plane,  # from a value to the same pixel's next channel: 1 in channels_last, S^2 in planes
+    plane,  # distance from a value to the same pixel's next channel: 1 in channels_last, S^2 in planes
     # normalised = (byte - mean) * scale, channel by channel
     mean0,
     mean1,
@@ -40,12 +40,12 @@ def normalise_rows(
 
 
 def normalise_triton(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """x (B, 3, S, S) uint8, contiguous or channels_last: the same shape and layout in `dtype`, as from `views_triton`.
+    """Normalises x (B, 3, S, S) uint8, contiguous or channels_last, as `views_triton` does: same layout, in `dtype`.
 
-    mean and std per channel in 0..1. B is at most 65,535. Nothing waits for the device.
+    mean, std: per channel, of values in 0..1. B is at most 65,535. Does not wait for the device.
     """
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    rows = x.permute(0, 2, 3, 1) if channels_last else x  # as they lie
+    rows = x.permute(0, 2, 3, 1) if channels_last else x  # in the order of memory
     assert rows.dtype == torch.uint8 and rows.is_contiguous()
     out = torch.empty_like(rows, dtype=dtype)
     if x.numel() > 0:

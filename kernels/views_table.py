@@ -1,14 +1,14 @@
-"""The tables through which a view's parameters reach the kernels: one row per view, columns by name.
+"""The columns of the tables that hold the views' parameters for the kernels, one row per view.
 
-Views are numbered n = view * B + image: first all of view q, then all of view k. What the views of a policy are drawn
-from is a table too, of one row.
+Views are numbered n = view * B + image: first all of view q, then all of view k. The settings of a policy are a table
+of one row.
 """
 
 from __future__ import annotations
 
 import triton.language as tl
 
-# int32 columns; booleans are 0 and 1
+# int32 columns; booleans are 0 or 1
 INT_FIELDS = (
     "top",  # the crop box in pixels of the image
     "left",
@@ -17,8 +17,8 @@ INT_FIELDS = (
     "flip",
     "grey_before",
     "plan",  # four operations of three bits each, the first in the lowest; see views_color.py
-    "contrast_at",  # which of the four is contrast; 4: none is
-    "hue_levels",  # whole levels of 1/255 turn
+    "contrast_at",  # which of the four is contrast; 4 if none is
+    "hue_levels",  # in 1/255 of a turn
     "grey_after",
     "blur",
     "solarise",
@@ -26,9 +26,9 @@ INT_FIELDS = (
     "hide_key",  # below 2^24
 )
 FLOAT_FIELDS = ("brightness", "contrast", "saturation", "sigma", "hide_p")  # float32 columns
-# float64; a range is its low end and its span; a yes is not 0
+# float64; a range is given by its low end and its span; booleans are 0 or 1
 POLICY_FIELDS = (
-    *("central", "ratio_low", "ratio_high", "ratio_low_inverse"),  # central: the largest square in place of a crop
+    *("central", "ratio_low", "ratio_high", "ratio_low_inverse"),  # central: the largest square instead of a crop
     *("area_low", "area_span", "log_ratio_low", "log_ratio_span"),
     *("brightness_low", "brightness_span", "contrast_low", "contrast_span", "saturation_low", "saturation_span"),
     *("hue_low", "hue_span", "sigma_low", "sigma_span"),
@@ -46,5 +46,5 @@ FLIP_P, JITTER_P, GREY_P, GREY_FIRST = map(tl.constexpr, range(18, 22))
 BLUR_P, SOLARISE_P, HIDE_AND_SEEK, HIDE_PROBABILITY = map(tl.constexpr, range(22, 26))
 INTS, FLOATS = tl.constexpr(len(INT_FIELDS)), tl.constexpr(len(FLOAT_FIELDS))
 
-NUM_TAPS = 16  # floats in a row of the blur's taps
-BLUR_RADIUS = 8  # the farthest tap that may differ from 0
+NUM_TAPS = 16  # taps stored for the blur of a view, a power of two
+BLUR_RADIUS = 8  # distance of the farthest tap that may differ from 0

@@ -202,7 +202,7 @@ def test_misuse_is_one_clear_sentence():
     refuse(nn.Linear(3, 3), 2, "no batch normalisation to split")
     refuse(nn.Sequential(nn.BatchNorm2d(3), OtherNorm(3)), 2, "OtherNorm layer '1'")
     refuse(nn.Sequential(nn.SyncBatchNorm(3)), 2, "SyncBatchNorm layer '0'")
-    refuse(nn.Sequential(nn.BatchNorm1d(3, momentum=None)), 2, "layer '0': its momentum is None")
+    refuse(nn.Sequential(nn.BatchNorm1d(3, momentum=None)), 2, "layer '0', whose momentum is None")
     mixed = nn.Sequential(nn.BatchNorm2d(3), OtherNorm(3))
     refuse(mixed, 2, "OtherNorm")
     assert type(mixed[0]) is nn.BatchNorm2d  # nothing half done
@@ -218,7 +218,7 @@ def test_misuse_is_one_clear_sentence():
 
 
 def test_sync_batchnorm_only_on_cuda_and_never_with_splits():
-    with pytest.raises(ValueError, match=r"^SyncBatchNorm needs CUDA and this run is on cpu"):
+    with pytest.raises(ValueError, match=r"^SyncBatchNorm needs CUDA, but this run is on cpu"):
         check_sync_batchnorm(torch.device("cpu"))
     cuda = torch.device("cuda", 0)
     check_sync_batchnorm(cuda)

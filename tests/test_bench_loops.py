@@ -46,7 +46,7 @@ def test_step(tmp_path, capsys):
         assert min(line["parts"].values()) > 0 and line["floor"]["arithmetic_seconds"] > 0
         assert line["settings"]["image_size"] == 32
     text = capsys.readouterr().out
-    assert "profiled, " in text and "aten::convolution_backward" in text
+    assert "with the profiler a step takes " in text and "aten::convolution_backward" in text
     assert "pairs/s" in text and "verdict: mobilenetv3_small: bound by the " in text
 
 

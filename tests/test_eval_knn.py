@@ -121,7 +121,7 @@ def test_rows_on_disk_are_the_rows_rounded_to_float16():
         knn_over_ranks(b, labels, queries, query_labels, odd_ks(9), ALONE, FixedChunks(16, 64)) for b in (rows, half)
     )
     assert on_disk == in_memory
-    with pytest.raises(ValueError, match="exceeds float16"):
+    with pytest.raises(ValueError, match="too large for float16"):
         rows.write(0, torch.full((1, bank.shape[1]), 1e6))
 
 
@@ -159,7 +159,7 @@ def test_unreadable_images_are_left_out_and_counted(run, make_image_folder, tmp_
 def test_bad_input_is_one_sentence(run, image_folder, tmp_path):
     flags = ["-a", "resnet18", "--image-size", 32]
     for words, sentence in [
-        ([image_folder, *flags, "-k", 25], "-k 25 neighbours from 24 training images: choose -k from 1 to 24"),
+        ([image_folder, *flags, "-k", 25], "there are fewer than -k 25 training images: choose -k from 1 to 24"),
         ([tmp_path / "nowhere", *flags], "does not exist"),
         ([image_folder / "train", *flags], "has no folder train"),
         ([image_folder, *flags, "--pretrained", tmp_path / "none.pt"], "there is no checkpoint"),
@@ -203,7 +203,7 @@ def test_features_of_a_rank_without_images(image_folder):
 def test_more_gpus_than_there_are_is_an_error(run, image_folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     code, _, err = run(image_folder, "-g", 2)
-    assert code == 1 and "-g 2 asks for 2 GPUs, this machine shows 1" in err
+    assert code == 1 and "-g 2 asks for 2 GPUs, but this machine has 1" in err
 
 
 @pytest.mark.parametrize("flags", [["-g", "2"], ["--gpus=2", "--device", "cpu"]])

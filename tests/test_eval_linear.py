@@ -155,7 +155,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(image_folder, tmp_path):
     assert first["acc1_by_epoch"] + second["acc1_by_epoch"] == truth["acc1_by_epoch"]
     only, _ = train_on_rank(0, 1, image_folder, tmp_path / "parts", *FLAGS, "--resume", path, "--evaluate")
     assert only["acc1"] == first["acc1"]
-    with pytest.raises(ValueError, match="has all its 3 epochs: give more --epochs, or -e"):
+    with pytest.raises(ValueError, match="has already reached --epochs 3: give more, or validate it with -e"):
         train_on_rank(0, 1, image_folder, tmp_path / "parts", "--epochs", 3, "--resume", path)
     state = torch.load(path, weights_only=True)
     assert set(state) == {"epoch", "arch", "state_dict", "best_acc1", "acc1", "acc5", "optimizer"}
@@ -182,7 +182,7 @@ def test_the_classifier_begins_as_the_reference():
     state = copy.deepcopy(again.export_state())
     other.import_state(state)
     assert torch.equal(other.fc[1].weight, again.fc[1].weight)
-    with pytest.raises(ValueError, match="another classifier"):
+    with pytest.raises(ValueError, match="a checkpoint of the same encoder and classes"):
         model.import_state(state)
 
 
@@ -235,14 +235,17 @@ def test_bad_input_is_one_sentence(run, image_folder, tmp_path):
     (tmp_path / "empty.pth.tar").touch()
     torch.save({"epoch": 3, "state_dict": {"fc.weight": torch.zeros(1)}}, tmp_path / "weights.pth.tar")
     for words, sentence in [
-        (["--lrs", "1,2"], "--lrs sweeps settings, which is --protocol cached"),
-        (["--protocol", "cached", "--resume", "x"], "keeps no checkpoints"),
-        (["--start-epoch", 100], "--start-epoch 100 must lie below --epochs 100"),
-        (["--resume", tmp_path / "text.pth.tar"], "is damaged or no checkpoint"),
-        (["--resume", tmp_path / "empty.pth.tar"], "is damaged or no checkpoint: EOFError"),
-        (["--resume", tmp_path / "weights.pth.tar"], "no checkpoint of a linear evaluation: it lacks best_acc1, opt"),
+        (["--lrs", "1,2"], "--lrs needs --protocol cached"),
+        (["--protocol", "cached", "--resume", "x"], "writes no checkpoints"),
+        (["--start-epoch", 100], "--start-epoch 100 must lie between 0 and 99"),
+        (["--resume", tmp_path / "text.pth.tar"], "is damaged or not a checkpoint"),
+        (["--resume", tmp_path / "empty.pth.tar"], "is damaged or not a checkpoint: EOFError"),
+        (
+            ["--resume", tmp_path / "weights.pth.tar"],
+            "not a checkpoint of a linear evaluation (it lacks best_acc1, opt",
+        ),
         (["--resume", tmp_path / "nothing"], "there is no checkpoint"),
-        (["-e"], "-e validates a classifier that was trained: name its checkpoint with --resume"),
+        (["-e"], "-e needs a trained classifier: give its checkpoint with --resume"),
         (["--protocol", "cached", "--lrs", "3e38", "--epochs", 3], "diverged"),
         (["--lr", "1e38", "--epochs", 1, "-b", 4], "is not finite: lower --lr"),
     ]:

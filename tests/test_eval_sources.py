@@ -125,5 +125,5 @@ def test_bad_input_is_one_sentence(sources, capsys):
 def test_an_image_without_a_class_is_told_before_any_is_read(tmp_path):
     images = [stored_jpeg(render_photo(40, 50, seed), label) for seed, label in enumerate((0, 1, -1, 1))]
     write_small_beton(tmp_path / "train.beton", images)
-    with pytest.raises(ValueError, match="has 1 images without a class: an evaluation needs one of each"):
+    with pytest.raises(ValueError, match="has 1 image without a class: evaluations need a class for every image"):
         open_images(tmp_path / "train.beton", options_of(knn.make_knn_parser(), tmp_path), ALONE)

@@ -99,7 +99,7 @@ def test_torchvisions_cifar(tmp_path, monkeypatch):
     assert batch.label.tolist() == [4, 1] and batch.index.tolist() == [4, 1]
     assert torch.equal(batch.image(1), torch.from_numpy(train.pixels[1]))
     (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(b"cut")
-    with pytest.raises(ValueError, match="not complete, or damaged"):
+    with pytest.raises(ValueError, match="is incomplete or damaged"):
         transfer_data.open_transfer_data(session_of(tmp_path))
 
 
@@ -239,9 +239,9 @@ def test_the_commands(run, image_folder, tmp_path):
 
 def test_bad_input_is_one_sentence(run, image_folder, tmp_path):
     for words, sentence in [
-        (f"{tmp_path} --dataset cifar10", "nor torchvision's cifar-10-batches-py/"),
-        (f"{tmp_path} --dataset caltech101", "nor torchvision's caltech101/101_ObjectCategories/"),
-        (f"{image_folder} --finetune --protocol cached", "it has no --protocol cached"),
+        (f"{tmp_path} --dataset cifar10", "test/<class>/ folders or cifar-10-batches-py/"),
+        (f"{tmp_path} --dataset caltech101", "test/<class>/ folders or caltech101/101_ObjectCategories/"),
+        (f"{image_folder} --finetune --protocol cached", "leave out --protocol cached"),
     ]:
         code, _, err = run(f"transfer {words}")
         assert code == 1 and sentence in err and "Traceback" not in err, err

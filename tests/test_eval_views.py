@@ -261,13 +261,16 @@ def test_bad_input_is_one_sentence(run, view_set, tmp_path):
     broken = make_view_set(tmp_path / "broken")
     (broken / "ant" / "ant_0-1.jpeg").write_bytes(b"no image")
     for words, sentence in [
-        (["stats", view_set, *FLAGS], "class ant has 6 samples, -s asks for 50: use -s 6"),
+        (["stats", view_set, *FLAGS], "class ant has fewer than 50 samples: use -s 6"),
         (["stats", holed, *FLAGS, "-s", 6], "cow/cow_3-2.jpeg is missing"),
-        (["instdisc", view_set, *FLAGS, "--dataset-mode", "g-mask"], "incomplete for --dataset-mode g-mask (18 of 18"),
+        (["instdisc", view_set, *FLAGS, "--dataset-mode", "g-mask"], "so --dataset-mode g-mask is incomplete"),
         (["instdisc", odd, *FLAGS], "other.jpeg is not named <stem>-<number>.jpeg"),
-        (["instdisc", broken, *FLAGS], "a view set must be whole"),
-        (["instdisc", view_set, *FLAGS, "--topk", 19], "--topk 19 of 18 samples"),
-        (["tsne", view_set, *FLAGS, "--perplexity", 54], "--perplexity 54 needs more than the 54 images"),
+        (["instdisc", broken, *FLAGS], "make the view set again with fastssl prep views"),
+        (["instdisc", view_set, *FLAGS, "--topk", 19], "fewer than --topk 19 samples: choose --topk from 1 to 18"),
+        (
+            ["tsne", view_set, *FLAGS, "--perplexity", 54],
+            "--perplexity 54 must be below the number of images shown, 54",
+        ),
         (["tsne", view_set, "--paint"], "--paint draws saved coordinates"),
         (["instdisc", tmp_path / "nowhere"], "does not exist"),
     ]:

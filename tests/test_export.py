@@ -189,11 +189,15 @@ def test_verify_asks_timms_models_at_their_own_size(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arch, arguments, message",
     [
-        ("mobilenetv3_small", ["--to", "torchvision"], "torchvision has no mobilenetv3_small that computes the same"),
-        ("mobilenetv3_small", ["--to", "timm"], "timm has no mobilenetv3_small that computes the same"),
-        ("efficientnet_b1", ["--to", "timm"], "timm has no efficientnet_b1 that computes the same"),
-        ("resnet18", ["--to", "torchvision", "--head"], "has room for a linear head only"),
-        ("resnet18", ["-a", "resnet34"], "is no resnet34"),
+        (
+            "mobilenetv3_small",
+            ["--to", "torchvision"],
+            "torchvision has no network that computes the same as mobilenetv3_small",
+        ),
+        ("mobilenetv3_small", ["--to", "timm"], "timm has no network that computes the same as mobilenetv3_small"),
+        ("efficientnet_b1", ["--to", "timm"], "timm has no network that computes the same as efficientnet_b1"),
+        ("resnet18", ["--to", "torchvision", "--head"], "can only hold a linear head"),
+        ("resnet18", ["-a", "resnet34"], "does not fit resnet34"),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused(tmp_path, capsys, arch, arguments, message):
@@ -220,7 +224,7 @@ def test_refusals(tmp_path, capsys):
         ([source, str(tmp_path / "x.pth"), "--to", "timm"], "--to timm has no cifar stem: use --to plain"),
         ([source, str(tmp_path / "x.safetensors"), "--to", "moco"], "name a .pth.tar file"),
         ([str(tmp_path / "empty"), str(tmp_path / "x.pth")], "holds no checkpoint that can be used"),
-        ([str(tmp_path / "tv.pth"), str(tmp_path / "x.pth"), "--to", "moco"], "want a classifier called fc"),
+        ([str(tmp_path / "tv.pth"), str(tmp_path / "x.pth"), "--to", "moco"], "expect a classifier called fc"),
     ]:
         assert run_command(export.main, arguments) == 1
         assert message in capsys.readouterr().err

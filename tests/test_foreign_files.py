@@ -23,14 +23,14 @@ def test_a_safetensors_file_by_any_name(tmp_path, tensors):
     backbone, _ = load_pretrained(tmp_path / "download")
     assert torch.equal(backbone.conv1.weight, tensors["conv1.weight"])
     torch.save(tensors, tmp_path / "weights.safetensors")
-    with pytest.raises(CheckpointError, match="is damaged or no safetensors file"):
+    with pytest.raises(CheckpointError, match="is damaged or not a safetensors file"):
         load_pretrained(tmp_path / "weights.safetensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn], ids=str)
 def test_quantised_weights_are_not_taken_for_weights(tmp_path, tensors, dtype):
     torch.save({k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match=rf"conv1\.weight holds {dtype}, no weights as they are"):
+    with pytest.raises(CheckpointError, match=rf"conv1\.weight is of type {dtype}: save weights in float32"):
         load_pretrained(tmp_path / "x.pth")
 
 
@@ -45,7 +45,7 @@ def test_files_of_torch_0_1_are_refused_without_advice_to_trust_them(tmp_path, t
     torch.save(tensors, tmp_path / "storages")
     with tarfile.open(tmp_path / "old.pth", "w") as archive:
         archive.add(tmp_path / "storages", "storages")
-    with pytest.raises(CheckpointError, match=r"holds the legacy \.tar format, .*: refused") as refusal:
+    with pytest.raises(CheckpointError, match=r"holds the legacy \.tar format, which would run as code") as refusal:
         load_pretrained(tmp_path / "old.pth")
     assert "weights_only" not in str(refusal.value)
 

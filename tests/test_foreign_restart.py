@@ -44,7 +44,7 @@ def test_a_seed_student_starts_a_run_with_another_head(tmp_path):
     assert torch.equal(moco.queue, fresh.queue) and moco.queue_ptr.item() == 0
     text = "\n".join(notes)
     assert text.startswith("starting from the weights of") and "SEED checkpoint, the student" in text
-    assert "head: took 2.bias" in text and "head: 0.weight, 0.bias, 2.weight differ, so they start afresh" in text
+    assert "head: loaded 2.bias" in text and "head: kept random weights for 0.weight, 0.bias, 2.weight (names" in text
     assert "left out the teacher" in text and "left out the queue" in text
 
 
@@ -59,7 +59,7 @@ def test_a_moco_checkpoint_gives_its_head_too_but_not_its_queue(tmp_path):
 
 def test_a_backbone_that_does_not_fit_is_refused(tmp_path):
     saved, _, _ = make_moco("resnet18", head="wide")
-    with pytest.raises(CheckpointError, match=r"is no resnet34: .*; it fits resnet18"):
+    with pytest.raises(CheckpointError, match=r"does not fit resnet34: .*; it fits resnet18"):
         start(tmp_path, saved, arch="resnet34")
 
 

@@ -152,7 +152,7 @@ def test_second_derivatives_are_right_or_refused(term):
     assert torch.autograd.gradcheck(norm, z)
     for kernel in ("auto", "triton"):
         norm, z = penalty(kernel)
-        with pytest.raises(RuntimeError, match=r"differentiated twice \(create_graph\): take --loss-kernel reference"):
+        with pytest.raises(RuntimeError, match=r"differentiated twice \(create_graph\): use --loss-kernel reference"):
             norm(z)
 
 

@@ -201,7 +201,7 @@ def test_families_without_a_cifar_stem_say_so(arch):
         ({"arch": "mobilenetv3-small"}, r"did you mean 'mobilenetv3_small'\?"),
         ({"arch": "ResNet50"}, r"did you mean 'resnet50'\?"),
         ({"arch": "?"}, r"unknown architecture '\?': .*fastssl models"),
-        ({"arch": "squeezenet1_1"}, r"squeezenet1_1 classifies with a convolution"),
+        ({"arch": "squeezenet1_1"}, r"squeezenet1_1 has no last Linear layer"),
         ({"arch": "resnet18", "head": "wider"}, r"unknown head 'wider': did you mean 'wide'\?"),
         ({"arch": "resnet18", "head": "mlp!"}, r"unknown head 'mlp!': choose one of linear, simple"),
         ({"arch": "resnet18", "stem": "cifar10"}, r"unknown stem 'cifar10': choose imagenet or cifar"),

@@ -103,7 +103,7 @@ def probe_slowly(config, bank, queries):
 def test_probe_asks_the_held_out_split(image_folder, ends_in_train):
     config = config_of(image_folder / "train" if ends_in_train else image_folder)
     probe, note = make_probe(config, open_loader(config), ALONE)
-    assert note == f"k-NN probe every 10 epochs and at the end: it asks the images of {image_folder / 'val'}"
+    assert note == f"k-NN probe every 10 epochs and at the end: classifies the images of {image_folder / 'val'}"
     bank = list(make_loader("folder", image_folder / "train", batch_size=1, seed=0, device="cpu").eval_batches(5))
     queries = list(make_loader("folder", image_folder / "val", batch_size=1, seed=0, device="cpu").eval_batches(5))
     assert probe(ColourBackbone()) == pytest.approx(probe_slowly(config, bank, queries))
@@ -117,7 +117,7 @@ def test_the_folder_train_itself_may_be_where_one_stands(image_folder, monkeypat
 def test_probe_without_a_held_out_split_keeps_the_asked_out_of_the_bank(make_image_folder, tmp_path):
     config = config_of(make_image_folder(tmp_path, {"train": 30}))
     probe, note = make_probe(config, open_loader(config), ALONE)
-    assert "asks about one training image in 5" in note and "there is no val, valid" in note
+    assert "classifies one training image in 5 by the others" in note and "there is no val, valid" in note
     every = list(open_loader(config).eval_batches(7))
     bank, asked = list(keep_asked(every, False)), list(keep_asked(every, True))
     indices = [torch.cat([b.index for b in part]).tolist() for part in (bank, asked)]
@@ -161,9 +161,11 @@ def test_no_probe_says_why(make_image_folder, tmp_path):
     data = make_image_folder(tmp_path / "small", {"train": 8})
     off, flat = config_of(data, knn_every=0), config_of(data / "train" / "class0")
     assert make_probe(off, open_loader(off), ALONE) == (None, "no k-NN probe: --knn-every is 0")
-    assert make_probe(flat, open_loader(flat), ALONE)[1].startswith("no k-NN probe: these images have no classes")
+    assert make_probe(flat, open_loader(flat), ALONE)[1].startswith("no k-NN probe: it needs classes")
     few = config_of(data)
-    assert make_probe(few, open_loader(few), ALONE)[1].endswith("24 training images are too few to keep some out")
+    assert make_probe(few, open_loader(few), ALONE)[1].endswith(
+        "there are too few training images to hold some out (24)"
+    )
 
 
 def test_a_held_out_split_that_cannot_serve_is_named(make_image_folder, tmp_path):
@@ -178,9 +180,12 @@ def test_a_held_out_split_that_cannot_serve_is_named(make_image_folder, tmp_path
             image.write_bytes(b"not an image")
     assert make_probe(config, open_loader(config), ALONE)[0]
     asked = replace(config, knn_images=1)  # the first, which cannot be read
-    assert "of those that would be asked" in make_probe(asked, open_loader(config), ALONE)[1]
+    assert (
+        f"no image that the probe would take from {data / 'val'} can be read"
+        in make_probe(asked, open_loader(config), ALONE)[1]
+    )
     last.write_bytes(b"not an image")
-    assert f"no image of {data / 'val'} can be read" in make_probe(config, open_loader(config), ALONE)[1]
+    assert f"from {data / 'val'} can be read" in make_probe(config, open_loader(config), ALONE)[1]
     shutil.rmtree(data / "val")
     shutil.copytree(data / "train" / "class0", data / "val")
     assert f"{data / 'val'} has no class folders" in make_probe(config, open_loader(config), ALONE)[1]
@@ -195,11 +200,11 @@ def test_a_beton_is_asked_where_it_lies_or_where_it_is_named(tmp_path):
         write_beton(tmp_path / f"{name}.beton", images, names)
     config = config_of(tmp_path / "train.beton")
     probe, note = make_probe(config, open_loader(config), ALONE)
-    assert f"asks the images of {tmp_path / 'val.beton'}" in note and probe(ColourBackbone()) == 100
+    assert f"classifies the images of {tmp_path / 'val.beton'}" in note and probe(ColourBackbone()) == 100
     config = config_of(tmp_path / "train.beton", val=str(tmp_path / "elsewhere.beton"))
     assert "elsewhere.beton" in make_probe(config, open_loader(config), ALONE)[1]
     config = config_of(tmp_path / "train.beton", val=str(tmp_path / "nowhere.beton"))
-    with pytest.raises(ValueError, match=r"--val cannot serve the k-NN probe: \S+nowhere\.beton does not exist"):
+    with pytest.raises(ValueError, match=r"--val cannot be used for the k-NN probe: \S+nowhere\.beton does not exist"):
         make_probe(config, open_loader(config), ALONE)
 
 

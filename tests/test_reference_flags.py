@@ -222,5 +222,5 @@ def test_how_many_processes_g_means(monkeypatch):
         assert count_processes(8, device) == expected
     for have, device in ((2, "auto"), (0, "cuda")):
         monkeypatch.setattr("torch.cuda.device_count", lambda have=have: have)
-        with pytest.raises(ValueError, match=f"-g 8 asks for 8 GPUs, this machine shows {have}"):
+        with pytest.raises(ValueError, match=f"-g 8 asks for 8 GPUs, but this machine has {have}"):
             count_processes(8, device)

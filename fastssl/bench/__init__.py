@@ -1,1 +1,1 @@
-"""Measurements: one file per stage, run through `bench_throughput.py`."""
+"""What `bench_throughput.py` runs: its stages, their peers, and what is made of the results."""

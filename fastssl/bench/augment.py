@@ -1,11 +1,11 @@
-"""`bench_throughput.py augment [PHOTOS]`: two views of a batch, ours beside torchvision per image, kornia and DALI.
+"""`bench_throughput.py augment [PHOTOS]`: both views of a batch, by our code, torchvision, kornia and DALI.
 
-Images wait decoded where the contestant wants them (ours: bytes on the device); what is timed ends with two
-normalised batches on the device. The floor is what the crops' bytes and the views' take at the speed of a copy
-measured in the same run. On a CPU the per-image pipeline also runs as a DataLoader's workers run it: one process for
-each of our threads, nothing stacked or sent. Neither kornia nor DALI makes the same views (DALI's hue is linear, its
-order of operations is fixed), but the same list of operations. triton-augment knows neither resizing, hue nor blur:
-beside it stands ours with the operations it has.
+The images are already decoded, and where each contestant wants them (ours: bytes on the device); what is timed ends
+with two normalised batches on the device. The floor is the time that reading the crops and writing the views would take
+at the speed of a copy, measured in the same run. On a CPU, torchvision also runs as in a DataLoader's workers: in one
+process for each of our threads, without the cost of stacking and sending views. kornia and DALI have the same list of
+operations, but not the same views (DALI's hue is linear, its order of operations fixed). triton-augment has no
+resizing, hue or blur, so it is compared with ours restricted to its operations.
 """
 
 from __future__ import annotations
@@ -42,17 +42,19 @@ from fastssl.host_memory import keep_freed_memory
 from fastssl.loaders.synthetic_loader import SyntheticLoader
 
 KORNIA, DALI = "kornia, compiled", "DALI"
-PART = ("ours, its part", "triton-augment, its part")  # crop, flip, jitter without hue, greyscale, normalise
+# both with only crop, flip, jitter without hue, greyscale and normalisation
+OUR_PART, TRITON_AUGMENT = "ours, its part", "triton-augment, its part"
 
 
 def make_contestants(
     batch: ImageBatch, policy: Policy, size: int, dtype: torch.dtype
 ) -> tuple[dict[str, Function], dict[str, str]]:
-    """Name -> a call that makes both views; and name -> why it is not measured."""
+    """({name: a call that makes both views}, {name: why it is not measured})."""
     device = batch.pixels.device
     tensors = [batch.image(i).permute(2, 0, 1) for i in range(batch.size)]
     pictures = [Image.fromarray(t.permute(1, 2, 0).cpu().numpy()) for t in tensors]
-    on_pil, on_tensors = (torchvision_chain(policy, size, on_pil) for on_pil in (True, False))
+    on_pil = torchvision_chain(policy, size, on_pil=True)
+    on_tensors = torchvision_chain(policy, size, on_pil=False)
     reference = partial(make_views, batch, policy, size, 0, 0, dtype, "reference")
     contestants: dict[str, Function] = {"ours, reference": reference}
     missing = {}
@@ -73,33 +75,36 @@ def make_contestants(
         from fastssl.bench.augment_dali import make_dali
 
         contestants[DALI] = make_dali(batch, policy, size)
-    if PART[1] not in missing:
+    if TRITON_AUGMENT not in missing:
         part = part_policy(batch, policy, size)
-        contestants[PART[0]] = partial(make_views, batch, part, size, 0, 0, dtype)
-        contestants[PART[1]] = make_triton_augment(batch, part, size, dtype)
+        contestants[OUR_PART] = partial(make_views, batch, part, size, 0, 0, dtype)
+        contestants[TRITON_AUGMENT] = make_triton_augment(batch, part, size, dtype)
     return contestants, missing
 
 
 def obstacles(batch: ImageBatch, size: int) -> dict[str, str]:
-    """Peers that cannot be measured on this batch, by name, and why."""
+    """The peers that cannot be measured on this batch, each with the reason."""
     reasons = {}
     if not equal_sizes(batch):
-        reasons[KORNIA] = "takes images of one size only"
+        reasons[KORNIA] = "needs images of one size"
     if not batch.pixels.is_cuda:
-        reasons[PART[1]] = "runs on a GPU only"
+        reasons[TRITON_AUGMENT] = "needs a GPU"
     elif batch.max_side < size or not equal_sizes(batch, square=True):
-        reasons[PART[1]] = "crops without resizing: here it takes square images of one size, no smaller than the views"
-    for name, module in {KORNIA: "kornia", DALI: "nvidia.dali", PART[1]: "triton_augment"}.items():
+        reasons[TRITON_AUGMENT] = "cannot resize: it needs square images of one size, no smaller than the views"
+    for name, module in {KORNIA: "kornia", DALI: "nvidia.dali", TRITON_AUGMENT: "triton_augment"}.items():
         if find_spec(module.split(".")[0]) is None or find_spec(module) is None:
             reasons[name] = "not installed"
     return reasons
 
 
 def read_photos(folder: str, count: int, short_side: int | None) -> ImageBatch:
-    """`count` images of a folder, evenly spread, none enlarged. Raises ValueError for a folder that holds fewer."""
+    """`count` images, evenly spread over a folder; larger ones are reduced to `short_side` pixels.
+
+    Raises ValueError for a folder that holds fewer images.
+    """
     found = find_images(folder)
     if len(found.paths) < count:
-        raise ValueError(f"{folder} holds {len(found.paths)} images, fewer than the batch of {count}: set --batch-size")
+        raise ValueError(f"{folder} holds fewer than {count} images: set --batch-size to at most {len(found.paths)}")
     images = []
     for i in range(count):
         image = Image.fromarray(decode_image(Path(found.root) / found.paths[i * len(found.paths) // count]))
@@ -109,34 +114,41 @@ def read_photos(folder: str, count: int, short_side: int | None) -> ImageBatch:
 
 
 def moved_bytes(batch: ImageBatch, policy: Policy, size: int, dtype: torch.dtype) -> int:
-    """What no implementation can avoid: the crops read once each, the views written once."""
+    """The bytes that every implementation must move: it reads the crops once and writes the views once."""
     crops = sum(int((p.crop_height.long() * p.crop_width).sum()) for p in sample_both(policy, batch, 0, 0))
     return 3 * crops + 2 * batch.size * 3 * size**2 * dtype.itemsize
 
 
 def copy_speed(device: torch.device, rounds: int) -> float:
-    """Bytes read and written per second by a large copy."""
+    """Bytes that a large copy reads and writes per second."""
     source = torch.zeros(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     timing = time_calls({"copy": lambda: target.copy_(source)}, device, rounds)["copy"]
     return 2 * source.numel() / timing.median
 
 
-def main(argv: list[str]) -> None:
-    """Measures, prints and writes JSON with device, versions and commit."""
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
     cuda = torch.cuda.is_available()
     parser = ListParser(prog="bench_throughput.py augment", description=__doc__.splitlines()[0])
-    parser.add_argument("photos", nargs="?", help="a folder of images; by default synthetic ones")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--policy", default="v2", choices=[name for name, p in POLICIES.items() if p.crop_scale])
-    parser.add_argument("--batch-size", type=positive, default=256 if cuda else 32)
-    parser.add_argument("--size", type=positive, nargs="+", default=[224])
-    parser.add_argument("--source-size", type=positive, default=256, help="pixels of a synthetic image's sides")
-    parser.add_argument("--short-side", type=positive, help="of photographs, made smaller before; by default their own")
-    parser.add_argument("--threads", type=positive, default=1, help="of the CPU")
-    parser.add_argument("--rounds", type=int, default=30 if cuda else 7)
-    parser.add_argument("--output", type=Path, help="where to write the JSON")
-    args = parser.parse_args(argv)
+    add = parser.add_argument
+    add("photos", nargs="?", help="folder of images (default: synthetic ones)")
+    add("--device", default="cuda" if cuda else "cpu", help="device (default: the GPU if there is one)")
+    policies = [name for name, policy in POLICIES.items() if policy.crop_scale]
+    add("--policy", default="v2", choices=policies, help="augmentation policy (default v2)")
+    add("--batch-size", type=positive, default=256 if cuda else 32, help="images per batch")
+    add("--size", type=positive, nargs="+", default=[224], help="sides of the views in pixels (default 224)")
+    add("--source-size", type=positive, default=256, help="side of a synthetic image in pixels (default 256)")
+    add("--short-side", type=positive, help="first reduce photographs to this short side")
+    add("--threads", type=positive, default=1, help="CPU threads (default 1)")
+    add("--rounds", type=int, default=30 if cuda else 7, help="measurements of each contestant")
+    add("--output", type=Path, help="write the result to this JSON file")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    """Measures, prints, and writes JSON with device, versions and commit."""
+    args = parse(argv)
     device, dtype = torch.device(args.device), torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     policy, count = make_policy(args.policy), args.batch_size
     torch.set_num_threads(args.threads)
@@ -148,11 +160,11 @@ def main(argv: list[str]) -> None:
         contestants, missing = make_contestants(batch, policy, size, dtype)
         timings = time_calls(contestants, device, args.rounds)
         work = moved_bytes(batch, policy, size, dtype)
-        part = moved_bytes(batch, part_policy(batch, policy, size), size, dtype) if PART[0] in contestants else work
-        sources = f"{count} images of up to {batch.max_side} pixels"
-        print(f"policy {args.policy}, {sources}, views of {size}, {work} bytes to move")
+        part = moved_bytes(batch, part_policy(batch, policy, size), size, dtype) if OUR_PART in contestants else work
+        images = f"{count} images of up to {batch.max_side} pixels"
+        print(f"policy {args.policy}, {images}, views of {size} pixels, {work:,} bytes to move")
         for name, timing in timings.items():
-            print_line(name, timing, count, (part if name in PART else work) / speed)
+            print_line(name, timing, count, (part if name in (OUR_PART, TRITON_AUGMENT) else work) / speed)
         for name, reason in missing.items():
             print(f"  {name:28} {reason}")
         seconds = {name: timing._asdict() for name, timing in timings.items()}
@@ -173,10 +185,10 @@ def read_batch(args: argparse.Namespace, device: torch.device) -> ImageBatch:
 
 
 def print_line(name: str, timing, count: int, floor: float) -> None:
-    """One contestant: time of a pair and its spread, pairs a second, share of the floor."""
-    micro = [seconds / count * 1e6 for seconds in (timing.median, timing.low, timing.high)]
+    """Prints one contestant: the time of a pair with its spread, pairs per second, percent of the floor."""
+    median, low, high = (1e6 * seconds / count for seconds in (timing.median, timing.low, timing.high))
     print(
-        f"  {name:28} {micro[0]:9.1f} us a pair ({micro[1]:.1f} to {micro[2]:.1f}), {1e6 / micro[0]:9.0f} pairs/s, "
+        f"  {name:28} {median:9.1f} us a pair ({low:.1f} to {high:.1f}), {1e6 / median:9.0f} pairs/s, "
         f"{100 * floor / timing.median:5.1f} % of the floor",
         flush=True,
     )

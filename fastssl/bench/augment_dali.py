@@ -1,4 +1,4 @@
-"""The list of operations of a policy in DALI, for `bench_throughput.py augment` and `peers`."""
+"""The operations of a policy in DALI, for `bench_throughput.py augment` and `peers`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastssl.bench.timing import Function
 
 
 def dali_view(source, policy: Policy, size: int, dtype, layout: str):
-    """The node of one view of the images `source`, within a pipeline; `layout` "HWC" or "CHW"."""
+    """Adds one view of the images `source` to a pipeline and returns its node. layout: "HWC" or "CHW"."""
     import nvidia.dali.fn as fn
 
     def between(strength: float):
@@ -52,7 +52,7 @@ def make_dali(batch: ImageBatch, policy: Policy, size: int) -> Function:
         num_threads=torch.get_num_threads(),
         device_id=(batch.pixels.device.index or 0) if device == "gpu" else None,
         seed=0,
-        exec_pipelined=False,  # else it would make its next batch while another contestant is timed
+        exec_pipelined=False,  # otherwise it would make its next batch while another contestant is timed
         exec_async=False,
     )
     def both():

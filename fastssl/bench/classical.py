@@ -1,7 +1,7 @@
-"""The classical MoCo loop, written from its published description: the peer our loop is timed beside.
+"""The classical MoCo loop, written from its published description: the peer with which our loop is compared.
 
-torchvision's ImageFolder and Pillow make two augmented float views of an image in worker processes; encoders run in
-NCHW; the key batch is shuffled as float images; the loss holds the N x K matrix (He et al., arXiv 1911.05722,
+Worker processes make two augmented float views of each image with torchvision's ImageFolder and Pillow; encoders run in
+NCHW; the key batch is shuffled as float images; the loss stores the N x K matrix (He et al., arXiv 1911.05722,
 Algorithm 1, with the augmentation of arXiv 2003.04297).
 """
 
@@ -26,14 +26,14 @@ from fastssl.models.encoders import make_encoder
 
 
 def classical_loop(data: str, config: Config, ranks: Ranks, workers: int, amp: bool) -> Loop:
-    """The loop over data/train/<class>/* or data/<class>/* with the settings of `config`, always under policy v2."""
+    """The loop over data/train/<class>/* or data/<class>/* with the settings of `config`, but always policy v2."""
     loader = DataLoader(
         datasets.ImageFolder(train_folder(data), TwoViews(config.augment.image_size)),
         batch_size=config.train.batch_size,
         shuffle=True,
         num_workers=workers,
         persistent_workers=workers > 0,
-        multiprocessing_context="spawn" if workers else None,  # other loops' threads do not survive a fork
+        multiprocessing_context="spawn" if workers else None,  # fork is unsafe beside the threads of other loops
         pin_memory=ranks.device.type == "cuda",
         drop_last=True,
     )
@@ -42,13 +42,13 @@ def classical_loop(data: str, config: Config, ranks: Ranks, workers: int, amp: b
 
 
 def endless(loader: Iterable) -> Iterator:
-    """Epoch after epoch."""
+    """The batches of epoch after epoch."""
     while True:
         yield from loader
 
 
 def make_classical_step(config: Config, device: torch.device, amp: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """step(view_q, view_k) -> loss, with float views on the host."""
+    """A function step(view_q, view_k) -> loss, which takes float views on the host."""
     m, o = config.model, config.optim
     encoder_q = make_encoder(m.arch, head=m.head, dim=m.dim, stem=m.stem).to(device).train()
     encoder_k = copy.deepcopy(encoder_q).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""MoCo v2's augmentation (arXiv 2003.04297) as a torchvision user writes it for Pillow images: what peers run."""
+"""MoCo v2's augmentation (arXiv 2003.04297) as a torchvision user writes it for Pillow images: for the peers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastssl.augment.normalise import MEAN, STD
 
 
 class TwoViews:
-    """One Pillow image to two augmented views, (3, size, size) float32 each."""
+    """Turns a Pillow image into two augmented views, each (3, size, size) float32."""
 
     def __init__(self, size: int) -> None:
         jitter = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)

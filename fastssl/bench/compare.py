@@ -1,4 +1,4 @@
-"""`--compare OLD.json`: a result beside an earlier one, row by row, with the spread of both."""
+"""`--compare OLD.json`: compares a result with an earlier one, row by row, in view of the spread of both."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ MACHINE = ("gpus", "cpu", "cpus", "threads")
 
 
 def judge(old: Row, new: Row) -> tuple[float, str]:
-    """(how many times as fast as before, "faster", "slower" or "within the noise"; of too few rounds none of them).
+    """(how many times as fast as before, "faster", "slower" or "within the noise").
 
-    Beyond the noise only when the two spreads, tenth to ninetieth percentile, do not touch.
+    It is within the noise if the spreads, tenth to ninetieth percentile, touch. With too few rounds for a spread, the
+    text says that instead.
     """
     ratio = new.value.median / old.value.median if new.higher_is_better else old.value.median / new.value.median
-    if (rounds := min(old.value.rounds, new.value.rounds)) < FEWEST_ROUNDS:
-        return ratio, f"of {rounds} round(s): no spread to judge by"
-    apart = new.value.low > old.value.high or new.value.high < old.value.low
-    return ratio, ("faster" if ratio > 1 else "slower") if apart else "within the noise"
+    rounds = min(old.value.rounds, new.value.rounds)
+    if rounds < FEWEST_ROUNDS:
+        return ratio, f"with too few rounds to judge ({rounds})"
+    if new.value.low <= old.value.high and new.value.high >= old.value.low:
+        return ratio, "within the noise"
+    return ratio, "faster" if ratio > 1 else "slower"
 
 
 def compare(old: list[Row], new: list[Row]) -> tuple[list[str], bool]:
-    """(a line for each row that both have and a note for the others, whether any is slower)."""
-    before, after = ({(row.group, row.name): row for row in found} for found in (old, new))
+    """(a line for each row that both have, and notes that name the other rows; whether any is slower)."""
+    before = {(row.group, row.name): row for row in old}
+    after = {(row.group, row.name): row for row in new}
     lines, slower = [], False
     for key in after:
         if key in before:
@@ -36,6 +40,6 @@ def compare(old: list[Row], new: list[Row]) -> tuple[list[str], bool]:
 
 
 def differing_machines(old: dict, new: dict) -> str | None:
-    """A warning where the two results are from different hardware or thread counts."""
+    """A warning, if the two results are from different hardware or thread counts."""
     changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in MACHINE if old.get(name) != new.get(name)]
-    return f"not the same machine, so no regression can be told: {', '.join(changed)}" if changed else None
+    return f"measured on another machine, so slower need not be a regression: {', '.join(changed)}" if changed else None

@@ -1,9 +1,9 @@
-"""Compiles the loss kernel for a GPU that need not be there and reports what the assembler made of it.
+"""Compiles the loss kernels for a GPU, which need not be there, and reports what the assembler made of them.
 
     python -m fastssl.bench.compile_loss --arch 90 --dim 128 --scales 2 --dtype bf16
 
-Registers, spilled bytes and shared memory bound how many programs fit a multiprocessor; the count of tensor-core
-instructions shows whether the fast path was taken. One JSON object per kernel on standard output.
+Registers, spilled bytes and shared memory limit how many programs fit on a multiprocessor; the number of tensor-core
+instructions shows whether the fast path was taken. Prints one JSON object per kernel.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from fastssl.kernels.row_lse_pass import _pass_over_queue
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
-
-# argument types of all the loss's kernels that are not compile-time constants
+# types of the arguments, other than compile-time constants, of all loss kernels
 KINDS = {name: "*fp32" for name in ("q_ptr", "k_ptr", "lse_ptr", "terms_ptr", "parts_ptr", "total_ptr")}
 KINDS |= {f"{name}_ptr": "*fp32" for name in ("positive", "sum", "mean", "part_mean", "inside_sum", "inside_mean")}
 KINDS |= {f"{name}_ptr": "*fp32" for name in ("gradient", "uniform_gradient", "uniform_factor")}
@@ -57,7 +56,7 @@ def compile_pass(arch: int, dtype: str, dim: int, scales: int, blocks: Blocks, *
 
 
 def compile_finish(arch: int, dim: int) -> list[dict[str, object]]:
-    """Compiles the small kernels that follow the pass, with all terms on."""
+    """Compiles the small kernels that follow the pass, with all terms switched on."""
     rows = {"D": dim, "C": 2, "COUNT_ABOVE": True, "BLOCK_R": max(1, 256 // dim), "BLOCK_P": 16}
     terms = {"CONTRAST": True, "UNIFORM": True, "INSIDE": True, "SQUARED": False, "BLOCK": 1024}
     return [
@@ -78,7 +77,7 @@ def compile_kernel(kernel, arch: int, kinds: dict[str, str], constants: dict, op
 
 
 def _assemble(ptx: str, arch: int) -> dict[str, int]:
-    """Registers, spilled bytes and tensor-core instructions, from ptxas and the text it is given."""
+    """Registers and spilled bytes as ptxas tells them, and the number of tensor-core instructions in the PTX."""
     target = re.search(r"\.target (\w+)", ptx).group(1)
     tool = get_ptxas(arch)
     ptxas = tool[0] if isinstance(tool, tuple) else tool.path  # a (path, version) pair in older Tritons
@@ -98,10 +97,14 @@ def _assemble(ptx: str, arch: int) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
-    parser.add_argument("--dim", type=int, nargs="+", default=[128], choices=DIMS)
-    parser.add_argument("--scales", type=int, nargs="+", default=[1, 2], choices=(1, 2))
-    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(BYTES))
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities times ten")
+    parser.add_argument(
+        "--dim", type=int, nargs="+", default=[128], choices=DIMS, help="feature dimensions (default 128)"
+    )
+    parser.add_argument(
+        "--scales", type=int, nargs="+", default=[1, 2], choices=(1, 2), help="scales per pass (default 1 2)"
+    )
+    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(BYTES), help="of the queue (default bf16)")
     args = parser.parse_args()
     for arch, dtype, dim, scales in product(args.arch, args.dtype, args.dim, args.scales):
         blocks = table_blocks(arch, dim, scales, BYTES[dtype])

@@ -1,8 +1,8 @@
-"""Compiles the kernels of the views for a GPU that need not be there and reports what the assembler made of them.
+"""Compiles the kernels of the views for a GPU, which need not be there, and reports what the assembler made of them.
 
     python -m fastssl.bench.compile_views --arch 90 --dtype bf16
 
-One JSON object per kernel on standard output, as from `compile_loss`.
+Prints one JSON object per kernel, as `compile_loss` does.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ KINDS |= {f"{name}{channel}": "fp32" for name in ("mean", "scale") for channel i
 
 
 def compile_views(arch: int, dtype: str, size: int = 224) -> list[dict[str, object]]:
-    """Compiles the kernels as they are launched for views of `size` pixels in `dtype`: the first drawing its parameters
-    and with parameters given, the third with both views normalised and with view_k as bytes; and what normalises those.
+    """Compiles the kernels as they are launched for views of `size` pixels in `dtype`.
+
+    The first kernel is compiled to draw its parameters and to read them; the third to normalise both views and to leave
+    view_k as bytes, which the last one normalises.
     """
     tiles = triton.cdiv(size, COMPILED.tile) ** 2
     crop, jitter, finish = COMPILED.warps
@@ -53,8 +55,8 @@ def compile_views(arch: int, dtype: str, size: int = 224) -> list[dict[str, obje
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
-    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(BYTES))
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities times ten")
+    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(BYTES), help="of the views (default bf16)")
     args = parser.parse_args()
     for arch, dtype in product(args.arch, args.dtype):
         print("\n".join(map(json.dumps, compile_views(arch, dtype))), flush=True)

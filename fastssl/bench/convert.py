@@ -1,4 +1,4 @@
-"""Conversion: images/s of `fastssl prep beton` beside decoding, resizing and encoding alone on the same cores."""
+"""`bench_throughput.py convert`: images/s of `fastssl prep beton`, and of decoding, resizing and encoding alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastssl.environment import environment
 
 
 def convert_bare(paths: list[str]) -> int:
-    """What cannot be saved: each file decoded, its short side brought to 256, encoded; nothing kept."""
+    """The work that no conversion can avoid: decodes each file, reduces its short side to 256, encodes it."""
     for path in paths:
         with Image.open(path) as file:
             file.draft(None, (512, 512))
@@ -32,7 +32,7 @@ def convert_bare(paths: list[str]) -> int:
 
 
 def link_copies(data: str, folder: Path, copies: int) -> int:
-    """A folder in which every image of `data` is linked `copies` times; the number of links."""
+    """Fills a folder with `copies` links to every image of `data`. Returns the number of links."""
     images = find_images(data)
     for copy in range(copies):
         for i in range(len(images.paths)):
@@ -43,14 +43,15 @@ def link_copies(data: str, folder: Path, copies: int) -> int:
 
 
 def main(argv: list[str]) -> None:
-    """Measures in turn, prints, and writes JSON."""
+    """Measures, prints, and writes JSON."""
     parser = argparse.ArgumentParser(prog="bench_throughput.py convert", description=__doc__)
-    parser.add_argument("data", help="image folder")
-    parser.add_argument("--copies", type=positive, default=8, help="times each image is linked")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workers", type=positive, default=usable_cores())
-    parser.add_argument("--scratch", help="folder to write to; by default the system's for temporary files")
-    parser.add_argument("--output", type=Path, help="where to write the JSON")
+    add = parser.add_argument
+    add("data", help="image folder")
+    add("--copies", type=positive, default=8, help="how many times to convert each image (default 8)")
+    add("--rounds", type=int, default=5, help="measurements of each contestant (default 5)")
+    add("--workers", type=positive, default=usable_cores(), help="processes (default all cores)")
+    add("--scratch", help="folder to write to (default: the system's for temporary files)")
+    add("--output", type=Path, help="write the result to this JSON file")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch, make_pool(args.workers) as pool:
         folder, out = Path(scratch, "images"), Path(scratch, "x.beton")

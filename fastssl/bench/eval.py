@@ -1,6 +1,6 @@
-"""`bench_throughput.py eval`: k-NN beside the reference project's way, and a cached linear sweep beside one setting.
+"""`bench_throughput.py eval`: k-NN by our code and the reference project's way, and what a cached linear sweep costs.
 
-Features are given, drawn from clusters by a seed; all contestants take turns within one process.
+The features are drawn at random around cluster centres; all contestants take turns in one process.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def make_features(num: int, dim: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def take_turns(contestants: dict[str, Function], rounds: int) -> dict[str, Timing]:
-    """Seconds of whole calls, one after the other, each round beginning with another one."""
+    """Times whole calls in turn; each round starts with another contestant."""
     seconds = {name: [] for name in contestants}
     for name in in_turn(contestants, rounds):
         start = time.perf_counter()
@@ -54,7 +54,7 @@ def take_turns(contestants: dict[str, Function], rounds: int) -> dict[str, Timin
 
 
 def measure_knn(args: argparse.Namespace) -> dict[str, object]:
-    """Seconds of each contestant, and how far their accuracies and neighbours agree."""
+    """The seconds of each contestant, and the largest difference between our accuracies and the reference's."""
     bank, (queries, labels) = make_features(args.bank, args.dim, 0), make_features(args.queries, args.dim, 1)
     ks, cap = odd_ks(args.k), Memory(args.max_mem_gb, CPU)
     answers: dict[str, dict[int, float]] = {}
@@ -73,7 +73,7 @@ def measure_knn(args: argparse.Namespace) -> dict[str, object]:
 
     contestants = {REFERENCE: reference, LEAN: lean, OURS: ours}
     for contestant in contestants.values():
-        contestant(16)  # compiles; a whole call would double the minutes of the slowest
+        contestant(16)  # compiles, with few queries since the slowest contestant takes minutes
     tally.clear()
     timings = take_turns({name: partial(f, args.queries) for name, f in contestants.items()}, args.rounds)
     differ = max(abs(answers[OURS][k] - answers[REFERENCE][k]) for k in ks)
@@ -88,7 +88,7 @@ def measure_knn(args: argparse.Namespace) -> dict[str, object]:
 
 
 def measure_sweep(args: argparse.Namespace) -> dict[str, object]:
-    """Seconds of `--epochs` epochs of one setting and of twelve, trained together on the bank."""
+    """The seconds that --epochs epochs take for one setting, and for twelve settings trained together."""
     features, labels = make_features(args.bank, args.dim, 0)
     sweep = Sweep(epochs=args.epochs)
     fit = partial(fit_linear, features, labels, CLASSES)
@@ -102,7 +102,7 @@ def measure_sweep(args: argparse.Namespace) -> dict[str, object]:
 
 
 def print_line(line: dict[str, object]) -> None:
-    """The timings, and what they say in one line."""
+    """Prints the timings and, in one line, what they mean."""
     for name, timing in line["seconds"].items():
         timing = Timing(**timing)
         print(f"  {name:26} {timing.median:8.3f} s ({timing.low:.3f} to {timing.high:.3f})", flush=True)
@@ -110,29 +110,30 @@ def print_line(line: dict[str, object]) -> None:
         print(
             f"k-NN is {line[f'times {REFERENCE}']:.1f} times as fast as the reference's way and "
             f"{line[f'times {LEAN}']:.1f} times as fast as cdist and topk alone; accuracies differ by at most "
-            f"{line['largest_difference_in_percent']:.2g} percent"
+            f"{line['largest_difference_in_percent']:.2g} percentage points"
         )
     else:
         print(f"{TWELVE} take {line['twelve by one']:.2f} times as long as one")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measures, prints and writes JSON with versions and commit."""
+    """Measures, prints, and writes JSON with versions and commit."""
     parser = argparse.ArgumentParser(prog="bench_throughput.py eval", description=__doc__.splitlines()[0])
-    parser.add_argument("--what", choices=("knn", "sweep"), nargs="+", default=["knn", "sweep"])
-    parser.add_argument("--bank", type=positive, default=50_000, help="training features (default 50000)")
-    parser.add_argument("--queries", type=positive, default=10_000, help="features asked about (default 10000)")
-    parser.add_argument("--dim", type=positive, default=512)
-    parser.add_argument("-k", type=positive, default=101, help="all odd k up to it (default 101)")
-    parser.add_argument("--batch-size", type=positive, default=512, help="of the reference's way; its default is 512")
-    parser.add_argument("--max-mem-gb", type=float, help="cap of ours")
-    parser.add_argument("--epochs", type=positive, default=2, help="of the sweep (default 2)")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=positive, help="of the CPU; by default all cores")
-    parser.add_argument("--output", type=Path, help="where to write the JSON")
+    add = parser.add_argument
+    add("--what", choices=("knn", "sweep"), nargs="+", default=["knn", "sweep"], help="what to measure (both)")
+    add("--bank", type=positive, default=50_000, help="number of training features (default 50000)")
+    add("--queries", type=positive, default=10_000, help="number of features to classify (default 10000)")
+    add("--dim", type=positive, default=512, help="feature dimension (default 512)")
+    add("-k", type=positive, default=101, help="largest k; all odd ones up to it (default 101)")
+    add("--batch-size", type=positive, default=512, help="batch size of the reference's way (default 512)")
+    add("--max-mem-gb", type=float, help="memory limit of our search")
+    add("--epochs", type=positive, default=2, help="epochs of the sweep (default 2)")
+    add("--rounds", type=int, default=3, help="measurements of each contestant (default 3)")
+    add("--threads", type=positive, help="CPU threads (default all cores)")
+    add("--output", type=Path, help="write the result to this JSON file")
     args = parser.parse_args(list(argv))
     if args.k > args.bank:
-        raise ValueError(f"-k {args.k} neighbours need as many features: raise --bank {args.bank}")
+        raise ValueError(f"-k {args.k} must not exceed the number of training features, --bank {args.bank}")
     if args.threads:
         torch.set_num_threads(args.threads)
     measure = {"knn": measure_knn, "sweep": measure_sweep}

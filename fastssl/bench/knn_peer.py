@@ -1,4 +1,4 @@
-"""The peers of the k-NN evaluation: the small-model project's way, written from its description, and its lean core."""
+"""The peers of k-NN: the small-model project's way, written from its description, and only the search within it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def knn_the_reference_way(
 ) -> dict[int, float]:
     """Accuracy in percent for each k, by the steps of ssl-small's k-NN script on one device.
 
-    For each batch of training rows `torch.cdist`, joined to the k best so far, `topk`, and the labels picked query by
-    query in a Python loop; then, for each k, `topk` again, the labels column by column, and the vote query by query:
-    `unique` with counts, whose `argmax` is the smallest of the most frequent labels.
+    For each batch of training rows: `torch.cdist`, `topk` together with the k best so far, and a Python loop over the
+    queries that picks the labels. Then, for each k: `topk` again, the labels column by column, and a vote query by
+    query, by `unique` with counts and `argmax`, which gives the smallest of the most frequent labels.
     """
     rows = range(len(queries))
     nearest = near_labels = None

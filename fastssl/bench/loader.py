@@ -1,7 +1,7 @@
-"""`bench_throughput.py loader`: our loaders beside torchvision's, FFCV's and DALI's, on the same files and cores.
+"""`bench_throughput.py loader`: our loaders, torchvision's, FFCV's and DALI's, on the same files and cores.
 
-Every loader lives in a process of its own that stays; rounds of one epoch go from one to the next, each round
-beginning with another, so that all share the machine's weather. A pair is an image of which two views are wanted.
+Every loader has a process of its own. They take turns, an epoch each, and each round starts with another loader, so
+that whatever else the machine does affects all of them. A pair is an image of which two views are wanted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PACKAGES = ("torch", "torchvision", "pillow", "llvmlite", "ffcv", "numba", "nvid
 
 
 def measure(names: list[str], options: Options, rounds: int) -> tuple[dict[str, dict], dict[str, str]]:
-    """(name -> figures, name -> why it was left out)."""
+    """({name: figures}, {name: why it was left out})."""
     processes = {name: LoaderProcess(name, options) for name in names}
     try:
         missing = {name: why for name, process in processes.items() if (why := process.wait_for_import())}
@@ -39,7 +39,7 @@ def measure(names: list[str], options: Options, rounds: int) -> tuple[dict[str, 
 
 
 def figures(name: str, rounds: list[Round], first_batch: float, memory: int) -> dict[str, object]:
-    """What is reported of one loader."""
+    """The figures of one loader, for the JSON."""
     return {
         "pairs": rounds[0].pairs,
         "decodes_per_pair": DECODES.get(name, 1),
@@ -51,7 +51,7 @@ def figures(name: str, rounds: list[Round], first_batch: float, memory: int) -> 
 
 
 def print_table(results: dict[str, dict], threads: int) -> None:
-    """A line for each loader, fastest first."""
+    """Prints a line for each loader, the fastest first."""
     raw = results.get(RAW, {}).get("cpu_ms_per_pair", {}).get("median")
     print(
         f"{'':26} {'CPU ms per pair':>22} {'pairs/s':>8} {'decodes/s':>9} {'per core':>8} {'of raw':>7} "
@@ -66,20 +66,29 @@ def print_table(results: dict[str, dict], threads: int) -> None:
             f"{r['first_batch_seconds']:7.2f} s {r['extra_bytes'] / 2**20:5.0f} MB"
         )
     print(
-        f"{threads} threads or workers each; per core: pairs per second of CPU time; of raw: share of that loop's rate"
+        f"with --threads {threads} (or workers) each; per core: pairs per second of CPU time; of raw: percent of the "
+        f"rate of {RAW}"
     )
 
 
 def main(argv: list[str]) -> None:
-    """Measures, prints a table and writes JSON with machine, versions and commit."""
+    """Measures, prints a table, and writes JSON with machine, versions and commit."""
     parser = ListParser(prog="bench_throughput.py loader", description=__doc__.splitlines()[0])
-    parser.add_argument("data", help="folder of JPEGs in class folders, perhaps below train/; it is read once before")
-    parser.add_argument("--beton", help="the same files as a .beton: fastssl prep beton DATA FILE --originals")
-    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="these alone")
-    parser.add_argument("--threads", type=positive, default=usable_cores())
-    parser.add_argument("--batch-size", type=positive, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="where to write the JSON")
+    add = parser.add_argument
+    add("data", help="folder with JPEGs in <class>/ or train/<class>/")
+    add("--beton", help="the same files as a .beton: fastssl prep beton DATA FILE --originals")
+    add(
+        "--only",
+        nargs="+",
+        choices=CONTESTANTS,
+        default=list(CONTESTANTS),
+        metavar="NAME",
+        help=f"measure only these loaders, of: {'; '.join(CONTESTANTS)}",
+    )
+    add("--threads", type=positive, default=usable_cores(), help="threads or workers each (default all cores)")
+    add("--batch-size", type=positive, default=64, help="images per batch (default 64)")
+    add("--rounds", type=int, default=5, help="epochs of each loader (default 5)")
+    add("--output", type=Path, help="write the result to this JSON file")
     args = parser.parse_args(argv)
     options = Options(train_folder(args.data), args.beton, args.batch_size, args.threads)
     results, missing = measure(args.only, options, args.rounds)
@@ -94,4 +103,4 @@ def main(argv: list[str]) -> None:
 
 
 def _installed(package: str) -> bool:
-    return any(True for _ in metadata.distributions(name=package))
+    return len(list(metadata.distributions(name=package))) > 0

@@ -1,7 +1,7 @@
-"""Loaders that are measured side by side, ours and others', over the same files; each yields pairs batch by batch.
+"""The loaders that `bench_throughput.py loader` compares, ours and others'.
 
-Everyone else's yields two random resized crops of 224 pixels with MoCo v2's scale, cut on the CPU, antialiased where
-the library can; ours yields the whole image, once decoded, since its crops are cut on the training device.
+The others yield two random resized crops of 224 pixels with MoCo v2's scale, made on the CPU, antialiased where the
+library can do that. Ours yield the whole decoded image, since our crops are made on the training device.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ RAW, FFCV = "libjpeg-turbo alone", "FFCV, two decoders"
 READ_AHEAD = 2  # batches
 _TJPF_RGB = 0
 
-Epoch = Callable[[], Iterator[int]]  # one pass over the images: the pairs of each batch
+Epoch = Callable[[], Iterator[int]]  # runs over all images once and yields the number of pairs of each batch
 
 
 class Options(NamedTuple):
-    """What all contestants are given."""
+    """The files and settings that all loaders are given."""
 
     folder: str
     beton: str | None
@@ -35,12 +35,12 @@ class Options(NamedTuple):
 
 
 def start_ours(name: str, options: Options) -> Callable[[], Epoch]:
-    """One of our loaders; its iterator goes on from epoch to epoch, reading ahead as it does for a GPU."""
+    """One of our loaders. One iterator serves all epochs, and reads ahead as it does for a GPU."""
     data = options.folder if name in ("folder", "dali") else options.beton
     if data is None:
         raise ValueError(f"the loader {name!r} reads a .beton file: give one with --beton")
     if name == "dali":
-        import nvidia.dali  # noqa: F401  (where it is missing, this contestant is left out)
+        import nvidia.dali  # noqa: F401  (if it is missing, this contestant is left out)
 
     def start() -> Epoch:
         shared = {"batch_size": options.batch_size, "seed": 0, "device": "cpu"}
@@ -52,7 +52,7 @@ def start_ours(name: str, options: Options) -> Callable[[], Epoch]:
 
 
 def start_raw_decoding(options: Options) -> Callable[[], Epoch]:
-    """libjpeg-turbo's own decompressor called in a loop on files held in memory: nothing can decode faster by it."""
+    """libjpeg-turbo's decompressor, called in a loop on files in memory: the most that any loader can get out of it."""
     name = ctypes.util.find_library("turbojpeg")
     if name is None:
         raise ValueError("libturbojpeg is not installed: apt-get install libturbojpeg0")
@@ -85,25 +85,30 @@ def start_raw_decoding(options: Options) -> Callable[[], Epoch]:
 
 
 def start_torchvision(kind: str, options: Options) -> Callable[[], Epoch]:
-    """ImageFolder and DataLoader, the image decoded once, each view cut from it.
+    """ImageFolder and DataLoader: the image is decoded once, and both views are made from it.
 
     kind: "crops" (Pillow), "full" (all of MoCo v2's augmentation, Pillow), "tensor" (torchvision's own decoder and
     antialiased resize).
     """
+    from torch import Tensor
     from torch.utils.data import DataLoader
     from torchvision import io, transforms
     from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import default_loader
     from torchvision.transforms import v2
 
     from fastssl.bench.classical_views import TwoViews
 
-    views = {
-        "crops": transforms.Compose([transforms.RandomResizedCrop(SIZE, SCALE), transforms.PILToTensor()]),
-        "tensor": v2.RandomResizedCrop(SIZE, SCALE, antialias=True),
-    }.get(kind)
-    reader = {"loader": lambda path: io.decode_image(io.read_file(path), io.ImageReadMode.RGB)}
-    two_views = TwoViews(SIZE) if kind == "full" else lambda image: (views(image), views(image))
-    images = ImageFolder(options.folder, two_views, **(reader if kind == "tensor" else {}))
+    def read_tensor(path: str) -> Tensor:
+        return io.decode_image(io.read_file(path), io.ImageReadMode.RGB)
+
+    if kind == "tensor":
+        read, crop = read_tensor, v2.RandomResizedCrop(SIZE, SCALE, antialias=True)
+    else:
+        read = default_loader
+        crop = transforms.Compose([transforms.RandomResizedCrop(SIZE, SCALE), transforms.PILToTensor()])
+    two_views = TwoViews(SIZE) if kind == "full" else lambda image: (crop(image), crop(image))
+    images = ImageFolder(options.folder, two_views, loader=read)
 
     def start() -> Epoch:
         loader = DataLoader(
@@ -113,7 +118,7 @@ def start_torchvision(kind: str, options: Options) -> Callable[[], Epoch]:
             drop_last=True,
             num_workers=options.threads,
             persistent_workers=True,
-            multiprocessing_context="fork",  # as it is by default, in a process that has started no thread yet
+            multiprocessing_context="fork",  # the usual default; this process has not started any thread yet
         )
         return lambda: (len(label) for _, label in loader)
 
@@ -121,7 +126,7 @@ def start_torchvision(kind: str, options: Options) -> Callable[[], Epoch]:
 
 
 def start_ffcv(options: Options) -> Callable[[], Epoch]:
-    """FFCV's own two-view way: its random-resized-crop decoder once for each view, so each image is decoded twice."""
+    """FFCV's way to make two views: a random-resized-crop decoder for each, so every image is decoded twice."""
     if options.beton is None:
         raise ValueError("FFCV reads a .beton file: give one with --beton")
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
@@ -175,5 +180,6 @@ OTHERS: dict[str, Callable[[Options], Callable[[], Epoch]]] = {
     "DALI, its own pipeline": start_dali,
 }
 OURS = {f"ours, {name}": partial(start_ours, name) for name in LOADERS if name != "synthetic"}
-CONTESTANTS = OURS | OTHERS  # name -> imports what it needs and returns what builds it; ValueError where it cannot
-DECODES = {FFCV: 2}  # of an image for a pair of views; 1 for who is not named
+# name -> a function that imports the library and returns a function that builds the loader; ValueError if it cannot run
+CONTESTANTS = OURS | OTHERS
+DECODES = {FFCV: 2}  # how often an image is decoded for a pair of views; once by loaders that are not listed

@@ -1,7 +1,7 @@
-"""One loader in a process of its own, measured from outside its code: CPU time, wall time, memory.
+"""Runs one loader in a process of its own and measures it from outside: CPU time, wall time, memory.
 
-Own processes because FFCV sets torch and numba to its own number of threads, because DataLoader forks, which no
-process with running threads survives for sure, and because memory and CPU time are then nobody else's.
+In its own process, because FFCV changes the number of threads of torch and numba, because DataLoader forks, which is
+unsafe in a process with threads, and because memory and CPU time then belong to that loader alone.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import NamedTuple
 
 from fastssl.bench.loader_peers import CONTESTANTS, Options
 
-_POLL = 0.01  # seconds between looks at the CPU clocks, whose ticks are as long
-_IDLE = 0.15  # seconds without a tick after which all that was begun is done
+_POLL = 0.01  # seconds between two looks at the CPU clocks, which tick as often
+_IDLE = 0.15  # seconds without a tick after which the process counts as idle
 
 
 class Round(NamedTuple):
     """One epoch of one loader."""
 
     pairs: int
-    seconds: float  # until the process was idle again: what was read ahead before is made up for after
+    seconds: float  # until the process is idle again, so that reading ahead for the next epoch counts
     cpu_seconds: float  # user and system, workers included
 
 
 class LoaderProcess:
-    """A loader in a child process; `import_`, `start` and `round` wait for it. Raises ValueError when it fails."""
+    """A loader in a child process. Every method waits for its answer, and raises ValueError when the child fails."""
 
     def __init__(self, name: str, options: Options) -> None:
         context = multiprocessing.get_context("spawn")
@@ -39,23 +39,23 @@ class LoaderProcess:
         theirs.close()
 
     def wait_for_import(self) -> str | None:
-        """None, or why this loader cannot run here."""
+        """Why this loader cannot run here, or None if it can."""
         return self._receive()
 
     def start(self) -> float:
-        """Builds the loader and runs an epoch to warm up; seconds until its first batch."""
+        """Builds the loader and runs an epoch to warm up. Returns the seconds until its first batch."""
         return self._ask("start")
 
     def round(self) -> Round:
-        """Runs an epoch."""
+        """Runs and measures an epoch."""
         return self._ask("round")
 
     def memory(self) -> int:
-        """Bytes of memory of its own that the loader and its workers have gained since it was built."""
+        """Bytes of private memory that the process and the loader's workers use beyond those before it was built."""
         return self._ask("memory")
 
     def end(self) -> None:
-        """Ends the process, by force where a library's threads would keep it for ever."""
+        """Ends the process, by force if a library's threads keep it alive."""
         with contextlib.suppress(OSError):
             self._pipe.send("end")
         self._process.join(10)
@@ -76,7 +76,7 @@ class LoaderProcess:
 
 
 def _serve(pipe: Connection, name: str, options: Options) -> None:
-    """The child: imports, then does as it is asked."""
+    """The child process: imports the library, then answers "start", "round" and "memory" until "end"."""
     epoch = None
     try:
         try:
@@ -107,7 +107,7 @@ def _serve(pipe: Connection, name: str, options: Options) -> None:
 
 
 def run_round(epoch) -> Round:
-    """Runs an epoch from idle to idle."""
+    """Runs an epoch, from an idle process until it is idle again."""
     cpu, start = cpu_seconds(), time.perf_counter()
     pairs = sum(epoch())
     end = wait_until_idle()
@@ -115,19 +115,19 @@ def run_round(epoch) -> Round:
 
 
 def wait_until_idle() -> float:
-    """Waits until this process and its workers stand still; when they last moved, by time.perf_counter."""
+    """Waits until this process and its workers are idle. Returns when they became so, by time.perf_counter."""
     moved, clock = time.perf_counter(), cpu_seconds()
     while time.perf_counter() - moved < _IDLE:
         time.sleep(_POLL)
         now = cpu_seconds()
-        if now - clock > 0.3 * _POLL:  # looking costs a little itself
+        if now - clock > 0.3 * _POLL:  # looking at the clocks takes a little time itself
             moved = time.perf_counter()
         clock = now
     return moved
 
 
 def cpu_seconds() -> float:
-    """User and system time of this process and of its living and ended workers."""
+    """User and system time of this process and of its workers, running or ended."""
     times = os.times()
     ticks = 0
     for worker in multiprocessing.active_children():
@@ -137,7 +137,7 @@ def cpu_seconds() -> float:
 
 
 def own_bytes() -> int:
-    """Memory that is neither a file's nor shared with strangers, of this process and its workers (Linux)."""
+    """Memory of this process and its workers without mapped files, shared pages counted once (Linux)."""
     total = 0
     for pid in (os.getpid(), *(worker.pid for worker in multiprocessing.active_children())):
         with contextlib.suppress(OSError), open(f"/proc/{pid}/smaps_rollup") as file:

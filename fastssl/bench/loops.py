@@ -1,6 +1,6 @@
-"""Training loops to time: ours over the bytes it finds, over the real loader, and the loader alone.
+"""Training loops to time: ours over any loader, and the loader alone.
 
-Each is a function of a number of steps that runs them after some warm-up and returns the seconds they took.
+A `Loop` is a function that runs a given number of steps, after some warm-up, and returns the seconds they took.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from fastssl.loaders.make import Loader
 from fastssl.plan import make_plan
 from fastssl.train import make_train_step
 
-WARM_UP = 3  # steps before the clock starts, in every turn: prefetch queues are then as full as they stay
+WARM_UP = 3  # steps before the clock starts, in every turn, so that prefetch queues are as full as they stay
 Loop = Callable[[int], float]
 Step = Callable[[ImageBatch, int], torch.Tensor]
 
 
 def our_loop(config: Config, ranks: Ranks, trainee: Trainee | None = None) -> Loop:
-    """The product's loop: its loader, its training step, one look at the metrics at the end, as at a log line."""
+    """The product's loop, with its loader and training step; it waits for the device only at the end."""
     return our_loops(config, {"": open_loader(config, ranks)}, ranks, trainee or trainee_of(config, ranks))[""]
 
 
 def trainee_of(config: Config, ranks: Ranks) -> Trainee:
-    """Fresh weights, their encoders compiled, and the device's libraries set, as the configuration says."""
+    """What the configuration trains, with new weights and compiled encoders; also makes the device deterministic."""
     check_parts(config)
     make_deterministic(config.train.deterministic)
     return compile_and_wrap(config, make_trainee(config, ranks), ranks)
 
 
 def our_loops(config: Config, loaders: dict[str, Loader], ranks: Ranks, trainee: Trainee) -> dict[str, Loop]:
-    """Loops that differ in where their images come from; one training step, compiled once, serves them all."""
+    """Loops that differ only in their loaders, and share one training step, which is compiled once."""
     inputs = InputStream(ranks.device)
     step = our_step(config, ranks, trainee, next(iter(loaders.values())), inputs)
 
@@ -59,14 +59,14 @@ def our_loops(config: Config, loaders: dict[str, Loader], ranks: Ranks, trainee:
 
 
 def our_step(config: Config, ranks: Ranks, trainee: Trainee, loader: Loader, inputs: InputStream = IN_TURN) -> Step:
-    """The product's training step over batches of `loader`: (batch, step number) -> its loss."""
+    """The product's training step for batches of `loader`: (batch, number of the step) -> its loss."""
     plan = make_plan(config, loader.batches_per_epoch)
     train_step = make_train_step(config, plan, trainee, open_policy(config), ranks, Health(ranks), inputs)
     return lambda batch, number: train_step(batch, number)["loss"]
 
 
 def host_alone(config: Config, ranks: Ranks, trainee: Trainee) -> Loop:
-    """What the host takes for a step: to launch its kernels on a device that has nothing else to do."""
+    """The time in which the host launches a step's kernels, on a device that is idle."""
     loader = open_loader(config, ranks)
     step = our_step(config, ranks, trainee, loader)
 
@@ -78,19 +78,20 @@ def host_alone(config: Config, ranks: Ranks, trainee: Trainee) -> Loop:
                 torch.cuda.synchronize()
             start = time.perf_counter()
             step(batch, number)
-            seconds += time.perf_counter() - start if number >= WARM_UP else 0.0
+            if number >= WARM_UP:
+                seconds += time.perf_counter() - start
         return seconds
 
     return loop
 
 
 def loader_alone(loader: Loader) -> Loop:
-    """Batches on the device, and nothing done with them."""
+    """A loop that only moves batches to the device."""
     return lambda steps: time_steps(loader.batches(), lambda batch, number: batch.pixels[-1], steps)
 
 
 def time_steps(batches: Iterable, step: Step, steps: int) -> float:
-    """Seconds of `steps` steps from a fresh iterator, the warm-up not counted, until the last result is there."""
+    """Seconds of `steps` steps, after the warm-up and until the last result is there, from a new iterator."""
     with closing(iter(batches)) as iterator:
         for number in range(WARM_UP):
             result = step(next(iterator), number)
@@ -103,7 +104,7 @@ def time_steps(batches: Iterable, step: Step, steps: int) -> float:
 
 
 def time_loops(loops: dict[str, Loop], steps: int, rounds: int) -> dict[str, list[float]]:
-    """Runs every loop once per round, each round beginning with another one; seconds of one step, a number a round."""
+    """Runs every loop once per round; each round starts with another one. Returns each round's seconds per step."""
     seconds = {name: [] for name in loops}
     for name in in_turn(loops, rounds):
         seconds[name].append(loops[name](steps) / steps)

@@ -1,7 +1,7 @@
-"""`bench_throughput.py loss`: the loss with its gradient, ours beside the published formulas, eager and compiled.
+"""`bench_throughput.py loss`: the loss and its gradient, by our code and by the published formulas, eager and compiled.
 
-Every line is one batch size and one queue size: forward and gradient at q of the weighted mix. The floor is what the
-matrix products and the bytes of the queue take at the ceilings measured in the same run.
+Every line is a batch size and a queue size, with forward and gradient at q of the weighted sum. The floor is the time
+of the matrix products, or of reading the queue, at the rates of a large product and a large copy in the same run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TERMS = {
 
 
 def published_loss(q: Tensor, k: Tensor, queue: Tensor, config: LossConfig) -> Tensor:
-    """The weighted mix by the plain formulas, every tensor in the dtype it comes in."""
+    """The weighted sum by the plain formulas, each tensor in its own dtype."""
     total = 0.0
     if config.contrast_weight:
         total += config.contrast_weight * contrast_reference(q, k, queue, config.temperature)[0]
@@ -44,13 +44,14 @@ def published_loss(q: Tensor, k: Tensor, queue: Tensor, config: LossConfig) -> T
 
 
 def our_loss(q: Tensor, k: Tensor, queue: Tensor, config: LossConfig) -> Tensor:
+    """The weighted sum by the product's fastest implementation for the device."""
     return moco_loss(q, k, queue, config).total
 
 
 def make_contestants(
     num: int, queue_size: int, dim: int, config: LossConfig, device: torch.device, compiled: bool
 ) -> dict[str, Function]:
-    """Name -> a call that computes the loss and its gradient at q."""
+    """{name: a call that computes the loss and its gradient at q}."""
     generator = torch.Generator().manual_seed(0)
     q, k, queue = (
         F.normalize(torch.randn(rows, dim, generator=generator), dim=1).to(device) for rows in (num, num, queue_size)
@@ -74,9 +75,9 @@ def make_contestants(
 
 
 def make_ceilings(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, tuple[Function, float]]:
-    """Name -> a call, and the work it does: operations of a large matrix product, bytes of a large copy.
+    """{name: (a call, its work)}: a large matrix product and its operations, a large copy and its bytes.
 
-    dtype: of the product; by default bf16 on a GPU, float32 on a CPU, as the loss's.
+    dtype: of the product; by default that of the loss, bf16 on a GPU and float32 on a CPU.
     """
     on_gpu = device.type == "cuda"
     size, dtype = 8192 if on_gpu else 2048, dtype or (torch.bfloat16 if on_gpu else torch.float32)
@@ -90,9 +91,9 @@ def make_ceilings(device: torch.device, dtype: torch.dtype | None = None) -> dic
 def measure(
     num: int, queue_size: int, dim: int, terms: str, device: torch.device, rounds: int, compiled: bool
 ) -> dict[str, object]:
-    """One line of the result: seconds, extra bytes and percent of the floor of each contestant."""
+    """One line of the result: the seconds, extra bytes and percent of the floor of each contestant."""
     config = TERMS[terms]
-    torch.compiler.reset()  # every shape is compiled anew
+    torch.compiler.reset()  # so that every shape is compiled for itself
     contestants = make_contestants(num, queue_size, dim, config, device, compiled)
     ceilings = make_ceilings(device)
     extra = {name: peak_extra_bytes(function, device) for name, function in contestants.items()}
@@ -120,6 +121,7 @@ def measure(
 
 
 def print_line(line: dict[str, object]) -> None:
+    """Prints one line of the result."""
     print(f"N = {line['num']}, K = {line['queue_size']}, D = {line['dim']}, {line['terms']} terms:", end=" ")
     print(f"floor {line['floor_seconds'] * 1e3:.3f} ms")
     eager = line["seconds"]["eager float32"]["median"]
@@ -133,18 +135,20 @@ def print_line(line: dict[str, object]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Measures, prints and writes JSON with device, versions and commit."""
+    """Measures, prints, and writes JSON with device, versions and commit."""
     cuda = torch.cuda.is_available()
+    nums = [256, 512, 1024, 4096] if cuda else [256, 512]
     parser = argparse.ArgumentParser(prog="bench_throughput.py loss", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--num", type=positive, nargs="+", default=[256, 512, 1024, 4096] if cuda else [256, 512])
-    parser.add_argument("--queue-size", type=positive, nargs="+", default=[4096, 16384, 65536])
-    parser.add_argument("--dim", type=positive, default=128)
-    parser.add_argument("--terms", choices=TERMS, nargs="+", default=["all"])
-    parser.add_argument("--rounds", type=int, default=30 if cuda else 7)
-    parser.add_argument("--no-compiled", action="store_true", help="leave torch.compile of the formulas out")
-    parser.add_argument("--threads", type=positive, help="of the CPU; by default all cores")
-    parser.add_argument("--output", type=Path, help="where to write the JSON")
+    add = parser.add_argument
+    add("--device", default="cuda" if cuda else "cpu", help="device (default: the GPU if there is one)")
+    add("--num", type=positive, nargs="+", default=nums, help="batch sizes")
+    add("--queue-size", type=positive, nargs="+", default=[4096, 16384, 65536], help="queue sizes")
+    add("--dim", type=positive, default=128, help="feature dimension (default 128)")
+    add("--terms", choices=TERMS, nargs="+", default=["all"], help="terms of the loss (default all)")
+    add("--rounds", type=int, default=30 if cuda else 7, help="measurements of each contestant")
+    add("--no-compiled", action="store_true", help="leave out the compiled formulas")
+    add("--threads", type=positive, help="CPU threads (default all cores)")
+    add("--output", type=Path, help="write the result to this JSON file")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)

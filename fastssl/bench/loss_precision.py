@@ -1,11 +1,10 @@
-"""How wrong the loss is: largest error against float64 per dtype of the queue, ours and plain PyTorch in that dtype.
+"""How accurate the loss is: its largest error against float64, by our code and by plain PyTorch in the queue's dtype.
 
-    python -m fastssl.bench.loss_precision        prints the table of kernels/README.md; without a GPU:
-    TRITON_INTERPRET=1 python -m fastssl.bench.loss_precision
+    python -m fastssl.bench.loss_precision                        prints the table of kernels/README.md
+    TRITON_INTERPRET=1 python -m fastssl.bench.loss_precision     the same without a GPU
 
-Values and gradients at the unnormalised projection, on ordinary rows and on peaked ones (a queue with near-duplicates
-of the queries). On a GPU the compiled kernel; without one its source in Triton's interpreter, whose bfloat16 products
-are wrong.
+Values and gradients at the unnormalised projection, for ordinary rows and for peaked ones (a queue with near-duplicates
+of the queries). Without a GPU the kernels run in Triton's interpreter, whose bfloat16 products are wrong.
 """
 
 from __future__ import annotations
@@ -48,6 +47,7 @@ def value_and_gradient(loss: Callable[[Tensor, Tensor], Tensor], z_q: Tensor, z_
 
 
 def print_errors(dtype: torch.dtype, name: str, peaked: bool, device: str) -> None:
+    """Prints a row of the table."""
     config = TERMS[name]
     z_q, z_k, queue = make_rows(peaked, device)
     low = queue.to(dtype)

@@ -1,7 +1,7 @@
-"""Two more loops that feed the plain MoCo step of `classical.py`, each in the way its library's users write it.
+"""Loops that feed the plain MoCo step of `classical.py` with DALI and FFCV, as users of these libraries write them.
 
-DALI, after solo-learn: the image is decoded once and cropped twice, all augmentation by DALI's operators. FFCV, after
-FFCV-SSL: its random-resized-crop decoder once for each view, then the rest on the training device.
+DALI, after solo-learn: each image is decoded once and cropped twice, and DALI does all augmentation. FFCV, after
+FFCV-SSL: a random-resized-crop decoder for each view, and the rest on the training device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastssl.distributed import Ranks
 
 
 def dali_loop(data: str, config: Config, ranks: Ranks, workers: int) -> Loop:
-    """Views by DALI from data/train/<class>/* or data/<class>/*; on a GPU it decodes and augments there."""
+    """Views by DALI from data/train/<class>/* or data/<class>/*, decoded and augmented on the GPU if there is one."""
     import nvidia.dali.fn as fn
     import nvidia.dali.types as types
     from nvidia.dali import pipeline_def
@@ -47,8 +47,9 @@ def dali_loop(data: str, config: Config, ranks: Ranks, workers: int) -> Loop:
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         while True:
-            if (found := next(iterator, None)) is not None:  # else the epoch ended, and the next call begins another
-                yield tuple(map(found[0].get, names))
+            found = next(iterator, None)  # None at the end of an epoch; the next call begins another
+            if found is not None:
+                yield found[0]["view_q"], found[0]["view_k"]
 
     return lambda steps: time_steps(batches(), lambda batch, number: step(*batch), steps)
 
@@ -64,7 +65,11 @@ def ffcv_loop(beton: str, config: Config, ranks: Ranks, workers: int) -> Loop:
 
     size, gpu = config.augment.image_size, ranks.device.type == "cuda"
     decoders = [RandomResizedCropRGBImageDecoder((size, size), scale=(0.2, 1.0)) for _ in range(2)]
-    rest = [[ToTensor(), *[ToDevice(ranks.device, non_blocking=True)] * gpu, ToTorchImage()] for _ in range(2)]
+
+    def rest() -> list:
+        to_device = [ToDevice(ranks.device, non_blocking=True)] if gpu else []
+        return [ToTensor(), *to_device, ToTorchImage()]
+
     loader = Loader(
         beton,
         batch_size=config.train.batch_size,
@@ -72,8 +77,8 @@ def ffcv_loop(beton: str, config: Config, ranks: Ranks, workers: int) -> Loop:
         order=OrderOption.RANDOM,
         drop_last=True,
         pipelines={
-            "image": [decoders[0], *rest[0]],
-            "view_k": PipelineSpec("image", decoder=decoders[1], transforms=rest[1]),
+            "image": [decoders[0], *rest()],
+            "view_k": PipelineSpec("image", decoder=decoders[1], transforms=rest()),
             "label": None,
         },
     )
@@ -85,8 +90,8 @@ def ffcv_loop(beton: str, config: Config, ranks: Ranks, workers: int) -> Loop:
             try:
                 yield from epoch
             finally:
-                epoch.close()  # its thread would wait for ever
-                torch.set_num_threads(threads)  # which FFCV sets for the whole process
+                epoch.close()  # otherwise its thread would wait for ever
+                torch.set_num_threads(threads)  # FFCV changes it for the whole process
 
     def step(batch: tuple[Tensor, Tensor], number: int) -> Tensor:
         return plain(*map(augment_crops, batch))

@@ -1,7 +1,7 @@
-"""MoCo v2's colour operations and blur for a batch that is already cropped, in plain PyTorch on any device.
+"""MoCo v2's colour operations, blur and flip for a batch of crops, in plain PyTorch: what follows FFCV's decoders.
 
-What follows FFCV's crops in its peer loop. In the order and the arithmetic of FFCV-SSL: fixed order, hue turned
-linearly in YIQ, no clipping in between, so that all colour operations are one affine map of each image's pixels.
+As in FFCV-SSL, the order is fixed, hue is turned linearly in YIQ and nothing is clipped in between, so that all colour
+operations are one affine map of each image's pixels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def augment_crops(crops: Tensor) -> Tensor:
     x = crops.float() / 255
     matrix, offset = colour_maps(x)
     x = (torch.einsum("bij,bjhw->bihw", matrix, x) + offset[:, :, None, None]).clamp_(0, 1)
-    half = torch.randperm(len(x), device=x.device)[: (len(x) + 1) // 2]  # as many as with a coin, and no wait for one
+    half = torch.randperm(len(x), device=x.device)[: (len(x) + 1) // 2]  # a coin for each would have to be waited for
     x[half] = blur(x[half])
     flips = torch.rand(len(x), device=x.device) < 0.5
     x = torch.where(flips[:, None, None, None], x.flip(3), x)
@@ -33,7 +33,7 @@ def augment_crops(crops: Tensor) -> Tensor:
 
 
 def colour_maps(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Brightness, contrast, saturation, hue and greyscale of each image as one matrix (B, 3, 3) and offset (B, 3)."""
+    """Random brightness, contrast, saturation, hue and greyscale as a matrix (B, 3, 3) and an offset (B, 3)."""
     count, device = len(x), x.device
     jittered = torch.rand(count, device=device) < 0.8
     brightness, contrast, saturation = (
@@ -54,7 +54,7 @@ def colour_maps(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def blur(x: Tensor) -> Tensor:
-    """Gaussian blur with a sigma from U(0.1, 2) for each image; the kernel is a tenth of the side, as SimCLR's."""
+    """Gaussian blur with a sigma from U(0.1, 2) for each image; as in SimCLR, the kernel is a tenth of the side."""
     count, channels, size = x.shape[:3]
     radius = max(1, size // 20)
     sigma = torch.empty(count, 1, device=x.device).uniform_(0.1, 2.0)

@@ -1,7 +1,7 @@
-"""`bench_throughput.py peers`: our real loop beside others', in this process, in turn, over the same files.
+"""`bench_throughput.py peers`: our training loop and those of others, in turn in one process, over the same files.
 
-The others are the classical MoCo loop (torchvision and Pillow), DALI as solo-learn uses it and FFCV with a decoder for
-each view, all in front of the same plain step. A contestant that cannot run here is named with its reason.
+The others are the classical MoCo loop (torchvision and Pillow), DALI as solo-learn uses it, and FFCV with a decoder for
+each view, all with the same plain training step. A loop that cannot run here is listed with the reason.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ OURS = ("resident", "beton", "dali", "folder")
 
 
 def make_loops(args: argparse.Namespace, data: str, beton: str, ranks: Ranks) -> tuple[dict[str, Loop], dict[str, str]]:
-    """(name -> loop, each tried for one step; name -> why it cannot run)."""
+    """({name: loop}, each tried for one step; {name: why it cannot run})."""
     plain = make_config(args, args.arch)
     files = {"resident": beton, "beton": beton, "dali": data, "folder": data}
-    trainee = trainee_of(plain, ranks)  # compiled once, for all of ours
+    trainee = trainee_of(plain, ranks)  # compiled once, for all our loops
 
     def ours(name: str) -> Loop:
         return our_loop(make_config(args, args.arch, data=files[name], loader=name), ranks, trainee)
@@ -51,20 +51,21 @@ def make_loops(args: argparse.Namespace, data: str, beton: str, ranks: Ranks) ->
             loop(1)
             loops[name] = loop
             print(f"{name} is ready after {time.perf_counter() - start:.1f} s", flush=True)
-        except Exception as error:  # another library's: it may raise anything, and the others shall still be measured
+        except Exception as error:  # other libraries may raise anything, and the rest is still to be measured
             missing[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return loops, missing
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measures, prints and writes JSON."""
+    """Measures, prints, and writes JSON."""
     parser = ListParser(prog="bench_throughput.py peers", description=__doc__.splitlines()[0])
-    parser.add_argument("data", nargs="?", help=f"folder of JPEGs in class folders; by default {SOURCE}")
-    parser.add_argument("--beton", help="the same files as a .beton (fastssl prep beton DATA FILE --originals)")
-    parser.add_argument("--photos", type=positive, default=768, help="of them, where no folder is given")
-    parser.add_argument("--arch", default="resnet18")
-    parser.add_argument("--loader", nargs="+", choices=OURS, default=OURS, help="of our loop")
-    parser.add_argument("--workers", type=int, default=usable_cores(), help="threads or processes of the others")
+    add = parser.add_argument
+    add("data", nargs="?", help=f"folder with JPEGs in class folders (default: {SOURCE})")
+    add("--beton", help="the same files as a .beton (fastssl prep beton DATA FILE --originals)")
+    add("--photos", type=positive, default=768, help="images to make without a folder (default 768)")
+    add("--arch", default="resnet18", help="encoder (default resnet18)")
+    add("--loader", nargs="+", choices=OURS, default=OURS, help="loaders of our loop (default all)")
+    add("--workers", type=int, default=usable_cores(), help="threads or processes of the others (default all cores)")
     add_step_flags(parser)
     args = parser.parse_args(list(argv))
     ranks = distributed.start(args.device)
@@ -73,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
         data, beton = open_data(args.data, args.beton, Path(scratch), max(args.photos, args.batch_size))
         loops, missing = make_loops(args, data, beton, ranks)
         if CLASSICAL not in loops:
-            raise SystemExit(f"the classical loop is what all others are compared with: {missing[CLASSICAL]}")
+            raise SystemExit(f"the classical loop, with which all are compared, cannot run: {missing[CLASSICAL]}")
         seconds = time_loops(loops, args.steps, args.rounds)
     line = as_line(make_config(args, args.arch, loader="auto"), seconds, args.steps, CLASSICAL)
     line |= {"not_measured": missing, "images": args.data or SOURCE}

@@ -1,4 +1,4 @@
-"""Images for the benchmarks: photographs cut from the two that come with scikit-learn, and a .beton of any folder."""
+"""Images for the benchmarks: JPEGs cut from the two photographs in scikit-learn, and a .beton of any folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SOURCE = "photographs cut from scikit-learn's two"
 def write_photos(folder: Path, count: int, seed: int = 0, sides: tuple[int, int] = (375, 500)) -> None:
     """Writes folder/train/<class>/*.jpg, `count` in all, at quality 90, landscape and portrait, all different.
 
-    Real photographs, because drawn pictures decode faster or slower than those people train on.
+    They are real photographs, because drawn pictures do not take as long to decode. sides: (short, long), in pixels.
     """
     from sklearn.datasets import load_sample_images
 
@@ -42,15 +42,18 @@ def write_photos(folder: Path, count: int, seed: int = 0, sides: tuple[int, int]
 
 
 def train_folder(data: str) -> str:
-    """DATA/train where there is one, else DATA: the folder of class folders. Raises ValueError where DATA is none."""
+    """The folder that holds the class folders: data/train if there is one, else data itself.
+
+    Raises ValueError if data is not a folder.
+    """
     if not os.path.isdir(data):
-        raise ValueError(f"{data} is no folder: give one of JPEGs in class folders, or train/ with them")
+        raise ValueError(f"{data} is not a folder: give one with JPEGs in <class>/ or train/<class>/")
     train = os.path.join(data, "train")
     return train if os.path.isdir(train) else data
 
 
 def open_data(data: str | None, beton: str | None, scratch: Path, count: int) -> tuple[str, str]:
-    """(folder, .beton) of the same files; what is not given is made in `scratch`: photographs, and their own bytes."""
+    """(folder, .beton) of the same files. What is not given is made in `scratch`, from `count` photographs."""
     if data is None:
         data = str(scratch / "photos")
         write_photos(scratch / "photos", count)

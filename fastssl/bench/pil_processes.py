@@ -1,4 +1,4 @@
-"""A per-image pipeline in several processes, as a DataLoader's workers run it, to be timed beside threads of ours."""
+"""Runs a per-image pipeline in several processes, as a DataLoader's workers do, for comparison with our threads."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fastssl.bench.timing import Function
 
 
 def in_processes(images: Sequence[Image.Image], chain: Callable, processes: int) -> Function:
-    """A call that makes two views of every image by `chain`, shared among processes that wait for it with their images.
+    """A call that makes two views of every image with `chain`, in processes that already hold their share of them.
 
-    The views stay where they were made: neither stacked nor sent, which a DataLoader must do besides.
+    The views are neither stacked nor sent back, which a DataLoader would also have to do.
     """
     context = multiprocessing.get_context("spawn")
     pipes = []
@@ -41,5 +41,5 @@ def _work(pipe: Connection, images: Sequence[Image.Image], chain: Callable) -> N
                 chain(image)
                 chain(image)
             pipe.send(True)
-    except EOFError:  # nobody asks any more
+    except EOFError:  # the parent has ended
         return

@@ -1,4 +1,4 @@
-"""A result as a picture: a bar for each contestant with its spread, a panel for each setting."""
+"""Draws a result: a panel for each setting, with a bar and its spread for each contestant."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from fastssl.bench.results import Row, number
 
-WIDE = 20.0  # times between the longest and the shortest bar: beyond it the axis is logarithmic
+WIDE = 20.0  # ratio of the longest to the shortest bar above which the axis is logarithmic
 
 
 def plot(rows: list[Row], title: str, path: Path) -> None:
-    """Writes a PNG."""
+    """Draws the rows and writes a PNG."""
     from matplotlib.figure import Figure
 
     groups: dict[str, list[Row]] = {}
@@ -27,13 +27,11 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
 
 
 def draw_panel(panel, group: str, rows: list[Row]) -> None:
-    """The bars of one setting, in the order of the table; ours in another colour."""
+    """Draws the bars of one setting, in the order of the table; ours in another colour."""
     names, middle = [row.name for row in rows], [row.value.median for row in rows]
-    below, above = (
-        [abs(m - end) for m, end in zip(middle, ends)] for ends in zip(*[(r.value.low, r.value.high) for r in rows])
-    )
-    ours = [row.name.startswith(("ours", "all", "step")) for row in rows]
-    colours = ["tab:blue" if mine else "0.7" for mine in ours]
+    below = [abs(row.value.median - row.value.low) for row in rows]
+    above = [abs(row.value.high - row.value.median) for row in rows]
+    colours = ["tab:blue" if row.name.startswith(("ours", "all", "step")) else "0.7" for row in rows]
     panel.barh(range(len(rows)), middle, xerr=(below, above), color=colours, ecolor="0.25", capsize=3, height=0.7)
     panel.set_yticks(range(len(rows)), names, fontsize=8)
     panel.invert_yaxis()

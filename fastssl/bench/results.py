@@ -1,4 +1,4 @@
-"""Results as rows, whatever stage wrote them: what plots, comparisons and verdicts read."""
+"""Reads the results of all stages into the same kind of rows, for plots, comparisons and verdicts."""
 
 from __future__ import annotations
 
@@ -13,44 +13,46 @@ from fastssl.bench.timing import Timing, summarise, times_faster
 class Row(NamedTuple):
     """One contestant in one setting."""
 
-    group: str  # the setting: rows of a group may be compared
+    group: str  # the setting; only rows of the same group can be compared
     name: str
     value: Timing  # in `unit`
     unit: str
     higher_is_better: bool
-    times: Timing | None = None  # how many times faster than the group's peer, within the same rounds
+    times: Timing | None = None  # how many times faster than the group's peer, by the ratios within rounds
 
 
 def read_result(path: Path) -> dict[str, object]:
-    """A result file. Raises ValueError for what is none."""
+    """The content of a result file. Raises ValueError if it is not one."""
     try:
         result = json.loads(path.read_text())
         result["environment"]["commit"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except OSError as error:
+        raise ValueError(f"{path} is not a result of bench_throughput.py: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is not a result of bench_throughput.py: {error!r}") from None
     return result
 
 
 def stage_of(path: Path) -> str:
-    """The stage by the file's name: step-cpu.json -> step."""
+    """The stage that a file is named after: step-cpu.json -> step."""
     return path.stem.split("-")[0]
 
 
 def rows(stage: str, result: dict[str, object], name: str = "this") -> list[Row]:
-    """Every contestant of every setting. Raises ValueError where `name`, the result, is not one of the stage."""
+    """Every contestant in every setting. Raises ValueError if the result, called `name`, is not one of the stage."""
     try:
         return list(READERS.get(stage, seconds_rows)(result))
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{name} is no result of {stage!r}: it lacks {error}") from None
+        raise ValueError(f"{name} is not a result of the stage {stage!r}: it lacks {error}") from None
 
 
 def invert(seconds: Timing, work: float) -> Timing:
-    """Work per second, from seconds for that work."""
+    """Work per second, from the seconds that the work takes."""
     return Timing(work / seconds.median, work / seconds.high, work / seconds.low, seconds.rounds)
 
 
 def loop_rows(line: dict[str, object]) -> Iterator[Row]:
-    """The training loops of one line of step, all or peers: pairs/s."""
+    """The training loops in a line of step, all or peers, in pairs/s."""
     s, rounds = line["settings"], line["seconds_of_rounds"]
     group = f"{s['arch']}, {s['image_size']} pixels, batch {s['batch_size']}"
     for name, seconds in rounds.items():
@@ -75,13 +77,13 @@ def convert_rows(result: dict[str, object]) -> Iterator[Row]:
 
 
 def seconds_rows(result: dict[str, object]) -> Iterator[Row]:
-    """Lines with `seconds`, a timing for each contestant; what else describes the line names the group."""
+    """Lines with a timing for each contestant in `seconds`; their other numbers and words name the group."""
     for line in result["lines"]:
-        tells = {k: v for k, v in line.items() if isinstance(v, (int, str)) and k not in ("bytes", "verdict", "kernel")}
-        group = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in tells.items())
+        setting = {k: v for k, v in line.items() if isinstance(v, (int, str)) and k not in ("bytes", "kernel")}
+        group = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in setting.items())
         for name, timing in line["seconds"].items():
-            milli = {key: 1e3 * timing[key] for key in ("median", "low", "high")}
-            yield Row(group, name, Timing(**milli, rounds=timing["rounds"]), "ms", False)
+            ms = {key: 1e3 * timing[key] for key in ("median", "low", "high")}
+            yield Row(group, name, Timing(**ms, rounds=timing["rounds"]), "ms", False)
 
 
 READERS: dict[str, Callable[[dict], Iterator[Row]]] = {
@@ -93,17 +95,29 @@ READERS: dict[str, Callable[[dict], Iterator[Row]]] = {
 }
 
 
+def count(num: int, noun: str) -> str:
+    """ "1 thread", "2 threads"."""
+    return f"{num} {noun}" if num == 1 else f"{num} {noun}s"
+
+
+def split_ours(found: list[Row]) -> tuple[list[Row], list[Row]]:
+    """(our rows, those of others), each in the order given."""
+    ours = [row for row in found if row.name.startswith("ours")]
+    return ours, [row for row in found if not row.name.startswith("ours")]
+
+
 def number(value: float) -> str:
-    """Three digits."""
+    """A number with three digits, or more if it is above 1000."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def spread(timing: Timing) -> str:
-    """Median, and in brackets the tenth and ninetieth percentile."""
+    """The median, and in brackets the tenth and ninetieth percentiles."""
     return f"{number(timing.median)} ({number(timing.low)} to {number(timing.high)})"
 
 
 def show_row(row: Row) -> str:
-    """One line for the terminal."""
+    """A row as a line for the terminal."""
     times = f"{row.times.median:6.2f} x ({row.times.low:.2f} to {row.times.high:.2f})" if row.times else ""
-    return f"{row.name:28} {spread(row.value) + ' ' + row.unit:34} {times}".rstrip()
+    value = f"{spread(row.value)} {row.unit}"
+    return f"{row.name:28} {value:34} {times}".rstrip()

@@ -1,8 +1,8 @@
-"""`bench_throughput.py step`: the real training step, on bytes that lie on the device, for each architecture.
+"""`bench_throughput.py step`: the real training step, over images already on the device, for each architecture.
 
-Beside it the same step without what we add to plain PyTorch (eager encoders, on a CPU with its library's convolutions
-only, the loss with its N x K matrix), the parts of the step, each run by itself, and the floor of its arithmetic and
-memory traffic.
+It is compared with the same step in plain PyTorch (eager encoders, the N x K matrix in the loss, on a CPU the library's
+own convolutions). Also measured: the parts of the step, each run by itself, and the floor that arithmetic and memory
+traffic set.
 """
 
 from __future__ import annotations
@@ -31,29 +31,30 @@ from fastssl.models.cpu_conv import use_plain_convolutions
 
 ARCHS = ("resnet18", "mobilenetv3_small", "mobilenetv3_large", "efficientnet_b0", "deit_tiny", "resnet50")
 COMPILE = ("auto", "on", "graphs", "off")
-HOST = "host alone"  # the loop whose seconds are kept apart
+HOST = "host alone"  # the name of the loop that only measures how long the host launches kernels
 
 
 def add_step_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that step, all and peers share."""
     cuda = torch.cuda.is_available()
-    parser.add_argument("--image-size", type=positive, default=224 if cuda else 64)
-    parser.add_argument("--batch-size", type=positive, default=256 if cuda else 64)
-    parser.add_argument("--queue-size", type=positive, default=65536)
-    parser.add_argument("--head", default="simple")
-    parser.add_argument("--policy", default="v2")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--compile", default="auto", choices=COMPILE)
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--steps", type=positive, default=50 if cuda else 6, help="steps of one turn")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant")
-    parser.add_argument("--profile", action="store_true", help="of step and all: the kernels that take most of a step")
-    parser.add_argument("--no-eager", action="store_true", help="of step and all: leave the eager step out")
-    parser.add_argument("--output", type=Path, help="where to write the JSON")
+    add = parser.add_argument
+    add("--image-size", type=positive, default=224 if cuda else 64, help="side of the views in pixels")
+    add("--batch-size", type=positive, default=256 if cuda else 64, help="images per batch")
+    add("--queue-size", type=positive, default=65536, help="rows of the queue (default 65536)")
+    add("--head", default="simple", help="projection head (default simple)")
+    add("--policy", default="v2", help="augmentation policy (default v2)")
+    add("--precision", default="auto", help="as for fastssl pretrain (default auto)")
+    add("--compile", default="auto", choices=COMPILE, help="as for fastssl pretrain (default auto)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the GPU if there is one")
+    add("--steps", type=positive, default=50 if cuda else 6, help="steps in a turn")
+    add("--rounds", type=int, default=7, help="turns of each contestant (default 7)")
+    add("--profile", action="store_true", help="step and all: list the kernels that take longest")
+    add("--no-eager", action="store_true", help="step and all: leave out the eager step")
+    add("--output", type=Path, help="write the result to this JSON file")
 
 
 def make_config(args: argparse.Namespace, arch: str, **options: object) -> Config:
-    """MoCo v2's loss and schedule with the sizes of the command line, over synthetic bytes unless told otherwise."""
+    """MoCo v2's loss and schedule, with the sizes of the command line, on synthetic images unless `options` differ."""
     shared = ("image_size", "batch_size", "queue_size", "head", "policy", "precision", "compile", "device")
     settings = {name: getattr(args, name) for name in shared} | {
         "arch": arch,
@@ -69,7 +70,7 @@ def make_config(args: argparse.Namespace, arch: str, **options: object) -> Confi
 
 
 def print_line(line: dict[str, object], device: torch.device) -> None:
-    """Pairs/s of each loop with the spread and the ratio to the peer, the parts of the step, who is missing."""
+    """Prints a line of the result: pairs/s of each loop, the parts of the step, and what was not measured."""
     s = line["settings"]
     print(f"{s['arch']}, {s['image_size']} pixels, batch {s['batch_size']}, queue {s['queue_size']}, {device}:")
     for row in loop_rows(line):
@@ -90,26 +91,27 @@ def print_line(line: dict[str, object], device: torch.device) -> None:
 
 
 def save(path: Path | None, lines: Sequence[dict[str, object]]) -> None:
-    """The JSON, with where and how it was measured."""
+    """Writes the lines as JSON, with the machine and the command."""
     if path:
         path.write_text(json.dumps({"environment": environment(), "lines": list(lines)}, indent=1) + "\n")
 
 
 def as_line(config: Config, seconds: dict[str, list[float]], steps: int, beside: str) -> dict[str, object]:
-    """What the JSON keeps of one comparison with the loop `beside`; parts of the step by their medians."""
-    changed = {name: value for name, value in flat(config).items() if value != flat(Config())[name]}
-    sizes = {
-        name: flat(config)[name] for name in ("arch", "image_size", "batch_size", "queue_size", "compile", "device")
-    }
+    """A line of the JSON: the seconds of all loops, to be compared with the loop `beside`, and the step's parts."""
+    defaults, named = flat(Config()), ("arch", "image_size", "batch_size", "queue_size", "compile", "device")
+    settings = {name: value for name, value in flat(config).items() if value != defaults[name] or name in named}
     parts = {name.removeprefix(PART): sorted(s)[len(s) // 2] for name, s in seconds.items() if name.startswith(PART)}
     loops = {name: s for name, s in seconds.items() if name != HOST and not name.startswith(PART)}
-    host = {"host_seconds": median(seconds[HOST])} if HOST in seconds else {}
-    line = {"settings": changed | sizes, "steps_a_turn": steps, "beside": beside, "seconds_of_rounds": loops}
-    return line | ({"parts": parts} if parts else {}) | host
+    line = {"settings": settings, "steps_a_turn": steps, "beside": beside, "seconds_of_rounds": loops}
+    if parts:
+        line["parts"] = parts
+    if HOST in seconds:
+        line["host_seconds"] = median(seconds[HOST])
+    return line
 
 
 def step_loops(args: argparse.Namespace, arch: str, trainee: Trainee, ranks: distributed.Ranks) -> dict[str, Loop]:
-    """The step beside the eager one (unless --no-eager), and its parts."""
+    """The step, the eager step (unless --no-eager), on a GPU the host alone, and the parts of the step."""
     config = make_config(args, arch)
     loops: dict[str, Loop] = {"step": our_loop(config, ranks, trainee)}
     if not args.no_eager:
@@ -117,13 +119,13 @@ def step_loops(args: argparse.Namespace, arch: str, trainee: Trainee, ranks: dis
         plain = trainee_of(eager, ranks)
         use_plain_convolutions(plain.moco)
         loops["eager step"] = our_loop(eager, ranks, plain)
-    if ranks.device.type == "cuda":  # elsewhere the host is the device
+    if ranks.device.type == "cuda":
         loops[HOST] = host_alone(config, ranks, trainee)
     return loops | step_parts(config, trainee, ranks)
 
 
 def measure(args: argparse.Namespace, arch: str, ranks: distributed.Ranks) -> dict[str, object]:
-    """One architecture, as a line of the JSON."""
+    """Measures one architecture. Returns a line of the JSON."""
     torch.compiler.reset()
     config = make_config(args, arch)
     trainee = trainee_of(config, ranks)
@@ -136,22 +138,24 @@ def measure(args: argparse.Namespace, arch: str, ranks: distributed.Ranks) -> di
 
 
 def look_inside(args: argparse.Namespace, config: Config, ranks: distributed.Ranks, trainee: Trainee) -> dict:
-    """What the line keeps beside the times: the step's floor, how its encoders run, with --profile its kernels."""
-    profile = {"profile": profile_step(config, ranks, trainee)} if args.profile else {}
-    compiled = {"compiled": trainee.compiled, "why_compiled": trainee.why_compiled}
-    return {"floor": step_floor(config, ranks.device)} | compiled | profile
+    """The rest of a line: the floor of the step, how its encoders are compiled, and with --profile its kernels."""
+    floor = step_floor(config, ranks.device)
+    line = {"floor": floor, "compiled": trainee.compiled, "why_compiled": trainee.why_compiled}
+    if args.profile:
+        line["profile"] = profile_step(config, ranks, trainee)
+    return line
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measures, prints and writes JSON."""
+    """Measures, prints, and writes JSON."""
     parser = argparse.ArgumentParser(prog="bench_throughput.py step", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", nargs="+", default=ARCHS)
+    parser.add_argument("--arch", nargs="+", default=ARCHS, help=f"encoders ({' '.join(ARCHS)})")
     parser.add_argument(
         "--also-compile",
         nargs="+",
         default=[],
         choices=COMPILE,
-        help="time the step under these too, in the same rounds",
+        help="also time the step with these, in the same rounds",
     )
     add_step_flags(parser)
     args = parser.parse_args(list(argv))

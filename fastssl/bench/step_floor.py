@@ -1,9 +1,9 @@
-"""What no implementation of a training step can be faster than, from what the device did in the same run.
+"""The floor of a training step: a time that no implementation can beat, by rates measured on the device.
 
-Arithmetic: the encoders' operations as torch's FlopCounterMode counts them (forward of q and k, twice a forward for the
-gradients of q) and the loss's matrix products, at the rate of a large matrix product. Memory: each convolution and
-linear layer reads its input and writes its output once, forward of q and k; backward it reads its input and the
-gradient of its output, and writes the gradient of its input; all else fused into them; at the rate of a large copy.
+Arithmetic: the encoders' operations as torch's FlopCounterMode counts them (a forward for q and for k, twice a forward
+for the gradients of q) and the loss's matrix products, at the rate of a large matrix product. Memory: in a forward,
+each convolution and linear layer reads its input and writes its output once; in the backward it reads its input and the
+gradient of its output and writes the gradient of its input; everything else is fused; at the rate of a large copy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastssl.plan import DTYPES, choose_precision
 
 
 def step_floor(config: Config, device: torch.device) -> dict[str, float]:
-    """Operations and bytes of a step, the rates of the device, and the seconds of the longer of the two."""
+    """The operations and bytes of a step, the rates of the device, and the seconds that follow for either."""
     operations, elements = count_encoder(config)
     batch, queue, dim = config.train.batch_size, config.moco.queue_size, config.model.dim
     products = 1 + (config.loss.contrast_weight > 0) + (config.loss.uniform_weight > 0)
@@ -43,7 +43,7 @@ def step_floor(config: Config, device: torch.device) -> dict[str, float]:
 
 
 def count_encoder(config: Config) -> tuple[float, float]:
-    """(operations, elements read and written) of both encoders in one step, counted on tensors without storage."""
+    """(operations, elements read and written) of both encoders in one step, counted on meta tensors."""
     m, size = config.model, config.augment.image_size
     with torch.device("meta"):
         encoder = make_encoder(m.arch, head=m.head, dim=m.dim, stem=m.stem).eval()

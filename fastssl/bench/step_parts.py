@@ -1,7 +1,7 @@
-"""The parts of the training step, each run by itself on the step's own weights and shapes, to see what it spends.
+"""The parts of the training step, each run by itself with the step's own weights and shapes, to see what they cost.
 
-Their sum is not the step: what overlaps there, or stays in a cache, is paid here. The learning rate is 0, so that the
-weights stay.
+Their sum is not the time of the step, in which parts may overlap or find their data in a cache. The learning rate is 0,
+so that the weights do not change.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from fastssl.losses import moco_loss
 from fastssl.optim import set_lr
 from fastssl.plan import DTYPES, choose_precision
 
-PART = "part: "  # what their names begin with
+PART = "part: "  # the prefix of their names
 REST = "optimiser + EMA + queue"
 
 
 def step_parts(config: Config, trainee: Trainee, ranks: Ranks) -> dict[str, Loop]:
-    """Name -> loop of that part alone."""
+    """{name: a loop of that part alone}."""
     moco, device, seed = trainee.moco, ranks.device, config.train.seed
     dtype = DTYPES[choose_precision(config.train.precision, device)]
     policy, size = open_policy(config), config.augment.image_size
@@ -35,7 +35,7 @@ def step_parts(config: Config, trainee: Trainee, ranks: Ranks) -> dict[str, Loop
     def views() -> tuple[torch.Tensor, torch.Tensor]:
         return make_views(batch, policy, size, seed, 0, dtype, config.augment.augment_kernel)
 
-    def begin() -> None:
+    def begin_step() -> None:
         if trainee.compiled == "graphs":
             torch.compiler.cudagraph_mark_step_begin()
 
@@ -43,16 +43,16 @@ def step_parts(config: Config, trainee: Trainee, ranks: Ranks) -> dict[str, Loop
         return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def encode_k() -> torch.Tensor:
-        begin()
+        begin_step()
         with torch.no_grad(), autocast():
             return normalize(moco.encoder_k(view_k).float(), dim=1)
 
     def encode_q() -> None:
-        begin()
+        begin_step()
         with autocast():
             z = trainee.encoder_q(view_q)
         z.backward(gradient.to(z.dtype))
-        trainee.optimizer.zero_grad(set_to_none=True)  # those of CUDA graphs must not be added to
+        trainee.optimizer.zero_grad(set_to_none=True)  # the gradients of CUDA graphs must not be accumulated
 
     def loss() -> None:
         z.grad = None
@@ -77,7 +77,7 @@ def step_parts(config: Config, trainee: Trainee, ranks: Ranks) -> dict[str, Loop
 
 
 def repeat(function: Callable[[], object], device: torch.device) -> Loop:
-    """Calls `function` so often, after some warm-up, and waits for the device at the end, as a loop does."""
+    """A loop whose steps are calls of `function`; after some warm-up, and waiting for the device at the end."""
 
     def wait() -> None:
         if device.type == "cuda":

@@ -1,7 +1,7 @@
-"""Where a step's time goes, kernel by kernel: what `bench_throughput.py step --profile` prints.
+"""`bench_throughput.py step --profile`: where the time of a step goes, kernel by kernel.
 
-On a GPU: how long it was busy, how many kernels a step launches, and the longest of them. On a CPU: torch's operators
-by the time spent in themselves; what runs outside of torch (numba's loops of the views) is not among them.
+On a GPU: how long it was busy, how many kernels a step launches, and the kernels that took longest. On a CPU: torch's
+operators by their own time; what runs outside of torch, as numba's loops for the views, is not among them.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from fastssl.distributed import Ranks
 from fastssl.input_stream import InputStream
 
 STEPS = 4
-LONGEST = 16  # kernels that are kept by name
+LONGEST = 16  # number of kernels that are listed
 NAME_WIDTH = 90
 ANNOTATIONS = ("Torch-Compiled", "## ")  # ranges that torch.compile marks; their kernels are listed themselves
 
 
 def profile_step(config: Config, ranks: Ranks, trainee: Trainee) -> dict[str, object]:
-    """Of one step, on average: seconds, seconds the GPU was busy, launches, and the longest kernels."""
+    """Averages over some steps: seconds, seconds in which the GPU was busy, launches, and the longest kernels."""
     cuda = ranks.device.type == "cuda"
     loader, inputs = open_loader(config, ranks), InputStream(ranks.device)
     step = our_step(config, ranks, trainee, loader, inputs)
@@ -36,7 +36,8 @@ def profile_step(config: Config, ranks: Ranks, trainee: Trainee) -> dict[str, ob
             step(next(batches), number).item()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*Profiler clears events at the end of each cycle")
-            with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as profiler:
+            activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
+            with profile(activities=activities) as profiler:
                 start = time.perf_counter()
                 for number in range(WARM_UP, WARM_UP + STEPS):
                     loss = step(next(batches), number)
@@ -56,7 +57,7 @@ def profile_step(config: Config, ranks: Ranks, trainee: Trainee) -> dict[str, ob
 
 
 def longest(timed: Iterable[tuple[str, float]]) -> list[dict[str, object]]:
-    """(name, microseconds) of every call -> the names with most time, and what they take of one step."""
+    """From (name, microseconds) of every call: the names that took longest, with their calls and seconds per step."""
     total: dict[str, list[float]] = {}
     for name, microseconds in timed:
         total.setdefault(name, []).append(microseconds)
@@ -65,7 +66,7 @@ def longest(timed: Iterable[tuple[str, float]]) -> list[dict[str, object]]:
 
 
 def busy(intervals: Iterable[tuple[float, float]]) -> float:
-    """The length of their union: kernels of two streams may overlap."""
+    """The length of the union of the intervals, since kernels of two streams may overlap."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(intervals):
         total += max(0.0, end - max(start, reached))
@@ -74,12 +75,14 @@ def busy(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def print_profile(found: dict[str, object]) -> None:
-    """A table, longest first."""
-    step, what = found["seconds"], "torch's operators by the time in themselves"
+    """Prints a table, longest first."""
+    step, what = found["seconds"], "torch's operators by their own time"
     if "busy_seconds" in found:
         share = found["busy_seconds"] / step
-        what = f"the GPU busy {share:.0%} of them, with {found['launches']:.0f} kernels; the longest"
-    print(f"  profiled, {step * 1e3:.3g} ms a step, {what}:")
+        what = (
+            f"with {found['launches']:.0f} kernels that keep the GPU busy {share:.0%} of the time, of which the longest"
+        )
+    print(f"  with the profiler a step takes {step * 1e3:.3g} ms, {what}:")
     for kernel in found["kernels"]:
         seconds, name = kernel["seconds"], kernel["name"][:NAME_WIDTH]
         print(f"    {seconds * 1e3:8.3f} ms {seconds / step:4.0%} {kernel['count']:6.1f} x  {name}")

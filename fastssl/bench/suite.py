@@ -1,8 +1,9 @@
-"""`bench_throughput.py --suite cpu|gpu`: everything worth knowing about a machine, in minutes, one process a stage.
+"""`bench_throughput.py --suite cpu|gpu`: everything worth knowing about a machine, in minutes.
 
-Each stage has its share of the time: it begins no round after it, and is killed well after it. What it measured until
-then is on the disk, since stages write their JSON line by line; `suite-NAME.json` and the reports are written after
-each stage. The GPU suite first compiles all encoders at once, each in a process of its own, into the compiler's cache.
+Each stage runs in a process of its own and has its share of the time. When that is over it starts no further round, and
+well after that it is killed; what it has measured until then is on disk, since stages write their JSON line by line.
+`suite-NAME.json` and the reports are written after each stage. The GPU suite first fills the compiler's cache, all
+encoders at the same time, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from fastssl.command import tidy_on_signals
 from fastssl.environment import environment
 
 PROGRAM = Path(__file__).resolve().parents[2] / "bench_throughput.py"
-LIMIT = {"cpu": 580, "gpu": 520}  # seconds: within ten and nine minutes, starting and ending included
-SLACK = 3.0  # times its share after which a stage is killed: it may first compile
+LIMIT = {"cpu": 580, "gpu": 520}  # seconds, so that all is done within ten and nine minutes
+SLACK = 3.0  # a stage, which may have to compile first, is killed after this many times its share
 
 
 class Done(NamedTuple):
@@ -45,24 +46,29 @@ class Done(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the stages, prints the short table last; exit code 1 when one of them failed or was killed."""
+    """Runs the stages and prints a summary. Returns exit code 1 if one of them failed or was killed."""
     args = parse(argv)
-    folder, suffix = args.report, f"{args.suite}{'-tiny' * args.tiny}"
-    folder.mkdir(parents=True, exist_ok=True)
-    sizes = Sizes.tiny() if args.tiny else Sizes.cpu() if args.suite == "cpu" else Sizes.gpu()
+    args.report.mkdir(parents=True, exist_ok=True)
+    suffix = f"{args.suite}-tiny" if args.tiny else args.suite
+    if args.suite == "cpu":
+        sizes, make_entries = Sizes.cpu(), cpu_entries
+    else:
+        sizes, make_entries = Sizes.gpu(), gpu_entries
+    if args.tiny:
+        sizes = Sizes.tiny()
     finish, done = time.monotonic() + LIMIT[args.suite], []
-    with tidy_on_signals(), tempfile.TemporaryDirectory() as scratch:  # a stage has a session of its own: end it, too
+    with tidy_on_signals(), tempfile.TemporaryDirectory() as scratch:  # signals do not reach the stages' own sessions
         data, beton = open_data(args.data, args.beton, Path(scratch), sizes.photos)
-        make = cpu_entries if args.suite == "cpu" else gpu_entries
-        entries = make(sizes, train_folder(data), beton)
+        entries = make_entries(sizes, train_folder(data), beton)
         stages = {entry.stage for entry in entries}
         if unknown := set(args.only or ()) - stages:
-            raise ValueError(f"--only {' '.join(sorted(unknown))}: the suite has {', '.join(sorted(stages))}")
+            raise ValueError(f"--only takes {', '.join(sorted(stages))}, not {', '.join(sorted(unknown))}")
         if args.suite == "gpu":
             compile_all(sizes, finish)
-        for entry in [entry for entry in entries if not args.only or entry.stage in args.only]:
-            done.append(run_entry(entry, folder / f"{entry.name}-{suffix}.json", finish))
-            save(folder / f"suite-{suffix}.json", done, args.data or SOURCE)
+        for entry in entries:
+            if not args.only or entry.stage in args.only:
+                done.append(run_entry(entry, args.report / f"{entry.name}-{suffix}.json", finish))
+                save(args.report / f"suite-{suffix}.json", done, args.data or SOURCE)
     print_table(done)
     return int(any(one.state in ("killed", "failed") for one in done))
 
@@ -70,21 +76,22 @@ def main(argv: Sequence[str]) -> int:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="bench_throughput.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", choices=("cpu", "gpu"), required=True)
-    parser.add_argument("data", nargs="?", help=f"folder of JPEGs in class folders; by default {SOURCE}")
-    parser.add_argument("--beton", help="the same files as a .beton")
-    parser.add_argument("--report", type=Path, help="folder for the results; by default runs/bench-SUITE-<time>")
-    parser.add_argument("--only", nargs="+", help="these stages alone")
-    parser.add_argument("--tiny", action="store_true", help="smallest sizes on the CPU: whether the suite itself works")
+    add = parser.add_argument
+    add("--suite", choices=("cpu", "gpu"), required=True, help="stages and sizes for a CPU or a GPU")
+    add("data", nargs="?", help=f"folder with JPEGs in class folders (default: {SOURCE})")
+    add("--beton", help="the same files as a .beton (default: made from the folder)")
+    add("--report", type=Path, help="folder for the results (default: runs/bench-SUITE-<time>)")
+    add("--only", nargs="+", help="run only these stages")
+    add("--tiny", action="store_true", help="the smallest sizes, on the CPU, to test the suite itself")
     args = parser.parse_args(list(argv))
     if args.suite == "gpu" and not args.tiny and not torch.cuda.is_available():
-        parser.error("--suite gpu needs a CUDA device; with --tiny it tries itself on the CPU")
+        parser.error("--suite gpu needs a CUDA device: use --suite cpu, or --tiny to test the suite on the CPU")
     args.report = args.report or Path("runs") / time.strftime(f"bench-{args.suite}-%Y%m%d-%H%M%S")
     return args
 
 
 def compile_all(sizes: Sizes, finish: float) -> None:
-    """Runs the ahead-of-time compilations side by side. What is not done in time will be done when it is measured."""
+    """Compiles all encoders at the same time. What is not done in time is compiled when it is measured."""
     running = [
         subprocess.Popen([sys.executable, str(PROGRAM), *argv], stdout=subprocess.DEVNULL, start_new_session=True)
         for argv in compile_ahead(sizes)
@@ -100,11 +107,11 @@ def compile_all(sizes: Sizes, finish: float) -> None:
 
 
 def run_entry(entry: Entry, output: Path, finish: float) -> Done:
-    """One stage in a process of its own, its output shown; its result reported, however it ended."""
+    """Runs one stage in a process of its own, shows its output, and reports what it measured, however it ended."""
     start = time.monotonic()
     limit = min(SLACK * entry.seconds, finish - start)
     if limit < entry.seconds / 4:
-        return Done(entry.name, "left out", 0.0, ["no time left"])
+        return Done(entry.name, "left out", 0.0, ["no time was left"])
     output.unlink(missing_ok=True)
     command = [sys.executable, str(PROGRAM), entry.stage, *entry.argv, "--output", str(output)]
     print(f"\n== {entry.name}, {entry.seconds:.0f} s: {' '.join(command[1:])}", flush=True)
@@ -121,27 +128,27 @@ def run_entry(entry: Entry, output: Path, finish: float) -> Done:
         try:
             write_report(output, entry.stage)
             found += verdicts(entry.stage, read_result(output))
-        except ValueError as error:  # killed while it wrote
+        except ValueError as error:  # it was killed while writing
             found.append(str(error))
     return Done(entry.name, state, time.monotonic() - start, found)
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """Ends what is left of a stage: loaders have workers of their own."""
+    """Ends what is left of a stage, the workers of its loaders included."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def save(path: Path, done: Sequence[Done], images: str) -> None:
-    """The suite's own result and its page."""
+    """Writes the result of the suite and its page."""
     result = {"environment": environment(), "images": images, "lines": [one._asdict() for one in done]}
     path.write_text(json.dumps(result, indent=1) + "\n")
     write_report(path, "suite")
 
 
 def print_table(done: Sequence[Done]) -> None:
-    """What each stage found, in a line or two."""
+    """Prints how each stage ended and what it found."""
     print("\n== the suite")
     for one in done:
         print(f"{one.name:24} {one.state:8} {one.seconds:5.0f} s")

@@ -1,4 +1,4 @@
-"""What the suites run: each stage with its options and its share of the time."""
+"""The stages that the suites run, with their options and their shares of the time."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from fastssl.bench.step import ARCHS
 
 
 class Entry(NamedTuple):
-    """One call of a stage."""
+    """One run of a stage."""
 
     name: str
     stage: str
     argv: list[str]
-    seconds: float
-    rest: float = 0.0  # seconds that what it has begun may still take when its share is over
+    seconds: float  # its share of the time
+    rest: float = 0.0  # seconds that it may still need for what it has begun when its share is over
 
 
 class Sizes(NamedTuple):
-    """How large the suite's work is."""
+    """How much the suite measures."""
 
     device: str
     image_size: int
@@ -44,19 +44,19 @@ class Sizes(NamedTuple):
 
 
 def step_flags(sizes: Sizes) -> list[str]:
-    """The flags of step, all and peers."""
+    """The flags that step, all and peers share."""
     names = ("device", "image_size", "batch_size", "queue_size", "steps", "rounds")
     return [text for name in names for text in (f"--{name.replace('_', '-')}", str(getattr(sizes, name)))]
 
 
 def compile_ahead(sizes: Sizes) -> list[list[str]]:
-    """A command for each architecture that leaves its compiled encoders in the compiler's cache."""
+    """For each architecture, a command that leaves its compiled encoders in the compiler's cache."""
     once = step_flags(sizes._replace(steps=1, rounds=1))
     return [["step", "--no-eager", "--arch", arch, *once] for arch in sizes.archs]
 
 
 def shared_entries(sizes: Sizes, data: str, beton: str, seconds: dict[str, float]) -> list[Entry]:
-    """The stages of both suites but step, all and peers."""
+    """The stages loss, augment and loader, which both suites have."""
     device, rounds = ["--device", sizes.device], ["--rounds", str(sizes.rounds)]
     small, large = str(sizes.batch_size), str(4 * sizes.batch_size)
     queue = ["--queue-size", str(sizes.queue_size)]
@@ -71,7 +71,7 @@ def shared_entries(sizes: Sizes, data: str, beton: str, seconds: dict[str, float
 
 
 def cpu_entries(sizes: Sizes, data: str, beton: str) -> list[Entry]:
-    """450 seconds by the shares."""
+    """The stages of the CPU suite; the shares sum to 450 seconds."""
     bank, queries = str(40 * sizes.photos), str(8 * sizes.photos)
     evaluation = ["--rounds", str(sizes.rounds), "--bank", bank, "--queries", queries, "--epochs", "1"]
     files, flags = ["--beton", beton], step_flags(sizes)
@@ -85,12 +85,14 @@ def cpu_entries(sizes: Sizes, data: str, beton: str) -> list[Entry]:
 
 
 def gpu_entries(sizes: Sizes, data: str, beton: str) -> list[Entry]:
-    """340 seconds by the shares, after the compilation; `all` measures the step too, and leaves encoders out that would
-    take too long: it comes last."""
+    """The stages of the GPU suite, after the compilation; the shares sum to 340 seconds.
+
+    `all` also measures the step. It comes last, since it can leave out encoders for which there is no time.
+    """
     flags, files = step_flags(sizes), ["--data", data, "--beton", beton]
     loaders = ["--loader", "resident", "beton", "--no-classical"]
     peers = Entry("peers", "peers", [data, "--beton", beton, *flags], 60)
     loss, augment, loader = shared_entries(sizes, data, beton, {"loss": 40, "augment": 20, "loader": 40})
-    # one process for all encoders: starting it takes longer than measuring
+    # one process for all encoders, since starting it takes longer than measuring
     loops = ["--arch", *sizes.archs, *files, *flags, *loaders, "--profile"]
     return [loss, augment, peers, loader, Entry("all", "all", loops, 180, rest=90)]

@@ -2,8 +2,8 @@
 
     python -m fastssl.bench.sweep_loss --dim 128 --dtype bf16
 
-Prints every candidate, fastest first, then the lines for the table. The time is that of `row_lse` (the pass and the
-adding of parts) at N = 1024, K = 65536, both scales of a step; candidates that the GPU cannot hold are left out.
+Prints every candidate, fastest first, and then the lines for the table. Timed is `row_lse` (the pass and the sum of its
+parts), by default at N = 1024 and K = 65536; candidates for which the GPU lacks memory or registers are left out.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ SCALES = {1: [6.0], 2: [1 / 0.07, 6.0]}
 
 
 def candidates() -> Iterator[Blocks]:
+    """All combinations of some sizes, warps, stages and programs per multiprocessor."""
     for block_n, block_k, num_warps, num_stages, programs in product(
         (32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4), (1, 2, 3)
     ):
@@ -40,7 +41,7 @@ def time_blocks(blocks: Blocks, dim: int, scales: int, dtype: torch.dtype, num: 
     before, entry[dim] = entry[dim], blocks
     try:
         return time_in_turn({"row_lse": lambda: row_lse(x, y, SCALES[scales])}, device, rounds=10)["row_lse"].median
-    except Exception as error:  # Triton has a class of its own for each way of running out
+    except Exception as error:  # Triton raises another class for each resource that runs out
         print(f"  {tuple(blocks)}: {type(error).__name__}")
         return None
     finally:
@@ -49,11 +50,12 @@ def time_blocks(blocks: Blocks, dim: int, scales: int, dtype: torch.dtype, num: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dim", type=int, nargs="+", default=[128], choices=DIMS)
-    parser.add_argument("--scales", type=int, nargs="+", default=[1, 2], choices=(1, 2))
-    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(DTYPES))
-    parser.add_argument("--num", type=int, default=1024)
-    parser.add_argument("--queue-size", type=int, default=65536)
+    add = parser.add_argument
+    add("--dim", type=int, nargs="+", default=[128], choices=DIMS, help="feature dimensions (default 128)")
+    add("--scales", type=int, nargs="+", default=[1, 2], choices=(1, 2), help="scales per pass (default 1 2)")
+    add("--dtype", nargs="+", default=["bf16"], choices=list(DTYPES), help="of the queue (default bf16)")
+    add("--num", type=int, default=1024, help="queries (default 1024)")
+    add("--queue-size", type=int, default=65536, help="rows of the queue (default 65536)")
     args = parser.parse_args()
     lines = []
     for dtype, scales, dim in product(args.dtype, args.scales, args.dim):

@@ -2,7 +2,7 @@
 
     python -m fastssl.bench.sweep_views --size 224 --batch-size 256
 
-Prints the microseconds of each launch for every cut, one batch of synthetic images of 256 pixels at policy v2.
+Prints the microseconds of each launch for every cut, for a batch of synthetic images of 256 pixels with policy v2.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROUNDS = 6
 
 
 def candidates() -> Iterator[Launch]:
-    """Today's cut, other tiles and warps of launches one and three, other rows of launch two."""
+    """The cut in use, then others: of tiles and warps in launches one and three, of rows in launch two."""
     yield Launch()
     for tile, tiles, warps in [
         (8, 25, 1), (8, 98, 1), (8, 49, 2), (8, 98, 2), (8, 196, 1),
@@ -38,7 +38,7 @@ def candidates() -> Iterator[Launch]:
 
 
 def time_launches(cut: Launch, size: int, batch_size: int) -> dict[str, float]:
-    """Microseconds of each launch, the median of some rounds."""
+    """The microseconds of each launch: medians of ROUNDS rounds."""
     loader = SyntheticLoader(num_images=batch_size, size=256, batch_size=batch_size, seed=0, device="cuda")
     batch, policy, found = next(loader.batches()), make_policy("v2"), defaultdict(list)
     with mock.patch.object(views, "COMPILED", cut):
@@ -56,11 +56,11 @@ def time_launches(cut: Launch, size: int, batch_size: int) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--size", type=int, default=224, help="side of the views in pixels (default 224)")
+    parser.add_argument("--batch-size", type=int, default=256, help="images in the batch (default 256)")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        print("sweep_views measures a GPU, and this torch sees none: run `fastssl doctor`", file=sys.stderr)
+        print("sweep_views needs a GPU, but torch finds none: run `fastssl doctor`", file=sys.stderr)
         return 1
     for cut in candidates():
         times = time_launches(cut, args.size, args.batch_size)

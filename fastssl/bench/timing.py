@@ -1,7 +1,7 @@
-"""Clocks for comparisons: functions timed in turn within one process, so that they share its weather.
+"""Clocks for comparisons: functions are timed in turn in one process, so that disturbances affect all of them.
 
-On a GPU each function is captured as a CUDA graph and its replays are timed with events: launch costs of Python are
-not counted, for anyone. On a CPU the wall clock is read around each call.
+On a GPU each function is captured as a CUDA graph and its replays are timed with events, so that nobody's launch costs
+in Python are counted. On a CPU the wall clock is read around each call.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import NamedTuple
 import torch
 
 Function = Callable[[], object]
-FEWEST_ROUNDS = 3  # a median and a spread need as many
+FEWEST_ROUNDS = 3  # for a median and a spread
 _deadline = float("inf")
 
 
 class Timing(NamedTuple):
-    """Seconds of one call: median, and the spread as tenth and ninetieth percentile, over so many rounds."""
+    """Seconds of one call: the median over `rounds` rounds, and the tenth and ninetieth percentiles."""
 
     median: float
     low: float
@@ -28,29 +28,31 @@ class Timing(NamedTuple):
 
 
 def in_words(times_faster: Timing) -> str:
-    """A ratio as `faster than`, `slower than` or `within the noise of`; of too few rounds none of them."""
+    """ "faster", "slower" or "within the noise" of a ratio with its spread, which needs FEWEST_ROUNDS rounds."""
     if times_faster.rounds < FEWEST_ROUNDS:
-        return f"in too few rounds to judge by ({times_faster.rounds}), beside"
-    return "faster than" if times_faster.low > 1 else "slower than" if times_faster.high < 1 else "within the noise of"
+        return f"too few rounds to judge: {times_faster.rounds}"
+    if times_faster.low > 1:
+        return "faster"
+    return "slower" if times_faster.high < 1 else "within the noise"
 
 
 def stop_after(seconds: float) -> None:
-    """No measurement of this process begins a further round once so many seconds are over, but each makes three."""
+    """After so many seconds, no measurement in this process begins another round; each makes at least three."""
     global _deadline
     _deadline = time.monotonic() + seconds
 
 
 def while_time_lasts(names: Sequence[str]) -> Iterator[str]:
-    """The names in turn, the first in any case, until `stop_after` cuts them; those left out are printed."""
+    """The names in turn, at least the first, until the time of `stop_after` is over; then prints the others."""
     for i, name in enumerate(names):
         if i and time.monotonic() > _deadline:
-            print(f"not measured, for want of time (--seconds): {', '.join(names[i:])}", flush=True)
+            print(f"not measured, since the time of --seconds is over: {', '.join(names[i:])}", flush=True)
             return
         yield name
 
 
 def turns(rounds: int) -> Iterator[int]:
-    """0, 1, ... rounds - 1, or fewer when `stop_after` cuts them. Raises ValueError for less than one."""
+    """0, 1, ... rounds - 1, or fewer if the time of `stop_after` is over. Raises ValueError for less than one round."""
     if rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {rounds}")
     for turn in range(rounds):
@@ -60,7 +62,7 @@ def turns(rounds: int) -> Iterator[int]:
 
 
 def in_turn(names: Iterable[str], rounds: int) -> Iterator[str]:
-    """All names once per round, each round beginning with another one."""
+    """All names once per round; each round starts with another one."""
     order = deque(names)
     for _ in turns(rounds):
         yield from order
@@ -68,7 +70,7 @@ def in_turn(names: Iterable[str], rounds: int) -> Iterator[str]:
 
 
 def time_in_turn(functions: dict[str, Function], device: torch.device, rounds: int) -> dict[str, Timing]:
-    """Times every function once per round, `rounds` times, starting each round with another one."""
+    """Times every function once per round; each round starts with another one."""
     clocks = {name: _gpu_clock(f) if device.type == "cuda" else _cpu_clock(f) for name, f in functions.items()}
     seconds = {name: [] for name in clocks}
     for name in in_turn(clocks, rounds):
@@ -77,7 +79,7 @@ def time_in_turn(functions: dict[str, Function], device: torch.device, rounds: i
 
 
 def time_calls(functions: dict[str, Function], device: torch.device, rounds: int) -> dict[str, Timing]:
-    """`time_in_turn` for what cannot be captured in a graph: the wall clock of each call until the device is done."""
+    """As `time_in_turn`, for what cannot be captured in a graph: the wall clock until the device is done."""
 
     def finished(function: Function) -> Function:
         def call() -> None:
@@ -91,7 +93,7 @@ def time_calls(functions: dict[str, Function], device: torch.device, rounds: int
 
 
 def peak_extra_bytes(function: Function, device: torch.device) -> int:
-    """The most memory held by tensors during one call, beyond what was held before it."""
+    """The peak memory of tensors during one call, beyond what they held before it."""
     function()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -113,13 +115,13 @@ def peak_extra_bytes(function: Function, device: torch.device) -> int:
 
 
 def summarise(seconds: list[float]) -> Timing:
-    """Median, tenth and ninetieth percentile."""
+    """The median and the tenth and ninetieth percentiles."""
     low, median, high = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.1, 0.5, 0.9]).double())
     return Timing(median.item(), low.item(), high.item(), len(seconds))
 
 
 def times_faster(seconds: dict[str, list[float]], name: str, beside: str) -> Timing:
-    """How many times faster `name` is than `beside`, from the ratio within each round: both shared its weather."""
+    """How many times faster `name` is than `beside`, by the ratio within each round: disturbances affect both."""
     return summarise([theirs / ours for theirs, ours in zip(seconds[beside], seconds[name])])
 
 
@@ -129,7 +131,7 @@ def _cpu_clock(function: Function) -> Callable[[], float]:
         function()
         return time.perf_counter() - start
 
-    read()  # the first call allocates and compiles
+    read()  # the first call allocates memory and compiles
     return read
 
 

@@ -1,6 +1,6 @@
-"""`bench_throughput.py all`: the real loop with the real loader, beside its step, its loader and the classical loop.
+"""`bench_throughput.py all`: the real training loop, its step and its loader by themselves, and the classical loop.
 
-All loops run in this process, in turn, over the same images; ours share one training step.
+All loops take turns in one process, over the same images; ours share one training step.
 """
 
 from __future__ import annotations
@@ -25,17 +25,21 @@ from fastssl.distributed import Ranks
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measures, prints and writes JSON."""
+    """Measures, prints, and writes JSON."""
     parser = argparse.ArgumentParser(prog="bench_throughput.py all", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", help=f"image folder, train/<class>/* or <class>/*; by default {SOURCE}")
-    parser.add_argument("--beton", help="the same images as a .beton; by default written from the folder")
-    parser.add_argument("--photos", type=positive, default=768, help="of them, where no folder is given")
-    parser.add_argument("--arch", nargs="+", default=["resnet18"])
-    parser.add_argument(
-        "--loader", nargs="+", default=["auto"], help="auto and folder read the folder, others the .beton"
+    add = parser.add_argument
+    add("--data", help=f"folder with images in <class>/ or train/<class>/ (default: {SOURCE})")
+    add("--beton", help="the same images as a .beton (default: made from the folder)")
+    add("--photos", type=positive, default=768, help="images to make without a folder (default 768)")
+    add("--arch", nargs="+", default=["resnet18"], help="encoders (default resnet18)")
+    add(
+        "--loader",
+        nargs="+",
+        default=["auto"],
+        help="loaders: auto and folder read the folder, others the .beton (default auto)",
     )
-    parser.add_argument("--no-classical", action="store_true", help="leave the peer out")
-    parser.add_argument("--workers", type=int, default=usable_cores(), help="of the classical loop")
+    add("--no-classical", action="store_true", help="leave out the classical loop")
+    add("--workers", type=int, default=usable_cores(), help="processes of the classical loop (default all cores)")
     add_step_flags(parser)
     args = parser.parse_args(list(argv))
     ranks, lines = distributed.start(args.device), []
@@ -50,11 +54,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def compare(args: argparse.Namespace, arch: str, data: str, beton: str, ranks: Ranks) -> dict[str, object]:
-    """All loops of one architecture, as a line of the JSON."""
-    where = {name: data if name in ("auto", "folder") else beton for name in args.loader}
+    """Measures all loops of one architecture. Returns a line of the JSON."""
     config = make_config(args, arch)
     loaders = {}
-    for name, path in where.items():
+    for name in dict.fromkeys(args.loader):
+        path = data if name in ("auto", "folder") else beton
         loader = open_loader(make_config(args, arch, data=path, loader=name), ranks)
         loaders[name if name == loader.name else f"{name} ({loader.name})"] = loader
     trainee = trainee_of(config, ranks)
@@ -65,7 +69,10 @@ def compare(args: argparse.Namespace, arch: str, data: str, beton: str, ranks: R
         for name, amp in (("classical", False), ("classical, AMP", True)):
             loops[name] = classical_loop(data, config, ranks, args.workers, amp)
     seconds = time_loops(loops, args.steps, args.rounds)
-    beside = "classical" if not args.no_classical else "step" if args.no_eager else "eager step"
+    if args.no_classical:
+        beside = "step" if args.no_eager else "eager step"
+    else:
+        beside = "classical"
     line = as_line(config, seconds, args.steps, beside)
     line |= {"loaders": {name: loader.reason for name, loader in loaders.items()}, "images": args.data or SOURCE}
     return line | look_inside(args, config, ranks, trainee)

@@ -1,4 +1,4 @@
-"""`fastssl eval NAME`: one line for each evaluation; each is also `python -m fastssl.eval.NAME`."""
+"""`fastssl eval NAME`: hands the command line to one evaluation, which is also `python -m fastssl.eval.NAME`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ EVALUATIONS = {
     "tsne": "t-SNE figures of a static view set",
     "all": "k-NN, cached linear, instance discrimination, statistics and t-SNE from one pass",
 }
-OTHER_NAMES = {"stats-dist": "stats", "lincls": "linear"}  # the reference scripts'
+OTHER_NAMES = {"stats-dist": "stats", "lincls": "linear"}  # what the reference scripts call them
 
 
 def usage() -> str:
     """What `fastssl eval --help` prints."""
     lines = [f"  {name:8}  {text}" for name, text in EVALUATIONS.items()]
-    return "\n".join(["usage: fastssl eval NAME DIR [flags]", "", *lines, "", "fastssl eval NAME --help explains one."])
+    return "\n".join(
+        ["usage: fastssl eval NAME DIR [flags]", "", *lines, "", "fastssl eval NAME --help lists its flags."]
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,8 +37,8 @@ def main(argv: Sequence[str]) -> int:
     name = OTHER_NAMES.get(argv[0], argv[0])
     if name not in EVALUATIONS:
         near = difflib.get_close_matches(name, EVALUATIONS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(EVALUATIONS)}"
-        print(f"fastssl: error: no evaluation {name!r}; {hint}", file=sys.stderr)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(EVALUATIONS)}"
+        print(f"fastssl: error: there is no evaluation {name!r}: {hint}", file=sys.stderr)
         return USAGE
     return importlib.import_module(f"fastssl.eval.{name}").main(argv[1:])
 

@@ -30,25 +30,35 @@ from fastssl.eval.vote import REP_SPACES, odd_ks, to_rep_space
 
 
 def make_all_parser() -> argparse.ArgumentParser:
-    """Flags of the single evaluations, with their meaning there."""
-    p = make_parser("all", __doc__.splitlines()[0], batch_size=256, data="folder with train and val, as of knn")
-    p.add_argument("--views", metavar="DIR", help="static view set; without it only k-NN and linear")
-    p.add_argument("-k", "--k", type=positive, default=101, help="largest k of k-NN (default 101)")
-    p.add_argument("--rep-space", choices=(*REP_SPACES, "shifted-norm"), default="norm", help="of k-NN (default norm)")
-    p.add_argument("--epochs", type=positive, default=100, help="of the linear classifiers (default 100)")
-    p.add_argument("--schedule", type=int, nargs="*", default=[60, 80], help="epochs at which their rate drops")
-    p.add_argument("--lrs", type=numbers, default=[0.1, 0.3, 1.0, 3.0, 10.0, 30.0], help="their rates, A,B,..")
-    p.add_argument("--wds", type=numbers, default=[0.0], help="their weight decays, A,B,..")
-    p.add_argument("-s", "--sample-per-class", type=positive, default=50, help="of the view set (default 50)")
-    p.add_argument("--topk", type=positive, default=5, help="of instance discrimination (default 5)")
-    p.add_argument("--perplexity", type=positive_float, default=30.0, help="of t-SNE (default 30)")
-    p.add_argument("--figure", default="all", metavar="NAME", help="the page is NAME.pdf and NAME.png (default all)")
-    p.set_defaults(momentum=0.9, classes=10)
+    """The flags of the single evaluations, which mean here what they mean there."""
+    p = make_parser("all", __doc__.splitlines()[0], batch_size=256, data="folder with train and val, as for knn")
+    add = p.add_argument
+    add("--views", metavar="DIR", help="static view set; without one, only k-NN and linear run")
+    add("-k", "--k", type=positive, default=101, metavar="K", help="k-NN: largest k (default 101)")
+    add("--rep-space", choices=(*REP_SPACES, "shifted-norm"), default="norm", help="k-NN: see knn (default norm)")
+    add("--epochs", type=positive, default=100, metavar="N", help="linear: epochs of training (default 100)")
+    add("--schedule", type=int, nargs="*", default=[60, 80], metavar="N", help="linear: epochs at which the rate drops")
+    add(
+        "--lrs", type=numbers, default=[0.1, 0.3, 1.0, 3.0, 10.0, 30.0], metavar="A,B,..", help="linear: learning rates"
+    )
+    add("--wds", type=numbers, default=[0.0], metavar="A,B,..", help="linear: weight decays (default 0)")
+    add(
+        "-s",
+        "--sample-per-class",
+        type=positive,
+        default=50,
+        metavar="N",
+        help="view set: images per class (default 50)",
+    )
+    add("--topk", type=positive, default=5, metavar="K", help="instance discrimination: largest k (default 5)")
+    add("--perplexity", type=positive_float, default=30.0, metavar="P", help="t-SNE: perplexity (default 30)")
+    add("--figure", default="all", metavar="NAME", help="draw the results to NAME.pdf and NAME.png (default all)")
+    p.set_defaults(momentum=0.9, classes=10)  # what the linear sweep and t-SNE also ask for
     return p
 
 
 def evaluate(session: Session) -> dict:
-    """All evaluations; the page of figures by rank 0."""
+    """Runs all evaluations; rank 0 draws the page of figures."""
     o = session.options
     if session.ranks.rank == 0:
         check_writable(f"{o.figure}.pdf", "--figure")
@@ -62,10 +72,11 @@ def evaluate(session: Session) -> dict:
         instdisc.check_topk(o.topk, len(views.labels))
     backbone, view, result = session.open_backbone(), eval_view(session), {}
     with closing(train), closing(val):
-        features = [collect_features(session, backbone, i, view, what=w) for i, w in ((train, "train"), (val, "val"))]
-        result["knn"] = find_neighbours(session, *features)
+        bank = collect_features(session, backbone, train, view, what="train")
+        queries = collect_features(session, backbone, val, view, what="val")
+        result["knn"] = find_neighbours(session, bank, queries)
         session.say(f"best-NN={result['knn']['best']:3.2f}%, k={result['knn']['best_k']}.")
-        result["linear"] = {"protocol": CACHED, **run_sweep(session, *features, len(train.class_names), LINE)}
+        result["linear"] = {"protocol": CACHED, **run_sweep(session, bank, queries, len(train.class_names), LINE)}
         result["bad_images"] = session.warn_bad(train, val)
     coordinates = None
     if views:
@@ -80,15 +91,16 @@ def evaluate(session: Session) -> dict:
 
 
 def find_neighbours(session: Session, bank: tuple[Rows, Tensor], queries: tuple[Rows, Tensor]) -> dict:
-    """k-NN in --rep-space, on features as the encoder gave them."""
+    """k-NN in the space of --rep-space. bank, queries: the encoder's own features (n, C), and labels (n,)."""
     o = session.options
-    bank, queries = ((transform_rows(session, rows, o.rep_space), labels) for rows, labels in (bank, queries))
+    bank = transform_rows(session, bank[0], o.rep_space), bank[1]
+    queries = transform_rows(session, queries[0], o.rep_space), queries[1]
     answers = knn_over_ranks(*bank, *queries, odd_ks(o.k), session.ranks, session.memory, session.bar)
     return {"rep_space": o.rep_space, **knn.describe(session, answers)}
 
 
 def transform_rows(session: Session, rows: Rows, rep_space: str) -> Rows:
-    """A copy of the rows in another representation space, batch by batch."""
+    """A copy of the rows in another representation space, transformed batch by batch as `knn` does it."""
     size = session.options.batch_size
     copy = session.memory.make_rows(*rows.shape)
     for start in range(0, len(rows), size):
@@ -97,7 +109,7 @@ def transform_rows(session: Session, rows: Rows, rep_space: str) -> Rows:
 
 
 def discriminate(session: Session, views: list[Tensor]) -> dict[str, list[float]]:
-    """Acc@1 to Acc@topk of both modes."""
+    """Instance discrimination: Acc@1 to Acc@topk in percent, for both modes."""
     o, found = session.options, {}
     for mode, (query, positive_view) in instdisc.QUERY_AND_POSITIVE.items():
         above = instdisc.count_above_over_ranks(views[query], views[positive_view], session.ranks)

@@ -1,4 +1,4 @@
-"""One page with what `fastssl eval all` found."""
+"""The page of figures that `fastssl eval all` draws."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PAGE = (12, 16)  # inches
 
 
 def draw_page(result: dict, coordinates: dict[str, np.ndarray] | None) -> Figure:
-    """k-NN by k, linear by learning rate; with a view set also discrimination, statistics and t-SNE."""
+    """k-NN and linear accuracy; with the t-SNE `coordinates` of a view set, also what was found on that."""
     figure = Figure(figsize=PAGE if coordinates else (PAGE[0], PAGE[1] / 3), layout="constrained")
     axes = figure.subplots(3 if coordinates else 1, 2, squeeze=False)
     draw_knn(axes[0, 0], result["knn"])
@@ -28,17 +28,15 @@ def draw_page(result: dict, coordinates: dict[str, np.ndarray] | None) -> Figure
 
 
 def draw_knn(ax: Axes, found: dict) -> None:
-    """Accuracy by k, both votes."""
-    for name in ("accuracy", "weighted_accuracy"):
-        ax.plot(
-            list(found[name]), list(found[name].values()), marker=".", label="weighted" if "_" in name else "majority"
-        )
+    """Accuracy against k, for both votes."""
+    for label, accuracy in (("majority", found["accuracy"]), ("weighted", found["weighted_accuracy"])):
+        ax.plot(list(accuracy), list(accuracy.values()), marker=".", label=label)
     ax.set(title=f"k-NN ({found['rep_space']}): {found['best']:.2f} % at k = {found['best_k']}", xlabel="k", ylabel="%")
     ax.legend()
 
 
 def draw_linear(ax: Axes, found: dict) -> None:
-    """Accuracy by learning rate, a line for each weight decay."""
+    """Accuracy against learning rate, one line for each weight decay; settings that diverged are left out."""
     for wd in dict.fromkeys(r["weight_decay"] for r in found["settings"]):
         points = [(r["lr"], r["acc1"]) for r in found["settings"] if r["weight_decay"] == wd and r["acc1"] is not None]
         if points:
@@ -48,7 +46,7 @@ def draw_linear(ax: Axes, found: dict) -> None:
 
 
 def draw_discrimination(ax: Axes, found: dict) -> None:
-    """Acc@k by k of both modes."""
+    """Acc@k against k, for both modes."""
     for mode, accuracy in found.items():
         ax.plot(range(1, len(accuracy) + 1), accuracy, marker="o", label=mode)
     ax.set(title="instance discrimination", xlabel="k", ylabel="Acc@k %")
@@ -56,7 +54,7 @@ def draw_discrimination(ax: Axes, found: dict) -> None:
 
 
 def draw_stats(ax: Axes, found: dict) -> None:
-    """Alignment and uniformity as bars, each with its number."""
+    """Alignment and uniformity as bars with their values."""
     shown = {name: value for name, value in found.items() if isinstance(value, float)}
     bars = ax.barh(list(shown), list(shown.values()))
     ax.bar_label(bars, fmt="%.4f", padding=3)

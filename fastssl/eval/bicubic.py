@@ -1,4 +1,4 @@
-"""Bicubic views, as the transfer protocol's: whole images or random crops, resized as Pillow does, normalised."""
+"""The views of the transfer protocol: whole images or random crops, resized by Pillow's bicubic filter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def bicubic_eval_view(batch: ImageBatch, size: int, resize: int, dtype: torch.dt
 
 
 def bicubic_crop_view(batch: ImageBatch, params: ViewParams, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The crop boxes of `params` at size x size, flipped where it says so, normalised: (B, 3, size, size)."""
+    """The crops and flips that `params` say, resized to size x size and normalised: (B, 3, size, size)."""
     boxes = zip(*(t.tolist() for t in (params.top, params.left, params.crop_height, params.crop_width, params.flip)))
     views = []
     for i, (top, left, height, width, flip) in enumerate(boxes):
@@ -37,7 +37,7 @@ def bicubic_crop_view(batch: ImageBatch, params: ViewParams, size: int, dtype: t
 
 
 def resize_bicubic(image: Tensor, height: int, width: int) -> Tensor:
-    """(H, W, 3) uint8 to (3, height, width) uint8: Pillow itself on the CPU, the same filter in float32 on a GPU."""
+    """(H, W, 3) uint8 to (3, height, width) uint8: by Pillow on the CPU, by the same filter in float32 on a GPU."""
     if image.device.type == "cpu":
         resized = Image.fromarray(image.numpy()).resize((width, height), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
@@ -47,6 +47,6 @@ def resize_bicubic(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def normalise(views: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, 3, S, S) uint8 to ImageNet's mean 0 and deviation 1, channels_last."""
+    """(B, 3, S, S) uint8 normalised by ImageNet's mean and standard deviation, channels_last."""
     mean, std = (torch.tensor(v, device=views.device).view(3, 1, 1) for v in (MEAN, STD))
     return views.float().div_(255).sub_(mean).div_(std).to(dtype, memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""A linear classifier on a backbone, how it is initialised, counted and kept."""
+"""A linear classifier on a backbone: its initialisation, validation and checkpoints."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fastssl.eval.session import Session
 
 
 class Normalize(nn.Module):
-    """Rows of unit length."""
+    """Scales rows (B, C) to unit length."""
 
     def forward(self, features: Tensor) -> Tensor:
         return normalize(features, dim=1)
 
 
 class Classifier(nn.Module):
-    """`fc(backbone(images))`: (B, 3, S, S) -> (B, classes). fc ~ N(0, 0.01) with zero bias, as MoCo's protocol."""
+    """`fc(backbone(images))`: (B, 3, S, S) -> (B, classes). As in MoCo's protocol, fc ~ N(0, 0.01) with zero bias."""
 
     def __init__(self, backbone: nn.Module, feature_dim: int, num_classes: int, seed: int, unit_length: bool) -> None:
         super().__init__()
@@ -39,54 +39,54 @@ class Classifier(nn.Module):
         return self.fc(self.backbone(images).flatten(1).float())
 
     def export_state(self) -> dict[str, Tensor]:
-        """Weights under the reference scripts' names: module.<backbone's own> and module.fc.*."""
+        """The weights under the reference scripts' names: module.<name in the backbone> and module.fc.*."""
         state = {f"module.{name}": tensor for name, tensor in self.backbone.state_dict().items()}
         return state | {f"module.fc.{name}": tensor for name, tensor in self.fc.state_dict().items()}
 
     def import_state(self, state: dict[str, Tensor]) -> None:
-        """What `export_state` gave. Raises ValueError when it is another model's."""
+        """Loads what `export_state` gave. Raises ValueError when it came from another model."""
         own = {f"module.{name}": f"backbone.{name}" for name in self.backbone.state_dict()}
         own |= {f"module.fc.{name}": f"fc.{name}" for name in self.fc.state_dict()}
         named = OrderedDict((own.get(name, name), tensor) for name, tensor in state.items())
-        named._metadata = self.state_dict()._metadata  # the versions that MNASNet asks for
+        named._metadata = self.state_dict()._metadata  # MNASNet refuses a state dict without its version
         try:
             self.load_state_dict(named)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"the checkpoint of --resume holds another classifier: {reason}") from error
+            raise ValueError(f"--resume must name a checkpoint of the same encoder and classes: {reason}") from error
 
 
 def initial_weights(feature_dim: int, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(classes, C) from N(0, 0.01) and (classes,) zeros: a function of the seed."""
+    """A weight (classes, C) from N(0, 0.01), drawn by the seed, and a bias (classes,) of zeros."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(num_classes, feature_dim, generator=generator) * 0.01, torch.zeros(num_classes)
 
 
 def count_hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many of (B, classes) logits have their label first, and among the first five: (2,) int64."""
+    """In how many rows of logits (B, classes) the label comes first, and among the first five: (2,) int64."""
     top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     return torch.stack([top[:, 0].sum(), top.sum()])
 
 
 @torch.no_grad()
 def validate(session: Session, model: Classifier, images: Images, view: View) -> tuple[float, float]:
-    """(Acc1, Acc5) in percent over all images, each asked on one rank. The model is left in eval mode."""
+    """(Acc1, Acc5) in percent over all images, which the ranks share. Leaves the model in eval mode."""
     model.eval()
     device = session.ranks.device
-    hits, asked = torch.zeros(2, dtype=torch.int64, device=device), 0
+    hits, num = torch.zeros(2, dtype=torch.int64, device=device), 0
     batches = rank_batches(images.num_images, session.options.batch_size, session.ranks)
     for batch in session.bar(images.read(iter(batches)), len(batches), "val"):
         hits += count_hits(predict(model, batch.to(device), view, session.dtype), batch.label.to(device))
-        asked += batch.size
-    counts = gather_objects((*hits.tolist(), asked), session.ranks)
-    first, five, asked = (sum(column) for column in zip(*counts))
-    if not asked:
-        raise ValueError("no image of the held-out split can be read")
-    return 100 * first / asked, 100 * five / asked
+        num += batch.size
+    counts = gather_objects((*hits.tolist(), num), session.ranks)
+    first, five, num = (sum(column) for column in zip(*counts))
+    if not num:
+        raise ValueError("none of the held-out images can be read: check the files of that split")
+    return 100 * first / num, 100 * five / num
 
 
 def predict(model: Classifier, batch: ImageBatch, view: View, dtype: torch.dtype) -> Tensor:
-    """(B, classes) float32 logits; autocast in the backbone unless float32, never in the classifier."""
+    """Float32 logits (B, classes). dtype: the backbone's, by autocast; the classifier always runs in float32."""
     images = view(batch)
     with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
         features = model.backbone(images).flatten(1)
@@ -94,14 +94,14 @@ def predict(model: Classifier, batch: ImageBatch, view: View, dtype: torch.dtype
 
 
 class Keeper:
-    """Writes checkpoint_<epoch>.pth.tar, of which the newest stays, and model_best.pth.tar. Rank 0 writes."""
+    """Rank 0 writes checkpoint_<epoch>.pth.tar, of which only the newest is kept, and model_best.pth.tar."""
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
         self.folder, self.writes = folder, ranks.rank == 0
         self.last: Path | None = None
 
     def save(self, state: dict, epoch: int, best: bool) -> None:
-        """The state after `epoch` (from 0)."""
+        """Writes the state after `epoch` (counted from 0); best: as model_best.pth.tar, too."""
         if not self.writes:
             return
         path = self.folder / f"checkpoint_{epoch:04d}.pth.tar"

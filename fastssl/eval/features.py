@@ -1,4 +1,4 @@
-"""Features of images that are not augmented: backbone in eval mode, resize and centre crop."""
+"""Features of images: the backbone in eval mode over views that are resized and cropped, not augmented."""
 
 from __future__ import annotations
 
@@ -28,36 +28,34 @@ def extract_features(
     resize: int,
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
-    store: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(features (n, C) float32, labels (n,) int64) of all images of `batches`, in their order.
+    """Features (n, C) float32 and labels (n,) int64 of all images of `batches`, in their order, on `device`.
 
     size, resize: the centre crop and the short side before it, in pixels. dtype: of the computation (autocast unless
-    float32). store: where features are kept, by default `device`. With several ranks, each passes its share of the
-    images; `gather_features` joins what they get. Both tensors are empty, (0, 0) and (0,), when there are no images.
+    float32). With several ranks, each passes its own share of the images, and `gather_features` joins the results.
+    Without images the tensors are empty: (0, 0) and (0,).
     """
     device = torch.device(device)
-    store = device if store is None else torch.device(store)
     features, labels = [], []
     with eval_mode(backbone), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         for batch in batches:
             view = make_eval_view(batch.to(device), size, resize, dtype)  # (B, 3, S, S)
-            features.append(backbone(view).float().to(store))
-            labels.append(batch.label.to(store))
+            features.append(backbone(view).float())
+            labels.append(batch.label.to(device))
     if not features:
-        return torch.empty(0, 0, device=store), torch.empty(0, dtype=torch.int64, device=store)
+        return torch.empty(0, 0, device=device), torch.empty(0, dtype=torch.int64, device=device)
     return torch.cat(features), torch.cat(labels)
 
 
 @torch.no_grad()
 def encode(backbone: nn.Module, view: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Features (B, C) float32 of a view (B, 3, S, S), without gradients; autocast unless float32."""
+    """Features (B, C) float32 of a view (B, 3, S, S), without gradients. dtype: autocast to it, unless float32."""
     with torch.autocast(view.device.type, dtype=dtype, enabled=dtype != torch.float32):
         return backbone(view).float()
 
 
 def eval_view(session: Session) -> View:
-    """The view of evaluation that the command line asks for: resize, centre crop, normalise."""
+    """The usual view for evaluation, with the sizes of the command line: resize, centre crop, normalise."""
     o = session.options
     return lambda batch: make_eval_view(batch, o.image_size, o.resize, session.dtype)
 
@@ -72,10 +70,11 @@ def collect_features(
     batches: list[Tensor] | None = None,
     what: str = "features",
 ) -> tuple[Rows, Tensor]:
-    """This rank's (n, C) features, where `Memory.make_rows` finds room, and their (n,) int64 labels on the CPU.
+    """This rank's features (n, C), wherever `Memory.make_rows` finds room, and their labels (n,) int64 on the CPU.
 
-    transform: what becomes of each batch's features, (B, C) to (B, C). batches: this rank's indices, by default its
-    part of all images. Unreadable images are left out. Raises ValueError for features that are not finite.
+    transform: applied to each batch's features, (B, C) to (B, C). batches: the indices of this rank's images, by
+    default its part of all images. what: the name of the progress bar. Unreadable images are left out.
+    Raises ValueError for features that are not finite.
     """
     if batches is None:
         batches = rank_batches(images.num_images, session.options.batch_size, session.ranks)
@@ -85,7 +84,7 @@ def collect_features(
         for batch in session.bar(images.read(iter(batches)), len(batches), what):
             features = encode(backbone, view(batch.to(session.ranks.device)), session.dtype).flatten(1)
             if not bool(torch.isfinite(features).all()):
-                raise ValueError("the encoder gives features that are not finite: its weights are broken")
+                raise ValueError("the encoder's features are not finite: use another checkpoint, or --precision fp32")
             features = transform(features)
             if rows is None:
                 rows = session.memory.make_rows(sum(map(len, batches)), features.shape[1])
@@ -106,7 +105,7 @@ def put_rows(rows: Rows, first: int, features: Tensor) -> None:
 
 
 def gather_features(features: Tensor, labels: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """All ranks' (n, C) features and (n,) labels in rank order, on every rank; ranks may hold different numbers n."""
+    """All ranks' features (n, C) and labels (n,) in rank order, on every rank; n may differ from rank to rank."""
     if ranks.world_size == 1:
         return features, labels
     shapes = gather_objects(tuple(features.shape), ranks)
@@ -122,7 +121,7 @@ def gather_features(features: Tensor, labels: Tensor, ranks: Ranks) -> tuple[Ten
 
 @contextlib.contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode within; every submodule's own mode afterwards."""
+    """Eval mode inside the block; afterwards every submodule is back in its own mode."""
     training = {part: part.training for part in module.modules()}
     module.eval()
     try:

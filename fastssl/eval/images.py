@@ -1,4 +1,4 @@
-"""Where evaluated images come from: the splits of a data set, or arrays in memory; read in any order asked for."""
+"""Where evaluated images come from: the splits of a data set, or arrays in memory. They can be read in any order."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fastssl.eval.shards import ShardImages
 from fastssl.loaders.make import choose_loader, make_loader
 from fastssl.loaders.prefetch import Prefetcher
 
-HELD_OUT = ("val", "valid", "validation", "test")  # beside the training images; the first one there is taken
+HELD_OUT = ("val", "valid", "validation", "test")  # names of the held-out split; the first that exists is taken
 
 
 class Images(Protocol):
-    """A set of images with labels."""
+    """A set of labelled images: what the evaluations read from, whatever the storage."""
 
     num_images: int
     class_names: list[str]
@@ -35,7 +35,7 @@ class Images(Protocol):
 
 
 class ArrayImages:
-    """Images of one size that lie in memory: (n, H, W, 3) uint8 and (n,) labels."""
+    """Images in memory, all of one size: (n, H, W, 3) uint8 and (n,) labels."""
 
     bad_images: tuple[str, ...] = ()
 
@@ -45,7 +45,7 @@ class ArrayImages:
         self._prefetcher = Prefetcher(device)
 
     def read(self, shares: Iterator[Tensor], *, replace_bad: bool = False) -> Iterator[ImageBatch]:
-        """As `FolderLoader.read`; no image is unreadable."""
+        """As `FolderLoader.read`; every image can be read."""
 
         def pack() -> Iterator[ImageBatch]:
             for share in shares:
@@ -64,7 +64,7 @@ def open_images(
     path: str | os.PathLike, options: argparse.Namespace, ranks: Ranks, class_names: Sequence[str] | None = None
 ) -> Images:
     """The images of a folder, a .beton file or a folder of tar shards. Raises ValueError when any has no class."""
-    if choose_loader("auto", path)[0] == "dali":  # shards, which DALI decodes otherwise on a GPU
+    if choose_loader("auto", path)[0] == "dali":  # shards: on a GPU, DALI's decoder gives other pixels than Pillow
         images = ShardImages(path, ranks.device, options.workers, class_names)
     else:
         images = make_loader(
@@ -72,29 +72,30 @@ def open_images(
         )
     if not images.class_names:
         what = "class folders" if os.path.isdir(path) else "labels"
-        raise ValueError(f"{os.fspath(path)} has no {what}: an evaluation needs <class>/ folders of images")
+        raise ValueError(f"{os.fspath(path)} has no {what}: evaluations need images in <class>/ folders")
     if without := int((images.label < 0).sum()):
-        raise ValueError(f"{os.fspath(path)} has {without:,} images without a class: an evaluation needs one of each")
+        count = "1 image" if without == 1 else f"{without:,} images"
+        raise ValueError(f"{os.fspath(path)} has {count} without a class: evaluations need a class for every image")
     return images
 
 
 def open_splits(options: argparse.Namespace, ranks: Ranks, held_out: Sequence[str] = HELD_OUT) -> tuple[Images, Images]:
-    """The training images of DATA and the first of val, valid, validation, test beside them, numbered alike.
+    """(training images, held-out images) of DATA, their classes numbered alike.
 
     DATA: a folder with folders train and val (of class folders, or of tar shards) or with train.beton and val.beton,
-    or the .beton file of the training images.
-    Raises ValueError for a missing split, or a class of the held-out one that train lacks.
+    or the .beton file of the training images. held_out: what val may be called, in order of preference.
+    Raises ValueError for a missing split, or a class of the held-out split that train lacks.
     """
     root = Path(options.data)
     train = next((path for path in (root / "train", root / "train.beton") if path.exists()), root)
     if train == root and not root.is_file():
         what = "has no folder train" if root.is_dir() else "does not exist"
-        raise ValueError(f"{root} {what}: give a folder that holds train/<class>/ and {held_out[0]}/<class>/ images")
+        raise ValueError(f"{root} {what}: give a folder with images in train/<class>/ and {held_out[0]}/<class>/")
     other = find_held_out(train, held_out)
     if other is None:
         kind = "file" if train.is_file() else "folder"
         names = " or ".join(name + train.suffix for name in held_out)
-        raise ValueError(f"{train.parent} has no {kind} {names} beside {train.name}: evaluations ask its images")
+        raise ValueError(f"{train.parent} has no {kind} {names} beside {train.name}: put the held-out images there")
     found = open_images(train, options, ranks)
     return found, open_images(other, options, ranks, found.class_names)
 
@@ -104,16 +105,16 @@ def find_held_out(data: Path, held_out: Sequence[str] = HELD_OUT) -> Path | None
     if data.is_file():
         beside = [data.with_name(name + data.suffix) for name in held_out]
         return next((path for path in beside if path.is_file() and path != data), None)
-    data = data.absolute()  # "." may be train
+    data = data.absolute()  # so that "." has a name, which may be train
     train = data if data.name == "train" else data / "train"
     beside = [train.parent / name for name in held_out]
     return next((path for path in beside if train.is_dir() and path.is_dir()), None)
 
 
 def rank_batches(num_images: int, batch_size: int, ranks: Ranks) -> list[Tensor]:
-    """This rank's part of all images in order, as whole batches (n,) of indices, the last of all smaller.
+    """This rank's part of all images, in order, as batches of indices (n,).
 
-    Whole, so that what a batch is does not depend on how many ranks there are.
+    All images are cut into batches first, so that a batch holds the same images whatever the number of ranks.
     """
     batches = torch.arange(num_images).split(batch_size)
     first, end = (len(batches) * r // ranks.world_size for r in (ranks.rank, ranks.rank + 1))

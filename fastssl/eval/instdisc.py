@@ -28,19 +28,27 @@ _EQUAL = 1e-13  # float64 products this near are those of equal rows
 def make_instdisc_parser() -> argparse.ArgumentParser:
     """The flags of the small-model project's instance discrimination script, and ours."""
     p = make_parser("instdisc", "Instance discrimination on a static view set.", batch_size=128, data="static view set")
-    p.add_argument("-s", "--sample-per-class", type=positive, default=100, help="images per chunk (default 100)")
-    p.add_argument("--topk", type=positive, default=5, help="report Acc@1 to Acc@K (default 5)")
     p.add_argument(
-        "--mode", choices=tuple(QUERY_AND_POSITIVE), default="d-sd", help="original -> view, or view -> view"
+        "-s", "--sample-per-class", type=positive, default=100, metavar="N", help="images per chunk (default 100)"
+    )
+    p.add_argument("--topk", type=positive, default=5, metavar="K", help="report Acc@1 to Acc@K (default 5)")
+    p.add_argument(
+        "--mode",
+        choices=tuple(QUERY_AND_POSITIVE),
+        default="d-sd",
+        help="find the view of an original (d-sd), or the second view of a first (sd-sd) (default d-sd)",
     )
     p.add_argument(
-        "--dataset-mode", choices=(*MODES, "all"), default="normal", help="which files are the views; all: each in turn"
+        "--dataset-mode",
+        choices=(*MODES, "all"),
+        default="normal",
+        help="which files of the set are the views (normal); all: each choice in turn",
     )
     return p
 
 
 def evaluate(session: Session) -> dict:
-    """One line for each --dataset-mode."""
+    """Evaluates each --dataset-mode and prints a line for it."""
     o = session.options
     session.say(o.data)
     backbone, images, results = session.open_backbone(), None, {}
@@ -62,18 +70,18 @@ def evaluate(session: Session) -> dict:
 
 
 def every_second(samples: int, data: str) -> bool:
-    """Whether every second chunk counts: the reference's way to compare a training set fairly with a smaller one."""
+    """Whether to skip every second chunk, as the reference does to compare training images with fewer held-out ones."""
     return samples == 50 and "auged-train" in data
 
 
 def check_topk(topk: int, samples: int) -> None:
-    """Raises ValueError when there are not so many ranks to count."""
+    """Raises ValueError when there are fewer than `topk` samples."""
     if topk > samples:
-        raise ValueError(f"--topk {topk} of {samples} samples: choose --topk from 1 to {samples}")
+        raise ValueError(f"there are fewer than --topk {topk} samples: choose --topk from 1 to {samples}")
 
 
 def count_above_over_ranks(query: Tensor, positive_view: Tensor, ranks: Ranks) -> Tensor:
-    """`count_above` of all (n, C) queries among themselves, each rank counting its part: (n,) int64 on the CPU."""
+    """`count_above` with all queries (n, C) as negatives: (n,) int64 on the CPU. Each rank counts for some of them."""
     first, end = (len(query) * r // ranks.world_size for r in (ranks.rank, ranks.rank + 1))
     mine = count_above(query[first:end], positive_view[first:end], query)
     return torch.cat(gather_objects(mine.cpu(), ranks))
@@ -83,29 +91,29 @@ def count_above_over_ranks(query: Tensor, positive_view: Tensor, ranks: Ranks) -
 def count_above(query: Tensor, positive_view: Tensor, negatives: Tensor, rows: int = _ROWS) -> Tensor:
     """How many negatives lie nearer to each query than its positive, by dot product: (N,) int64.
 
-    query, positive_view: (N, C), negatives: (M, C), float32. Products of float32 decide where it is clear; rows with
-    a negative within rounding of the positive are counted again in float64. Equal products do not count.
+    query, positive_view: (N, C), negatives: (M, C), float32. Rows with a negative within float32 rounding of the
+    positive are counted again in float64. Equal products do not count.
     """
     noise = 2e-7 * (8 + query.shape[1] ** 0.5)
     counts = []
     for q, p in zip(query.split(rows), positive_view.split(rows)):
         with full_float32(q.device):
             product = q @ negatives.T
-        level = (q.double() * p.double()).sum(1)
+        level = (q.double() * p.double()).sum(1)  # the positives' products
         above = (product > (level + noise).float()[:, None]).sum(1)
         unsure = (product > (level - noise).float()[:, None]).sum(1) != above
-        again = unsure.nonzero()[:, 0]
-        for part in again.split(64) if len(again) else ():
-            exact = torch.stack([(q[i].double() * negatives.double()).sum(1) for i in part])
-            above[part] = (exact > level[part, None] + _EQUAL).sum(1)
+        for part in unsure.nonzero()[:, 0].split(64):
+            if len(part):
+                exact = torch.stack([(q[i].double() * negatives.double()).sum(1) for i in part])
+                above[part] = (exact > level[part, None] + _EQUAL).sum(1)
         counts.append(above)
     return torch.cat(counts) if counts else torch.zeros(0, dtype=torch.int64)
 
 
 def chunk_accuracy(above: Tensor, topk: int, samples: int, every_second_chunk: bool = False) -> list[float]:
-    """Acc@1 to Acc@topk in percent: the mean over chunks of `samples` rows of the share with at most k above.
+    """Acc@1 to Acc@topk in percent: of a chunk of `samples` rows, the share with at most k above; then their mean.
 
-    At most k and not k - 1: the query itself is among the negatives and always above (unless equal to the positive).
+    At most k, not k - 1, since the query is among its own negatives and always above (unless equal to the positive).
     """
     chunks = above.split(samples)[:: 2 if every_second_chunk else 1]
     return [sum(100 * float((c <= k).double().mean()) for c in chunks) / len(chunks) for k in range(1, topk + 1)]

@@ -16,9 +16,9 @@ from fastssl.eval.features import collect_features, eval_view
 from fastssl.eval.images import open_splits
 from fastssl.eval.nearest import TORCH
 from fastssl.eval.options import finish_options, launch, make_parser
-from fastssl.eval.search import TEMPERATURE, Answers, knn_over_ranks
+from fastssl.eval.search import Answers, knn_over_ranks
 from fastssl.eval.session import Session, run_session
-from fastssl.eval.vote import REP_SPACES, odd_ks, to_rep_space
+from fastssl.eval.vote import REP_SPACES, TEMPERATURE, odd_ks, to_rep_space
 
 
 def make_knn_parser() -> argparse.ArgumentParser:
@@ -29,18 +29,21 @@ def make_knn_parser() -> argparse.ArgumentParser:
         batch_size=512,
         data="folder with train and val: class folders, tar shards or .beton files",
     )
-    p.add_argument("-k", "--k", type=positive, default=5, help="largest k; 1, 3, ... up to it are tried (default 5)")
+    p.add_argument(
+        "-k", "--k", type=positive, default=5, metavar="K", help="largest k; tries 1, 3, ... up to K (default 5)"
+    )
     p.add_argument(
         "--rep-space",
         choices=(*REP_SPACES, "shifted-norm"),
         default="original",
-        help="norm: unit length; shift-norm: less the mean of each batch of -b images, then unit length",
+        help="which features are compared: the encoder's own (original), scaled to unit length (norm), or first "
+        "shifted by the mean of their batch of -b images (shift-norm, shifted-norm) (default original)",
     )
     return p
 
 
 def evaluate(session: Session) -> dict:
-    """Features of both splits, then all k."""
+    """Computes the features of both splits, then the accuracy for every k."""
     o = session.options
     train, val = open_splits(o, session.ranks)
     backbone, view = session.open_backbone(), eval_view(session)
@@ -58,10 +61,11 @@ def evaluate(session: Session) -> dict:
 
 
 def describe(session: Session, answers: Answers) -> dict:
-    """Accuracies in percent by k, the best of each vote and its smallest k; a note on stderr if the search was slow."""
+    """The results for the JSON: accuracies in percent by k, the best of each vote, and the smallest k that gives it."""
     if TORCH in answers.search and session.ranks.device.type == "cpu":
-        session.note("numba is not installed, so k-NN took about twice as long as it need: pip install numba")
-    best_k, weighted_k = (max(found, key=found.get) for found in (answers.majority, answers.weighted))
+        session.note("numba is not installed, so k-NN took about twice as long: pip install numba")
+    best_k = max(answers.majority, key=answers.majority.get)
+    weighted_k = max(answers.weighted, key=answers.weighted.get)
     return {
         "best": answers.majority[best_k],
         "best_k": best_k,

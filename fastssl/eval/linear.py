@@ -32,7 +32,7 @@ REFERENCE = "reference: RandomResizedCrop and flip each epoch, SGD, best epoch o
 
 
 def make_linear_parser() -> argparse.ArgumentParser:
-    """The flags of main_lincls.py, and ours."""
+    """The flags of main_lincls.py and ours."""
     p = make_parser(
         "linear",
         "Linear classification accuracy on frozen features.",
@@ -44,7 +44,7 @@ def make_linear_parser() -> argparse.ArgumentParser:
 
 
 def evaluate(session: Session) -> dict:
-    """Either protocol, by --protocol."""
+    """Trains and validates by the protocol that --protocol names."""
     train, val = open_splits(session.options, session.ranks)
     with closing(train), closing(val):
         if session.options.protocol == "cached":
@@ -59,22 +59,20 @@ def evaluate(session: Session) -> dict:
 def evaluate_cached(
     session: Session, train: Images, val: Images, view: View, *, unit_length: bool = False, line: str = LINE
 ) -> dict:
-    """The cached protocol. unit_length: features are normalised before the classifier."""
+    """The cached protocol. unit_length: features are scaled to unit length before the classifier."""
     backbone = session.open_backbone()
     session.say(f"=> protocol {CACHED}")
     transform = nn.functional.normalize if unit_length else nn.Identity()
-    features = [
-        collect_features(session, backbone, images, view, transform=transform, what=what)
-        for images, what in ((train, "train"), (val, "val"))
-    ]
-    result = run_sweep(session, *features, len(train.class_names), line)
+    train_features = collect_features(session, backbone, train, view, transform=transform, what="train")
+    val_features = collect_features(session, backbone, val, view, transform=transform, what="val")
+    result = run_sweep(session, train_features, val_features, len(train.class_names), line)
     return {"protocol": CACHED, **result, "bad_images": session.warn_bad(train, val)}
 
 
 def make_classifier(
     session: Session, backbone: nn.Module, images: Images, view: View, num_classes: int, unit_length: bool = False
 ) -> Classifier:
-    """A classifier with fresh weights on the device; an image says how many features the backbone gives."""
+    """A classifier with fresh weights on the device. The first image is encoded to count the backbone's features."""
     batch = next(images.read(iter([torch.arange(1)]), replace_bad=True))
     features = encode(backbone.eval(), view(batch.to(session.ranks.device)), session.dtype).flatten(1)
     model = Classifier(backbone, features.shape[1], num_classes, session.options.seed, unit_length)
@@ -84,7 +82,7 @@ def make_classifier(
 def make_train_view(session: Session, crop_scale: tuple[float, float], make: Callable = make_view) -> TrainView:
     """RandomResizedCrop and flip as a function of (batch, epoch), the same for every loader and number of ranks.
 
-    make: `make_view`, or another with its arguments.
+    make: `make_view`, or a function with the same arguments.
     """
     policy = make_policy("v1", crop_scale=crop_scale, jitter_p=0.0, grey_scale=0.0)
     o = session.options
@@ -96,7 +94,7 @@ def make_train_view(session: Session, crop_scale: tuple[float, float], make: Cal
 
 
 def output_folder(o: argparse.Namespace, kind: str = "lincls", what: str = "") -> Path:
-    """--output, or the reference's: beside the checkpoint, named after what was trained with."""
+    """The folder of --output, or the reference's: beside the checkpoint, named after the settings of the training."""
     if o.output:
         return Path(o.output)
     schedule = ",".join(map(str, [*o.schedule, o.epochs])) if o.schedule else f",{o.epochs}"

@@ -1,9 +1,9 @@
-"""Linear classifiers on features computed once: all (learning rate, weight decay) settings as one tensor program.
+"""Linear classifiers on features computed once, for many settings of learning rate and weight decay at the same time.
 
-The weights of S settings lie side by side as (C, S * classes), so every step is one matrix product whatever S, and
-each setting's columns move as they would alone: the same initial weights, the same order of images.
+The weights of S settings lie side by side as (C, S Y), so a step is one matrix product whatever S. Each setting's
+columns are trained as they would be alone: from the same initial weights, on the same order of images.
 
-Shapes: n features, C their dimension, B a batch, S settings, Y classes.
+Shapes: n images, C features, B images of a batch, S settings, Y classes.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def fit_linear(
     device: torch.device | str = "cpu",
     bar: Callable[..., Iterable] = lambda items, *_: items,
 ) -> tuple[Tensor, Tensor]:
-    """Weights (S, Y, C) and biases (S, Y) after SGD with momentum on the mean cross entropy of `sweep`'s batches.
+    """Trains by SGD with momentum on the mean cross entropy. Returns weights (S, Y, C) and biases (S, Y).
 
-    features: (n, C), float64 stays float64, everything else is computed in float32; labels: (n,) int64.
+    features: (n, C), of any float dtype; computed in float64 if that is float64, else in float32. labels: (n,) int64.
     """
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     count, width = len(settings), features.shape[1]
@@ -59,7 +59,8 @@ def fit_linear(
     w = w.to(device, dtype).T.repeat(1, count).contiguous()  # (C, S Y)
     b = b.to(device, dtype).repeat(count)
     velocity_w, velocity_b = torch.zeros_like(w), torch.zeros_like(b)
-    base, decay = (column(settings, i, num_classes, w) for i in (0, 1))
+    base = per_column([setting.lr for setting in settings], num_classes, w)
+    decay = per_column([setting.weight_decay for setting in settings], num_classes, w)
     decays = any(setting.weight_decay for setting in settings)
     labels = labels.to(device)
     for epoch in bar(range(sweep.epochs), sweep.epochs, "classifiers"):
@@ -67,7 +68,8 @@ def fit_linear(
             epoch, base_lr=1.0, epochs=sweep.epochs, steps_per_epoch=1, schedule="step", milestones=sweep.schedule,
             drop=sweep.drop,
         )  # fmt: skip
-        order = epoch_order(len(labels), sweep.seed, epoch).to(features.device)  # once: each copy waits for the steps
+        # moved to the device once an epoch: such a copy waits for all steps before it
+        order = epoch_order(len(labels), sweep.seed, epoch).to(features.device)
         for rows in order.split(sweep.batch_size):
             x = take_rows(features, rows, device, dtype)
             g = logit_gradient(torch.addmm(b, x, w), labels[rows.to(labels.device)], num_classes)
@@ -81,20 +83,18 @@ def fit_linear(
     return w.T.view(count, num_classes, width), b.view(count, num_classes)
 
 
-def column(settings: Sequence[Setting], field: int, num_classes: int, like: Tensor) -> Tensor:
-    """One field of every setting for each of its columns: (S * Y,)."""
-    return torch.tensor([s[field] for s in settings], dtype=like.dtype, device=like.device).repeat_interleave(
-        num_classes
-    )
+def per_column(values: list[float], num_classes: int, like: Tensor) -> Tensor:
+    """One value of each setting, repeated for that setting's columns: (S Y,)."""
+    return torch.tensor(values, dtype=like.dtype, device=like.device).repeat_interleave(num_classes)
 
 
 def take_rows(features: Rows, rows: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    """(B, C) features on the device."""
+    """The features of these rows, (B, C) on the device."""
     return features[rows.to(features.device)].to(device, dtype)
 
 
 def logit_gradient(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """B times d (mean cross entropy) / d logits of every setting: (B, S * Y), computed in place of `logits`."""
+    """B times the gradient of the mean cross entropy at the logits (B, S Y), which it overwrites with it."""
     p = logits.view(len(labels), -1, num_classes)
     p -= p.amax(2, keepdim=True)
     p.exp_()
@@ -105,7 +105,7 @@ def logit_gradient(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 @torch.no_grad()
 def count_sweep_hits(features: Rows, labels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """How many of n features each setting of `fit_linear`'s weights puts first, and in the first five: (S, 2) int64."""
+    """How often each setting of `fit_linear` has an image's label first, and among the first five: (S, 2) int64."""
     (count, num_classes, width), hits = weight.shape, torch.zeros(len(weight), 2, dtype=torch.int64)
     w, b = weight.reshape(-1, width).T, bias.flatten()
     for start in range(0, len(labels), 4096):

@@ -1,4 +1,4 @@
-"""The cached protocol: features of centre crops once, then every (learning rate, weight decay) on them."""
+"""The cached protocol: features of centre crops are computed once, then all classifiers are trained on them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastssl.eval.memory import Rows
 from fastssl.eval.search import share_chunk
 from fastssl.eval.session import Session
 
-_AT_ONCE = 4096  # features that travel together
+_AT_ONCE = 4096  # rows sent between ranks in one message
 CACHED = "cached: frozen features of centre crops, no augmentation, accuracy after the last epoch"
 
 
@@ -27,14 +27,16 @@ def settings_of(session: Session) -> list[Setting]:
 def run_sweep(
     session: Session, train: tuple[Rows, Tensor], val: tuple[Rows, Tensor], num_classes: int, line: str
 ) -> dict:
-    """Trains and validates every setting; ranks share the settings. train, val: this rank's features and labels.
+    """Trains and validates every setting; the ranks share the settings. train, val: this rank's features and labels.
 
-    line: for stdout, with {acc1} and {acc5}. Raises ValueError when every setting diverges.
+    line: printed for every setting, with {acc1} and {acc5}. Raises ValueError when every setting diverges.
     """
     o, ranks = session.options, session.ranks
-    train, val = (part if ranks.world_size == 1 else gather_all(session, *part) for part in (train, val))
-    if not len(val[1]) or not len(train[1]):
-        raise ValueError("no image of one of the splits can be read")
+    if ranks.world_size > 1:
+        train, val = gather_all(session, *train), gather_all(session, *val)
+    for name, (_, labels) in (("training", train), ("held-out", val)):
+        if not len(labels):
+            raise ValueError(f"none of the {name} images can be read: check the files of that split")
     settings = settings_of(session)
     mine = settings[ranks.rank :: ranks.world_size]
     results = []
@@ -43,15 +45,14 @@ def run_sweep(
         weight, bias = fit_linear(*train, num_classes, mine, sweep, device=ranks.device, bar=session.bar)
         percent = 100 * count_sweep_hits(*val, weight, bias).double() / len(val[1])
         finite = torch.isfinite(weight).flatten(1).all(1).tolist()
-        results = [
-            {**setting._asdict(), "acc1": acc1 if ok else None, "acc5": acc5 if ok else None}
-            for setting, (acc1, acc5), ok in zip(mine, percent.tolist(), finite)
-        ]
+        for setting, (acc1, acc5), converged in zip(mine, percent.tolist(), finite):
+            accuracy = {"acc1": acc1, "acc5": acc5} if converged else {"acc1": None, "acc5": None}
+            results.append({**setting._asdict(), **accuracy})
     found = {(r["lr"], r["weight_decay"]): r for part in gather_objects(results, ranks) for r in part}
     results = [found[setting] for setting in settings]
     good = [r for r in results if r["acc1"] is not None]
     if not good:
-        raise ValueError("the classifiers of all settings diverged: give smaller --lrs")
+        raise ValueError("training diverged with every setting: give smaller learning rates (--lr or --lrs)")
     for r in results:
         accuracy = line.format(acc1=r["acc1"], acc5=r["acc5"]) if r in good else "diverged"
         session.say(f"lr {r['lr']:g} wd {r['weight_decay']:g} {accuracy}")
@@ -61,10 +62,11 @@ def run_sweep(
 
 
 def gather_all(session: Session, rows: Rows, labels: Tensor) -> tuple[Rows, Tensor]:
-    """All ranks' (n, C) features in rank order on every rank, where `Memory.make_rows` finds room, and their labels."""
+    """All ranks' features and labels in rank order, on every rank. rows: this rank's (n, C)."""
     ranks = session.ranks
     shapes = gather_objects(tuple(rows.shape), ranks)
-    everything, done = session.memory.make_rows(sum(n for n, _ in shapes), max(c for _, c in shapes)), 0
+    everything = session.memory.make_rows(sum(n for n, _ in shapes), max(c for _, c in shapes))
+    done = 0
     for owner, (num, _) in enumerate(shapes):
         for start in range(0, num, _AT_ONCE):
             chunk = share_chunk(rows, start, min(_AT_ONCE, num - start), everything.shape[1], owner, ranks)

@@ -1,7 +1,7 @@
 """The reference's linear evaluation: a classifier trained by SGD on augmented images, the backbone frozen or not.
 
-Images of an epoch come in one order for all ranks, the tail included, and a step's loss is the mean over all ranks'
-images: the number of ranks changes nothing but the speed (and, fine-tuning, what batch norm sees at once).
+All ranks share one order of the images, the last incomplete batch included, and a step's loss is the mean over all
+ranks' images. So the number of ranks changes only the speed (and, in fine-tuning, the images that batch norm sees).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastssl.foreign.read import read_weights
 from fastssl.loaders.order import epoch_order
 from fastssl.schedules import learning_rate
 
-TrainView = Callable[[ImageBatch, int], Tensor]  # a batch and its epoch to (B, 3, S, S)
+TrainView = Callable[[ImageBatch, int], Tensor]  # (batch, epoch) -> (B, 3, S, S)
 
 
 class Protocol(NamedTuple):
@@ -33,16 +33,16 @@ class Protocol(NamedTuple):
 
     train_view: TrainView
     val_view: View
-    line: str  # after a validation, with {acc1} and {acc5}
-    drop: float = 0.1  # of the learning rate at each milestone
-    finetune: bool = False  # the backbone is trained, too
+    line: str  # printed after a validation, with {acc1} and {acc5}
+    drop: float = 0.1  # factor of the learning rate at each milestone
+    finetune: bool = False  # train the backbone, too
     eval_after_first: bool = False  # fine-tune in eval mode after the first epoch, as the reference does
 
 
 def train_classifier(
     session: Session, model: Classifier, train: Images, val: Images, protocol: Protocol, folder: Path
 ) -> dict:
-    """Trains and validates every epoch, keeps the best. Returns accuracies in percent.
+    """Trains, validates after every epoch and keeps the best classifier. Returns accuracies in percent.
 
     Raises ValueError when the loss is not finite, RuntimeError when a frozen backbone has changed.
     """
@@ -56,10 +56,10 @@ def train_classifier(
     if o.evaluate:
         return report(session, model, val, protocol, {"epochs_trained": first})
     if first >= o.epochs:
-        raise ValueError(f"{o.resume} has all its {first} epochs: give more --epochs, or -e to validate it")
+        raise ValueError(f"{o.resume} has already reached --epochs {o.epochs}: give more, or validate it with -e")
     if session.ranks.rank == 0:
         check_writable(folder / "model_best.pth.tar", "--output")
-    # of the best epoch before --resume a checkpoint, whose keys are the reference's, holds acc1 alone
+    # a checkpoint has the reference's keys: of the best epoch before --resume it holds only acc1
     result = {"epochs_trained": first, "best_acc1": best, "best_acc5": None, "best_epoch": None, "acc1_by_epoch": []}
     for epoch in range(first, o.epochs):
         rate = learning_rate(
@@ -86,7 +86,7 @@ def train_classifier(
 
 
 def report(session: Session, model: Classifier, val: Images, protocol: Protocol, more: dict) -> dict:
-    """A validation, and its line on stdout."""
+    """Validates and prints the protocol's line. Returns the accuracies and `more`."""
     acc1, acc5 = validate(session, model, val, protocol.val_view)
     session.say(protocol.line.format(acc1=acc1, acc5=acc5))
     return {"acc1": acc1, "acc5": acc5, **more}
@@ -109,7 +109,7 @@ def train_epoch(
     for i, (step, share) in enumerate(zip(session.bar(steps, len(steps), f"epoch {epoch}"), shares)):
         optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=ranks.device)
-        if len(share):  # the tail may be smaller than the ranks are many
+        if len(share):  # the last batch may hold fewer images than there are ranks
             batch = next(batches).to(ranks.device)
             logits = predict(model, batch, lambda b: view(b, epoch), session.dtype)
             loss = cross_entropy(logits, batch.label, reduction="sum") / len(step)
@@ -127,7 +127,7 @@ def train_epoch(
 
 
 def sum_gradients(optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
-    """Every gradient becomes the sum over the ranks, in one message."""
+    """Replaces every gradient by its sum over the ranks, in one all-reduce."""
     if ranks.world_size == 1:
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -138,24 +138,30 @@ def sum_gradients(optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
 
 
 def share_buffers(model: nn.Module, ranks: Ranks) -> None:
-    """Rank 0's batch norm statistics for all, as DDP does: fine-tuned, each rank's come from its own images."""
+    """Gives all ranks the batch norm statistics of rank 0, as DDP does: each rank has computed its own."""
     if ranks.world_size > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
 
 
 def sum_over_ranks(value: Tensor, ranks: Ranks) -> float:
-    """The sum of every rank's number. Waits for the device."""
+    """The sum of all ranks' numbers. Waits for the device."""
     return sum(gather_objects(float(value), ranks))
 
 
 def resume(path: str, model: Classifier, optimizer: torch.optim.Optimizer, start_epoch: int) -> tuple[int, float]:
-    """(first epoch, best Acc1 so far) of --resume, loaded; ValueError when it is no checkpoint of this classifier."""
+    """Loads the checkpoint of --resume, if there is one. Returns (first epoch, best Acc1 so far).
+
+    Raises ValueError when it is not a checkpoint of this classifier.
+    """
     if not path:
         return start_epoch, 0.0
     _, weights, entries = read_weights(path)
     if lacking := [name for name in ("epoch", "best_acc1", "optimizer") if name not in entries]:
-        raise ValueError(f"{path} is no checkpoint of a linear evaluation: it lacks {', '.join(lacking)}")
+        raise ValueError(
+            f"{path} is not a checkpoint of a linear evaluation (it lacks {', '.join(lacking)}): give one that this "
+            "command wrote"
+        )
     model.import_state(weights)
     optimizer.load_state_dict(entries["optimizer"])
     return entries["epoch"], float(entries["best_acc1"])
@@ -175,12 +181,12 @@ def state_of(arch: str, model: Classifier, optimizer: torch.optim.Optimizer, res
 
 
 def copy_state(module: nn.Module) -> dict[str, Tensor]:
-    """Its tensors as they are now, on the CPU."""
+    """A copy of the module's parameters and buffers, on the CPU."""
     return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
 
 
 def check_frozen(backbone: nn.Module, before: dict[str, Tensor]) -> None:
-    """Raises RuntimeError when a tensor of the backbone, buffers included, differs from what it was by a bit."""
+    """Raises RuntimeError when a parameter or buffer of the backbone is not, bit for bit, what it was before."""
     changed = [name for name, tensor in backbone.state_dict().items() if not torch.equal(tensor.cpu(), before[name])]
     if changed:
         raise RuntimeError(

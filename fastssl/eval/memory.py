@@ -1,4 +1,4 @@
-"""How much memory an evaluation may still take, and features on disk where it is not enough."""
+"""How much memory an evaluation may still use under --max-mem-gb, and features on disk when that is not enough."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 GB = 2**30
-_LEAST = 96 * 2**20  # bytes below which no chunk is worth its overhead
-_SHARE_OF_GPU = 0.4  # of its free memory, for features
+_LEAST = 96 * 2**20  # bytes: with less left, an evaluation gives up
+_SHARE_OF_GPU = 0.4  # of the GPU's free memory, for features
 
 
 class DiskRows:
-    """(n, C) float16 rows in a file without a name, mapped piece by piece: what is mapped counts as memory.
+    """(n, C) float16 rows in an unnamed temporary file, mapped only in pieces, since mapped pages count as memory.
 
-    Reads like a tensor: `rows[slice]` and `rows[index]` give CPU tensors.
+    It is read like a tensor: `rows[slice]` and `rows[index]` give CPU tensors.
     """
 
     dtype = torch.float16
@@ -30,11 +30,11 @@ class DiskRows:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (open as long as the rows; the system removes it)
         weakref.finalize(self, self._file.close)
         try:
-            os.posix_fallocate(self._file.fileno(), 0, max(1, num_rows * width * 2))  # a full disk says so now
+            os.posix_fallocate(self._file.fileno(), 0, max(1, num_rows * width * 2))  # a full disk fails here
         except OSError as error:
             raise ValueError(
-                f"no room for {num_rows * width * 2 / GB:.2f} GB of features in {folder or tempfile.gettempdir()} "
-                f"({error.strerror}): set TMPDIR to a larger disk, or raise --max-mem-gb"
+                f"{folder or tempfile.gettempdir()} has no room for {num_rows * width * 2 / GB:.2f} GB of features "
+                f"({error.strerror}): set TMPDIR to a folder on a larger disk, or raise --max-mem-gb"
             ) from error
 
     def __len__(self) -> int:
@@ -48,14 +48,14 @@ class DiskRows:
         return torch.from_numpy(self._map(0, len(self))[flat]).view(*rows.shape, -1)
 
     def write(self, first: int, rows: Tensor) -> None:
-        """Stores (m, C) rows from row `first` on. Raises ValueError where float16 overflows."""
+        """Stores rows (m, C) from row `first` on. Raises ValueError when one overflows float16."""
         half = rows.to("cpu", torch.float16)
         if not bool(torch.isfinite(half).all()):
-            raise ValueError("a feature exceeds float16 (65504): use --rep-space norm, or raise --max-mem-gb")
+            raise ValueError("a feature is too large for float16 (65504): use --rep-space norm, or raise --max-mem-gb")
         self._map(first, first + len(half))[:] = half.numpy()
 
     def truncate(self, num_rows: int) -> DiskRows:
-        """The same rows, only the first of them."""
+        """Keeps only the first `num_rows` rows."""
         self.shape = (num_rows, self.shape[1])
         return self
 
@@ -70,29 +70,26 @@ Rows = Tensor | DiskRows
 
 
 class Memory:
-    """The memory of this process under --max-mem-gb; without one, what seems wise."""
+    """The memory of this process under the limit of --max-mem-gb, or without one."""
 
     def __init__(self, max_mem_gb: float | None, device: torch.device) -> None:
         self.cap = None if max_mem_gb is None else int(max_mem_gb * GB)
         self.device = device
 
     def left(self) -> int:
-        """Bytes that may still be taken: the cap less the most that was ever taken.
-
-        Raises ValueError when that is too little to go on.
-        """
+        """Bytes that may still be used: the cap minus the peak so far. Raises ValueError when that is too little."""
         if self.cap is None:
             return 4 * GB
         used = peak_memory()
         if self.cap - used < _LEAST:
             raise ValueError(
-                f"--max-mem-gb {self.cap / GB:g} is too little: {used / GB:.2f} GB are taken by the program, the "
-                f"encoder and a batch; give at least {(used + 2 * _LEAST) / GB:.2f}, or a smaller --batch-size"
+                f"--max-mem-gb {self.cap / GB:g} is too little: the program, the encoder and a batch take "
+                f"{used / GB:.2f} GB, so give at least {(used + 2 * _LEAST) / GB:.2f}, or a smaller --batch-size"
             )
         return self.cap - used
 
     def check(self, size: int, what: str) -> None:
-        """Raises ValueError when `size` bytes are more than half of what may still be taken."""
+        """Raises ValueError when `size` bytes are more than half of what may still be used."""
         if self.cap is not None and size > self.left() // 2:
             raise ValueError(
                 f"--max-mem-gb {self.cap / GB:g} is too little for {size / GB:.2f} GB of {what}: give at least "
@@ -100,7 +97,7 @@ class Memory:
             )
 
     def make_rows(self, num_rows: int, width: int) -> Rows:
-        """Room for (n, C) features: float32 on the device or in memory, or float16 on disk under a tight cap."""
+        """Room for (n, C) features: float32 on the device or in memory, or float16 on disk if memory is short."""
         size = num_rows * width * 4
         if self.device.type == "cuda" and size < _SHARE_OF_GPU * torch.cuda.mem_get_info(self.device)[0]:
             return torch.empty(num_rows, width, device=self.device)
@@ -109,7 +106,7 @@ class Memory:
         return torch.empty(num_rows, width)
 
     def chunks(self, num_queries: int, num_rows: int, width: int, k: int) -> tuple[int, int]:
-        """(queries, bank rows) that meet at once in a search for k neighbours, within what is left."""
+        """(queries, bank rows) to compare at once in a search for k neighbours, so that it fits into what is left."""
         query_chunk, bank_chunk = min(4096, max(1, num_queries)), min(16384, max(1, num_rows))
         if self.cap is None:
             return query_chunk, bank_chunk
@@ -133,6 +130,6 @@ def peak_memory() -> int:
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) * 1024
-    except (OSError, StopIteration):  # not Linux; there getrusage also counts what ran here before this program
+    except (OSError, StopIteration):  # not Linux, where getrusage would also count what this process was before exec
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024

@@ -2,10 +2,10 @@
 
 Shapes: N queries, M bank rows, C feature dimensions, K neighbours.
 
-Blocks of bank rows stream past the queries, and of each block's distances only the nearest survive: memory is one
-block, whatever M. Matrix products in float32 nominate a few neighbours too many; their distances are then computed
-again in float64 from the differences, so neither block sizes nor the device change who is nearest. Equal distances go
-to the smaller bank index. On a CPU with numba the compiled search of `nearest_cpu` finds the same in less time.
+Blocks of bank rows stream past the queries, and only the nearest of each block are kept, so memory holds one block,
+whatever M. Float32 matrix products nominate a few more neighbours than are asked for; their distances are then computed
+again in float64 from the differences, so neither block sizes nor the device change which rows are nearest. Equal
+distances are in order of the bank. On a CPU with numba, the compiled search of `nearest_cpu` finds the same faster.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ try:
 except ImportError:  # numba does not run everywhere
     find_nearest_cpu = None
 
-TORCH = "float32 by torch"  # how `find_nearest_torch` is counted
-_SPARE = 16  # nominated beyond K: float32 noise may swap neighbours at the border
-_GROUP = 32  # columns whose minimum is looked at first
-_MEASURED_AT_ONCE = {"cpu": 1 << 18}  # float64 differences: on a CPU they stay in a core's cache
-_FLOAT32_NOISE = 1.2e-7
+TORCH = "float32 by torch"  # the name under which `find_nearest_torch` counts its queries
+_SPARE = 16  # nominated beyond K, since float32 rounding may swap neighbours at the border
+_GROUP = 32  # columns whose minimum `_smallest` looks at first
+_MEASURED_AT_ONCE = {"cpu": 1 << 18}  # float64 differences at a time: on a CPU they stay in a core's cache
+_FLOAT32_NOISE = 1.2e-7  # relative rounding error of float32
 
 
 @torch.no_grad()
@@ -43,13 +43,13 @@ def find_nearest(
 ) -> tuple[Tensor, Tensor]:
     """The k nearest rows of `bank` (M, C) for every row of `queries` (N, C).
 
-    centre: (C,) float64, what `bank_mean` gives, where a bank is searched more than once. tally: counts the queries by
-    what nominated their neighbours.
+    centre: (C,) float64 from `bank_mean`, to be given when a bank is searched more than once. tally: counts the queries
+    by the method that nominated their neighbours.
     Returns squared distances (N, k) float64, ascending, and indices (N, k); equal distances are in order of index.
     Raises ValueError when the bank has fewer than k rows.
     """
     if not 1 <= k <= len(bank):
-        raise ValueError(f"k = {k} neighbours from a bank of {len(bank)} images: choose k from 1 to {len(bank)}")
+        raise ValueError(f"the bank does not have k = {k} images: choose k from 1 to {len(bank)}")
     if centre is None:
         centre = bank_mean(bank, queries.device, bank_chunk)
     tally = Counter() if tally is None else tally
@@ -65,17 +65,17 @@ def find_nearest_torch(bank: Rows, queries: Tensor, k: int, bank_chunk: int, cen
     nominated, index, largest = _nominate(bank, q.float(), centre, min(k + _SPARE, len(bank)), bank_chunk)
     distance, index = _measure(bank, queries, index)
     if index.shape[1] < len(bank):
-        # a row that was not nominated lies at least this far away
+        # every row that was not nominated lies at least this far away
         beyond = nominated[:, -1] - _FLOAT32_NOISE * (8 + math.sqrt(bank.shape[1])) * (q.square().sum(1) + largest)
         unsure = distance[:, k - 1] >= beyond
-        if bool(unsure.any()):  # many equal distances
+        if bool(unsure.any()):  # where many distances are equal
             nearest = _nominate_double(bank, q[unsure], centre, index.shape[1], bank_chunk)
             distance[unsure], index[unsure] = _measure(bank, queries[unsure], nearest)
     return distance[:, :k], index[:, :k]
 
 
 def _nominate(bank: Rows, q: Tensor, centre: Tensor, num: int, bank_chunk: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `num` nearest by float32 matrix products: distances ascending, indices, and the bank's largest |row|^2."""
+    """The `num` nearest by float32 matrix products: distances ascending, their indices, the bank's largest |row|^2."""
     best, best_index = q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64, device=q.device)
     largest = q.new_zeros(())
     with full_float32(q.device):
@@ -83,7 +83,7 @@ def _nominate(bank: Rows, q: Tensor, centre: Tensor, num: int, bank_chunk: int) 
             b = (b - centre).float()
             b_square = b.square().sum(1)
             largest = torch.maximum(largest, b_square.max())
-            distance = torch.addmm(b_square, q, b.T, alpha=-2)  # (N, bank_chunk), less |q|^2, which changes no order
+            distance = torch.addmm(b_square, q, b.T, alpha=-2)  # (N, bank_chunk), without |q|^2, the same for all rows
             values, index = _smallest(distance, min(num, len(b)))
             best, best_index = torch.cat([best, values], 1), torch.cat([best_index, index + start], 1)
             best, order = best.topk(min(num, best.shape[1]), largest=False)
@@ -92,9 +92,10 @@ def _nominate(bank: Rows, q: Tensor, centre: Tensor, num: int, bank_chunk: int) 
 
 
 def _smallest(distance: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """Values and columns of the `num` smallest of each row, in any order; like topk, but fewer columns are sorted.
+    """Values and columns of the `num` smallest of each row, like topk, which here has fewer columns to look at.
 
-    The groups of columns with the smallest minima hold them all: each has a value no larger than its own minimum.
+    The `num` groups of columns with the smallest minima hold them all: a value in any other group is at least that
+    group's minimum, and `num` groups have one that is no larger.
     """
     groups = distance.shape[1] // _GROUP
     if groups <= 2 * num:
@@ -110,7 +111,10 @@ def _smallest(distance: Tensor, num: int) -> tuple[Tensor, Tensor]:
 
 
 def _nominate_double(bank: Rows, q: Tensor, centre: Tensor, num: int, bank_chunk: int) -> Tensor:
-    """Indices (N, num) of the nearest in float64; those equal to float32 precision by index. Slower, any ties."""
+    """Indices (N, num) of the nearest in float64, in order of index where distances agree to float32 precision.
+
+    Slower than `_nominate`, but sure however many distances are equal.
+    """
     best = torch.empty(len(q), 0, dtype=torch.int64, device=q.device)
     for start, b in _blocks(bank, bank_chunk, q.device):
         b = b - centre
@@ -124,26 +128,26 @@ def _nominate_double(bank: Rows, q: Tensor, centre: Tensor, num: int, bank_chunk
 
 
 def _measure(bank: Rows, queries: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Float64 squared distances of each query to its rows `index` (N, k), and `index`, both sorted by them."""
-    index = index.sort(dim=1).values
-    rows = max(1, _MEASURED_AT_ONCE.get(queries.device.type, 1 << 24) // (index.shape[1] * queries.shape[1]))
-    distance = torch.cat(
-        [
-            (bank[i.to(bank.device)].to(q.device).double() - q.double()[:, None]).square_().sum(-1)
-            for q, i in zip(queries.split(rows), index.split(rows))
-        ]
-    )
-    distance, order = distance.sort(dim=1, stable=True)
+    """Float64 squared distances of each query to its rows `index` (N, k), ascending, and `index` in that order."""
+    index = index.sort(dim=1).values  # so that the stable sort below keeps equal distances in order of index
+    at_once = max(1, _MEASURED_AT_ONCE.get(queries.device.type, 1 << 24) // (index.shape[1] * queries.shape[1]))
+
+    def measure(q: Tensor, i: Tensor) -> Tensor:
+        rows = bank[i.to(bank.device)].to(q.device).double()  # (n, k, C)
+        return (rows - q.double()[:, None]).square_().sum(-1)
+
+    distances = [measure(q, i) for q, i in zip(queries.split(at_once), index.split(at_once))]
+    distance, order = torch.cat(distances).sort(dim=1, stable=True)
     return distance, index.gather(1, order)
 
 
 def bank_mean(bank: Rows, device: torch.device, bank_chunk: int = 16384) -> Tensor:
-    """The mean row, (C,) float64 on `device`: distances measured around it lose fewer digits."""
+    """The mean row, (C,) float64 on `device`. Distances are computed around it, which loses fewer digits."""
     starts = range(0, len(bank), bank_chunk)
     return sum(bank[i : i + bank_chunk].to(device).sum(0, dtype=torch.float64) for i in starts) / len(bank)
 
 
 def _blocks(bank: Rows, bank_chunk: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows in float64 on `device`) of consecutive blocks of the bank."""
+    """Yields (index of the first row, rows in float64 on `device`) for consecutive blocks of the bank."""
     for start in range(0, len(bank), bank_chunk):
         yield start, bank[start : start + bank_chunk].to(device).double()

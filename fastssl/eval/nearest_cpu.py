@@ -1,9 +1,9 @@
-"""The nearest rows of a feature bank on a CPU: products of int8 nominate, float64 decides.
+"""The nearest rows of a feature bank on a CPU: int8 products nominate rows, float64 distances decide.
 
-Rows are rounded to int8, each with its own scale; what rounding leaves out is known, so by Cauchy-Schwarz every
-product of codes gives a lower bound of the distance. A sample of the bank says how far the neighbours of a query may
-lie, and rows whose bound is within that are measured in float64. A query whose k-th neighbour turns out to lie beyond
-it, or that has more such rows than there is room for, is measured against the whole bank: nothing is left to chance.
+Rows are rounded to int8, each with its own scale. The rounding errors are known, so by Cauchy-Schwarz every product of
+codes gives a lower bound of the distance. A sample of the bank tells about how far away the neighbours of a query lie:
+its limit. Rows whose lower bound is within the limit are measured in float64. A query whose k-th neighbour turns out to
+lie beyond its limit, or for which too many rows qualify, is measured against the whole bank, so the result is exact.
 
 Shapes: N queries, M bank rows, C feature dimensions, K neighbours.
 """
@@ -23,36 +23,35 @@ from fastssl.eval.compute import full_float32, share, slices
 from fastssl.eval.memory import Rows
 from fastssl.eval.nearest_loops import measure_near, nearest_measured, nearest_of_all, quantise, sample_limits
 
-_SAMPLE = 2048  # bank rows, evenly spread
-_QUERIES, _ROWS = 512, 1024  # of each thread, whose products are looked at while its cache holds them
-_MEASURED_BYTES = 64 * 2**20  # distances and indices of the rows that are measured
-_MANY = 1 / 16  # of the bank: where int8 cannot tell so many apart, float32 takes its place
-_WIDEST = 100_000  # features whose products int32 holds
-_ROUNDING = 1e-6  # of the float32 sums in `measure_near`: several times 2^-24
+_SAMPLE = 2048  # bank rows in the sample, evenly spread
+_QUERIES, _ROWS = 512, 1024  # a thread's block of products, which stays in its cache until it has been looked at
+_MEASURED_BYTES = 64 * 2**20  # for the distances and indices of the rows that are measured
+_MANY = 1 / 16  # share of the bank: if more rows than that are within the limit by int8, float32 takes its place
+_WIDEST = 100_000  # feature dimensions: int32 holds the sum of so many products of codes
+_ROUNDING = 1e-6  # relative error of the float32 sums in `measure_near`: several times 2^-24
 
 
 class Coded(NamedTuple):
-    """m rows as they are multiplied, and what turns a product into a lower bound of |b|^2 - 2 q.b."""
+    """m rows as they are multiplied, and the factors that turn a product into a lower bound of |b|^2 - 2 q.b."""
 
     rows: Tensor  # (m, C) int8 codes, or float32
-    query: np.ndarray  # (m, 3) float32: -2 scale, and what a row's error and norm count; for rows that ask
-    row: np.ndarray  # (4, m) float32: squared norm, scale, error, norm; for rows that are asked
+    query: np.ndarray  # (m, 3) float32, as queries: -2 scale, and the factors of a bank row's error and norm
+    row: np.ndarray  # (4, m) float32, as bank rows: squared norm, scale, error, norm
     square: np.ndarray  # (m,) float64 squared norm
 
 
 def find_nearest_cpu(
     bank: Rows, queries: Tensor, k: int, bank_chunk: int, centre: Tensor, tally: Counter
 ) -> tuple[Tensor, Tensor]:
-    """As `nearest.find_nearest`; tally counts queries by what nominated their neighbours.
-
-    "int8", "float32", or "every row measured" where neither could.
-    """
+    """As `nearest.find_nearest`. tally counts the queries under "int8", "float32" or "every row measured"."""
     exact, centre = queries.double().contiguous().numpy(), centre.numpy()
-    for in_int8 in (True, False) if int8_is_exact() and exact.shape[1] < _WIDEST else (False,):
+    in_int8 = int8_is_exact() and exact.shape[1] < _WIDEST
+    coded = encode(exact, centre, in_int8)
+    limit, expected = sample_bank(bank, coded, centre, k)
+    if in_int8 and expected.mean() > max(4096, _MANY * len(bank)):
+        in_int8 = False
         coded = encode(exact, centre, in_int8)
         limit, expected = sample_bank(bank, coded, centre, k)
-        if expected.mean() <= max(4096, _MANY * len(bank)):
-            break
     limit[~in_range(coded.square)] = -np.inf
     room = min(len(bank), int(1.5 * np.quantile(expected, 0.99)) + 4 * k + 256)
     distance, index = np.empty((len(exact), k)), np.empty((len(exact), k), np.int64)
@@ -60,8 +59,8 @@ def find_nearest_cpu(
         some = Coded(coded.rows[part], coded.query[part], coded.row, coded.square)
         found = measure_near_rows(bank, some, exact[part], limit[part], room, min(bank_chunk, _ROWS), centre)
         share(nearest_measured, *found, distance[part], index[part], rest=())
-    far = distance[:, -1]
-    unsure = np.flatnonzero((far > limit + coded.square) | (far == np.inf))
+    farthest = distance[:, -1]
+    unsure = np.flatnonzero((farthest > limit + coded.square) | (farthest == np.inf))
     if len(unsure):
         distance[unsure], index[unsure] = measure_every_row(bank, exact[unsure], k, bank_chunk)
     tally.update({"int8" if in_int8 else "float32": len(exact) - len(unsure), "every row measured": len(unsure)})
@@ -69,7 +68,7 @@ def find_nearest_cpu(
 
 
 def encode(rows: np.ndarray, centre: np.ndarray, in_int8: bool) -> Coded:
-    """rows (m, C) less centre (C,) as they are multiplied."""
+    """rows (m, C) minus centre (C,), as int8 codes or float32."""
     m, width = rows.shape
     scale, norm, error = np.ones(m), np.empty(m), np.empty(m)
     if in_int8:
@@ -78,25 +77,26 @@ def encode(rows: np.ndarray, centre: np.ndarray, in_int8: bool) -> Coded:
     else:
         centred = rows - centre
         codes, norm = centred.astype(np.float32), np.sqrt(np.square(centred).sum(1))
-        error = norm * (2 + width / 2) * 2.0**-24  # of rounding, and half of what adding C products can lose
-    odd = ~in_range(np.square(norm))
+        error = norm * (2 + width / 2) * 2.0**-24  # of rounding, and half of what summing C products can lose
+    extreme = ~in_range(np.square(norm))
     reach = 2 * (norm + error)
     query = np.stack([-2 * scale, reach * (1 + _ROUNDING), 2 * error + reach * _ROUNDING], axis=1)
     row = np.stack([norm**2 * (1 - _ROUNDING), scale, error, norm])
-    query[odd], row[:, odd] = 0, 0
-    row[0, odd] = -np.inf  # no bound: always measured
+    query[extreme], row[:, extreme] = 0, 0
+    row[0, extreme] = -np.inf  # no lower bound, so these rows are always measured
     return Coded(torch.from_numpy(codes), query.astype(np.float32), row.astype(np.float32), np.square(norm))
 
 
 def in_range(square: np.ndarray) -> np.ndarray:
-    """Whether float32 can hold what bounds are made of."""
+    """Whether float32 can hold the terms of a bound, given the squared norms."""
     return (square == 0) | ((square > 1e-30) & (square < 1e30))
 
 
 def multiply(queries: Tensor, rows: Tensor, space: Tensor) -> np.ndarray:
-    """(n, m) products of codes (n, C) and (m, C), int32, exact, or float32; they lie in `space`, int32 of any size.
+    """Products (n, m) of codes (n, C) and (m, C): exact in int32, or float32.
 
-    The same space again and again: memory fresh from the system costs more than the products.
+    They are written to the front of `space` (int32), which is used again and again: memory fresh from the system costs
+    more than the products.
     """
     product = space[: len(queries) * len(rows)].view(len(queries), len(rows))
     if rows.dtype == torch.int8:
@@ -106,9 +106,10 @@ def multiply(queries: Tensor, rows: Tensor, space: Tensor) -> np.ndarray:
 
 
 def sample_bank(bank: Rows, queries: Coded, centre: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """How far k neighbours may lie, (N,) less |q|^2, and how many rows' bounds are expected within that, (N,).
+    """Each query's limit, and how many bank rows are expected to have a bound within it: both (N,).
 
-    In a sample of the bank it is the rank that k has on average and four deviations more, so few queries fall short.
+    The limit is the distance of the k nearest, minus |q|^2, as estimated from a sample of the bank: the rank that the
+    k-th has there on average, plus four standard deviations, so that few queries fall short.
     """
     size = min(_SAMPLE, len(bank))
     mean = k * size / len(bank)
@@ -129,9 +130,9 @@ def sample_bank(bank: Rows, queries: Coded, centre: np.ndarray, k: int) -> tuple
 def measure_near_rows(
     bank: Rows, queries: Coded, exact: np.ndarray, limit: np.ndarray, room: int, bank_chunk: int, centre: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The bank's rows whose bounds are within limit (N,): distances (N, room), indices (N, room), and how many (N,).
+    """Distances (N, room) and indices (N, room) of the bank rows whose bounds are within limit (N,); their number (N,).
 
-    They are measured while the cache holds them: later each of them would have to come from memory.
+    They are measured block by block, while the cache still holds them.
     """
     at_once = queries_at_once(len(limit))
     space = torch.empty(at_once * bank_chunk, dtype=torch.int32)
@@ -149,7 +150,7 @@ def measure_near_rows(
 
 
 def measure_every_row(bank: Rows, queries: np.ndarray, k: int, bank_chunk: int) -> tuple[np.ndarray, np.ndarray]:
-    """Distances and indices (N, k) of the nearest, each row of the bank measured: slow, whatever the ties."""
+    """Distances and indices (N, k) of the nearest, with every row of the bank measured: slow, but always sure."""
     distance, index = np.empty((len(queries), 0)), np.empty((len(queries), 0), np.int64)
     for start in range(0, len(bank), bank_chunk):
         rows = as_rows(bank[start : start + bank_chunk])
@@ -162,8 +163,10 @@ def measure_every_row(bank: Rows, queries: np.ndarray, k: int, bank_chunk: int) 
 
 
 def as_rows(rows: Tensor) -> np.ndarray:
-    """(m, C) as the compiled loops read them: float32, or float64 where they are."""
-    return (rows if rows.dtype in (torch.float32, torch.float64) else rows.float()).detach().contiguous().numpy()
+    """Rows (m, C) as the compiled loops read them: float64 stays, everything else becomes float32."""
+    if rows.dtype not in (torch.float32, torch.float64):
+        rows = rows.float()
+    return rows.detach().contiguous().numpy()
 
 
 def queries_at_once(num: int) -> int:
@@ -173,7 +176,7 @@ def queries_at_once(num: int) -> int:
 
 @cache
 def int8_is_exact() -> bool:
-    """Whether this CPU multiplies int8 with instructions for it, and without saturating on the way."""
+    """Whether this CPU has instructions for int8 products, and adds them up without saturating."""
     if not getattr(torch.cpu, "_is_vnni_supported", bool)():
         return False
     extreme = torch.full((64, 512), 127, dtype=torch.int8)

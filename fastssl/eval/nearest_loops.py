@@ -1,6 +1,6 @@
-"""The compiled loops of `nearest_cpu`; none holds the GIL, so that threads can share the rows.
+"""The compiled loops of `nearest_cpu`. None of them holds the GIL, so threads can share the rows.
 
-Arguments that have a row for each query, or for each row that is encoded, come first, then what all of them need.
+Arguments with one entry per query (or per row to encode) come first; `compute.share` cuts those among the threads.
 
 Shapes: n queries, m rows of a block, C feature dimensions, K neighbours, R places for the rows kept for a query.
 """
@@ -13,16 +13,15 @@ import numpy as np
 
 from fastssl.compiled import compiled
 
-_LANES = 16  # columns compared at once: most groups hold nothing near and are passed over
+_LANES = 16  # columns in a group: most groups hold nothing near and are skipped after one comparison
 
-
-# sums in the order of vector registers: always the same one, but not that of the source
+# sums may be vectorised: always in the same order, but not in that of the source
 _reordered = partial(compiled, fastmath={"reassoc", "contract"})
 
 
 @_reordered
 def quantise(rows, codes, scale, norm, error, centre):
-    """rows (m, C) less centre (C,), as scale (m,) * codes (m, C) int8; norm, error (m,): of them, of what is left."""
+    """Writes rows (m, C) - centre (C,) as scale (m,) * codes (m, C) int8; norm and error (m,), of row and rounding."""
     for i in range(len(rows)):
         largest, square, left = 0.0, 0.0, 0.0
         for c in range(rows.shape[1]):
@@ -40,7 +39,7 @@ def quantise(rows, codes, scale, norm, error, centre):
 
 @compiled
 def _smallest_of_groups(lanes, smallest):
-    """smallest (groups,): column by column of lanes (L, groups), by whole vectors."""
+    """smallest (groups,) = the minimum over the first dimension of lanes (L, groups), in whole vectors."""
     smallest[:] = lanes[0]
     for lane in range(1, len(lanes)):
         for group in range(len(smallest)):
@@ -50,9 +49,9 @@ def _smallest_of_groups(lanes, smallest):
 
 @compiled
 def sample_limits(product, query, limit, expected, row, rank):
-    """limit (n,): about the rank-th smallest of the estimates; expected (n,): how many columns' bounds are within it.
+    """Writes limit (n,), about the rank-th smallest estimated distance, and expected (n,), the number of bounds within.
 
-    product (n, m) of codes; query (n, 3) and row (4, m): as `nearest_cpu.Coded` has them.
+    product: (n, m), of codes; query (n, 3) and row (4, m): as in `nearest_cpu.Coded`.
     """
     columns = product.shape[1]
     square, step, error, norm = row[0], row[1], row[2], row[3]
@@ -64,7 +63,7 @@ def sample_limits(product, query, limit, expected, row, rank):
         for j in range(columns):
             estimate[j] = square[j] + scale * step[j] * np.float32(p[j])
             bound[j] = estimate[j] - alpha * error[j] - beta * norm[j]
-        if rank <= groups // 4:  # few of them share a group, and 1/16 is to be sorted
+        if rank <= groups // 4:  # few of the smallest share a group, so a partition of 1/16 of the values is enough
             _smallest_of_groups(lanes, smallest)
             limit[i] = np.partition(smallest, rank - 1)[rank - 1]
         else:
@@ -83,10 +82,10 @@ def _squared_distance(row, query):
 
 @compiled
 def measure_near(product, query, limit, queries, count, index, distance, row, rows, first):
-    """Adds the rows (m, C) whose bound is within limit (n,), measured in float64, to index and distance (n, R).
+    """Measures the rows (m, C) whose bound is within limit (n,), and appends them to index and distance (n, R).
 
-    product, query, row: as in `sample_limits`. queries (n, C) float64; first: the bank's index of row 0. count (n,)
-    runs on where R are full. Bounds are looked at in groups, most of which hold nothing near.
+    product, query, row: as in `sample_limits`; queries: (n, C) float64; first: the bank's index of row 0. count (n,)
+    is raised by all such rows, also by those that find no place among the R.
     """
     columns, room = product.shape[1], index.shape[1]
     square, step, error, norm = row[0], row[1], row[2], row[3]
@@ -110,7 +109,7 @@ def measure_near(product, query, limit, queries, count, index, distance, row, ro
 
 @compiled
 def _nearest_of(measured, place, distance, index):
-    """distance and index (K,) of the K smallest of `measured`, which lie at `place`; equal ones in order of place."""
+    """Writes the K smallest of `measured` to distance (K,), their `place` to index (K,); equal ones by place."""
     far = np.partition(measured, len(distance) - 1)[len(distance) - 1]
     chosen = np.flatnonzero(measured <= far)
     chosen = chosen[np.argsort(place[chosen])]
@@ -120,9 +119,10 @@ def _nearest_of(measured, place, distance, index):
 
 @compiled
 def nearest_measured(measured, place, count, distance, index):
-    """distance and index (n, K) of the nearest of what `measure_near` found: measured and place (n, R), count (n,).
+    """Writes distance and index (n, K) of the nearest among the rows that `measure_near` found.
 
-    Infinity for a query with fewer than K rows, or more than there was room for.
+    measured, place (n, R), count (n,): its distance, index and count. The distance becomes infinite for a query with
+    fewer than K such rows, or more than R.
     """
     for i in range(len(count)):
         if distance.shape[1] <= count[i] <= measured.shape[1]:
@@ -133,7 +133,7 @@ def nearest_measured(measured, place, count, distance, index):
 
 @compiled
 def nearest_of_all(queries, distance, index, rows):
-    """distance and index (n, K) of the nearest of all rows (m, C), each of them measured: slow, whatever the ties."""
+    """Writes distance and index (n, K) of the nearest among all rows (m, C), each of which is measured."""
     measured, place = np.empty(len(rows)), np.arange(len(rows))
     for i in range(len(queries)):
         for j in range(len(rows)):

@@ -1,4 +1,4 @@
-"""The k-NN probe that a training run asks every few epochs, off the clock."""
+"""The k-NN probe: an evaluation that a training run makes every few epochs, not counted in its time."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from fastssl.plan import DTYPES, choose_precision
 from fastssl.random_key import STREAM_HELD_OUT, random_bits
 
 Probe = Callable[[nn.Module], float]
-ASKED_OF_TRAIN = 5  # without one, one training image in so many is asked, and left out of the bank
-_FEWEST = 50  # images among which the hash is sure to choose some
+ASKED_OF_TRAIN = 5  # without held-out images, one training image in so many is a query, and not in the bank
+_FEWEST = 50  # training images: among so many the hash is sure to choose some
 _BATCH = 256
 
 
 def make_probe(config: Config, loader: Loader, ranks: Ranks) -> tuple[Probe | None, str]:
-    """(probe, one sentence that says what it does); the probe is None where there is nothing to ask.
+    """(probe, a sentence for the log that says what it does); the probe is None, and the sentence why, without one.
 
     `probe(backbone)` is the percentage of held-out images whose --knn-k nearest training images, by unit-length
-    features, vote for their class. Call it on all ranks: each asks its share, and all get the same number.
+    features, vote for their class. Call it on all ranks: they share the work, and all get the same number.
     """
     if config.eval.knn_every == 0:
         return None, "no k-NN probe: --knn-every is 0"
     if not loader.class_names:
-        return None, "no k-NN probe: these images have no classes, it needs a folder for each"
+        return None, "no k-NN probe: it needs classes, and these images are not in class folders"
     held_out, found = open_held_out(config, loader, ranks.device)
     images = min(loader.num_images, config.eval.knn_images)
     if held_out is None and images < _FEWEST:
-        return None, f"no k-NN probe: {found}, and {images} training images are too few to keep some out"
+        return None, f"no k-NN probe: {found}, and there are too few training images to hold some out ({images})"
 
     def share(part: Loader) -> Iterator[ImageBatch]:
         return keep_labelled(part.eval_batches(_BATCH, ranks.rank, ranks.world_size, config.eval.knn_images))
@@ -48,23 +48,24 @@ def make_probe(config: Config, loader: Loader, ranks: Ranks) -> tuple[Probe | No
         bank, queries = (keep_asked(share(loader), asked) for asked in (False, True))
         return knn_percent(backbone, bank, queries, config, ranks)
 
-    what = f"asks the images of {found}"
+    queries = f"the images of {found}"
     if held_out is None:
-        what = f"asks about one training image in {ASKED_OF_TRAIN} and votes among the others, since {found}"
-    return probe, f"k-NN probe every {config.eval.knn_every} epochs and at the end: it {what}"
+        queries = f"one training image in {ASKED_OF_TRAIN} by the others, since {found}"
+    every = "epoch" if config.eval.knn_every == 1 else f"{config.eval.knn_every} epochs"
+    return probe, f"k-NN probe every {every} and at the end: classifies {queries}"
 
 
 def open_held_out(config: Config, loader: Loader, device: torch.device) -> tuple[Loader | None, str]:
-    """A loader of the held-out images and their place, or None and why there are none that can serve.
+    """(loader of the held-out images, where they are), or (None, why there are none that can be used).
 
-    Raises ValueError when it is --val that cannot serve.
+    Raises ValueError when --val names them and they cannot be used.
     """
     path = Path(config.input.val) if config.input.val else find_held_out(Path(config.data))
     if path is None or loader.name == "synthetic":
         return None, f"there is no {', '.join(HELD_OUT[:-1])} or {HELD_OUT[-1]} beside the training images"
     held_out, found = _try_held_out(path, config, loader, device)
     if held_out is None and config.input.val:
-        raise ValueError(f"--val cannot serve the k-NN probe: {found}")
+        raise ValueError(f"--val cannot be used for the k-NN probe: {found}")
     return held_out, found
 
 
@@ -78,12 +79,12 @@ def _try_held_out(path: Path, config: Config, loader: Loader, device: torch.devi
         return None, f"{path} has no class folders" if path.is_dir() else f"{path} has no labels"
     if next(keep_labelled(held_out.eval_batches(_BATCH, limit=config.eval.knn_images)), None) is None:
         what = "has a class" if held_out.decoded else "can be read"
-        return None, f"no image of {path} {what}, of those that would be asked"
+        return None, f"no image that the probe would take from {path} {what}"
     return held_out, str(path)
 
 
 def keep_labelled(batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
-    """The images that have a class: a beton or shards may hold others among them."""
+    """Only the images that have a class: a .beton file or shards may hold some without."""
     for batch in batches:
         rows = (batch.label >= 0).nonzero()[:, 0]
         if len(rows):
@@ -91,7 +92,7 @@ def keep_labelled(batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
 
 
 def keep_asked(batches: Iterable[ImageBatch], asked: bool) -> Iterator[ImageBatch]:
-    """The images that a hash of their index chooses to be asked, one in ASKED_OF_TRAIN, or all the others."""
+    """The images that are queries (asked) or the bank (not): a hash of their index chooses one in ASKED_OF_TRAIN."""
     for batch in batches:
         chosen = random_bits(0, 0, batch.index, STREAM_HELD_OUT, 1)[:, 0] % ASKED_OF_TRAIN == 0
         rows = (chosen == asked).nonzero()[:, 0]
@@ -102,7 +103,7 @@ def keep_asked(batches: Iterable[ImageBatch], asked: bool) -> Iterator[ImageBatc
 def knn_percent(
     backbone: nn.Module, bank: Iterable[ImageBatch], queries: Iterable[ImageBatch], config: Config, ranks: Ranks
 ) -> float:
-    """Percentage of all ranks' queries that the --knn-k nearest of all ranks' bank images classify correctly."""
+    """Percentage of all ranks' queries that their --knn-k nearest images in all ranks' bank classify correctly."""
     dtype = DTYPES[choose_precision(config.train.precision, ranks.device)]
 
     def features_of(batches: Iterable[ImageBatch]) -> tuple[Tensor, Tensor]:
@@ -127,7 +128,7 @@ def knn_percent(
 
 
 def eval_resize(config: Config) -> int:
-    """Short side of an image before the centre crop: 256 for 224 and in proportion; none with the CIFAR stem."""
+    """Short side before the centre crop: 256/224 of the crop, or with the CIFAR stem the crop itself, in pixels."""
     if config.eval.eval_resize is not None:
         return config.eval.eval_resize
     size = config.augment.image_size

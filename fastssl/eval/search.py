@@ -1,6 +1,6 @@
-"""k-NN over ranks: every rank holds a part of the bank, and only the nearest k of each part travel.
+"""k-NN over ranks: every rank searches its own part of the bank, and only the nearest k of each part are exchanged.
 
-Shapes: N queries of a chunk, K neighbours, W ranks.
+Shapes: N queries in a chunk, K neighbours, W ranks.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ from fastssl.eval.memory import Memory, Rows
 from fastssl.eval.nearest import bank_mean, find_nearest
 from fastssl.eval.vote import vote_hits
 
-TEMPERATURE = 0.07  # of the weighted vote (Wu et al., arXiv 1805.01978)
 Bar = Callable[..., Iterable]
 
 
 class Answers(NamedTuple):
-    """Accuracy in percent for each k, and how much was asked of how much."""
+    """What k-NN found: accuracies in percent for each k, by either vote."""
 
     majority: dict[int, float]
     weighted: dict[int, float]
-    bank: int
+    bank: int  # rows
     queries: int
-    search: dict[str, int]  # searches of one query in one rank's bank, by what nominated the neighbours
+    search: dict[str, int]  # how many searches (one query in one rank's bank) each method of `nearest` answered
 
 
 def knn_over_ranks(
@@ -42,24 +41,24 @@ def knn_over_ranks(
     memory: Memory,
     bar: Bar = lambda items, *_: items,
 ) -> Answers:
-    """Both votes for every k of `ks`, of all ranks' queries among all ranks' bank rows.
+    """Classifies all ranks' queries by all ranks' bank rows, by both votes and for every k of `ks`.
 
-    bank (m, C) and queries (n, C): this rank's rows, which may differ in number; labels (m,) and (n,) int64. Every
-    chunk of queries visits all ranks; equal distances are in order of rank and row, as on one rank.
+    bank (m, C) and queries (n, C): this rank's rows; m and n may differ from rank to rank. labels: (m,) and (n,) int64.
+    Every chunk of queries visits all ranks; equal distances are in order of rank and row, as on one rank.
     Raises ValueError for a k larger than the bank, and without queries.
     """
-    sizes = gather_objects((len(bank), len(queries), bank.shape[1], queries.shape[1]), ranks)
-    total, asked, width = sum(m for m, _, _, _ in sizes), sum(n for _, n, _, _ in sizes), max(max(s[2:]) for s in sizes)
-    check_ks(ks, total, asked)
+    bank_sizes, query_sizes = gather_objects(len(bank), ranks), gather_objects(len(queries), ranks)
+    width = max(gather_objects(max(bank.shape[1], queries.shape[1]), ranks))  # a rank without images has width 0
+    check_ks(ks, sum(bank_sizes), sum(query_sizes))
     highest = max(gather_objects(int(bank_labels.max()) if len(bank_labels) else 0, ranks))
-    chunks = gather_objects(memory.chunks(max(n for _, n, _, _ in sizes), len(bank), width, max(ks)), ranks)
+    chunks = gather_objects(memory.chunks(max(query_sizes), len(bank), width, max(ks)), ranks)
     query_chunk, bank_chunk = min(q for q, _ in chunks), min(b for _, b in chunks)
     centre = bank_mean(bank, ranks.device, bank_chunk) if len(bank) else None
     bank_labels = bank_labels.to(ranks.device)
-    hits, tally = [dict.fromkeys(ks, 0), dict.fromkeys(ks, 0)], Counter()
-    rounds = [(o, start) for o, (_, n, _, _) in enumerate(sizes) for start in range(0, n, query_chunk)]
+    majority, weighted, tally = dict.fromkeys(ks, 0), dict.fromkeys(ks, 0), Counter()
+    rounds = [(owner, start) for owner, n in enumerate(query_sizes) for start in range(0, n, query_chunk)]
     for owner, start in bar(rounds, len(rounds), "neighbours"):
-        num = min(query_chunk, sizes[owner][1] - start)
+        num = min(query_chunk, query_sizes[owner] - start)
         chunk = share_chunk(queries, start, num, width, owner, ranks)
         k = min(max(ks), len(bank))
         if k:
@@ -70,24 +69,30 @@ def knn_over_ranks(
         distance, labels = merge_nearest(distance, labels, max(ks), ranks)
         if owner == ranks.rank:
             truth = query_labels[start : start + num].to(ranks.device)
-            for found, weighted in zip(hits, (False, True)):
-                more = vote_hits(distance, labels, truth, ks, highest + 1, weighted, TEMPERATURE)
-                found.update({k: found[k] + more[k] for k in ks})
-    everyone = gather_objects((*hits, tally), ranks)
-    majority, weighted = ({k: 100 * sum(h[i][k] for h in everyone) / asked for k in ks} for i in (0, 1))
-    return Answers(majority, weighted, total, asked, dict(+sum((h[2] for h in everyone), Counter())))
+            for hits, is_weighted in ((majority, False), (weighted, True)):
+                found = vote_hits(distance, labels, truth, ks, highest + 1, is_weighted)
+                hits.update({k: hits[k] + found[k] for k in ks})
+    majority, weighted = (percent_of_all(hits, sum(query_sizes), ranks) for hits in (majority, weighted))
+    tally = +sum(gather_objects(tally, ranks), Counter())  # + leaves out what is 0
+    return Answers(majority, weighted, sum(bank_sizes), sum(query_sizes), dict(tally))
+
+
+def percent_of_all(hits: dict[int, int], queries: int, ranks: Ranks) -> dict[int, float]:
+    """All ranks' hits by k, in percent of all ranks' queries."""
+    everyone = gather_objects(hits, ranks)
+    return {k: 100 * sum(found[k] for found in everyone) / queries for k in hits}
 
 
 def check_ks(ks: Sequence[int], bank: int, queries: int) -> None:
-    """Raises ValueError when k neighbours cannot be found, or nobody asks."""
+    """Raises ValueError when the bank has fewer than k rows, or there are no queries."""
     if not queries:
-        raise ValueError("no image of the held-out split can be read: k-NN needs at least one to ask about")
+        raise ValueError("k-NN needs at least one held-out image that can be read: check the files of that split")
     if max(ks) > bank:
-        raise ValueError(f"-k {max(ks)} neighbours from {bank} training images: choose -k from 1 to {bank}")
+        raise ValueError(f"there are fewer than -k {max(ks)} training images: choose -k from 1 to {bank}")
 
 
 def share_chunk(queries: Rows, start: int, num: int, width: int, owner: int, ranks: Ranks) -> Tensor:
-    """Rows start to start + num of the owner's queries, (num, C) float32 on every rank's device."""
+    """Rows start to start + num of the queries of rank `owner`, (num, C) float32, broadcast to every rank."""
     if owner == ranks.rank:
         chunk = queries[start : start + num].to(ranks.device, torch.float32).contiguous()
     else:
@@ -98,10 +103,10 @@ def share_chunk(queries: Rows, start: int, num: int, width: int, owner: int, ran
 
 
 def merge_nearest(distance: Tensor, labels: Tensor, k: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """The k nearest over all ranks from each rank's nearest: distances (N, k) float64 ascending, labels (N, k)."""
+    """The k nearest over all ranks, from each rank's nearest: distances (N, k) float64 ascending, labels (N, k)."""
     if ranks.world_size == 1:
         return distance, labels
-    missing = k - distance.shape[1]  # a rank with fewer rows than k
+    missing = k - distance.shape[1]  # above 0 on a rank with fewer than k rows
     distance = torch.nn.functional.pad(distance, (0, missing), value=torch.inf)
     labels = torch.nn.functional.pad(labels, (0, missing))
     both = [gather_rows(t, ranks).unflatten(0, (ranks.world_size, -1)) for t in (distance, labels)]

@@ -1,4 +1,4 @@
-"""One evaluation from its options to its results: processes, lines on stdout, progress bars, JSON."""
+"""What all evaluations share while they run: ranks, messages, progress bars, opening the encoder, writing JSON."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from fastssl.plan import DTYPES
 
 
 class Session:
-    """What every evaluation has: options, ranks, memory; rank 0 speaks."""
+    """The options, ranks and memory limit of one evaluation. Only rank 0 prints."""
 
     def __init__(self, options: argparse.Namespace, ranks: Ranks) -> None:
         self.options, self.ranks = options, ranks
         self.memory = Memory(options.max_mem_gb, ranks.device)
         self.dtype = DTYPES[options.precision]
-        self.report: list[str] = []  # what was recognised in the checkpoint
+        self.report: list[str] = []  # what was recognised in the checkpoint, line by line
 
     def say(self, line: str) -> None:
-        """One line on stdout."""
+        """Prints a line of results on stdout."""
         if self.ranks.rank == 0:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 
     def note(self, line: str) -> None:
-        """One line beside the results, on stderr."""
+        """Prints a remark on stderr."""
         if self.ranks.rank == 0:
             tqdm.write(f"fastssl: {line}", file=sys.stderr)
 
     def bar(self, items: Iterable, total: int | None = None, what: str = "") -> Iterable:
-        """The items with a progress bar on a terminal."""
-        hidden = True if self.ranks.rank else None
-        return tqdm(items, total=total, desc=what, dynamic_ncols=True, disable=hidden, leave=False)
+        """The items, with a progress bar if rank 0 writes to a terminal."""
+        disable = True if self.ranks.rank else None  # None: tqdm asks whether it is a terminal
+        return tqdm(items, total=total, desc=what, dynamic_ncols=True, disable=disable, leave=False)
 
     def open_backbone(self) -> nn.Module:
-        """The encoder of the command line on its device, frozen and in eval mode; fills in `options.arch`."""
+        """The encoder on its device, frozen and in eval mode. Sets `options.arch` to the architecture it found."""
         o = self.options
         if o.pretrained:
             self.say(f"=> creating model '{o.arch or 'of the checkpoint'}'")
@@ -64,22 +64,22 @@ class Session:
         else:
             o.arch = o.arch or "resnet50"
             self.say(f"=> creating model '{o.arch}'")
-            self.note("no --pretrained: the encoder has random weights")
+            self.note("the encoder has random weights, since no checkpoint is given (--pretrained)")
             torch.manual_seed(o.seed)
             backbone = make_encoder(o.arch).backbone
         check_size(backbone.eval(), o.arch, o.image_size)
         return backbone.to(self.ranks.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def warn_bad(self, *sets: Images) -> int:
-        """Names the unreadable images of all ranks on stderr; returns how many they are."""
+        """Names the unreadable images of all ranks on stderr; returns how many there are."""
         found = gather_objects([line for images in sets for line in images.bad_images], self.ranks)
-        lines = list(dict.fromkeys(line for rank in found for line in rank))  # once each: several ranks may meet one
+        lines = list(dict.fromkeys(line for rank in found for line in rank))  # several ranks may meet the same image
         for line in lines:
             self.note(f"left out: {line}")
         return len(lines)
 
     def write(self, command: str, result: dict) -> None:
-        """--json: the result with all it depends on, written whole or not at all."""
+        """With --json, writes the result with everything it depends on; a partial file never gets that name."""
         o = self.options
         peaks = gather_objects(peak_memory() / GB, self.ranks)
         if not o.json or self.ranks.rank != 0:
@@ -99,7 +99,7 @@ class Session:
 
 
 def run_session(command: str, options: argparse.Namespace, evaluate: Callable[[Session], dict]) -> int:
-    """Joins the processes, evaluates, writes the JSON. Returns the exit code."""
+    """Joins the other ranks, evaluates and writes the JSON. Returns the exit code."""
     ranks = distributed.start(options.device)
     try:
         if options.json and ranks.rank == 0:
@@ -112,13 +112,13 @@ def run_session(command: str, options: argparse.Namespace, evaluate: Callable[[S
 
 
 def check_size(backbone: nn.Module, arch: str, size: int) -> None:
-    """Raises ValueError where images of `size` pixels are none for this encoder: too small, or not its only size."""
+    """Raises ValueError if the encoder refuses images of `size` pixels: they are too small, or not its fixed size."""
     if reason := why_refused(backbone, 1, size):
         raise ValueError(f"{arch} cannot take images of {size} pixels, choose another --image-size: {reason}")
 
 
 def finite_or_null(value: object) -> object:
-    """The same with null for NaN and infinity, which JSON lacks: numbers that do not exist, or a loss that diverged."""
+    """`value` with None for every NaN and infinity, however deeply nested: JSON has neither."""
     if isinstance(value, dict):
         return {k: finite_or_null(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -127,13 +127,13 @@ def finite_or_null(value: object) -> object:
 
 
 def check_writable(path: str | Path, flag: str) -> None:
-    """Raises ValueError where the file that `flag` names cannot be written: better before an evaluation than after."""
+    """Raises ValueError if the file named by `flag` cannot be written: better before an evaluation than after it."""
     if Path(path).is_dir():
-        raise ValueError(f"{flag} {path} is a folder: name a file")
+        raise ValueError(f"{flag} {path} is a folder: give the name of a file")
     partial = Path(f"{path}.partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
         partial.unlink()
     except OSError as error:
-        raise ValueError(f"{flag} {path} cannot be written ({error.strerror}): name another place") from None
+        raise ValueError(f"{flag} {path} cannot be written ({error.strerror}): choose another place") from None

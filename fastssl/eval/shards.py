@@ -1,4 +1,4 @@
-"""The images of tar shards in any order, decoded by Pillow as a folder's are: the same pixels on every device."""
+"""Evaluated images from tar shards. Pillow decodes them, as it does a folder's: the same pixels on every device."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from fastssl.loaders.prefetch import Prefetcher
 
 
 class ShardImages:
-    """The shards of one folder, as `images.Images`; labels are numbered by `class_names`, the other split's.
+    """The shards of one folder, with the interface of `images.Images`.
 
+    class_names: the classes in the order of their labels, when another split has already numbered them.
     Raises ValueError when there is nothing to read, or a class is not among `class_names`.
     """
 
@@ -39,7 +40,7 @@ class ShardImages:
 
     @property
     def bad_images(self) -> list[str]:
-        """The unreadable images met so far, "name: reason"."""
+        """The unreadable images met so far, each as "name: reason"."""
         return self._images.messages
 
     def read(self, shares: Iterator[Tensor], *, replace_bad: bool = False) -> Iterator[ImageBatch]:
@@ -51,7 +52,7 @@ class ShardImages:
         self._prefetcher.close()
 
     def _decode(self, shares: Iterator[Tensor], replace_bad: bool) -> Iterator[ImageBatch]:
-        def load(i: int) -> tuple[np.ndarray | None, int]:
+        def load(i: int) -> tuple[np.ndarray | None, int]:  # pixels, and the index of the image they are of
             return self._images.load_replacing(i) if replace_bad else (self._images.load(i), i)
 
         with ThreadPoolExecutor(self.workers, thread_name_prefix="fastssl-decode") as pool:

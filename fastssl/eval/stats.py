@@ -22,8 +22,8 @@ from fastssl.eval.session import Session, run_session
 from fastssl.eval.view_set import check_per_class, collect_views, first_rows, open_view_set
 from fastssl.loaders.order import epoch_order
 
-T = 2.0  # of the uniformity (Wang & Isola, arXiv 2005.10242)
-SUBSETS, SUBSET = 3, 128
+T = 2.0  # the t of uniformity (Wang & Isola, arXiv 2005.10242)
+SUBSETS, SUBSET = 3, 128  # the reference's uniformity: how many subsets, rows in each
 COLUMNS = ("D-SD align", "SD-SD align", "D cls-align", "SD cls-align", "D uniform", "SD uniform")
 _TILE = 2048
 
@@ -31,7 +31,9 @@ _TILE = 2048
 def make_stats_parser() -> argparse.ArgumentParser:
     """The flags of the small-model project's statistics script, and ours."""
     p = make_parser("stats", "Alignment and uniformity on a static view set.", batch_size=128, data="static view set")
-    p.add_argument("-s", "--sample-per-class", type=positive, default=50, help="images of each class (default 50)")
+    p.add_argument(
+        "-s", "--sample-per-class", type=positive, default=50, metavar="N", help="images per class (default 50)"
+    )
     return p
 
 
@@ -49,7 +51,7 @@ def evaluate(session: Session) -> dict:
 
 
 def report(session: Session, data: str, original: Tensor, view1: Tensor, view2: Tensor, labels: Tensor) -> dict:
-    """All statistics of (n, C) unit features of the view set `data`, printed and as numbers."""
+    """Prints and returns all statistics of the view set `data`, from unit features (n, C) and labels (n,)."""
     o = session.options
     session.say("=> calculating instance-level alignment...")
     values = [alignment(original, view1), alignment(view1, view2)]
@@ -72,14 +74,14 @@ def report(session: Session, data: str, original: Tensor, view1: Tensor, view2: 
 
 
 def alignment(x: Tensor, y: Tensor) -> float:
-    """Mean squared distance of (n, C) unit rows to their partners: 2 - 2 mean(x.y)."""
+    """Mean squared distance between the rows of x and y, both (n, C) of unit length: 2 - 2 mean(x.y)."""
     return 2 - 2 * float((x.double() * y.double()).sum(1).mean())
 
 
 def class_alignment(x: Tensor, labels: Tensor) -> float:
-    """Mean over classes of the mean squared distance of the pairs in a class; classes of one have no pairs.
+    """Mean squared distance over the pairs of a class, averaged over the classes that have pairs; NaN if none has.
 
-    In a class of n the squared distances of all pairs sum to n sum |x_i|^2 - |sum x_i|^2. NaN without any pair.
+    In a class of n, the squared distances of all pairs sum to n sum |x_i|^2 - |sum x_i|^2.
     """
     means = []
     for label in torch.unique(labels):
@@ -92,10 +94,10 @@ def class_alignment(x: Tensor, labels: Tensor) -> float:
 
 
 def subset_uniformity(x: Tensor, seed: int) -> float:
-    """The reference's uniformity: the mean over 3 random disjoint subsets of 128 rows, chosen by the seed.
+    """The reference's uniformity: the mean over 3 disjoint random subsets of 128 rows, chosen by the seed.
 
-    With fewer rows the last subset is smaller; where it would have no pair, the subsets are thirds of all rows, and
-    below 6 rows there is one.
+    With fewer rows the last subset is smaller. If that would leave it without a pair, the subsets are thirds of all
+    rows instead; below 6 rows there is only one subset.
     """
     order = epoch_order(len(x), seed, 0)
     size = SUBSET if len(x) >= (SUBSETS - 1) * SUBSET + 2 else len(x) // SUBSETS
@@ -105,9 +107,9 @@ def subset_uniformity(x: Tensor, seed: int) -> float:
 
 @torch.no_grad()
 def uniformity(x: Tensor, ranks: Ranks | None = None, t: float = T, tile: int = _TILE) -> float:
-    """log mean exp(-t |x_i - x_j|^2) over all pairs i < j of (n, C) unit rows, tile by tile; ranks share the tiles.
+    """log mean exp(-t |x_i - x_j|^2) over all pairs i < j of unit rows (n, C); NaN with fewer than two rows.
 
-    Products and exponentials are float32, sums float64. NaN with fewer than two rows.
+    The pairs are computed in tiles, which the ranks share. Products and exponentials are float32, sums float64.
     """
     n, total = len(x), x.new_zeros((), dtype=torch.float64)
     if n < 2:

@@ -25,27 +25,28 @@ FINETUNED = "transfer, fine-tuned: bicubic RandomResizedCrop (.2, 1) and flip, S
 
 
 def make_transfer_parser() -> argparse.ArgumentParser:
-    """The flags of main_transfer.py, and ours."""
+    """The flags of main_transfer.py and ours."""
     p = make_parser(
         "transfer",
         "Linear or fine-tuned accuracy on another data set.",
         batch_size=256,
         data="torchvision's files, or train/<class>/ and test/<class>/ folders",
     )
-    p.add_argument("--dataset", choices=DATASETS, default="cifar10", help="(default cifar10)")
-    p.add_argument("--finetune", action="store_true", help="train the backbone, too")
+    p.add_argument("--dataset", choices=DATASETS, default="cifar10", help="data set to classify (default cifar10)")
+    p.add_argument("--finetune", action="store_true", help="also train the backbone")
     p.add_argument(
         "--finetune-mode",
         choices=("train", "reference"),
         default="train",
-        help="reference: batch norm and dropout as in evaluation from the second epoch on, as its script left them",
+        help="with --finetune: train in train mode (train), or from the second epoch on in eval mode, as the reference "
+        "script does (reference) (default train)",
     )
     add_training_flags(p, print_freq=10)
     return p
 
 
 def evaluate(session: Session) -> dict:
-    """Either protocol, by --protocol."""
+    """Trains and validates by the protocol that --protocol names."""
     o = session.options
     train, test = open_transfer_data(session)
     with closing(train), closing(test):
@@ -70,7 +71,7 @@ def evaluate(session: Session) -> dict:
 
 
 def bicubic_view(session: Session) -> View:
-    """CIFAR's images are resized whole, the others' short side to --resize and then cropped."""
+    """The view for validation: CIFAR's images are resized whole, others to a short side of --resize, then cropped."""
     o = session.options
     resize = o.image_size if o.dataset.startswith("cifar") else o.resize
     return lambda batch: bicubic_eval_view(batch, o.image_size, resize, session.dtype)
@@ -80,7 +81,7 @@ def check(options: argparse.Namespace) -> None:
     """Raises ValueError for flags that contradict each other."""
     check_training_flags(options)
     if options.finetune and options.protocol == "cached":
-        raise ValueError("--finetune changes the features: it has no --protocol cached")
+        raise ValueError("--finetune cannot use cached features: leave out --protocol cached")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""The data sets of the transfer protocol, from what already lies on disk: nothing is downloaded."""
+"""The data sets of the transfer protocol, read from files that are already on disk: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ DATASETS = ("cifar10", "cifar100", "imagenet", "caltech101")
 _CIFAR = {"cifar10": (tvd.CIFAR10, "cifar-10-batches-py"), "cifar100": (tvd.CIFAR100, "cifar-100-python")}
 _CALTECH = Path("caltech101", "101_ObjectCategories")
 _BACKGROUND = "BACKGROUND_Google"  # not a class of objects
-CALTECH_PER_CLASS = 30  # training images, the usual split
+CALTECH_PER_CLASS = 30  # training images: the usual split
 
 
 def open_transfer_data(session: Session) -> tuple[Images, Images]:
-    """(train, test) of --dataset below DATA: torchvision's files, or what `open_splits` takes, test before val.
+    """(train, test) of --dataset from DATA: torchvision's files, or folders as for `open_splits`, test before val.
 
     Raises ValueError when neither is there, or torchvision's files are damaged.
     """
@@ -37,31 +37,34 @@ def open_transfer_data(session: Session) -> tuple[Images, Images]:
                 return split_caltech(session, folder)
     if not (root / "train").is_dir() and not (root / "train.beton").is_file():
         known = f"{_CIFAR[o.dataset][1]}/" if o.dataset in _CIFAR else f"{_CALTECH}/"
-        also = "" if o.dataset == "imagenet" else f", nor torchvision's {known}"
-        raise ValueError(f"{root} holds no train/<class>/ and test/<class>/ folders{also}: --dataset {o.dataset}")
+        folders = "train/<class>/ and test/<class>/ folders" + ("" if o.dataset == "imagenet" else f" or {known}")
+        raise ValueError(f"{root} does not hold {o.dataset}: give a folder with {folders}")
     return open_splits(o, ranks, HELD_OUT if o.dataset == "imagenet" else ("test", *HELD_OUT[:-1]))
 
 
 def open_cifar(root: Path, dataset: str, ranks: Ranks) -> tuple[Images, Images]:
-    """torchvision's CIFAR, whose files it checks before it reads them."""
+    """(train, test) of torchvision's CIFAR, which checks its files before it reads them."""
     kind, folder = _CIFAR[dataset]
     try:
         parts = [kind(str(root), train=train, download=False) for train in (True, False)]
     except RuntimeError as error:
-        raise ValueError(f"{root / folder} is not complete, or damaged: unpack the archive again") from error
+        raise ValueError(f"{root / folder} is incomplete or damaged: unpack the archive again") from error
     train, test = (ArrayImages(part.data, part.targets, part.classes, ranks.device) for part in parts)
     return train, test
 
 
 def split_caltech(session: Session, folder: Path) -> tuple[Images, Images]:
-    """The whole Caltech-101, split by --seed: 30 images of each class to train, the others to test."""
+    """(train, test) of the whole Caltech-101, split by --seed: 30 images of each class to train on, the others to test.
+
+    Raises ValueError when there are no class folders.
+    """
     listed = find_images(folder)
     objects = label_by_folder(listed.root, [path for path in listed.paths if not path.startswith(f"{_BACKGROUND}/")])
     names, o = objects.class_names, session.options
     if not names:
         raise ValueError(f"{folder} has no class folders: unpack Caltech-101's archive again")
 
-    def open_rows(rows: Tensor) -> FolderLoader:  # a set of its own: what replaces an unreadable image is of the split
+    def open_rows(rows: Tensor) -> FolderLoader:  # two loaders: an unreadable image is replaced by one of its own split
         part = label_by_folder(objects.root, [objects.paths[i] for i in rows.tolist()], names)
         return FolderLoader(part, batch_size=1, seed=0, device=session.ranks.device, workers=o.workers)
 
@@ -70,7 +73,7 @@ def split_caltech(session: Session, folder: Path) -> tuple[Images, Images]:
 
 
 def caltech_rows(labels: Tensor, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(rows to train on, rows to test on), ascending; at least one image of each class is tested."""
+    """(rows to train on, rows to test on), both ascending; at least one image of each class is kept for the test."""
     train, test = [], []
     for c in range(num_classes):
         rows = (labels == c).nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""t-SNE of a static view set: where images and their views lie, whole space and one class.
+"""t-SNE of a static view set: a figure of all images, and one of a single class with its views.
 
 fastssl eval tsne VIEWSET -a ARCH --pretrained CHECKPOINT --pic-name NAME [--zoomin]
 """
@@ -29,17 +29,25 @@ PARTS = ("Y0", "Y1", "Y2", "labels")  # coordinates of originals and views, clas
 def make_tsne_parser() -> argparse.ArgumentParser:
     """The flags of the small-model project's t-SNE script, and ours."""
     p = make_parser("tsne", "t-SNE figures of a static view set.", batch_size=128, data="static view set")
-    p.add_argument("--pic-name", default="tsne.pdf", help="prefix of the files written (default tsne.pdf)")
-    p.add_argument("--perplexity", type=positive_float, default=30.0, help="(default 30)")
-    p.add_argument("--paint", action="store_true", help="draw again from the .npy files; computes nothing")
-    p.add_argument("--zoomin", action="store_true", help="add an inset around the tightest triangle")
-    p.add_argument("--classes", type=positive, default=10, help="first classes shown (default 10)")
-    p.add_argument("-s", "--sample-per-class", type=positive, default=100, help="first images of each (default 100)")
+    add = p.add_argument
+    add("--pic-name", default="tsne.pdf", metavar="NAME", help="prefix of the files written (default tsne.pdf)")
+    add("--perplexity", type=positive_float, default=30.0, metavar="P", help="perplexity of t-SNE (default 30)")
+    add("--paint", action="store_true", help="only draw the figures again, from the .npy files")
+    add("--zoomin", action="store_true", help="add an inset around the tightest triangle")
+    add("--classes", type=positive, default=10, metavar="N", help="show the first N classes (default 10)")
+    add(
+        "-s",
+        "--sample-per-class",
+        type=positive,
+        default=100,
+        metavar="N",
+        help="show the first N images of each (default 100)",
+    )
     return p
 
 
 def evaluate(session: Session) -> dict:
-    """Coordinates, unless --paint, then the figures. Rank 0 computes and draws."""
+    """Computes the coordinates (or with --paint loads them) and draws the figures. t-SNE itself runs on rank 0."""
     o = session.options
     if session.ranks.rank == 0:
         check_writable(f"{o.pic_name}.full_rep.pdf", "--pic-name")
@@ -51,7 +59,7 @@ def evaluate(session: Session) -> dict:
 
 
 def features_to_show(session: Session) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Unit features of originals and both views of the first samples of the first classes, and their labels."""
+    """Unit features of the originals, first and second views of the samples shown, three of (n, C), and labels (n,)."""
     o = session.options
     views = open_view_set(o, session.ranks)
     rows = first_rows(views.labels[views.labels < o.classes], o.sample_per_class)
@@ -63,13 +71,13 @@ def features_to_show(session: Session) -> tuple[list[torch.Tensor], torch.Tensor
 
 
 def check_perplexity(perplexity: float, points: int) -> None:
-    """Raises ValueError when there are too few points for it."""
+    """Raises ValueError unless the perplexity is below the number of points."""
     if perplexity >= points:
-        raise ValueError(f"--perplexity {perplexity:g} needs more than the {points} images shown: lower it")
+        raise ValueError(f"--perplexity {perplexity:g} must be below the number of images shown, {points}: lower it")
 
 
 def embed(session: Session, features: list[torch.Tensor], labels: torch.Tensor) -> dict[str, np.ndarray]:
-    """t-SNE of all features together, after PCA to 50 dimensions, saved as <pic-name>.<part>.npy."""
+    """t-SNE of all features together, after PCA to 50 dimensions; also saved as <pic-name>.<part>.npy."""
     o = session.options
     x = torch.cat(features).double().cpu()
     x = x - x.mean(0)
@@ -91,17 +99,17 @@ def embed(session: Session, features: list[torch.Tensor], labels: torch.Tensor) 
 
 
 def load_coordinates(pic_name: str) -> dict[str, np.ndarray]:
-    """What `embed` saved. Raises ValueError when it is not there."""
+    """Loads what `embed` saved. Raises ValueError when it is not there."""
     try:
         return {name: np.load(f"{pic_name}.{name}.npy", allow_pickle=False) for name in PARTS}
     except FileNotFoundError as error:
         raise ValueError(
-            f"--paint draws saved coordinates, but {error.filename} does not exist: run without it"
+            f"--paint draws saved coordinates, but {error.filename} does not exist: run once without --paint"
         ) from None
 
 
 def draw(o: argparse.Namespace, coordinates: dict[str, np.ndarray]) -> list[str]:
-    """Both figures as PDF and PNG; returns the files' names."""
+    """Writes both figures as PDF and PNG; returns the names of the files."""
     space, one_class = draw_space(coordinates), draw_class(coordinates, zoom=o.zoomin)
     return [
         *save_figure(space, f"{o.pic_name}.full_rep"),

@@ -1,4 +1,4 @@
-"""The two figures of a t-SNE: all originals by class; one class with each image's triangle of views."""
+"""The two figures of a t-SNE: all originals by class; and one class, each image joined to its views by a triangle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ORIGINAL, VIEW = "navy", "firebrick"
 
 
 def draw_space(coordinates: dict[str, np.ndarray], ax: Axes | None = None) -> Figure:
-    """Originals, coloured by class."""
+    """The originals, coloured by class. ax: where to draw; by default a new figure."""
     figure, ax = new_axes(coordinates, ax)
     labels = coordinates["labels"]
     classes = np.unique(labels)
@@ -26,7 +26,7 @@ def draw_space(coordinates: dict[str, np.ndarray], ax: Axes | None = None) -> Fi
 
 
 def draw_class(coordinates: dict[str, np.ndarray], zoom: bool = False, ax: Axes | None = None) -> Figure:
-    """The first class: originals, views, and a triangle for each image; zoom: an inset around the tightest one."""
+    """The first class: originals, views, and a triangle for each image. zoom: adds an inset around the smallest one."""
     figure, ax = new_axes(coordinates, ax)
     first = coordinates["labels"] == coordinates["labels"].min()
     corners = np.stack([coordinates[name][first] for name in ("Y0", "Y1", "Y2")], 1)  # (n, 3, 2)
@@ -43,7 +43,7 @@ def draw_class(coordinates: dict[str, np.ndarray], zoom: bool = False, ax: Axes 
 
 
 def draw_triangles(ax: Axes, corners: np.ndarray) -> None:
-    """Points and triangles of (n, 3, 2) corners: original, view 1, view 2."""
+    """Draws points and triangles. corners: (n, 3, 2), the places of (original, view 1, view 2)."""
     closed = corners[:, [0, 1, 2, 0]]
     ax.plot(closed[..., 0].T, closed[..., 1].T, color="black", linewidth=1)
     ax.scatter(*corners[:, 0].T, c=ORIGINAL, alpha=0.5, zorder=3)
@@ -51,14 +51,14 @@ def draw_triangles(ax: Axes, corners: np.ndarray) -> None:
 
 
 def tightest(corners: np.ndarray) -> tuple[np.ndarray, float]:
-    """(centre, half a side) of a square around the triangle with the smallest largest side."""
+    """(centre, half the side) of a square around the triangle whose longest side is the shortest."""
     size = np.linalg.norm(corners - np.roll(corners, 1, axis=1), axis=2).max(1)
     i = int(size.argmin())
     return corners[i].mean(0), max(1.2 * float(size[i]), 1e-3 * float(np.ptp(corners)), 1e-9)
 
 
 def new_axes(coordinates: dict[str, np.ndarray], ax: Axes | None) -> tuple[Figure, Axes]:
-    """A square figure without ticks whose limits hold originals and views alike."""
+    """`ax`, or those of a new square figure, without ticks and with limits that hold all originals and views."""
     if ax is None:
         ax = Figure(figsize=(SIDE, SIDE)).add_subplot()
     points = np.concatenate([coordinates[name] for name in ("Y0", "Y1", "Y2")])
@@ -75,7 +75,7 @@ def new_axes(coordinates: dict[str, np.ndarray], ax: Axes | None) -> tuple[Figur
 
 
 def save_figure(figure: Figure, name: str) -> list[str]:
-    """Writes <name>.pdf and <name>.png, each whole or not at all; returns their names."""
+    """Writes <name>.pdf and <name>.png, each under its name only when it is complete; returns their names."""
     names = []
     for kind in ("pdf", "png"):
         path = Path(f"{name}.{kind}")

@@ -25,14 +25,14 @@ MODES = {  # which files are the original and its two views
     "avg-mask": (0, 7, 8),
     "rand-avg-mask": (0, 9, 10),
 }
-_NAME = re.compile(r"(.+)-(\d+)\.jpe?g", re.IGNORECASE | re.DOTALL)  # a name may hold a new line
+_NAME = re.compile(r"(.+)-(\d+)\.jpe?g", re.IGNORECASE | re.DOTALL)  # DOTALL: a file name may hold a newline
 
 
 class ViewSet(NamedTuple):
-    """n samples, by class and then by name, as (original, view 1, view 2)."""
+    """n samples, sorted by class and name; each is an original and two views of it."""
 
     images: Images
-    files: Tensor  # (n, 3) int64 indices into images
+    files: Tensor  # (n, 3) int64, indices into images of (original, view 1, view 2)
     labels: Tensor  # (n,) int64, ascending
     class_names: list[str]
 
@@ -42,49 +42,49 @@ def open_view_set(
 ) -> ViewSet:
     """The samples of the folder, with the views of `mode`. images: the folder, if it is open already.
 
-    Raises ValueError for files that are no views, and for a sample that lacks one.
+    Raises ValueError for files whose names are not those of a view set, and for a sample that lacks a file.
     """
     images = images or open_images(options.data, options, ranks)
     if not hasattr(images, "folder"):
-        raise ValueError(f"{options.data} is no folder of image files, which a static view set is")
+        raise ValueError(f"{options.data} is not a folder of image files: make a view set with fastssl prep views")
     wanted, found = MODES[mode], {}
     for i, path in enumerate(images.folder.paths):
         match = _NAME.fullmatch(path)
         if not match:
             raise ValueError(
-                f"{images.folder.path(i)} is not named <stem>-<number>.jpeg: this is no static view set "
-                "(fastssl prep views makes one)"
+                f"{images.folder.path(i)} is not named <stem>-<number>.jpeg, as in a static view set: make one with "
+                "fastssl prep views"
             )
         found.setdefault((int(images.folder.labels[i]), match[1]), {})[int(match[2])] = i
     samples = sorted(found)
-    for sample in samples:
-        if missing := [number for number in wanted if number not in found[sample]]:
-            name = f"{images.folder.root}/{sample[1]}-{missing[0]}.jpeg"
-            count = sum(any(number not in found[s] for number in wanted) for s in samples)
-            raise ValueError(
-                f"{name} is missing: the view set is incomplete for --dataset-mode {mode} ({count} of {len(samples)} "
-                "samples lack files)"
-            )
-    files = torch.tensor([[found[s][number] for number in wanted] for s in samples])
+    missing = [(name, number) for label, name in samples for number in wanted if number not in found[label, name]]
+    if missing:
+        name, number = missing[0]
+        raise ValueError(
+            f"{images.folder.root}/{name}-{number}.jpeg is missing, so --dataset-mode {mode} is incomplete: make the "
+            "view set again with fastssl prep views"
+        )
+    files = torch.tensor([[found[sample][number] for number in wanted] for sample in samples])
     return ViewSet(images, files, torch.tensor([label for label, _ in samples]), images.class_names)
 
 
 def collect_views(session: Session, backbone: torch.nn.Module, views: ViewSet, which: tuple[int, ...]) -> list[Tensor]:
-    """Unit features (n, C) float32 of the originals (0) or views (1, 2) of `which`, on every rank.
+    """Features (n, C) float32 of unit length, on every rank: one tensor for each column of `views.files` in `which`.
 
-    Originals are resized and cropped, views taken as they are. Raises ValueError for a file that cannot be read.
+    Originals (column 0) are resized and cropped, views (1, 2) are used as they are.
+    Raises ValueError for a file that cannot be read.
     """
     shares = rank_batches(len(views.files), session.options.batch_size, session.ranks)
     found = []
     for column in which:
-        view = eval_view(session) if column == 0 else as_it_is(session)
+        view = eval_view(session) if column == 0 else uncropped_view(session)
         batches = [views.files[share, column] for share in shares]
         features, labels = collect_features(
             session, backbone, views.images, view, transform=normalize, batches=batches,
             what="originals" if column == 0 else f"views {column}",
         )  # fmt: skip
         if bad := list(views.images.bad_images):
-            raise ValueError(f"{bad[0]}: a view set must be whole; make it again with fastssl prep views")
+            raise ValueError(f"{bad[0]}: make the view set again with fastssl prep views")
         session.memory.check(4 * len(views.files) * features.shape[1] * len(which), "features of a view set")
         features = features[:].float()
         if session.ranks.world_size > 1:
@@ -93,13 +93,16 @@ def collect_views(session: Session, backbone: torch.nn.Module, views: ViewSet, w
     return found
 
 
-def as_it_is(session: Session) -> View:
-    """Only normalises: views were cropped when they were made."""
+def uncropped_view(session: Session) -> View:
+    """Only normalises: the views of a view set were cropped when they were made."""
 
     def view(batch: ImageBatch) -> Tensor:
         sides = torch.unique(torch.stack([batch.height, batch.width]))
         if len(sides) != 1:
-            raise ValueError(f"views must be squares of one size, found sides of {sides.tolist()} pixels")
+            raise ValueError(
+                f"views must be squares of one size, but have sides of {sides.tolist()} pixels: make the view set "
+                "again with fastssl prep views"
+            )
         side = int(sides)
         return make_eval_view(batch, side, side, session.dtype)
 
@@ -111,9 +114,9 @@ def check_per_class(views: ViewSet, wanted: int) -> None:
     counts = np.bincount(views.labels.numpy(), minlength=len(views.class_names))
     if counts.min() < wanted:
         name = views.class_names[int(counts.argmin())]
-        raise ValueError(f"class {name} has {counts.min()} samples, -s asks for {wanted}: use -s {counts.min()}")
+        raise ValueError(f"class {name} has fewer than {wanted} samples: use -s {counts.min()}")
 
 
 def first_rows(labels: Tensor, samples: int) -> Tensor:
-    """The first `samples` rows of every class of (n,) ascending labels, or all where it has fewer."""
+    """The rows of the first `samples` images of every class (all, if it has fewer) of (n,) ascending labels."""
     return torch.cat([(labels == c).nonzero()[:samples, 0] for c in torch.unique(labels)])

@@ -1,11 +1,11 @@
 """Exact k-nearest-neighbour classification by Euclidean distance, for all k from one pass over the bank.
 
-Shapes: N queries, M bank rows, C feature dimensions, K neighbours. Equal votes go to the smaller label.
+Shapes: N queries, M bank rows, C feature dimensions, K neighbours. Ties between labels go to the smaller one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from fastssl.eval.memory import Rows
 from fastssl.eval.nearest import bank_mean, find_nearest
 
 REP_SPACES = ("original", "norm", "shift-norm")
+TEMPERATURE = 0.07  # of the weighted vote (Wu et al., arXiv 1805.01978)
 
 
 def odd_ks(largest: int) -> list[int]:
@@ -22,19 +23,18 @@ def odd_ks(largest: int) -> list[int]:
     return list(range(1, largest + 1, 2))
 
 
-def to_rep_space(features: Tensor, rep_space: str, batch_size: int | None = None) -> Tensor:
-    """(n, C) features as they are compared: original; norm: unit rows; shift-norm: less the mean, then unit rows.
+def to_rep_space(features: Tensor, rep_space: str) -> Tensor:
+    """The features (n, C) as they are compared: unchanged (original), of unit length (norm), or shifted by their mean
+    and then of unit length (shift-norm, shifted-norm; the small-model project passes a batch at a time).
 
-    The mean of shift-norm is that of each `batch_size` consecutive rows, as the small-model project takes it, or of
-    all rows. Raises ValueError for another name.
+    Raises ValueError for another name.
     """
     if rep_space == "original":
         return features
     if rep_space == "norm":
         return normalize(features, dim=1)
     if rep_space in ("shift-norm", "shifted-norm"):
-        parts = features.split(batch_size or max(1, len(features)))
-        return torch.cat([normalize(part - part.mean(dim=0), dim=1) for part in parts])
+        return normalize(features - features.mean(dim=0), dim=1)
     raise ValueError(f"unknown representation space {rep_space!r}: choose {', '.join(REP_SPACES)}")
 
 
@@ -46,14 +46,13 @@ def knn_hits(
     ks: Sequence[int],
     *,
     weighted: bool = False,
-    temperature: float = 0.07,
     query_chunk: int = 1024,
     bank_chunk: int = 16384,
 ) -> dict[int, int]:
     """How many queries each k of `ks` classifies correctly.
 
     bank: (M, C) and queries: (N, C), floating point; labels: (M,) and (N,) int64, none negative in the bank. The bank
-    may lie on another device, or on disk: it is moved block by block to the queries'. weighted: see `vote_hits`.
+    may be on another device or on disk: its blocks move to the device of the queries. weighted: see `vote_hits`.
     Raises ValueError for a k outside 1..M, shapes that do not match, non-finite features or unlabelled bank rows.
     """
     _check(bank, bank_labels, queries, query_labels, ks)
@@ -63,34 +62,29 @@ def knn_hits(
     for start in range(0, len(queries), query_chunk):
         part = slice(start, start + query_chunk)
         distance, index = find_nearest(bank, queries[part], max(ks), bank_chunk, centre)
-        found = vote_hits(distance, bank_labels[index], query_labels[part], ks, num_classes, weighted, temperature)
+        found = vote_hits(distance, bank_labels[index], query_labels[part], ks, num_classes, weighted)
         hits = {k: hits[k] + found[k] for k in ks}
     return hits
 
 
 def vote_hits(
-    distance: Tensor,
-    labels: Tensor,
-    truth: Tensor,
-    ks: Sequence[int],
-    num_classes: int,
-    weighted: bool = False,
-    temperature: float = 0.07,
+    distance: Tensor, labels: Tensor, truth: Tensor, ks: Sequence[int], num_classes: int, weighted: bool
 ) -> dict[int, int]:
-    """How many of N queries each k classifies correctly; distance (N, K) squared, ascending; labels (N, K); truth (N,).
+    """How many queries each k of `ks` classifies correctly.
 
-    weighted: a neighbour at distance d votes with exp(-d^2 / (2 temperature)), on unit rows the
-    exp(cosine / temperature) of Wu et al. (arXiv 1805.01978); otherwise with 1.
+    distance: (N, K) squared, ascending; labels: (N, K) of the neighbours; truth: (N,) of the queries.
+    weighted: a neighbour at distance d has a vote of exp(-d^2 / (2 TEMPERATURE)), which on unit rows is the
+    exp(cosine / TEMPERATURE) of Wu et al. (arXiv 1805.01978) up to a factor; otherwise all votes count 1.
     """
-    weight = torch.exp((distance[:, :1] - distance) / (2 * temperature)) if weighted else torch.ones_like(distance)
+    weight = torch.exp((distance[:, :1] - distance) / (2 * TEMPERATURE)) if weighted else torch.ones_like(distance)
     return {k: int((winner == truth).sum()) for k, winner in vote(labels, weight, ks, num_classes)}
 
 
-def vote(labels: Tensor, weights: Tensor, ks: Iterable[int], num_classes: int) -> Iterator[tuple[int, Tensor]]:
-    """(k, (N,) int64 winning labels) for each k of `ks`, ascending; ties go to the smallest label.
+def vote(labels: Tensor, weights: Tensor, ks: Sequence[int], num_classes: int) -> Iterator[tuple[int, Tensor]]:
+    """Yields (k, winning labels (N,) int64) for each k of `ks`, ascending; ties go to the smaller label.
 
-    labels: (N, K) int64 of the neighbours, nearest first; weights: (N, K), positive. A neighbour changes one count,
-    so the winner is the one before it or its label.
+    labels: (N, K) int64 of the neighbours, nearest first; weights: (N, K), positive. Each neighbour adds to one count
+    only, so the new winner is either the old one or that neighbour's label.
     """
     counts = weights.new_zeros(labels.shape[0], num_classes)
     best, winner = weights.new_zeros(labels.shape[0]), labels[:, 0].clone()
@@ -113,8 +107,8 @@ def _check(bank: Rows, bank_labels: Tensor, queries: Tensor, query_labels: Tenso
             raise ValueError(f"{len(features)} features but labels of shape {tuple(labels.shape)} in the {name}")
         parts = (features[start : start + 4096] for start in range(0, len(features), 4096))
         if not all(bool(torch.isfinite(part).all()) for part in parts):
-            raise ValueError(f"the features of the {name} are not all finite: the encoder is broken")
+            raise ValueError(f"the features of the {name} are not all finite: use another checkpoint")
     if not ks or min(ks) < 1 or max(ks) > len(bank):
-        raise ValueError(f"k must lie between 1 and {len(bank)}, the images in the bank; got {list(ks)}")
+        raise ValueError(f"k must lie between 1 and {len(bank)}, the number of images in the bank; got {list(ks)}")
     if bool((bank_labels < 0).any()):
         raise ValueError("k-NN needs a class for every image in the bank: give <class>/ folders")

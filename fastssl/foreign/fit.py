@@ -1,4 +1,4 @@
-"""Which architecture a set of weights belongs to: by the names and shapes of its tensors."""
+"""Finds the architecture that a set of weights belongs to, by the names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fastssl.foreign.layout import Layout, split_classifier
 from fastssl.models.encoders import list_architectures, make_backbone
 from fastssl.models.tryout import build_without_memory
 
-# The same network under another name: the first is what is said.
+# Other names of the same network, which are not reported as another one that fits.
 _ALIASES = {"swav_resnet50": "resnet50", "simclr_resnet50": "resnet50"}
-# Batches seen by BN; files written before PyTorch 0.4.1 lack it, and nothing reads it here.
+# The number of batches that a batch norm has seen: files from before PyTorch 0.4.1 lack it, and nothing here reads it.
 COUNTER = "num_batches_tracked"
 
 
 class Signature(NamedTuple):
-    """Names and shapes of a backbone's tensors, and where its classifier stands."""
+    """Names and shapes of a backbone's tensors, and the name of its classifier."""
 
     classifier: str
     feature_dim: int
@@ -27,7 +27,7 @@ class Signature(NamedTuple):
 
 @cache
 def signature(arch: str, stem: str = "imagenet") -> Signature | None:
-    """Of an architecture, without allocating it. None where its stem cannot be had."""
+    """The signature of an architecture, found without allocating its weights; None if it does not have this stem."""
     try:
         backbone, classifier, feature_dim = build_without_memory(partial(make_backbone, arch, stem))
     except ValueError:
@@ -37,7 +37,7 @@ def signature(arch: str, stem: str = "imagenet") -> Signature | None:
 
 
 def differences(backbone: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """What keeps these weights from fitting, in the order of the layers; empty when they fit."""
+    """Why these weights do not fit: a phrase for each tensor, in the order of the layers; empty when they fit."""
     found = []
     for name, shape in shapes.items():
         if name not in backbone:
@@ -49,23 +49,23 @@ def differences(backbone: dict[str, Tensor], shapes: dict[str, tuple[int, ...]])
 
 
 def fits(layout: Layout, arch: str, stem: str) -> bool:
-    """Do these weights, head aside, belong to this architecture?"""
+    """Whether these weights, without the head, belong to this architecture."""
     own = signature(arch, stem)
     return own is not None and not differences(split_classifier(layout, own.classifier).backbone, own.shapes)
 
 
 def fitting_architectures(layout: Layout) -> list[tuple[str, str]]:
-    """(architecture, stem) of all known ones that fit; the CIFAR stem only where names and shapes tell it apart."""
-    found = [(arch, "imagenet") for arch in list_architectures() if arch not in _ALIASES and _may_fit(layout, arch)]
-    found = [pair for pair in found if fits(layout, *pair)]
-    if found:
-        return found
-    families = [arch for arch in list_architectures() if arch not in _ALIASES and _may_fit(layout, arch)]
-    return [(arch, "cifar") for arch in families if fits(layout, arch, "cifar")]
+    """All known (architecture, stem) that fit; with the CIFAR stem only if none fits with the ImageNet stem."""
+    candidates = [arch for arch in list_architectures() if arch not in _ALIASES and _may_fit(layout, arch)]
+    for stem in ("imagenet", "cifar"):
+        found = [(arch, stem) for arch in candidates if fits(layout, arch, stem)]
+        if found:
+            return found
+    return []
 
 
 def _may_fit(layout: Layout, arch: str) -> bool:
-    """A quick no: the count of tensors, head aside, is another."""
+    """Whether the number of tensors, without the head, is right: quicker to tell than names and shapes."""
     own = signature(arch)
     if own is None:
         return False

@@ -1,4 +1,4 @@
-"""The names other projects give to an encoder's tensors. What has no exact counterpart there is refused."""
+"""Weights under the names that other projects use, for export. What has no exact counterpart there is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ FORMATS = ("plain", "torchvision", "timm", "moco")
 _RESNETS = "resnet18 resnet34 resnet50 resnet101 resnet152 wide_resnet50_2 wide_resnet101_2".split()
 _RESNETS += "resnext50_32x4d resnext101_32x8d resnext101_64x4d".split()
 _AS_RESNET50 = {"swav_resnet50": "resnet50", "simclr_resnet50": "resnet50"}
-# EfficientNet-B0 alone: timm pads for the actual image, which at even sizes down to 7 pixels agrees.
+# Of the EfficientNets, only B0 has a counterpart in timm, which pads for the actual image size: that agrees for B0
+# wherever maps have even sizes, down to the last of 7 pixels.
 _TOP = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "fc": "classifier"}
 _SE = {"_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
 _FIRST_BLOCK = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2", **_SE}
@@ -23,43 +24,44 @@ _BLOCK = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw"
 
 
 def counterpart(arch: str, stem: str, to: str) -> str:
-    """What torchvision, timm or MoCo's scripts call this architecture. ValueError where they compute another."""
+    """The name of this architecture in torchvision, timm or MoCo's scripts.
+
+    Raises ValueError when they have none that computes exactly the same.
+    """
     if stem != "imagenet" and to != "plain":
         raise ValueError(f"--to {to} has no {stem} stem: use --to plain")
     if to == "torchvision":
         name = _AS_RESNET50.get(arch, arch)
         if name.startswith("timm:") or source_of(name) != "torchvision":
-            raise ValueError(f"torchvision has no {arch} that computes the same: use --to plain")
+            raise ValueError(f"torchvision has no network that computes the same as {arch}: use --to plain")
         return name.removeprefix("tv_")
     if to == "timm":
         known = {**{name: name for name in _RESNETS}, **_AS_RESNET50, "deit_tiny": "deit_tiny_patch16_224"}
         known |= {"vit_base": "vit_base_patch16_224", "efficientnet_b0": "tf_efficientnet_b0"}
         name = arch.removeprefix("timm:") if arch.startswith(("timm:", "tf_")) else known.get(arch)
         if name is None:
-            raise ValueError(f"timm has no {arch} that computes the same: use --to plain")
+            raise ValueError(f"timm has no network that computes the same as {arch}: use --to plain")
         return name
     if to == "moco" and classifier_name(arch) != "fc":
-        raise ValueError(f"MoCo's scripts want a classifier called fc, {arch} has none: use --to plain")
+        raise ValueError(f"MoCo's scripts expect a classifier called fc, which {arch} lacks: use --to plain")
     return arch
 
 
 def name_tensors(arch: str, to: str, backbone: dict[str, Tensor], head: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Backbone and head (which may be empty) as one state dict of that format."""
+    """Backbone and head (which may be empty) as one state dict, under the names of the format `to`."""
     if head and to in ("torchvision", "timm") and set(head) != {"weight", "bias"}:
-        raise ValueError(f"--to {to} has room for a linear head only: leave out --head, or use --to plain")
+        raise ValueError(f"--to {to} can only hold a linear head: leave out --head, or use --to plain")
     whole = {**backbone, **{f"{classifier_name(arch)}.{name}": tensor for name, tensor in head.items()}}
-    return (
-        {_timm_name(name): tensor for name, tensor in whole.items()}
-        if (arch, to) == ("efficientnet_b0", "timm")
-        else whole
-    )
+    if (arch, to) == ("efficientnet_b0", "timm"):
+        return {_timm_name(name): tensor for name, tensor in whole.items()}
+    return whole
 
 
 def moco_checkpoint(
     arch: str, query: dict[str, Tensor], key: dict[str, Tensor] | None, queue: Tensor | None, pointer: Tensor | None,
     epoch: int, optimizer: dict | None,
 ) -> dict:  # fmt: skip
-    """The dict main_moco.py saves. `query` and `key` under the classifier's names; `queue` (D, K), pointer (1,)."""
+    """The dict that main_moco.py saves. query, key: named like a classifier's tensors; queue (D, K), pointer (1,)."""
     state = {f"module.encoder_q.{name}": tensor for name, tensor in query.items()}
     if key is not None:
         state.update({f"module.encoder_k.{name}": tensor for name, tensor in key.items()})
@@ -70,9 +72,9 @@ def moco_checkpoint(
 
 
 def moco_optimizer(arch: str, head: dict[str, Tensor], optimizer: dict) -> dict | None:
-    """Our SGD state as main_moco.py's, whose optimiser also lists the key encoder's parameters and frozen ones.
+    """Our SGD state as that of main_moco.py, whose optimizer also lists frozen parameters and the key encoder's.
 
-    None where the optimiser is another, or where its state is not one momentum for each trained parameter.
+    None when the optimizer is not SGD, or its state is not one momentum for each trained parameter.
     """
     trained, count = trained_places(arch, len(head))
     groups, state = optimizer["param_groups"], optimizer["state"]
@@ -95,10 +97,12 @@ def trained_places(arch: str, num_head: int) -> tuple[list[int], int]:
 
 
 def _timm_name(name: str) -> str:
+    """timm's name for a tensor of our EfficientNet-B0: timm counts blocks within their stage, ours are one list."""
     if match := re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(.+)", name):
         places = [(stage, i) for stage, (repeats, *_) in enumerate(STAGES) for i in range(repeats)]
         stage, i = places[int(match[1])]
-        return f"blocks.{stage}.{i}.{(_BLOCK if stage else _FIRST_BLOCK)[match[2]]}.{match[3]}"
+        layers = _FIRST_BLOCK if stage == 0 else _BLOCK
+        return f"blocks.{stage}.{i}.{layers[match[2]]}.{match[3]}"
     first, rest = name.split(".", 1)
     return f"{_TOP[first]}.{rest}"
 

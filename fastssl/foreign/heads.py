@@ -1,4 +1,4 @@
-"""Projection heads and classifiers as checkpoints hold them: recognised by the positions and shapes of their layers."""
+"""The projection heads and classifiers of checkpoints, recognised by the positions and shapes of their layers."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from fastssl.models.heads import make_head
 
 
 class Normalise(nn.Module):
-    """Rows (B, C) of unit length."""
+    """Scales rows (B, C) to unit length."""
 
     def forward(self, x: Tensor) -> Tensor:
         return normalize(x, dim=1)
 
 
 def name_head(tensors: dict[str, Tensor], feature_dim: int) -> str | None:
-    """`linear`, `simple`, ... (see `models.heads`), `simclr` (with batch norm), `normalised linear` (what transfer
-
-    trains), `none` where there are no tensors; None for a head that is none of these.
+    """The name of a head: one of `models.heads`, or "simclr" (with batch norm), "normalised linear" (what transfer
+    trains) or "none" (no tensors). Returns None for a head that is not one of these.
     """
     if not tensors:
         return "none"
@@ -44,7 +43,7 @@ def name_head(tensors: dict[str, Tensor], feature_dim: int) -> str | None:
 
 
 def build_head(name: str, feature_dim: int, dim: int) -> nn.Module:
-    """A head by the name `name_head` gives, with random weights."""
+    """A head, by a name from `name_head`, with random weights."""
     if name == "normalised linear":
         return nn.Sequential(Normalise(), nn.Linear(feature_dim, dim))
     if name == "simclr":
@@ -54,5 +53,5 @@ def build_head(name: str, feature_dim: int, dim: int) -> nn.Module:
 
 
 def output_dim(tensors: dict[str, Tensor]) -> int:
-    """What a head's last Linear gives."""
+    """The output dimension of a head: that of its last Linear layer."""
     return [v for v in tensors.values() if v.ndim == 2][-1].shape[0]

@@ -1,4 +1,4 @@
-"""Which project wrote a set of weights, and which of them belong to one encoder. Works on names alone.
+"""Tells from the names of its tensors which project wrote a checkpoint, and which of them belong to one encoder.
 
   MoCo v1, v2, align + uniform, small models   [module.]encoder_q.* encoder_k.* queue queue_ptr [scalar_label]
   SEED                                         [module.]student.* teacher.* [queue small_queue queue_ptr]
@@ -27,11 +27,11 @@ _ENCODERS = {  # prefix -> (project, which encoder, what people call it)
     "encoder_q.": ("MoCo", "q", "the query encoder"),
     "encoder_k.": ("MoCo", "k", "the key encoder"),
     "student.": ("SEED", "q", "the student"),
-    "teacher.": ("SEED", "k", "the teacher"),  # or DINO's, which are a backbone and a head each
+    "teacher.": ("SEED", "k", "the teacher"),  # also DINO's, where each of the two has a backbone and a head
     "encoder.": ("SimSiam", "q", "the encoder"),
     "base_encoder.": ("MoCo v3", "q", "the query encoder"),
     "momentum_encoder.": ("MoCo v3", "k", "the key encoder"),
-    "backbone.": ("self-supervised", "q", "the backbone"),  # that of fastssl has a head beside it, and nothing else
+    "backbone.": ("self-supervised", "q", "the backbone"),  # (fastssl's own is found first, by `_has_own_names`)
     "momentum_backbone.": ("self-supervised", "k", "the momentum backbone"),
     "backbone_momentum.": ("self-supervised", "k", "the momentum backbone"),
 }
@@ -44,23 +44,25 @@ _SIDES = {  # networks beside the encoders, by the first part of their names
     "bn": "the batch norm of the loss",
     "criterion": "the loss's memory",
 }
-_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}  # of a ResNet
+# the children of a ResNet by their position
+_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 _OTHER_HEADS = {"projection_head.": "SwAV's projection head", "prototypes": "SwAV's prototypes"}
 
 
 class Layout(NamedTuple):
-    """One encoder's weights, and why each other tensor of the file is not among them."""
+    """One encoder's weights, and why the other tensors of the file are not among them."""
 
     kind: str
-    backbone: dict[str, Tensor]  # may still hold the head, under the classifier's name, where `head` is None
-    head: dict[str, Tensor] | None
+    backbone: dict[str, Tensor]
+    head: dict[str, Tensor] | None  # None: it may be part of `backbone`, under the classifier's name
     left_out: dict[str, list[str]]  # reason -> names in the file
 
 
 def find_encoder(tensors: dict[str, Tensor], key: str = "q") -> Layout:
-    """The query encoder (`key="q"`, a SEED student) or the key encoder ("k") among the weights of a file.
+    """The query encoder (key="q", also a SEED student) or the key encoder (key="k") among the weights of a file.
 
-    Raises CheckpointError when it is not there, and for tensors nobody can explain.
+    Raises CheckpointError when it is not there, and for tensors that belong to no known part; the message continues a
+    sentence that begins with the name of the file.
     """
     if key not in ("q", "k"):
         raise ValueError(f"unknown encoder {key!r}: choose q (query) or k (key)")
@@ -71,15 +73,15 @@ def find_encoder(tensors: dict[str, Tensor], key: str = "q") -> Layout:
     projects = {_ENCODERS[prefix][0] for prefix, group in groups.items() if group}
     if not projects:
         if key == "k":
-            raise CheckpointError("it has no key encoder: leave out --key k")
+            raise CheckpointError("has no key encoder: leave out --key k")
         return _split_own("state dict", tensors, {})
     if len(projects) > 1:
-        raise CheckpointError(f"it holds encoders of {' and '.join(sorted(projects))} at once: keep those of one")
+        raise CheckpointError(f"holds encoders of {' and '.join(sorted(projects))} at once: keep only one of them")
     (project,) = projects
     if project == "SEED" and _has_own_names(strip_wrappers(groups["student."] or groups["teacher."])):
         project = "DINO"
     if project == "SEED" and key == "k":
-        raise CheckpointError("a SEED checkpoint has a student and a teacher, no key encoder: leave out --key k")
+        raise CheckpointError("has a student and a teacher (SEED), but no key encoder: leave out --key k")
     left_out: dict[str, list[str]] = {}
     chosen: dict[str, Tensor] | None = None
     kind = project
@@ -90,27 +92,31 @@ def find_encoder(tensors: dict[str, Tensor], key: str = "q") -> Layout:
         elif group:
             left_out[name] = [prefix + k for k in group]
     if chosen is None:
-        raise CheckpointError(f"it has no {'key' if key == 'k' else 'query'} encoder, only {', '.join(left_out)}")
+        lacking, mend = ("key", "leave out --key k") if key == "k" else ("query", "give another checkpoint")
+        raise CheckpointError(f"has no {lacking} encoder, only {', '.join(left_out)}: {mend}")
     sides = {} if project in ("MoCo", "SEED") else _SIDES
     for name in tensors:
         if not name.startswith(tuple(groups)):
             reason = _STATE.get(name) or sides.get(name.split(".")[0])
             if reason is None:
-                raise CheckpointError(f"nobody knows its tensor {name!r} beside the encoders of a {project} checkpoint")
+                raise CheckpointError(f"has a tensor {name!r} unknown in {project} checkpoints: save the encoder alone")
             left_out.setdefault(reason, []).append(name)
     return _split_own(kind, strip_wrappers(chosen), left_out)
 
 
 def strip_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors without `module.` and `_orig_mod.`, at the front of all names or inside them."""
-    while prefix := next((w for w in WRAPPERS if tensors and all(k.startswith(w) for k in tensors)), None):
+    """The same tensors without the `module.` and `_orig_mod.` that begin all names, and without inner `_orig_mod.`."""
+    while tensors:
+        prefix = next((w for w in WRAPPERS if all(k.startswith(w) for k in tensors)), None)
+        if prefix is None:
+            break
         tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
     plain = {k.replace("._orig_mod.", ".").removeprefix("_orig_mod."): v for k, v in tensors.items()}
-    return plain if len(plain) == len(tensors) else tensors
+    return plain if len(plain) == len(tensors) else tensors  # two names may become one
 
 
 def _name_children(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A ResNet's own names for one that was taken apart into nn.Sequential(*children), as lightly's guides do."""
+    """Gives a ResNet that was wrapped as nn.Sequential(*children), as in lightly's guides, its own names again."""
     parts = [name.partition(".") for name in tensors]  # (number, ".", the rest)
     if not all(number in _CHILDREN for number, *_ in parts):
         return tensors
@@ -118,7 +124,7 @@ def _name_children(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def split_classifier(layout: Layout, classifier: str) -> Layout:
-    """The layout with what stands under the classifier's name (`fc`, `classifier.3`) taken out as its head."""
+    """The layout with the tensors under the classifier's name (`fc`, `classifier.3`) as its head."""
     if layout.head is not None:
         return layout
     head = _below(layout.backbone, classifier + ".")
@@ -131,12 +137,12 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _has_own_names(tensors: dict[str, Tensor]) -> bool:
-    """Is it one encoder as ours, and DINO's: a backbone and a head?"""
+    """Whether this is one encoder named as ours and DINO's are: a backbone and a head."""
     return all(name.startswith(("backbone.", "head.")) for name in tensors)
 
 
 def _split_own(kind: str, encoder: dict[str, Tensor], left_out: dict[str, list[str]]) -> Layout:
-    """Our own encoders hold `backbone` and `head`; others keep both in one classifier."""
+    """Splits an encoder: ours and DINO's have a backbone and a head, others keep both under a classifier's names."""
     if encoder and _has_own_names(encoder):
         kind = kind.replace("MoCo checkpoint", "fastssl checkpoint")
         backbone = _name_children(strip_wrappers(_below(encoder, "backbone.")))

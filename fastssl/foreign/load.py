@@ -1,4 +1,4 @@
-"""`load_pretrained`: any checkpoint of `layout` as a module, with an account of every tensor in the file."""
+"""Loads any checkpoint that `layout` knows as a module, with an account of every tensor in the file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fastssl.foreign.layout import Layout, find_encoder, split_classifier
 from fastssl.foreign.read import Contents, is_weights, read_weights
 from fastssl.models.encoders import Encoder, classifier_name, list_architectures, make_backbone
 
-# timm has both under the same names and shapes; they pad differently, or have another number of attention heads.
+# Pairs with the same names and shapes that compute differently: by their padding, or the number of attention heads.
 _TWINS = {f"tf_efficientnet_b{i}": f"timm:efficientnet_b{i}" for i in range(4)}
-_TWINS["mocov3_vit_small"] = "timm:vit_small_patch16_224"  # which is DINO's
+_TWINS["mocov3_vit_small"] = "timm:vit_small_patch16_224"  # DINO's
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was recognised, loaded and left out; `str()` says it in a few lines."""
+    """What was recognised, loaded and left out; `str(report)` tells it in a few lines."""
 
     path: Path
     kind: str  # "MoCo checkpoint, the query encoder", "state dict", ...
@@ -30,7 +30,7 @@ class Report:
     feature_dim: int
     loaded: int  # tensors
     head: str  # "simple", "linear", ..., "none", "unknown"
-    dim: int | None  # what the head gives
+    dim: int | None  # output dimension of the head
     epoch: int | None
     left_out: dict[str, list[str]] = field(default_factory=dict)  # reason -> names
     notes: list[str] = field(default_factory=list)
@@ -49,15 +49,14 @@ class Report:
 def load_pretrained(
     path: str | Path, arch: str | None = None, *, key: str = "q", with_head: bool = False, stem: str | None = None
 ) -> tuple[nn.Module, Report]:
-    """A pretrained encoder in eval mode, on the CPU, and what was made of its file.
+    """A pretrained encoder in eval mode on the CPU, and the report of what was loaded.
 
-    The module maps (B, 3, S, S) normalised images to (B, feature_dim) features; with `with_head` it is an `Encoder`
-    that maps them on to the head's (B, D) projections, not normalised. `arch` (any name of `list_architectures`, or
-    timm:NAME) and `stem` are taken from the file, or found by names and shapes, where they are not given. `key="k"`
-    takes MoCo's key encoder.
+    The module maps (B, 3, S, S) normalised images to (B, feature_dim) features, or, with `with_head`, is an `Encoder`
+    that gives the head's (B, D) projections, not normalised. arch (a name of `list_architectures`, or timm:NAME) and
+    stem default to what the file says, or to what its names and shapes fit. key="k" takes MoCo's key encoder.
 
     Raises CheckpointError (a ValueError) for a file that cannot be read safely, and for any tensor that is missing,
-    unexpected or of another shape: it names the first of them and the architectures that would fit.
+    unexpected or of another shape; it names the first of them and the architectures that would fit.
     """
     contents = read_weights(path)
     layout = _find(contents, key)
@@ -70,14 +69,15 @@ def load_pretrained(
     left_out |= {f"the tensors of {name!r}": list(v) for name, v in contents.entries.items() if is_weights(v)}
     if with_head:
         if dim is None:
-            held = f"a head that is none of those known ({_few(list(layout.head))})" if layout.head else "no head"
+            held = f"an unknown head ({_few(list(layout.head))})" if layout.head else "no head"
             raise CheckpointError(f"{path} has {held}: leave out --head to use the {feature_dim} features")
         module = build_head(head, feature_dim, dim)
         module.load_state_dict(layout.head)
         backbone = Encoder(backbone, feature_dim, module)
         loaded += len(layout.head)
     elif layout.head:
-        left_out[f"the head ({head}{f', {dim} outputs' if dim else ''})"] = list(layout.head)
+        outputs = f", {dim} outputs" if dim else ""
+        left_out[f"the head ({head}{outputs})"] = list(layout.head)
     report = Report(
         contents.path, layout.kind, arch, stem, feature_dim, loaded, head, dim, _epoch(contents), left_out,
         notes,
@@ -86,10 +86,10 @@ def load_pretrained(
 
 
 def load_into(path: str | Path, encoder: Encoder, arch: str, stem: str) -> list[str]:
-    """Gives `encoder` the weights of a checkpoint to start from, and says what it did.
+    """Loads the weights of a checkpoint into `encoder`, to start from them. Returns lines for the log.
 
-    The backbone must fit in full. Of the head, tensors of the same name and shape are taken, as the small-model
-    project does for a start from a distilled student whose head is another; the rest keep their random values.
+    The backbone must fit in full. Of the head, only tensors with the same name and shape are loaded, and the others
+    keep their random values, as in the small-model project, where a distilled student may have had another head.
     Raises CheckpointError as `load_pretrained` does.
     """
     contents = read_weights(path)
@@ -97,23 +97,24 @@ def load_into(path: str | Path, encoder: Encoder, arch: str, stem: str) -> list[
     own = encoder.head.state_dict()
     taken = {k: v for k, v in layout.head.items() if k in own and own[k].shape == v.shape}
     encoder.head.load_state_dict({**own, **taken})
-    said = [f"weights of {path} ({layout.kind}): {len(layout.backbone)} tensors of the backbone"]
+    lines = [f"weights of {path} ({layout.kind}): {len(layout.backbone)} tensors of the backbone"]
     if taken:
-        said.append(f"head: took {_few(list(taken))}")
+        lines.append(f"head: loaded {_few(list(taken))}")
     if other := [k for k in {**layout.head, **own} if k not in taken]:
-        said.append(f"head: {_few(other)} {'differ' if layout.head else 'are not in it'}, so they start afresh")
-    return said + notes + [f"left out {reason} ({_few(names)})" for reason, names in layout.left_out.items()]
+        why = "names or shapes differ" if layout.head else "not in the file"
+        lines.append(f"head: kept random weights for {_few(other)} ({why})")
+    return lines + notes + [f"left out {reason} ({_few(names)})" for reason, names in layout.left_out.items()]
 
 
 def _find(contents: Contents, key: str) -> Layout:
     try:
         return find_encoder(contents.tensors, key)
     except CheckpointError as error:
-        raise CheckpointError(f"{contents.path}: {error}") from None
+        raise CheckpointError(f"{contents.path} {error}") from None
 
 
 def _choose(contents: Contents, layout: Layout, arch: str | None, stem: str | None) -> tuple[str, str]:
-    """The architecture and stem: as asked, as the file says where that fits, else the one that fits."""
+    """(architecture, stem): as given, else what the file says if that fits, else the only ones that fit."""
     config = contents.entries.get("config")
     own = config if isinstance(config, dict) else contents.entries
     said_arch, said_stem = own.get("arch"), own.get("stem")
@@ -128,34 +129,40 @@ def _choose(contents: Contents, layout: Layout, arch: str | None, stem: str | No
     if len(found) == 1 and found[0][0] not in _TWINS:
         return found[0]
     if not found and said_arch in list_architectures():
-        return said_arch, stem or "imagenet"  # which says what does not fit
+        return said_arch, stem or "imagenet"  # `_load_backbone` then says what does not fit
     if not found:
         raise CheckpointError(
             f"{contents.path} ({layout.kind} of {_few(list(layout.backbone))}) fits no architecture known here: name "
             "one with -a"
         )
-    names = [name for found_arch, _ in found for name in (found_arch, _TWINS.get(found_arch)) if name]
+    names = []
+    for found_arch, _ in found:
+        names.append(found_arch)
+        if found_arch in _TWINS:
+            names.append(_TWINS[found_arch])
     raise CheckpointError(f"{contents.path} fits {' and '.join(names)}, which compute differently: name one with -a")
 
 
 def _load_backbone(
     contents: Contents, whole: Layout, backbone: nn.Module, classifier: str, arch: str, stem: str
 ) -> tuple[Layout, list[str]]:
-    """Loads strictly; gives the layout with the head apart, and notes."""
+    """Loads the backbone strictly. Returns the layout with its head split off, and notes for the report."""
     layout = split_classifier(whole, classifier)
     own = backbone.state_dict()
     wrong = differences(layout.backbone, {k: tuple(v.shape) for k, v in own.items()})
     if wrong:
-        others = [name + ("" if s == "imagenet" else f" --stem {s}") for name, s in fitting_architectures(whole)]
+        others = [_with_stem(*pair) for pair in fitting_architectures(whole)]
         held = _few(list(layout.backbone)) or "nothing"
         advice = f"it fits {', '.join(others)}" if others else f"no architecture known here has these layers: {held}"
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        shown = f"{arch}" + ("" if stem == "imagenet" else f" --stem {stem}")
-        raise CheckpointError(f"{contents.path} is no {shown}: {', '.join(wrong[:3])}{more}; {advice}")
-    counters = [k for k in own if k not in layout.backbone]
-    own.update(layout.backbone)  # this very dict: it holds the versions that MNASNet asks for
+        raise CheckpointError(f"{contents.path} does not fit {_with_stem(arch, stem)}: {_few(wrong)}; {advice}")
+    lacking = [k for k in own if k not in layout.backbone]  # counters, or it would not fit
+    own.update(layout.backbone)  # own has an attribute that a new dict would lack: the version, which MNASNet needs
     backbone.load_state_dict(own)
-    return layout, [f"{len(counters)} {COUNTER} are not in the file and start at 0"] * bool(counters)
+    return layout, [f"the file lacks {COUNTER}, so it starts at 0"] if lacking else []
+
+
+def _with_stem(arch: str, stem: str) -> str:
+    return arch if stem == "imagenet" else f"{arch} --stem {stem}"
 
 
 def _epoch(contents: Contents) -> int | None:

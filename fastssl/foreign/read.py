@@ -15,15 +15,15 @@ from torch import Tensor
 
 from fastssl.checkpoint import CheckpointError
 
-# Where projects put the weights in a checkpoint, in the order they are looked for.
+# The entries in which projects keep the weights of a checkpoint, in the order in which they are looked for.
 _WEIGHTS = ("state_dict", "model", "model_state_dict", "net")
-_NETWORKS = ("student", "teacher")  # or one dict for each of the two, as DINO
-# How torch names, in what it raises, the code it met: a class, a function, a blocked module's, a whole program.
+_NETWORKS = ("student", "teacher")  # DINO keeps one entry for each of these instead
+# How torch's errors name the code in a file: a class, a function, something of a blocked module, a whole program.
 _CODE = re.compile(
     r"GLOBAL (\S+) was not an allowed global|Unsupported class (\S+)|unsupported GLOBAL (\S+)|(TorchScript)"
     r"|(the legacy \.tar format)"
 )
-# Weights of other types are quantised: without their scales they mean nothing.
+# Weights of other types are quantised, and mean nothing without their scales.
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -32,39 +32,44 @@ class Contents(NamedTuple):
 
     path: Path
     tensors: dict[str, Tensor]  # the weights, on the CPU, under the names in the file
-    entries: dict[str, object]  # what lies beside them: epoch, arch, optimizer, config, ...
+    entries: dict[str, object]  # the other entries: epoch, arch, optimizer, config, ...
 
 
 def read_weights(path: str | Path) -> Contents:
     """The weights of a checkpoint or a bare state dict.
 
-    Raises CheckpointError for a missing or damaged file, for one that holds code, and where there are no weights.
+    Raises CheckpointError for a missing or damaged file, for one that holds code, and for one without weights.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder: name a checkpoint in it, as RUN/checkpoints/step_000001000.pt")
     if not path.is_file():
-        is_folder = f"{path} is a folder: name a checkpoint in it, such as RUN/checkpoints/step_000001000.pt"
-        raise CheckpointError(is_folder if path.is_dir() else f"there is no checkpoint {path}")
+        raise CheckpointError(f"there is no checkpoint {path}")
     loaded, entries = _read_safetensors(path) if _is_safetensors(path) else (_read_torch(path), {})
     if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not weights by name: save model.state_dict()")
+        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not named weights: save model.state_dict()")
     if not is_weights(loaded):
         loaded = _join_networks(loaded)
         name = next((n for n in _WEIGHTS if is_weights(loaded.get(n))), None)
         if name is None:
             held = ", ".join(map(str, list(loaded)[:8])) or "nothing"
-            raise CheckpointError(f"{path} holds no weights under {', '.join(_WEIGHTS)}; it holds {held}")
+            raise CheckpointError(f"{path} holds no weights under {', '.join(_WEIGHTS)}: it holds {held}")
         entries = {str(k): v for k, v in loaded.items() if k != name}
         loaded = loaded[name]
-    odd = next((k for k, v in loaded.items() if v.layout != torch.strided or v.is_meta), None)
-    if odd is not None:
-        raise CheckpointError(f"{path}: {odd} is sparse or has no values: save plain tensors, .to_dense()")
-    odd = next((k for k, v in loaded.items() if v.dtype not in _FLOATS and _must_be_float(k, v)), None)
-    if odd is not None:
-        raise CheckpointError(f"{path}: {odd} holds {loaded[odd].dtype}, no weights as they are: save them as float32")
-    broken = next((k for k, v in loaded.items() if v.is_floating_point() and not v.isfinite().all()), None)
-    if broken is not None:
-        raise CheckpointError(f"{path}: {broken} holds values that are not finite: take an earlier checkpoint")
+    _check_values(path, loaded)
     return Contents(path, dict(loaded), entries)
+
+
+def _check_values(path: Path, weights: dict[str, Tensor]) -> None:
+    for name, tensor in weights.items():
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise CheckpointError(f"{path}: {name} is sparse or has no values: save plain tensors (.to_dense())")
+    for name, tensor in weights.items():
+        if tensor.dtype not in _FLOATS and _must_be_float(name, tensor):
+            raise CheckpointError(f"{path}: {name} is of type {tensor.dtype}: save weights in float32")
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: {name} holds values that are not finite: take an earlier checkpoint")
 
 
 def _must_be_float(name: str, tensor: Tensor) -> bool:
@@ -72,6 +77,7 @@ def _must_be_float(name: str, tensor: Tensor) -> bool:
 
 
 def is_weights(value: object) -> bool:
+    """Whether this is a state dict: tensors by name, at least one."""
     return (
         isinstance(value, dict)
         and bool(value)
@@ -80,16 +86,16 @@ def is_weights(value: object) -> bool:
 
 
 def _join_networks(loaded: dict) -> dict:
-    """DINO's checkpoint with both networks in one state dict, as others save them."""
+    """DINO's checkpoint with both networks in one state dict, as others save them; any other as it is."""
     networks = {name: loaded[name] for name in _NETWORKS if is_weights(loaded.get(name))}
     if not networks:
         return loaded
-    others = {k: v for k, v in loaded.items() if k not in networks}
-    return {"state_dict": {f"{n}.{k}": v for n, tensors in networks.items() for k, v in tensors.items()}, **others}
+    joined = {f"{name}.{k}": v for name, tensors in networks.items() for k, v in tensors.items()}
+    return {"state_dict": joined, **{k: v for k, v in loaded.items() if k not in networks}}
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By its first bytes, a length and JSON: a downloaded file may have any name."""
+    """Tells by the first bytes, a length and then JSON, since a downloaded file may have any name."""
     with open(path, "rb") as file:
         return file.read(9)[8:] == b"{" or path.suffix == ".safetensors"
 
@@ -101,14 +107,15 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file: {str(error).splitlines()[0][:200]}") from None
+        reason = str(error).splitlines()[0][:200]
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: {reason}") from None
 
 
 def _read_torch(path: Path) -> object:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch.load itself would read flipped bits without a word
+                damaged = archive.testzip()  # torch.load itself does not notice flipped bits
             if damaged:
                 raise CheckpointError(f"{path} is damaged: {damaged} fails its checksum")
         with torch.serialization.safe_globals(_harmless()):
@@ -119,16 +126,16 @@ def _read_torch(path: Path) -> object:
         text = str(error)
         if found := _CODE.search(text):
             raise CheckpointError(
-                f"{path} holds {next(filter(None, found.groups()))}, which loading would run as code: refused; where "
-                "you trust it, load it by its own program and keep its weights alone: torch.save(state_dict, NEW)"
+                f"{path} holds {found[found.lastindex]}, which would run as code if it were loaded: if you trust the "
+                "file, load it with its own program and save only the weights, with torch.save(state_dict, NEW)"
             ) from None
-        # torch's own advice, to load all the same, is not ours
+        # without torch's own advice, which is to load the file all the same
         reason = text.partition("WeightsUnpickler error:")[2].strip() or text or type(error).__name__
-        raise CheckpointError(f"{path} is damaged or no checkpoint: {reason.splitlines()[0][:200]}") from error
+        raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason.splitlines()[0][:200]}") from error
 
 
 def _harmless() -> list:
-    """Types that old checkpoints hold beside their weights (arguments, the best accuracy) and that run nothing."""
+    """Types that old checkpoints hold beside their weights (arguments, the best accuracy), and that run no code."""
     scalar = (np._core if hasattr(np, "_core") else np.core).multiarray.scalar  # numpy 2, numpy 1
     names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     numbers = [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"]

@@ -1,8 +1,8 @@
 """Batch normalisation over part of the batch (split, one device) or over all ranks (SyncBN).
 
-MoCo wants keys and queries normalised by different statistics, or the task leaks through them (He et al., arXiv
-1911.05722, section 3.3). Several GPUs give that by themselves; on one device `split_batchnorm` makes s groups out of
-the batch, as if s devices held a share each.
+MoCo needs queries and keys normalised by different statistics, which would otherwise leak the answer (He et al., arXiv
+1911.05722, section 3.3). On several GPUs they are; on a single device, `split_batchnorm` splits the batch into parts
+and normalises each by itself, as if it were on a device of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class _SplitForward:
-    """Training forward of `splits` contiguous sub-batches, each normalised by its own mean and variance."""
+    """In training, normalises `splits` contiguous sub-batches, each by its own mean and variance."""
 
     splits: int
 
@@ -27,7 +27,9 @@ class _SplitForward:
         if x.shape[0] % self.splits:
             raise ValueError(f"a batch of {x.shape[0]} cannot be split into {self.splits} equal parts (--bn-splits)")
         if x.numel() == self.splits * x.shape[1]:
-            raise ValueError("one value a channel has no variance: take fewer --bn-splits or a larger --batch-size")
+            raise ValueError(
+                "a single value per channel has no variance: use fewer --bn-splits or a larger --batch-size"
+            )
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         if torch.compiler.is_compiling():
@@ -36,7 +38,7 @@ class _SplitForward:
         return torch.cat([self._normalise(part, i) for i, part in enumerate(parts)])
 
     def _normalise_together(self, x: Tensor) -> Tensor:
-        # For compilers: they fuse these into the two passes of a batch norm, but drown in `splits` of them and a cat.
+        # For torch.compile: it fuses this into the two passes of one batch norm, but does badly with `splits` of them.
         parts = x.unflatten(0, (self.splits, -1)).transpose(0, 1).flatten(1, 2)  # (B/s, s C, ...)
         weight, bias = (t if t is None else t.repeat(self.splits) for t in (self.weight, self.bias))
         mean, var = (t if t is None else t.repeat(self.splits) for t in (self.running_mean, self.running_var))
@@ -47,7 +49,7 @@ class _SplitForward:
         return y.unflatten(1, (self.splits, -1)).transpose(0, 1).flatten(0, 1)
 
     def _normalise(self, part: Tensor, i: int) -> Tensor:
-        # With these factors the updates in a row leave (1-m) running + m mean(statistics): every part weighs m/s.
+        # These factors make the successive updates add up to (1-m) running + m mean(statistics): each part weighs m/s.
         factor = self.momentum / (self.splits - (self.splits - 1 - i) * self.momentum)
         return F.batch_norm(part, self.running_mean, self.running_var, self.weight, self.bias, True, factor, self.eps)
 
@@ -61,7 +63,7 @@ class SplitBatchNorm2d(_SplitForward, nn.BatchNorm2d):
 
 
 class _SplitActForward(_SplitForward):
-    """The same for timm's BatchNormAct2d, whose activation (and dropout) belong to the layer."""
+    """The same for timm's BatchNormAct2d, a layer that includes the activation (and dropout)."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -76,10 +78,10 @@ _SPLIT_TYPES = {
 
 @cache
 def _split_type(kind: type[_BatchNorm]) -> type[_BatchNorm] | None:
-    """The split layer that stands in for layers of exactly this type; None where there is none."""
+    """The split layer that replaces layers of exactly this type; None if there is none."""
     if issubclass(kind, _SplitForward):
         return kind
-    if _is_timm_act(kind) and kind.__name__ == "BatchNormAct2d":  # made here: importing timm takes seconds
+    if _is_timm_act(kind) and kind.__name__ == "BatchNormAct2d":  # made on demand, since importing timm takes seconds
         return type("SplitBatchNormAct2d", (_SplitActForward, kind), {})
     return _SPLIT_TYPES.get(kind)
 
@@ -89,14 +91,14 @@ def _is_timm_act(kind: type) -> bool:
 
 
 def split_batchnorm(module: nn.Module, splits: int) -> None:
-    """Makes every BatchNorm1d/2d of `module` normalise `splits` contiguous sub-batches apart, in place.
+    """Makes every BatchNorm1d/2d of `module` normalise `splits` contiguous sub-batches separately, in place.
 
-    One training forward moves the running statistics by the mean of the sub-batches' (unbiased variance) and counts
-    as one batch, so they are what the mean over `splits` separate devices would be. Parameters, buffers and their
-    names stay: checkpoints do not know about it, and splits=1 is plain batch normalisation again. A training batch
-    that `splits` does not divide is a ValueError.
+    A training forward counts as one batch and updates the running statistics with the mean of the sub-batches'
+    statistics (unbiased variance), so they equal the mean over `splits` devices. Parameters, buffers and their names
+    stay, so checkpoints are not affected; splits=1 restores plain batch normalisation.
 
-    Raises ValueError when splits < 1, when there is nothing to split, or for a layer that cannot be split.
+    Raises ValueError when splits < 1, when there is nothing to split, or for a layer that cannot be split; later, in
+    training, for a batch that `splits` does not divide.
     """
     if splits < 1:
         raise ValueError(f"batch normalisation needs at least 1 split, got {splits}")
@@ -112,23 +114,23 @@ def split_batchnorm(module: nn.Module, splits: int) -> None:
         if _split_type(type(layer)) is None:
             raise ValueError(f"cannot split the {type(layer).__name__} layer {name!r}: use --bn-splits 1")
         if layer.momentum is None:
-            raise ValueError(f"cannot split layer {name!r}: its momentum is None (cumulative average), set a number")
+            raise ValueError(f"cannot split layer {name!r}, whose momentum is None: set it to a number")
     for layer in layers.values():
-        # The same object with another forward: optimizers, hooks and names that refer to it stay valid.
+        # The same object with another forward, so that optimizers, hooks and names that refer to it stay valid.
         layer.__class__ = _split_type(type(layer))
         layer.splits = splits
 
 
 def check_sync_batchnorm(device: torch.device) -> None:
-    """Raises ValueError where torch has no SyncBatchNorm (everywhere but CUDA)."""
+    """Raises ValueError unless the device is CUDA, which SyncBatchNorm needs."""
     if device.type != "cuda":
-        raise ValueError(f"SyncBatchNorm needs CUDA and this run is on {device.type}: leave it out, or use --bn-splits")
+        raise ValueError(f"SyncBatchNorm needs CUDA, but this run is on {device.type}: leave it out or use --bn-splits")
 
 
 def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
     """`module` with every BatchNorm replaced by SyncBatchNorm (statistics over all ranks), for training on `device`.
 
-    Raises ValueError when `device` is not CUDA, and when a layer has been split (a layer is one or the other).
+    Raises ValueError when `device` is not CUDA, or when a layer has been split.
     """
     check_sync_batchnorm(device)
     layers = list(_batchnorm_layers(module).values())
@@ -142,16 +144,16 @@ def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module
 
 
 def take_counters(module: nn.Module) -> list[Tensor]:
-    """The `num_batches_tracked` of all layers, which count no more: whoever takes them counts for them.
+    """Returns the `num_batches_tracked` of all layers and stops the layers from counting: the caller does it instead.
 
-    A network of 50 layers launches 50 kernels to add 1 to 50 numbers; one `torch._foreach_add_` does it too. The
-    state_dict stays as it is. Layers whose momentum is None count for themselves, since they use the number.
+    A network of 50 layers would launch 50 kernels to add 1 to 50 numbers, which one `torch._foreach_add_` does as well.
+    The state_dict stays as it is. Layers whose momentum is None still count, since they use the number.
     """
     layers = [m for m in _batchnorm_layers(module).values() if m.momentum is not None]
     layers = [m for m in layers if m.num_batches_tracked is not None]
     counters = [m.num_batches_tracked for m in layers]
     for layer in layers:
-        layer.__dict__["num_batches_tracked"] = None  # forward looks here first, and finds nothing to count
+        layer.__dict__["num_batches_tracked"] = None  # hides the buffer from forward, not from state_dict
     return counters
 
 

@@ -1,10 +1,10 @@
-"""Convolutions that a CPU's library (oneDNN) is slow at, computed in other ways; weights keep their names.
+"""Replacements for convolutions that are slow in oneDNN, PyTorch's library on CPUs. Weights keep their names.
 
-- 3x3 convolutions that give maps of at most 2 x 2 are products of patches: oneDNN needs twice the time for the gradient
-  of their weights. They are the last stage of a ResNet at 64 pixels, which holds two thirds of its weights.
-- Depthwise convolutions are float32 under autocast: their gradients take oneDNN up to 200 times as long in bf16.
+- 3x3 convolutions with an output of at most 2 x 2 become matrix products with patches: oneDNN takes twice as long for
+  the gradient of their weights. The last stage of a ResNet at 64 pixels consists of them: two thirds of its weights.
+- Depthwise convolutions run in float32 under autocast: in bf16 oneDNN takes up to 200 times as long for the gradients.
 
-Tensors are NHWC inside; N images, H rows of the input, O of the output, C channels in, D channels out.
+Tensors are NHWC inside. N images, H rows of the input, O rows of the output, C channels in, D channels out.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-_LARGEST = 2  # height and width of the output: larger maps oneDNN multiplies as fast
+_LARGEST = 2  # height and width of the output: for larger ones oneDNN is as fast
 
 
 def use_cpu_convolutions(module: nn.Module) -> None:
-    """Gives every convolution of `module` that is one of these its other way, in place."""
+    """Makes every such convolution of `module` compute in its faster way, in place."""
     for conv in module.modules():
         if isinstance(conv, nn.Conv2d) and 1 < conv.groups == conv.in_channels and not isinstance(conv, _InFloat32):
             conv.__class__ = in_float32(type(conv))
-        elif type(conv) is nn.Conv2d and _is_of_patches(conv):
+        elif type(conv) is nn.Conv2d and _suits_patches(conv):
             conv.__class__ = PatchConv2d
 
 
@@ -34,13 +34,13 @@ def use_plain_convolutions(module: nn.Module) -> None:
             conv.__class__ = type(conv).__bases__[-1]
 
 
-def _is_of_patches(conv: nn.Conv2d) -> bool:
+def _suits_patches(conv: nn.Conv2d) -> bool:
     shape = (conv.kernel_size, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
     return shape == ((3, 3), (1, 1), (1, 1), 1, "zeros") and conv.stride in ((1, 1), (2, 2))
 
 
 class _InFloat32:
-    """A forward that under autocast computes in float32, and gives autocast's dtype."""
+    """A forward that, under autocast, computes in float32 and returns autocast's dtype."""
 
     def forward(self, images: Tensor) -> Tensor:
         if not torch.is_autocast_enabled("cpu"):
@@ -51,12 +51,12 @@ class _InFloat32:
 
 @cache
 def in_float32(base: type[nn.Conv2d]) -> type[nn.Conv2d]:
-    """`base`, nn.Conv2d or a kind of it that pads in its own way, computing in float32 under autocast."""
+    """A subclass of `base` (nn.Conv2d, or one that pads in its own way) that computes in float32 under autocast."""
     return type(f"Float32{base.__name__}", (_InFloat32, base), {})
 
 
 class PatchConv2d(nn.Conv2d):
-    """nn.Conv2d with a kernel of 3, padding 1 and one group; equal to it up to rounding."""
+    """An nn.Conv2d with kernel size 3, padding 1 and one group; its results are equal up to rounding."""
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
@@ -80,7 +80,7 @@ class _PatchProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        if torch.is_grad_enabled():  # create_graph=True: what is saved has no graph, so terms would silently be missing
+        if torch.is_grad_enabled():  # create_graph=True: the saved tensors have no graph, so terms would be missing
             raise RuntimeError("these convolutions cannot be differentiated twice: call use_plain_convolutions(model)")
         patches, matrix = ctx.saved_tensors
         grad, grad_images, grad_weight = grad.permute(0, 2, 3, 1).flatten(0, 2), None, None
@@ -92,14 +92,14 @@ class _PatchProduct(torch.autograd.Function):
 
 
 def cut_patches(images: Tensor, stride: int) -> Tensor:
-    """(N, C, H, H) -> (N O O, 9 C): what each output sees, row by row of the kernel."""
+    """(N, C, H, H) -> (N O O, 9 C): the 3 x 3 patch that each output sees, row by row."""
     padded = pad(images.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
     windows = padded.unfold(1, 3, stride).unfold(2, 3, stride)  # (N, O, O, C, 3, 3)
     return windows.permute(0, 1, 2, 4, 5, 3).reshape(-1, 9 * images.shape[1])
 
 
 def add_patches(patches: Tensor, height: int, stride: int) -> Tensor:
-    """The transpose of `cut_patches`: (N O O, 9 C) -> (N, C, H, H), added in float32 at least."""
+    """The transpose of `cut_patches`: (N O O, 9 C) -> (N, C, H, H), summed in float32 at least."""
     side = (height - 1) // stride + 1
     parts = patches.unflatten(1, (3, 3, -1)).unflatten(0, (-1, side, side))  # (N, O, O, 3, 3, C)
     dtype = torch.promote_types(patches.dtype, torch.float32)

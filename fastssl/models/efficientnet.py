@@ -40,7 +40,7 @@ _batchnorm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
 class SameConv2d(nn.Conv2d):
     """A convolution whose padding is TensorFlow's "same" for inputs of `nominal` pixels a side.
 
-    Read when it runs, so that a stem whose stride is changed pads for its new stride.
+    The padding is computed in forward, since the CIFAR stem changes the stride of a layer.
     """
 
     def __init__(self, c_in: int, c_out: int, kernel: int, *, stride: int, nominal: int, groups: int = 1) -> None:

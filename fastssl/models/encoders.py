@@ -1,8 +1,8 @@
 """Encoders by name: a backbone (images -> features) and a projection head (features -> z).
 
-The backbone is a classifier whose last Linear layer has become an Identity, everything before it untouched, so its
-`state_dict()` is the classifier's own without that layer, and a checkpoint of one loads strictly into the other.
-A further family is one more entry of `_ARCHITECTURES`: a function that builds the classifier.
+The backbone is a classifier whose last Linear layer has been replaced by an Identity, so its `state_dict()` is the
+classifier's own without that layer, and checkpoints of classifiers load strictly into it. To add an architecture, add
+a function that builds the classifier to `_ARCHITECTURES`.
 
 A name means what the command lines of the small-model project (arXiv 2107.14762) mean by it: `mobilenetv3_small`,
 `efficientnet_b0` to `_b3` and `vit_tiny` are that project's own variants, torchvision's are `mobilenet_v3_small` and
@@ -25,7 +25,7 @@ from fastssl.models.mobilenetv3 import SmallModelMobileNetV3, mobilenetv3_large,
 from fastssl.models.resnets import WidenedResNet, resnext152_32x8d
 from fastssl.models.vit import SmallModelViT
 
-# Their auxiliary classifiers make the output a tuple while training.
+# Auxiliary classifiers would make their output a tuple in training.
 _TORCHVISION_OPTIONS = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
@@ -35,19 +35,21 @@ _WITHOUT_LINEAR = {"squeezenet1_0", "squeezenet1_1"}
 
 
 class Architecture(NamedTuple):
-    """How a classifier is built, and whose definition it follows."""
+    """A function that builds a classifier, and the project whose definition it follows."""
 
     build: Callable[[], nn.Module]
     source: str  # torchvision, timm or small models
 
 
 def _build_timm(name: str, **options: object) -> nn.Module:
-    import timm  # seconds to import
+    import timm  # takes seconds
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
-        raise ValueError(f"timm has no model {name!r}" + (f": did you mean timm:{near[0]}?" if near else ""))
-    return timm.create_model(name, pretrained=False, num_classes=1000, **options)  # by default some have no classifier
+        hint = f"did you mean timm:{near[0]}?" if near else "timm.list_models() lists all"
+        raise ValueError(f"timm has no model {name!r}: {hint}")
+    # num_classes, since some have no classifier by default
+    return timm.create_model(name, pretrained=False, num_classes=1000, **options)
 
 
 def _torchvision(name: str) -> Architecture:
@@ -60,7 +62,7 @@ _SMALL_MODELS = {
     "mobilenetv3_large": mobilenetv3_large,
     "vit_tiny": SmallModelViT,
     "resnext152_32x8d": resnext152_32x8d,
-    "swav_resnet50": tv.resnet50,  # these two are torchvision's network; only their heads have other names
+    "swav_resnet50": tv.resnet50,  # these two are torchvision's network; only the names of their heads differ
     "simclr_resnet50": tv.resnet50,
     **{f"swav_resnet50w{widen}": partial(WidenedResNet, widen) for widen in (2, 4, 5)},
     **_SMALL_EFFICIENTNETS,
@@ -82,7 +84,7 @@ _ARCHITECTURES: dict[str, Architecture] = {
     **{name: Architecture(build, "timm") for name, build in _TIMM.items()},
 }
 
-# The stem's convolution, and the pooling after it where the family has one.
+# For each family that can have a CIFAR stem: the stem's convolution, and the pooling after it, if there is one.
 _STEMS: dict[type[nn.Module], tuple[str, str | None]] = {
     tv.ResNet: ("conv1", "maxpool"),
     WidenedResNet: ("conv1", "maxpool"),
@@ -115,20 +117,20 @@ class Encoder(nn.Module):
 
 
 def list_architectures() -> list[str]:
-    """Names that `make_encoder` takes, sorted; besides, it takes timm:NAME."""
+    """The names that `make_encoder` knows, sorted. It also takes any timm:NAME."""
     return sorted(_ARCHITECTURES)
 
 
 def source_of(arch: str) -> str:
-    """Whose definition an architecture of the list follows: torchvision, timm or small models."""
+    """The project whose definition an architecture of the list follows: torchvision, timm or small models."""
     return _ARCHITECTURES[arch].source
 
 
 def make_encoder(arch: str, *, head: str = "linear", dim: int = 128, stem: str = "imagenet") -> Encoder:
     """A randomly initialised encoder: architecture, projection head (see `heads`) and stem by name.
 
-    `stem="cifar"` suits 32-pixel images: a 3x3 first convolution of stride 1 and no pooling after it (the ResNet of
-    He et al., arXiv 1512.03385, section 4.2), so the first stage keeps the full resolution.
+    stem="cifar" is for images of 32 pixels: the first convolution is 3x3 with stride 1 and no pooling follows (He et
+    al., arXiv 1512.03385, section 4.2), so the first stage keeps the full resolution.
 
     Raises ValueError for an unknown architecture, head or stem, and for a family without a CIFAR stem.
     """
@@ -137,7 +139,7 @@ def make_encoder(arch: str, *, head: str = "linear", dim: int = 128, stem: str =
 
 
 def make_backbone(arch: str, stem: str = "imagenet") -> tuple[nn.Module, str, int]:
-    """A randomly initialised backbone, the name its classifier's last layer had, and the number of its features."""
+    """(randomly initialised backbone, name of the classifier's last layer, which it lacks, number of features)."""
     backbone = make_classifier(arch)
     name, linear = find_classifier(backbone)
     backbone.set_submodule(name, nn.Identity())
@@ -153,27 +155,27 @@ def make_classifier(arch: str) -> nn.Module:
     if arch.startswith("timm:"):
         return _build_timm(arch.removeprefix("timm:"))
     if arch in _WITHOUT_LINEAR:
-        raise ValueError(f"{arch} classifies with a convolution: it has no features before a last Linear layer")
+        raise ValueError(f"{arch} has no last Linear layer, whose input are the features: choose another architecture")
     if arch not in _ARCHITECTURES:
         near = difflib.get_close_matches(arch, _ARCHITECTURES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "`fastssl models` lists those known"
+        hint = f"did you mean {near[0]!r}?" if near else "`fastssl models` lists all"
         raise ValueError(f"unknown architecture {arch!r}: {hint}")
     return _ARCHITECTURES[arch].build()
 
 
 def classifier_name(arch: str) -> str:
-    """Where an architecture keeps its classifier's last layer: `fc`, `classifier.3`, ..."""
+    """The name of the classifier's last layer in an architecture: `fc`, `classifier.3`, ..."""
     return find_classifier(make_classifier(arch))[0]
 
 
 def find_classifier(model: nn.Module) -> tuple[str, nn.Linear]:
-    """Name and layer of a classifier's last Linear layer; what goes into it are the features."""
+    """(name, layer) of a classifier's last Linear layer, whose input are the features."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if hasattr(model, "get_classifier"):  # timm knows its own; it need not be the last one
+    if hasattr(model, "get_classifier"):  # a timm model knows its classifier, which need not be the last Linear layer
         own = model.get_classifier()
         linears = {name: module for name, module in linears.items() if module is own}
     if not linears:
-        raise ValueError(f"{type(model).__name__} does not end in a Linear layer: it has no features to train")
+        raise ValueError(f"{type(model).__name__} does not end in a Linear layer: choose another architecture")
     return list(linears.items())[-1]
 
 

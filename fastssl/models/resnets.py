@@ -1,4 +1,4 @@
-"""ResNets that torchvision lacks: every stage twice, four or five times as wide, and ResNeXt-152."""
+"""ResNets that torchvision lacks: ResNet-50 with every stage widened, and ResNeXt-152."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torchvision.models.resnet import Bottleneck
 class WidenedResNet(tv.ResNet):
     """ResNet-50 whose stem and stages are `widen` times as wide, as SwAV's (Caron et al., arXiv 2006.09882).
 
-    Unlike torchvision's wide_resnet50_2, which widens only the 3x3 convolutions, the features widen too:
-    (B, 2048 * widen). SwAV pads its first convolution in two steps, by zeros both times: the same numbers.
+    Unlike in torchvision's wide_resnet50_2, which widens only the 3x3 convolutions, there are more features, too:
+    (B, 2048 * widen). (SwAV's code pads the first convolution in two steps, with the same result.)
     """
 
     def __init__(self, widen: int) -> None:

@@ -1,4 +1,4 @@
-"""A network looked at before it is used: built without memory, and tried on images of a size."""
+"""Ways to examine a network before it is used: to build it without memory, and to try it on images of a size."""
 
 from __future__ import annotations
 
@@ -13,25 +13,30 @@ Built = TypeVar("Built")
 
 
 def build_without_memory(build: Callable[[], Built]) -> Built:
-    """What `build` makes, its weights with shapes but no memory; with, where a network runs while it is built."""
+    """Calls `build` so that the weights it makes have shapes but no memory, unless the network needs their values."""
     try:
         with _Unallocated():
             return build()
-    except RuntimeError:  # that of real numbers meeting weights without: timm's ViTs behind a ResNet
+    except RuntimeError:  # some networks run while they are built (timm's ViTs behind a ResNet): build it for real
         return build()
 
 
 class _Unallocated(TorchFunctionMode):
-    """(Under torch.device("meta") RegNets cannot be built: they compute their widths with tensors.)"""
+    """Makes torch.empty, from which weights come, return meta tensors.
+
+    torch.device("meta") would change all tensors, but RegNets compute their widths with real ones.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        return func(*args, **{**kwargs, "device": "meta"}) if func is torch.empty else func(*args, **kwargs)
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 @torch.no_grad()
 def why_refused(network: nn.Module, images: int, size: int, device: str = "cpu") -> str:
-    """What is said, in a line, when `network` meets so many images of size x size pixels; "" when it takes them."""
+    """The error, in one line, that `network` raises for `images` images of size x size pixels; "" if it takes them."""
     try:
         network(torch.zeros(images, 3, size, size, device=device))
     except Exception as error:  # every network has its own way to refuse
