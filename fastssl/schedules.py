@@ -1,4 +1,4 @@
-"""Learning rate and key-encoder momentum as pure functions of the step: nothing to save, nothing to restore."""
+"""Learning rate and key-encoder momentum as pure functions of the step, so that a checkpoint need not save them."""
 
 from __future__ import annotations
 
@@ -16,34 +16,31 @@ def learning_rate(
     milestones: Sequence[int] = (120, 160),
     drop: float = 0.1,
     warmup_epochs: float = 0.0,
-    per_epoch: bool = True,
-    final_lr: float = 0.0,
 ) -> float:
-    """Learning rate of optimizer step `step` (from 0).
+    """Learning rate of optimizer step `step` (from 0). It changes with the epoch e, as in MoCo (arXiv 1911.05722).
 
-    `cosine`: final_lr + (base_lr - final_lr) * (1 + cos(pi e / epochs)) / 2, where e is the epoch, an integer with
-    `per_epoch` (as MoCo trains, arXiv 1911.05722) and step / steps_per_epoch without. `step`: times `drop` at every
-    milestone with e >= milestone. `constant`: base_lr. During the first `warmup_epochs` the rate also rises linearly,
-    step by step, from base_lr / warm-up steps; the cosine then covers the epochs that remain.
+    `cosine`: base_lr * (1 + cos(pi e / epochs)) / 2. `step`: base_lr times `drop` for every milestone <= e.
+    `constant`: base_lr. During the first `warmup_epochs` the rate also rises linearly, step by step, from
+    base_lr / warm-up steps; the cosine then covers the remaining epochs.
 
     Raises ValueError for an unknown schedule or sizes that make no sense together.
     """
-    _check(schedule, epochs, steps_per_epoch, warmup_epochs, final_lr)
-    epoch = step // steps_per_epoch if per_epoch else step / steps_per_epoch
+    _check(schedule, epochs, steps_per_epoch, warmup_epochs)
+    epoch = step // steps_per_epoch
     warmup_steps = warmup_epochs * steps_per_epoch
     warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     if schedule == "cosine":
-        return warmup * _cosine(epoch - warmup_epochs, epochs - warmup_epochs, base_lr, final_lr)
+        return warmup * _cosine(epoch - warmup_epochs, epochs - warmup_epochs, base_lr, 0.0)
     if schedule == "step":
         return warmup * _drop_at(epoch, base_lr, milestones, drop)
     return warmup * base_lr
 
 
 def momentum_schedule(step: int, *, momentum: float, total_steps: int, schedule: str = "constant") -> float:
-    """Momentum m of the key encoder's update at `step` (from 0).
+    """Momentum of the key encoder's update at `step` (from 0).
 
-    `constant`: `momentum`. `cosine`: from `momentum` to 1 over `total_steps`, as 1 - (1 - momentum) (1 + cos) / 2
-    (BYOL, arXiv 2006.07733, appendix F.2).
+    `constant`: `momentum`. `cosine`: 1 - (1 - momentum) (1 + cos(pi step / total_steps)) / 2, which rises to 1 (BYOL,
+    arXiv 2006.07733, appendix F.2).
 
     Raises ValueError for an unknown schedule, for `momentum` outside 0 to 1, or for fewer than 1 step.
     """
@@ -58,15 +55,13 @@ def momentum_schedule(step: int, *, momentum: float, total_steps: int, schedule:
     raise ValueError(f"unknown momentum schedule {schedule!r}: choose constant or cosine")
 
 
-def _check(schedule: str, epochs: int, steps_per_epoch: int, warmup_epochs: float, final_lr: float) -> None:
+def _check(schedule: str, epochs: int, steps_per_epoch: int, warmup_epochs: float) -> None:
     if schedule not in ("cosine", "step", "constant"):
         raise ValueError(f"unknown schedule {schedule!r}: choose cosine, step or constant")
     if epochs < 1 or steps_per_epoch < 1:
         raise ValueError(f"training needs at least 1 epoch and 1 step per epoch, got {epochs} and {steps_per_epoch}")
     if not 0 <= warmup_epochs < epochs:
         raise ValueError(f"the warm-up must be shorter than training: {warmup_epochs} of {epochs} epochs")
-    if final_lr and schedule != "cosine":
-        raise ValueError(f"a final learning rate belongs to the cosine schedule, not to {schedule!r}")
 
 
 def _cosine(done: float, total: float, first: float, last: float) -> float:
@@ -75,7 +70,7 @@ def _cosine(done: float, total: float, first: float, last: float) -> float:
     return last + (first - last) * (0.5 * (1 + math.cos(math.pi * done / total)))
 
 
-def _drop_at(epoch: float, lr: float, milestones: Sequence[int], drop: float) -> float:
+def _drop_at(epoch: int, lr: float, milestones: Sequence[int], drop: float) -> float:
     for milestone in milestones:
         if epoch >= milestone:
             lr *= drop

@@ -1,6 +1,5 @@
 """Schedules against the published tables of the systems they follow, and against their own definitions."""
 
-import itertools
 import math
 
 import pytest
@@ -75,24 +74,13 @@ def test_reference_tables(table, options, steps_per_epoch):
             assert got == pytest.approx(lr, rel=1e-14, abs=0)
 
 
-def test_per_step_cosine_is_smooth_and_agrees_at_epoch_starts():
-    options = dict(base_lr=0.5, epochs=10, steps_per_epoch=20)
-    fine = [learning_rate(s, per_epoch=False, **options) for s in range(200)]
-    assert all(a > b for a, b in itertools.pairwise(fine))
-    for step in range(0, 200, 20):
-        assert fine[step] == pytest.approx(learning_rate(step, **options), rel=1e-14)
-    assert fine[37] == pytest.approx(0.25 * (1 + math.cos(math.pi * 37 / 200)), rel=1e-13)
-
-
-@pytest.mark.parametrize("per_epoch", [True, False])
-def test_warmup_rises_by_the_step_then_the_cosine_covers_the_rest(per_epoch):
-    options = dict(base_lr=0.8, epochs=12, steps_per_epoch=5, warmup_epochs=2, per_epoch=per_epoch)
+def test_warmup_rises_by_the_step_then_the_cosine_covers_the_rest():
+    options = dict(base_lr=0.8, epochs=12, steps_per_epoch=5, warmup_epochs=2)
     lrs = [learning_rate(s, **options) for s in range(60)]
     assert lrs[:10] == pytest.approx([0.8 * (s + 1) / 10 for s in range(10)])
     assert lrs[10] == 0.8
     assert lrs[35] == pytest.approx(0.4)  # half-way through the remaining 10 epochs
-    last = 9 if per_epoch else 9.8
-    assert lrs[59] == pytest.approx(0.4 * (1 + math.cos(math.pi * last / 10)))
+    assert lrs[59] == pytest.approx(0.4 * (1 + math.cos(math.pi * 9 / 10)))
 
 
 def test_warmup_of_part_of_an_epoch_never_overshoots():
@@ -104,7 +92,7 @@ def test_warmup_of_part_of_an_epoch_never_overshoots():
     assert less_than_a_step == 1.0
 
 
-def test_constant_step_and_final_rate():
+def test_constant_and_step():
     assert learning_rate(10**6, base_lr=0.1, epochs=3, steps_per_epoch=5, schedule="constant") == 0.1
     drops = dict(base_lr=1.0, epochs=9, steps_per_epoch=2, schedule="step", milestones=(3, 3, 5), drop=0.5)
     assert [learning_rate(s, **drops) for s in (5, 6, 10)] == [1.0, 0.25, 0.125]
@@ -112,8 +100,6 @@ def test_constant_step_and_final_rate():
         learning_rate(s, base_lr=1.0, epochs=9, steps_per_epoch=2, schedule="step", warmup_epochs=1) for s in (0, 1, 2)
     ]
     assert warm == [0.5, 1.0, 1.0]
-    cosine = dict(base_lr=1.0, epochs=4, steps_per_epoch=1, final_lr=0.2)
-    assert [learning_rate(s, **cosine) for s in (0, 2, 4, 9)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
 
 
 @pytest.mark.parametrize(
@@ -124,7 +110,6 @@ def test_constant_step_and_final_rate():
         ({"steps_per_epoch": 0}, "got 3 and 0"),
         ({"warmup_epochs": 3}, "warm-up must be shorter than training: 3 of 3 epochs"),
         ({"warmup_epochs": -1.0}, "warm-up must be shorter"),
-        ({"schedule": "step", "final_lr": 0.1}, "belongs to the cosine schedule, not to 'step'"),
     ],
 )
 def test_misuse_is_one_clear_sentence(options, message):
