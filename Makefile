@@ -1,12 +1,12 @@
-# make          installs everything into .venv; quick and silent when nothing changed
-# make demo     pretrains and evaluates on images it draws itself: no data, no network, no GPU needed
-# make test     runs the tests
-# make lint     checks the style
-# make doctor   reports what works here and the command that mends each missing part
-# make clean    removes what these commands made, .venv too; never runs/
+# make          install everything into .venv; does nothing when it is up to date
+# make demo     pretrain and evaluate on drawn images; needs no data, no network and no GPU
+# make test     run the tests
+# make lint     check the style
+# make doctor   show what works on this machine, and the commands that fix what does not
+# make clean    remove what these commands made, with .venv but not runs/
 #
-# make PYTHON=python3.12        uses another Python (3.10 to 3.13)
-# make demo ARGS="--data DIR"   passes arguments on; likewise make test ARGS="-k queue"
+# make PYTHON=python3.12        use another Python (3.10 to 3.13)
+# make demo ARGS="--data DIR"   pass arguments; likewise make test ARGS="-k queue"
 
 PYTHON ?= python3
 VENV := .venv
@@ -49,14 +49,14 @@ $(INSTALLED): setup.py Makefile
 	check_python() {
 	    case "$$(version)" in
 	        3.10|3.11|3.12|3.13) ;;
-	        "") say "cannot run $$python; install Python 3.10 to 3.13, or name one: make PYTHON=python3.12"; exit 1;;
-	        *) say "needs Python 3.10 to 3.13, and $$python is $$(version); name one: make PYTHON=python3.12"; exit 1;;
+	        "") say "cannot run $$python: install Python 3.10 to 3.13, or name one with make PYTHON=python3.12"; exit 1;;
+	        *) say "$$python is $$(version), but 3.10 to 3.13 is needed: name one with make PYTHON=python3.12"; exit 1;;
 	    esac
 	}
 	! command -v $$python >/dev/null || check_python
 
-	# FFCV's build wants pkg-config, libturbojpeg and OpenCV 4; FFCV and torch.compile want a C++ compiler and
-	# Python.h; Debian ships python3 without venv. All but Python and venv can be done without.
+	# FFCV's build needs pkg-config, libturbojpeg and OpenCV 4; FFCV and torch.compile need a C++ compiler and
+	# Python.h; Debian's python3 comes without venv. Only Python and venv are indispensable.
 	missing=
 	need() { missing="$$missing $$1"; }
 	if command -v $$python >/dev/null; then
@@ -82,13 +82,13 @@ $(INSTALLED): setup.py Makefile
 	            apt install -y --no-install-recommends $$package || failed="$$failed $$package"
 	        done
 	    fi
-	    [ -z "$$failed" ] || say "going on without system packages; for all features: sudo apt-get install$$failed && make -B"
+	    [ -z "$$failed" ] || say "continuing without some packages; for all features: sudo apt-get install$$failed && make -B"
 	fi
 
 	check_python
 	if [ $$python != $(BIN)/python ] && ! $$python -m venv --clear $(VENV) >/dev/null; then
 	    rm -rf $(VENV)
-	    say "$$python cannot make a virtual environment; try: sudo apt-get install python$$(version)-venv"
+	    say "$$python cannot create a virtual environment; try sudo apt-get install python$$(version)-venv"
 	    exit 1
 	fi
 
@@ -96,8 +96,8 @@ $(INSTALLED): setup.py Makefile
 	pip() { $(BIN)/python -m pip --disable-pip-version-check install "$$@" >>$$log 2>&1; }
 	say "installing PyTorch and the rest into $(VENV): about 7 GB, a few minutes"
 	pip --upgrade pip || true
-	pip --editable '.[test]' || { tail -n 20 $$log; say "pip failed; all it said is in $$log"; exit 1; }
-	for extra in dali ffcv; do  # either may fail to build or to download: the rest works without
-	    pip --editable ".[$$extra]" || say "going on without $$extra (why: $$log; how to mend it: make doctor)"
+	pip --editable '.[test]' || { tail -n 20 $$log; say "pip failed; its whole output is in $$log"; exit 1; }
+	for extra in dali ffcv; do  # optional: the download or the build may fail
+	    pip --editable ".[$$extra]" || say "continuing without $$extra ($$log says why, make doctor how to fix it)"
 	done
 	touch $@

@@ -1,4 +1,4 @@
-"""Benchmarks: `python bench_throughput.py STAGE [options]`, or `--suite cpu|gpu`; STAGE --help lists its options."""
+"""Benchmarks: `python bench_throughput.py STAGE [options]`, or `--suite cpu|gpu`. The stages are in fastssl/bench/."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastssl.command import run_command
 
-STAGES = {  # stage -> the module whose main(argv) measures it and writes JSON to --output
+STAGES = {  # stage: the module whose main(argv) measures it and writes JSON to --output
     "convert": "fastssl.bench.convert",
     "loader": "fastssl.bench.loader",
     "augment": "fastssl.bench.augment",
@@ -20,20 +20,21 @@ STAGES = {  # stage -> the module whose main(argv) measures it and writes JSON t
     "peers": "fastssl.bench.peers",
     "eval": "fastssl.bench.eval",
 }
-USAGE = f"""usage: python bench_throughput.py STAGE [options]     where STAGE is one of: {", ".join(STAGES)}
-       python bench_throughput.py --suite cpu|gpu     everything worth knowing about a machine, in minutes
-       python bench_throughput.py report [--check]    rewrite the tables of the READMEs from benchmarks/
+USAGE = f"""usage: python bench_throughput.py STAGE [options]     run one benchmark: {", ".join(STAGES)}
+       python bench_throughput.py STAGE --help        list the options of a benchmark
+       python bench_throughput.py --suite cpu|gpu     run all of them, in at most ten minutes
+       python bench_throughput.py report [--check]    write (or check) the tables of the documentation from benchmarks/
 
-every STAGE takes, besides its own options:
+options of every STAGE, besides its own:
   --output FILE        write the result as JSON
-  --report DIR         write JSON, table and plot to this folder (instead of --output)
-  --compare OLD.json   say what is faster, slower or within the noise; exit with 1 if anything is slower
-  --seconds N          start no further round after N seconds, but make at least three
+  --report DIR         write the result as JSON, as a table and as a plot to this folder (instead of --output)
+  --compare OLD.json   compare with an earlier result: faster, slower or within the noise; exit with 1 if slower
+  --seconds N          start no further round after N seconds, but run at least three
 """
 
 
 def main(argv: list[str]) -> int:
-    """Runs a stage, then says what its result means."""
+    """Runs a stage, the suite, or the report; returns the exit code."""
     if argv and argv[0] == "report":
         import_module("fastssl.bench.report").main(argv[1:])
         return 0
@@ -48,12 +49,12 @@ def main(argv: list[str]) -> int:
 
 
 def run_stage(stage: str, argv: list[str]) -> int:
-    """Measures, prints the verdicts, writes the report and compares. Returns the exit code."""
+    """Measures, prints the verdicts, writes the report and compares; returns the exit code."""
     from fastssl.bench import compare, report, results, timing, verdicts
 
     shared, own = shared_parser().parse_known_args(argv)
     old = results.read_result(shared.compare) if shared.compare else None
-    old_rows = results.rows(stage, old, str(shared.compare)) if old else []  # fails before anything is measured
+    old_rows = results.rows(stage, old, str(shared.compare)) if old else []  # raises errors before measuring
     timing.stop_after(shared.seconds or float("inf"))
     with tempfile.TemporaryDirectory() as scratch:
         output = shared.output or (shared.report or Path(scratch)) / f"{stage}.json"

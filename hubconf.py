@@ -1,4 +1,4 @@
-"""torch.hub entry points: encoders from a file or a URL.
+"""Entry points for torch.hub: encoders from a file or a URL.
 
 model = torch.hub.load("/path/to/this/clone", "encoder", "resnet18.safetensors", source="local")
 """
@@ -9,9 +9,9 @@ dependencies = ["torch", "torchvision"]
 def encoder(weights: str, arch: str | None = None, *, with_head: bool = False, normalise: bool = False, key: str = "q"):
     """A pretrained encoder in eval mode: (B, 3, S, S) normalised images -> features.
 
-    `weights` is a file or an http(s) URL of any checkpoint that `fastssl.foreign.load_pretrained` reads. `with_head`
-    adds its projection head, or the linear classifier of a linear-evaluation checkpoint; `normalise` makes the rows
-    of what comes out unit vectors.
+    weights: a file, or an http(s) URL, of any checkpoint that `fastssl.foreign.load_pretrained` reads. with_head: adds
+    the projection head, or the linear classifier of a linear-evaluation checkpoint. normalise: scales the features to
+    unit length. key: "q" or "k", the query or the key encoder.
     """
     import hashlib
     import os
@@ -25,7 +25,7 @@ def encoder(weights: str, arch: str | None = None, *, with_head: bool = False, n
     if weights.startswith(("http://", "https://")):
         folder = os.path.join(torch.hub.get_dir(), "checkpoints")
         os.makedirs(folder, exist_ok=True)
-        # every MoCo checkpoint is called checkpoint_0199.pth.tar: the name alone may be another URL's
+        # with a hash of the URL, because every MoCo checkpoint is called checkpoint_0199.pth.tar
         name = os.path.basename(weights.split("?")[0])
         path = os.path.join(folder, f"{hashlib.sha256(weights.encode()).hexdigest()[:8]}-{name}")
         if not os.path.exists(path):
@@ -36,5 +36,5 @@ def encoder(weights: str, arch: str | None = None, *, with_head: bool = False, n
 
 
 def linear_classifier(weights: str, arch: str | None = None):
-    """An encoder with the linear classifier that was trained on it: (B, 3, S, S) normalised images -> logits."""
+    """An encoder with the linear classifier trained on it: (B, 3, S, S) normalised images -> logits."""
     return encoder(weights, arch, with_head=True)

@@ -9,8 +9,8 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fastssl/__init__.py").read_text("utf-8"), re.MULTILINE)[1]
 
 # Top-level folders that are imported as fastssl.<name>. In a clone the relative links fastssl/<name> -> ../<name> do
-# the same for `python -m` and for every kind of editable install; an sdist or a wheel has no links and needs this map.
-# kernels/ and data_prep/ must never get an __init__.py: a root package called `kernels` hides Hugging Face's.
+# that for `python -m` and editable installs; an sdist or a wheel cannot hold links and needs this map.
+# kernels/ and data_prep/ must not get an __init__.py: a root package `kernels` would hide Hugging Face's.
 LINKED = {f"fastssl.{name}": name for name in ("kernels", "data_prep", "recipes") if (ROOT / name).is_dir()}
 OWN = find_namespace_packages(
     include=["fastssl", "fastssl.*"],
@@ -26,16 +26,16 @@ REQUIRES = [
     "llvmlite>=0.46",  # the loop around libjpeg-turbo
     "numba>=0.59",  # compiled CPU loops
     "tyro>=0.9",  # flags from dataclasses
-    "PyYAML>=6",  # reading the recipes
-    "tqdm>=4.66",  # the progress bar
-    "tensorboard>=2.14",  # event files, curves
-    "matplotlib>=3.8",  # curves and views
+    "PyYAML>=6",  # recipes
+    "tqdm>=4.66",  # progress bars
+    "tensorboard>=2.14",  # event files
+    "matplotlib>=3.8",  # curves and plots
     "scikit-learn>=1.3",  # t-SNE, reference k-NN
-    "safetensors>=0.4",  # safe weight export
+    "safetensors>=0.4",  # weights without pickle
     "timm>=1.0.15",  # exact architecture variants
 ]
 EXTRAS = {
-    "ffcv": ["ffcv>=1.0.2"],  # to compare with; its build needs pkg-config, libturbojpeg, OpenCV 4
+    "ffcv": ["ffcv>=1.0.2"],  # only for comparisons; its build needs pkg-config, libturbojpeg and OpenCV 4
     "dali": ["nvidia-dali-cuda120"],
     "dali-cuda13": ["nvidia-dali-cuda130"],
     "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff==0.17.6", "setuptools>=70.1"],

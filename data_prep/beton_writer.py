@@ -1,8 +1,9 @@
-"""Writes a .beton file record by record, with a checksum for every block of it."""
+"""Writes a .beton file record by record, and computes a checksum of every block of the file."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO
 
@@ -20,14 +21,14 @@ from fastssl.data_prep.beton_format import (
 )
 from fastssl.data_prep.prepare import Prepared
 
-BLOCK = 1 << 23  # bytes under one checksum, and in FFCV's usual page
+BLOCK = 1 << 23  # bytes under one checksum; also FFCV's usual page size
 
 
 class BetonWriter:
-    """Records go to the file in the order they come; the tables follow in `finish`.
+    """Writes records in the order they are added, and the tables in `finish`.
 
-    A record never crosses the end of a page. One that is larger than a page doubles the page: those before it lie
-    within a small page, so they lie within a large one too.
+    A record never crosses the end of a page. A record larger than a page doubles the page size, which does no harm to
+    earlier records: what fits into a small page fits into a large one.
     """
 
     def __init__(self, file: BinaryIO, capacity: int) -> None:
@@ -35,16 +36,16 @@ class BetonWriter:
         self._samples = np.zeros(capacity, SAMPLE)
         self._allocations = np.zeros(capacity, ALLOCATION)
         self._page_size = BLOCK
-        self._start = -(-(FRONT + self._samples.nbytes) // BLOCK) * BLOCK  # of the records
-        self._flushed = self._start  # what lies before is written, what follows is in the buffer
+        self._start = math.ceil((FRONT + self._samples.nbytes) / BLOCK) * BLOCK  # where the records begin
+        self._flushed = self._start  # position in the file of the buffer's first byte
         self._buffer = bytearray()
         self._sums: list[Future[str]] = []
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="fastssl-write")  # while the next block is collected
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="fastssl-write")  # writes while the buffer fills
         self.num_images = 0
         file.seek(self._start)
 
     def add(self, image: Prepared, label: int) -> None:
-        """Appends one image."""
+        """Adds one image."""
         pointer = self._room_for(len(image.data))
         i, self.num_images = self.num_images, self.num_images + 1
         self._samples[i] = (image.mode, image.width, image.height, pointer), label
@@ -53,11 +54,11 @@ class BetonWriter:
         self._flush(whole=False)
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits for the write in progress, if any, and drops the others."""
         self._writer.shutdown(cancel_futures=True)
 
     def finish(self) -> list[str]:
-        """Writes the tables; the SHA-256 of every block of the file, in hex. Raises OSError when the disk refuses."""
+        """Writes the tables; returns the SHA-256 of every block of the file, in hex. Raises OSError when that fails."""
         self._buffer += bytes(-len(self._buffer) % 64)
         header = np.zeros(1, HEADER)
         allocations_at = self._flushed + len(self._buffer)
@@ -73,7 +74,7 @@ class BetonWriter:
         return [self._write(front[at : at + BLOCK]) for at in range(0, len(front), BLOCK)] + sums
 
     def _room_for(self, size: int) -> int:
-        """Where the next record goes; pads the file up to there."""
+        """The position of the next record; pads the file up to there."""
         while size > self._page_size:
             self._page_size *= 2
         at = self._flushed + len(self._buffer)
@@ -88,11 +89,11 @@ class BetonWriter:
             block = bytes(self._buffer[:BLOCK])
             del self._buffer[:BLOCK]
             if len(self._sums) > 1:
-                self._sums[-2].result()  # no more than two blocks wait for the disk; what it refuses is raised
+                self._sums[-2].result()  # at most two blocks wait for the disk; raises what writing raised
             self._sums.append(self._writer.submit(self._write, block))
             self._flushed += len(block)
 
     def _write(self, block: bytes) -> str:
-        """Writes the next block of the file; its SHA-256."""
+        """Writes the next block of the file; returns its SHA-256."""
         self._file.write(block)
         return hashlib.sha256(block).hexdigest()

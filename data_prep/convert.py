@@ -1,4 +1,4 @@
-"""A source's images in order, each prepared or named as unusable: what every file format is written from."""
+"""Prepares the images of a source, in order, for every file format; images that cannot be used are left out."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fastssl.data_prep.prepare import Prepared, Store, pass_image, prepare_image
 from fastssl.data_prep.sources import Place, Source, read_place
 from fastssl.data_prep.work_pool import Died, Ticket, Work, WorkPool, ahead
 
-_CHUNK = 16  # images handed out at once: handing out then costs nothing
-_DIED = "the process that decoded it died twice, alone with it"
+_CHUNK = 16  # images per task: enough to make the cost of handing out tasks negligible
+_DIED = "the process that decoded it died, twice"
 
 Outcome = Prepared | BadImage
 
 
 def prepare_place(place: Place, store: Store) -> Outcome:
-    """Reads and prepares one image; one that cannot be used is the result, not an exception."""
+    """Reads and prepares one image; for one that cannot be used, returns the BadImage instead of raising it."""
     try:
         return prepare_image(read_place(place), place.name, store)
     except BadImage as error:
@@ -32,7 +32,7 @@ def prepare_place(place: Place, store: Store) -> Outcome:
 
 
 def pass_place(place: Place) -> Outcome | None:
-    """Reads one image and passes it through as it is; None when it has to be decoded."""
+    """Reads one image to store it as it is; None if it has to be decoded."""
     try:
         return pass_image(read_place(place))
     except NotPlain:
@@ -41,8 +41,11 @@ def pass_place(place: Place) -> Outcome | None:
         return error
 
 
-def converted(source: Source, store: Store, work: Work, tally: Tally) -> Iterator[tuple[Prepared, int]]:
-    """The images of the source that can be used, with their labels, counted in `tally` behind a progress bar."""
+def prepared_images(source: Source, store: Store, work: Work, tally: Tally) -> Iterator[tuple[Prepared, int]]:
+    """The usable images of the source with their labels; counts all in `tally` and shows a progress bar.
+
+    Raises ValueError when no image can be used, and with on_error="stop" at the first that cannot.
+    """
     bar = tqdm(total=len(source), unit="images", dynamic_ncols=True, disable=None, smoothing=0.1)
     with bar, closing(convert(source, store, work.processes)) as outcomes:
         for label, (place, outcome) in zip(source.folder.labels.tolist(), outcomes):
@@ -50,22 +53,22 @@ def converted(source: Source, store: Store, work: Work, tally: Tally) -> Iterato
                 tally.add(place, outcome, label)
                 yield outcome, label
             elif work.on_error == "stop":
-                raise ValueError(
-                    f"cannot use {outcome}; mend or remove it, or let --on-error quarantine leave such images out"
-                )
+                raise ValueError(f"cannot use {outcome}; repair or remove it, or use --on-error quarantine")
             else:
                 tally.leave_out(outcome)
                 bar.set_postfix(left_out=len(tally.quarantined))
             bar.update()
     if not tally.num_images:
         first = tally.quarantined[0]
-        raise ValueError(f"none of the {len(source)} images can be used; {first['path']}: {first['reason']}")
+        raise ValueError(
+            f"no image can be used ({len(source):,} tried), the first is {first['path']}: {first['reason']}"
+        )
 
 
 def convert(source: Source, store: Store, workers: int) -> Iterator[tuple[Place, Outcome]]:
-    """Every image of the source, in its order.
+    """The outcome of every image of the source, in its order.
 
-    Originals are only read and looked at, by threads: that is the disk's work. Decoding is done by processes.
+    Threads read files that may be stored as they are, which is work for the disk; processes decode the others.
     """
     depth = 2 * workers + 1
     pool = WorkPool(partial(prepare_place, store=store), workers)
@@ -83,11 +86,14 @@ def convert(source: Source, store: Store, workers: int) -> Iterator[tuple[Place,
         for places, passed, ticket in ahead(itertools.starmap(decode, begun), depth):
             decoded = iter(pool.results(ticket))
             for place, outcome in zip(places, passed):
-                outcome = next(decoded) if outcome is None else outcome
-                yield place, BadImage(place.name, _DIED) if isinstance(outcome, Died) else outcome
+                if outcome is None:
+                    outcome = next(decoded)
+                if isinstance(outcome, Died):
+                    outcome = BadImage(place.name, _DIED)
+                yield place, outcome
 
 
 def chunks(source: Source) -> Iterator[list[Place]]:
-    """Where the images lie, some at a time."""
+    """The places of the source's images, _CHUNK at a time."""
     for first in range(0, len(source), _CHUNK):
         yield [source.place(i) for i in range(first, min(first + _CHUNK, len(source)))]

@@ -1,4 +1,4 @@
-"""`fastssl prep describe`: what a .beton file or a folder of shards holds, from its tables and its manifest."""
+"""`fastssl prep describe`: prints what a .beton file or a folder of shards holds, from its tables and its manifest."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from fastssl.data_prep.beton_format import IMAGE_FIELD, INT_FIELD, RAW, BetonTables, read_tables, record_sizes
 from fastssl.data_prep.manifest import manifest_path, read_manifest
+from fastssl.plural import counted
 
 _BAR = 40  # characters of the longest bar
 _MOST_LISTED = 10
@@ -16,9 +17,9 @@ _FIELD_NAMES = ("float", "int", "image", "bytes", "array", "json", "tensor")
 
 
 def describe(path: str | os.PathLike) -> str:
-    """Counts, classes, sizes, options and a histogram, as text of some lines. Also of betons FFCV wrote.
+    """Counts, classes, sizes, options and a histogram, as lines of text. Works for FFCV's files too.
 
-    Raises ValueError when the file is no beton, is cut short, or the folder holds no shards.
+    Raises ValueError for a truncated file, a file that is not a .beton file, and a folder without shards.
     """
     path = Path(path)
     if not path.exists():
@@ -26,16 +27,17 @@ def describe(path: str | os.PathLike) -> str:
     manifest = read_manifest(path)
     if path.is_dir():
         if manifest is None:
-            raise ValueError(f"{path} has no manifest.json: it holds no shards")
+            raise ValueError(f"{path} has no manifest.json, so it is not a folder of shards: name one")
+        images, shards = counted(manifest["num_images"], "image"), counted(len(manifest["shards"]) // 2, "shard")
         total = sum(shard["bytes"] for shard in manifest["shards"])
-        lines = [
-            f"{path}: {manifest['num_images']:,} images in {len(manifest['shards']) // 2:,} shards, {total:,} bytes"
-        ]
-        return "\n".join(lines + _manifest_lines(manifest))
+        return "\n".join([f"{path}: {images} in {shards}, {total:,} bytes", *_manifest_lines(manifest)])
     tables = read_tables(path)
     if manifest and (manifest["file_bytes"], manifest["num_images"]) != (len(tables.data), len(tables.samples)):
-        raise ValueError(f"{manifest_path(path)} is not the manifest of {path}, or that is not whole: verify it")
-    lines = [f"{path}: {len(tables.samples):,} samples, {len(tables.data):,} bytes, pages of {tables.page_size:,}"]
+        raise ValueError(
+            f"{path} does not match its manifest {manifest_path(path)}: run fastssl prep verify, or convert again"
+        )
+    samples = counted(len(tables.samples), "sample")
+    lines = [f"{path}: {samples}, {len(tables.data):,} bytes, pages of {tables.page_size:,} bytes"]
     lines += _table_lines(tables)
     lines += ["manifest  none: made by another program"] if manifest is None else _manifest_lines(manifest)
     return "\n".join(lines)
@@ -76,11 +78,13 @@ def _manifest_lines(manifest: dict) -> list[str]:
         lines.append("of them   " + ", ".join(f"{count:,} {note}" for note, count in manifest["notes"].items()))
     lines.append(f"left out  {len(left_out):,}")
     lines += [f"    {image['path']}: {image['reason']}" for image in left_out[:_MOST_LISTED]]
-    return lines + ["    ..."] * (len(left_out) > _MOST_LISTED)
+    if len(left_out) > _MOST_LISTED:
+        lines.append("    ...")
+    return lines
 
 
 def _histogram(sizes: np.ndarray) -> list[str]:
-    """A line for each power of two between the smallest and the largest."""
+    """A line for each power of two between the smallest and the largest size."""
     powers = np.floor(np.log2(np.maximum(sizes, 1))).astype(int)
     counts = np.bincount(powers)
     return [

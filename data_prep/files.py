@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written beside their name, made to last, then renamed."""
+"""Writes files and folders whole or not at all: under another name, synced to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import BinaryIO
 
 
 def partial_path(path: Path) -> Path:
-    """Where a file or folder lies until it is whole."""
+    """The name under which a file or folder is written until it is complete."""
     return path.with_name(path.name + ".partial")
 
 
 @contextlib.contextmanager
 def partial_file(path: Path) -> Iterator[BinaryIO]:
-    """A new, empty file at `partial_path(path)`, safe on the disk when the block ends; gone when it fails.
+    """A new, empty file at `partial_path(path)`, synced to the disk when the block ends, deleted when it fails.
 
-    What a killed run left there is overwritten. Raises ValueError when another process is writing it.
+    A file that a killed run left there is overwritten. Raises ValueError when another process is writing it.
     """
     partial = partial_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def partial_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def partial_folder(path: Path) -> Iterator[Path]:
-    """As `partial_file`, a folder for files; whoever uses it renames it within the block."""
+    """Like `partial_file`, for a folder of files; the caller renames it inside the block."""
     partial = partial_path(path)
     partial.mkdir(parents=True, exist_ok=True)
     handle = os.open(partial, os.O_RDONLY)
@@ -62,17 +62,17 @@ def _lock(handle: int, partial: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"another process is writing {partial}: wait for it, or choose another name") from None
+        raise ValueError(f"another process is writing {partial}: wait for it to end, or choose another name") from None
 
 
 def _tell_where(error: BaseException, folder: Path) -> None:
-    """Raises "no space left on device" again with the folder, which it does not tell."""
+    """Adds the folder to an OSError without a file name, such as "no space left on device", and raises it again."""
     if isinstance(error, OSError) and error.filename is None:
         raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def publish(*paths: Path) -> None:
-    """Gives partial files their names, the last one last: where that one is, the others are whole and belong to it."""
+    """Gives partial files their names, in order: if the last one exists, all others exist and belong to it."""
     paths[-1].unlink(missing_ok=True)
     for path in paths:
         os.replace(partial_path(path), path)
@@ -80,7 +80,7 @@ def publish(*paths: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes a rename last through a power cut."""
+    """Syncs a folder, so that a rename in it survives a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -89,11 +89,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def refuse_existing(path: Path, force: bool) -> None:
-    """Raises ValueError where the path is taken and may not be replaced."""
+    """Raises ValueError when the path is a folder, or exists without `force`."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the file to write")
     if path.exists() and not force:
-        raise ValueError(f"{path} exists: --force replaces it")
+        raise ValueError(f"{path} exists: add --force to replace it")
 
 
 def file_sum(path: Path) -> str:

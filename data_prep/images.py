@@ -1,4 +1,4 @@
-"""Find image files and decode one robustly: to (H, W, 3) uint8 RGB, or to a `BadImage` that says why not."""
+"""Finds image files, and decodes any of them to (H, W, 3) uint8 RGB or raises a `BadImage` that says why not."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fastssl.data_prep.rgb import to_rgb
+from fastssl.plural import counted
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-MAX_PIXELS = 89_478_485  # 256 MB of RGB; where Pillow, too, begins to suspect a decompression bomb
+MAX_PIXELS = 89_478_485  # 256 MB of RGB; Pillow's own limit for suspecting a decompression bomb
 
-Image.init()  # here, because Pillow loads its plugins at the first unknown file, which is not safe in threads
-# Named one by one: Pillow would start Ghostscript for an EPS file
+Image.init()  # now, because Pillow would do so at the first unknown file, which is not thread-safe
+# Only these: Pillow would start Ghostscript for an EPS file.
 _FORMATS = [f for f in ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM") if f in Image.OPEN]
 _SPLITS = ("train", "val", "valid", "validation", "test", "dev", "eval")
 
 
 class BadImage(ValueError):
-    """An image file that cannot be decoded; `path` and `reason` are strings, `str()` joins them."""
+    """An image file that cannot be decoded; `str()` gives "path: reason"."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)
-        self.path = path.encode("utf-8", "backslashreplace").decode()  # a name that is not UTF-8 must still print
+        self.path = path.encode("utf-8", "backslashreplace").decode()  # makes names that are not UTF-8 printable
         self.reason = reason
 
     def __str__(self) -> str:
@@ -37,25 +38,24 @@ class BadImage(ValueError):
 
 
 class ImageFolder(NamedTuple):
-    """A listing of image files in an order that is the same on every machine."""
+    """A list of image files, in the same order on every machine."""
 
-    root: str  # the folder the paths start from
-    paths: list[str]  # relative to root, "/" between parts, sorted part by part
+    root: str  # the folder that contains all of them
+    paths: list[str]  # relative to root, sorted by their parts between "/"
     labels: np.ndarray  # (n,) int64, -1 everywhere when there are no classes
     class_names: list[str]  # sorted; empty for a flat folder
 
     def path(self, i: int) -> str:
-        """The whole path of file i."""
+        """The full path of file i."""
         return os.path.join(self.root, self.paths[i])
 
 
 def find_images(root: str | os.PathLike, class_names: Sequence[str] | None = None) -> ImageFolder:
     """Lists the images of `root/train/<class>/*`, of `root/<class>/*`, or of a flat folder.
 
-    Folders are searched to any depth and links are followed; the class is the first folder below the base. A base
-    that itself holds images is flat: it has no classes, and images in folders below it count too. Files are chosen by
-    extension alone and hidden ones (`.name`) are left out. `class_names` numbers the labels by a list made elsewhere
-    (an evaluation split by its training split's).
+    Folders are searched to any depth and links are followed; an image's class is its first folder below the base. A
+    base that directly holds images is flat: it has no classes, though images in its folders count too. Files are chosen
+    by extension; hidden ones (`.name`) are ignored. `class_names`: those of another split, to number the labels alike.
     Raises ValueError when there is no folder, no image, or a class that is not in `class_names`.
     """
     root = os.fspath(root)
@@ -76,24 +76,24 @@ def find_images(root: str | os.PathLike, class_names: Sequence[str] | None = Non
 
 
 def label_by_folder(base: str, paths: list[str], class_names: Sequence[str] | None = None) -> ImageFolder:
-    """Sorted paths below `base` with the class of each: its first folder. Any path without one: no classes."""
+    """The files `paths` (sorted) below `base`, labelled by their first folders; unlabelled if any of them has none."""
     tops = [path.split("/", 1)[0] if "/" in path else None for path in paths]
     if None in tops:
         return ImageFolder(base, paths, np.full(len(paths), -1, dtype=np.int64), [])
     names = list(class_names) if class_names else sorted(set(tops))
     number = {name: i for i, name in enumerate(names)}
     if unknown := sorted(set(tops) - set(names)):
-        count = len(names)
-        raise ValueError(f"{base} has a folder {unknown[0]!r} that is not among the {count} classes of the other split")
+        known = counted(len(names), "class", "classes")
+        raise ValueError(f"{base} has a class {unknown[0]!r} that is not among the {known} of the other split")
     return ImageFolder(base, paths, np.array([number[top] for top in tops], dtype=np.int64), names)
 
 
 def decode_image(source: str | os.PathLike | bytes, name: str | None = None) -> np.ndarray:
     """Decodes one image, given as a path or as the bytes of a file, to an (H, W, 3) uint8 RGB array.
 
-    The content decides the format, not the name. Greyscale is repeated over the channels, 16-bit samples keep their
-    high byte, transparency is laid over white, EXIF orientation is applied, an animation gives its first frame.
-    Raises BadImage (with `name`, or the path) when the file cannot be read, is no image, is cut short, or has more
+    The content decides the format, not the name. Greyscale is copied to all channels, 16-bit samples keep their high
+    byte, transparent pixels are blended with white, EXIF orientation is applied, an animation gives its first frame.
+    Raises BadImage (with `name`, or the path) when the file cannot be read, is truncated or not an image, or has more
     than MAX_PIXELS pixels.
     """
     return np.array(open_image(source, name))
@@ -102,7 +102,7 @@ def decode_image(source: str | os.PathLike | bytes, name: str | None = None) -> 
 def open_image(
     source: str | os.PathLike | bytes, name: str | None = None, look: Callable[[Image.Image], None] = lambda image: None
 ) -> Image.Image:
-    """`decode_image` as a Pillow image in mode RGB; `look` sees the opened file before its pixels are decoded."""
+    """`decode_image` to a Pillow image in mode RGB; calls `look` with the opened file before its pixels are decoded."""
     name = name or ("<bytes>" if isinstance(source, bytes) else os.fspath(source))
     data = source if isinstance(source, bytes) else read_file(source, name)
     if not data:
@@ -110,7 +110,7 @@ def open_image(
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise BadImage(name, f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+                raise BadImage(name, f"{image.width} x {image.height} is more than {MAX_PIXELS:,} pixels")
             look(image)
             return to_rgb(image)
     except (BadImage, MemoryError):
@@ -123,10 +123,7 @@ def open_image(
 
 
 def read_file(path: str | os.PathLike, name: str, offset: int = 0, size: int = -1) -> bytes:
-    """The bytes of a file, or `size` of them from `offset`. Raises BadImage with `name` when it cannot be read.
-
-    And OSError where that is not the file's fault: for want of memory, or of files that may be open.
-    """
+    """The bytes of a file, or `size` of them from `offset`. Raises BadImage, or OSError when memory has run out."""
     try:
         with open_file(path) as file:
             file.seek(offset)
@@ -138,19 +135,20 @@ def read_file(path: str | os.PathLike, name: str, offset: int = 0, size: int = -
 
 
 def open_file(path: str | os.PathLike) -> BinaryIO:
-    """A file to read. Raises OSError for a pipe or a device: nobody waits for its writer, or reads it without end."""
+    """Opens a file to read. Raises OSError for pipes and devices, from which reading may never end."""
     return open(path, "rb", opener=_open_regular)
 
 
 def _open_regular(path: str, flags: int) -> int:
-    if not stat.S_ISREG(os.fstat(handle := os.open(path, flags | os.O_NONBLOCK)).st_mode):
+    handle = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise OSError(errno.EINVAL, "it is no regular file")
+        raise OSError(errno.EINVAL, "not a regular file")
     return handle
 
 
 def has_train_split(root: str) -> bool:
-    """Is root/train the training split? Not where it is one class among others (as in CIFAR-100)."""
+    """Whether root/train is the training split, and not one class among others (as in CIFAR-100)."""
     if not os.path.isdir(os.path.join(root, "train")):
         return False
     if not _holds_images(os.path.join(root, "train")):
@@ -164,11 +162,12 @@ def _holds_images(folder: str) -> bool:
 
 
 def is_image_name(name: str) -> bool:
+    """Whether a file of this name is taken for an image."""
     return not name.startswith(".") and name.lower().endswith(EXTENSIONS)
 
 
 def walk_images(folder: str, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
-    """Relative paths of the images in a folder and below; a link back to a folder above is not followed."""
+    """Relative paths of the images in a folder and below it, without following links back to a folder above."""
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) in above:
         return
@@ -186,15 +185,16 @@ def walk_images(folder: str, prefix: str = "", above: frozenset[tuple[int, int]]
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself: one unreadable file among the others
+    except OSError:  # a link to itself is treated as an unreadable file
         return False
 
 
 def _inventory(folder: str) -> str:
-    """What a folder without images holds instead, in a few words."""
-    found = Counter(os.path.splitext(name)[1] or "no-extension" for _, _, names in os.walk(folder) for name in names)
-    folders = sum(len(names) for _, names, _ in os.walk(folder))
-    if not found and not folders:
-        return "it is empty"
-    kinds = [f"{count} {kind} file{'s' * (count > 1)}" for kind, count in found.most_common(3)]
-    return "found " + ", ".join(kinds + [f"{folders} folder{'s' * (folders > 1)}"] * (folders > 0))
+    """What a folder without images holds, in a few words."""
+    files, folders = Counter(), 0
+    for _, folder_names, file_names in os.walk(folder):
+        folders += len(folder_names)
+        files.update((os.path.splitext(name)[1] or "no-extension") + " file" for name in file_names)
+    kinds = files.most_common(3) + ([("folder", folders)] if folders else [])
+    found = ", ".join(counted(number, kind) for kind, number in kinds)
+    return f"only {found}" if found else "it is empty"

@@ -1,17 +1,18 @@
-"""The manifest beside a converted data set: what is in it, what it was made from, and checksums of all of it.
+"""The manifest beside a converted data set: its contents, its origin, and checksums of everything.
 
 FILE.json (or manifest.json in a folder of shards) holds
     format, kind            1; "beton" or "shards"
-    num_images              stored; sample i of the data set is line i of the listing
-    class_names             in the order of the labels, empty without classes; class_counts: images of each
-    options, source         the exact options and the folder or tar files
-    stored                  images by how they are stored: "passed" (the file's own bytes), "encoded", "raw"
-    notes                   files that were no upright RGB JPEGs, counted by what they were
+    num_images              images stored; sample i of the data set is line i of the listing
+    image_bytes             their size as stored, without tables
+    class_names             in the order of the labels, empty without classes; class_counts: images in each
+    options, source         the options of the conversion; the folder or tar file
+    stored                  number of images stored as "passed" (the file's own bytes), "encoded" or "raw"
+    notes                   number of files that were not upright RGB JPEGs, by what they were
     sides                   smallest, median and largest of the short and of the long side, in pixels
     quarantined             [{"path", "reason"}], the images left out
-    listing                 {"name", "sha256"}: a file with a line of JSON for each image, {"path", "notes"?}
-    file_bytes, block_bytes, block_sha256     of a beton
-    shards                  [{"name", "bytes", "sha256", "images"}] of shards and their index files
+    listing                 {"name", "sha256"} of a file with a line of JSON for each image, {"path", "notes"?}
+    file_bytes, block_bytes, block_sha256     for a .beton file
+    shards                  [{"name", "bytes", "sha256", "images"}] of the shards and their index files
     sha256                  of this manifest without this key
 """
 
@@ -28,6 +29,7 @@ import numpy as np
 
 from fastssl.data_prep.beton_format import RAW
 from fastssl.data_prep.files import partial_file
+from fastssl.plural import counted
 
 if TYPE_CHECKING:
     from fastssl.data_prep.images import BadImage
@@ -35,11 +37,11 @@ if TYPE_CHECKING:
     from fastssl.data_prep.sources import Place, Selection, Source
 
 FORMAT = 1
-MOST_CLASSES = 10_000_000  # a larger label is no class number: a name for each would fill the memory
+MOST_CLASSES = 10_000_000  # a larger label cannot be a class number: names for all would fill the memory
 
 
 class Tally:
-    """Counts what a conversion does and lists its images, for the manifest."""
+    """Counts the images of a conversion, for the manifest, and writes the listing."""
 
     def __init__(self, source: Source, listing: BinaryIO) -> None:
         self._source, self._listing, self._sum = source, listing, hashlib.sha256()
@@ -55,23 +57,28 @@ class Tally:
         return len(self._sides)
 
     def add(self, place: Place, image: Prepared, label: int) -> None:
-        """One more image is stored."""
-        line = {"path": place.name, **({"notes": image.notes} if image.notes else {})}
+        """Counts and lists an image that was stored."""
+        line: dict[str, object] = {"path": place.name}
+        if image.notes:
+            line["notes"] = image.notes
         text = (json.dumps(line) + "\n").encode("ascii")
         self._listing.write(text)
         self._sum.update(text)
-        self._stored["passed" if image.passed else "raw" if image.mode == RAW else "encoded"] += 1
+        if image.passed:
+            self._stored["passed"] += 1
+        else:
+            self._stored["raw" if image.mode == RAW else "encoded"] += 1
         self._notes.update(image.notes)
         self._sides.append((min(image.width, image.height), max(image.width, image.height)))
         self._labels[label] += 1
         self.bytes += len(image.data)
 
     def leave_out(self, error: BadImage) -> None:
-        """One image is not stored."""
+        """Records an image that was not stored, with the reason."""
         self.quarantined.append({"path": error.path, "reason": error.reason})
 
     def summary(self, store: Store, selection: Selection, listing: str) -> dict[str, object]:
-        """The part of the manifest that all kinds share."""
+        """The part of the manifest that both kinds have."""
         names = self._source.folder.class_names
         sides = np.sort(np.array(self._sides, dtype=np.int64), axis=0)
         return {
@@ -93,12 +100,12 @@ class Tally:
 
 
 def manifest_path(data: Path) -> Path:
-    """Where the manifest of a beton or of a folder of shards lies."""
+    """The path of the manifest of a .beton file or of a folder of shards."""
     return data / "manifest.json" if data.is_dir() else data.with_name(data.name + ".json")
 
 
 def listing_path(beton: Path) -> Path:
-    """Where the listing of a beton lies."""
+    """The path of the listing of a .beton file."""
     return beton.with_name(beton.name + ".images.jsonl")
 
 
@@ -110,10 +117,10 @@ def write_manifest(path: Path, kind: str, content: dict[str, object]) -> None:
 
 
 def read_manifest(data: Path) -> dict | None:
-    """The manifest of a beton or of a folder of shards, checked; None where there is none.
+    """The manifest of a .beton file or of a folder of shards, checked; None if there is none.
 
-    Raises ValueError when it is damaged, of another format, or that of something else: what lies under its name must
-    be the manifest, or nobody could tell whose classes the labels number.
+    Raises ValueError when it is damaged, has another format, or belongs to something else: without a valid manifest
+    the names of the classes would be unknown.
     """
     path, kind = manifest_path(data), "shards" if data.is_dir() else "beton"
     if not path.exists():
@@ -122,28 +129,31 @@ def read_manifest(data: Path) -> dict | None:
         content = json.loads(path.read_bytes())
         claimed = content.pop("sha256")
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or no manifest: move it away, or convert the images again") from error
+        raise ValueError(f"{path} is damaged or not a manifest: move it away, or convert the images again") from error
     if content.get("format") != FORMAT:
         raise ValueError(
-            f"{path} has format {content.get('format')}, and this program reads {FORMAT}: convert the images again"
+            f"{path} has format {content.get('format')} but this version reads {FORMAT}: convert the images again"
         )
     if claimed != _sum(content):
-        raise ValueError(f"{path} is damaged: its checksum is not that of its content; convert the images again")
+        raise ValueError(f"{path} is damaged: its content does not match its checksum; convert the images again")
     if content["kind"] != kind:
-        raise ValueError(f"{path} is a manifest of {content['kind']} and not of {data}: convert the images again")
+        raise ValueError(f"{path} is a manifest of {content['kind']}, not of {data}: convert the images again")
     return content
 
 
 def name_classes(data: Path, manifest: dict | None, largest: int) -> list[str]:
-    """Names of the classes 0 to `largest` (-1: none) of a data set: those of its manifest, without one the numbers.
+    """The names of the classes 0 to `largest` (-1: none): those in the manifest or, without one, the numbers.
 
-    Raises ValueError when the manifest names fewer, or `largest` cannot be a class number.
+    Raises ValueError when the manifest names fewer classes, or `largest` cannot be a class number.
     """
     if largest >= MOST_CLASSES:
-        raise ValueError(f"{data} has a label {largest:,}, which is no class number: write it with classes from 0 on")
-    names = [str(number) for number in range(largest + 1)] if manifest is None else list(manifest["class_names"])
+        raise ValueError(f"{data} has a label {largest:,}, too large for a class number: number the classes from 0")
+    if manifest is None:
+        return [str(number) for number in range(largest + 1)]
+    names = list(manifest["class_names"])
     if largest >= len(names):
-        raise ValueError(f"{data} has a label {largest}, but its manifest names {len(names)} classes")
+        named = counted(len(names), "class", "classes")
+        raise ValueError(f"{data} has a label {largest} but its manifest names {named}: convert the images again")
     return names
 
 

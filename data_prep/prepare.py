@@ -1,4 +1,4 @@
-"""One image file's bytes -> the bytes that are stored: decoded, made smaller and encoded, or passed through."""
+"""Turns the bytes of an image file into the bytes to store: decoded, resized and encoded again, or as they are."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fastssl.data_prep.images import MAX_PIXELS, BadImage, open_image
 from fastssl.data_prep.jpeg import NotPlain, read_jpeg_facts
 from fastssl.data_prep.rgb import orientation_of
 
-_LONGEST = 65535  # FFCV records sides in 16 bits
-_LONGEST_JPEG = 65500  # libjpeg's own limit
+_LONGEST = 65535  # a .beton file holds sides in 16 bits
+_LONGEST_JPEG = 65500  # libjpeg's limit
 _JPEG_NAMES = (".jpg", ".jpeg", ".jpe", ".jfif")
 
 
@@ -25,44 +25,44 @@ class Store:
     """How images are stored."""
 
     short_side: int = 256
-    """Images whose shorter side is longer are made smaller, antialiased; 0 keeps every size. None is ever enlarged."""
+    """Shrink images so that their shorter side has this many pixels; smaller images keep their size, 0 keeps all."""
     originals: bool = False
-    """Pass the files' own bytes through (--short-side 0); only what is no plain upright JPEG is encoded again."""
+    """Store the files as they are (implies --short-side 0); only what is not a plain, upright JPEG is encoded again."""
     quality: int = 90
-    """JPEG quality of the images that are encoded, 1 to 95."""
+    """JPEG quality of images that are encoded, from 1 to 95."""
     raw: bool = False
-    """Store pixels, not JPEGs: about ten times the bytes, and no decoding when training."""
+    """Store pixels instead of JPEGs: about ten times the size, but nothing to decode when training."""
 
     def __post_init__(self) -> None:
         if self.originals:
             if self.short_side not in (0, Store.short_side) or self.raw:
                 other = "--raw" if self.raw else f"--short-side {self.short_side}"
-                raise ValueError(f"--originals keeps the files' own bytes and {other} changes them: choose one")
+                raise ValueError(f"--originals and {other} exclude each other: remove one of them")
             object.__setattr__(self, "short_side", 0)
         if self.short_side < 0:
-            raise ValueError(f"--short-side must be a number of pixels, or 0 to keep every size, not {self.short_side}")
+            raise ValueError(f"--short-side must be 0 (keep every size) or more, got {self.short_side}")
         if not 1 <= self.quality <= 95:
-            raise ValueError(f"--quality must lie in 1 to 95, got {self.quality}")
+            raise ValueError(f"--quality must be from 1 to 95, got {self.quality}")
 
     @property
     def passes(self) -> bool:
-        """May most files be stored without being decoded?"""
+        """Whether plain JPEGs are stored without being decoded."""
         return self.short_side == 0 and not self.raw
 
 
 class Prepared(NamedTuple):
-    """An image as it is stored, and what was odd about its file."""
+    """An image as it is stored, and notes on what was unusual about its file."""
 
     mode: int  # JPEG or RAW
     width: int
     height: int
     data: bytes
-    passed: bool  # are these the file's own bytes?
+    passed: bool  # whether these are the file's own bytes
     notes: tuple[str, ...] = ()
 
 
 def pass_image(data: bytes) -> Prepared:
-    """A plain JPEG as it is, with its size, not decoded. Raises NotPlain when only decoding can tell more."""
+    """A plain JPEG as it is, without decoding it. Raises NotPlain for any other file."""
     facts = read_jpeg_facts(data)
     if facts.width * facts.height > MAX_PIXELS:
         raise NotPlain("too many pixels")
@@ -71,15 +71,15 @@ def pass_image(data: bytes) -> Prepared:
 
 
 def prepare_image(data: bytes, name: str, store: Store) -> Prepared:
-    """Decodes a file of any kind and stores it as `store` says. `name` is the file's, for messages and notes.
+    """Decodes an image file of any kind and prepares it as `store` says. name: the file's, for messages and notes.
 
-    A plain JPEG that needs no smaller size keeps its own bytes (not with `raw`), after it was decoded to check it.
-    Raises BadImage when it cannot be decoded or is too long for the format.
+    A plain JPEG that need not shrink keeps its own bytes (unless `raw`); decoding it was only a check.
+    Raises BadImage when it cannot be decoded or has too many rows or columns for the format.
     """
     notes: list[str] = []
 
     def look(image: Image.Image) -> None:
-        if store.short_side:  # a JPEG decoder halves sizes for nothing; twice the size wanted keeps the quality
+        if store.short_side:  # a JPEG decoder can halve sizes at no cost; twice the final size preserves quality
             image.draft(None, (2 * store.short_side, 2 * store.short_side))
         notes.extend(_oddities(image, name))
 
@@ -87,7 +87,7 @@ def prepare_image(data: bytes, name: str, store: Store) -> Prepared:
         image = open_image(data, name, look)
         smaller = shrink(image, store.short_side)
         if max(smaller.size) > (_LONGEST if store.raw else _LONGEST_JPEG):
-            raise BadImage(name, f"{smaller.width} x {smaller.height} pixels are too long a side for the format")
+            raise BadImage(name, f"a side of {max(smaller.size)} pixels is too long for the format")
         if store.raw:
             return Prepared(RAW, *smaller.size, smaller.tobytes(), passed=False, notes=tuple(notes))
         if smaller is image:
@@ -97,18 +97,18 @@ def prepare_image(data: bytes, name: str, store: Store) -> Prepared:
                 notes = notes or [str(reason)]
         return Prepared(JPEG, *smaller.size, encode_jpeg(smaller, store.quality), passed=False, notes=tuple(notes))
     except MemoryError:
-        raise BadImage(name, "decoding it needs more memory than there is") from None
+        raise BadImage(name, "there is not enough memory to decode it") from None
 
 
 def shrink(image: Image.Image, short_side: int) -> Image.Image:
-    """An RGB image with its shorter side at `short_side` pixels; itself where that would not be smaller.
+    """An RGB image with its shorter side at `short_side` pixels; the same object if that would not be smaller.
 
-    Antialiased bicubic, the filter of Pillow's `resize` in torch's implementation, which is several times faster.
+    Uses torch's antialiased bicubic filter, which is Pillow's but several times faster.
     """
     short = min(image.size)
     if not short_side or short <= short_side:
         return image
-    import torch  # here: what is not made smaller needs no torch, and importing it takes seconds
+    import torch  # takes seconds to import, and only shrinking needs it
 
     width, height = (max(1, round(side * short_side / short)) for side in image.size)
     planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, H, W) uint8
@@ -117,14 +117,14 @@ def shrink(image: Image.Image, short_side: int) -> Image.Image:
 
 
 def encode_jpeg(image: Image.Image, quality: int) -> bytes:
-    """A baseline JPEG, colours at half the resolution (4:2:0)."""
+    """A baseline JPEG with colours at half the resolution (4:2:0)."""
     encoded = io.BytesIO()
     image.save(encoded, "JPEG", quality=quality, subsampling=2)
     return encoded.getvalue()
 
 
 def _oddities(image: Image.Image, name: str) -> list[str]:
-    """What tells a file from an upright RGB JPEG, in a few words each."""
+    """How a file differs from an upright RGB JPEG, in a few words each."""
     found = []
     if image.format not in ("JPEG", "MPO"):
         named = os.path.splitext(name)[1].lower()
@@ -148,5 +148,5 @@ def _oddities(image: Image.Image, name: str) -> list[str]:
 def _is_animated(image: Image.Image) -> bool:
     try:
         return bool(getattr(image, "is_animated", False))
-    except Exception:  # its later frames are damaged; the first is all we want
+    except Exception:  # a later frame is damaged, but only the first is used
         return True

@@ -1,4 +1,4 @@
-"""An image as Pillow opened it -> the RGB picture a person would see."""
+"""Turns an image that Pillow has opened into the RGB picture that a viewer would show."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _ORIENTATION = 0x0112  # EXIF tag
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any opened image, decoded, turned upright, in mode RGB. Raises whatever a decoder raises at damage."""
+    """Decodes an opened image, upright and in mode RGB. Raises whatever its decoder raises for damaged data."""
     if orientation_of(image) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
@@ -21,12 +21,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image.convert("RGBA"))
         image = white
-    return image if image.mode == "RGB" else image.convert("RGB")  # converting would copy
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy an RGB image too
 
 
 def orientation_of(image: Image.Image) -> int:
-    """What EXIF says, 1 for upright. Decodes the pixels, and raises what that raises."""
-    image.load()  # for some formats Pillow does so anyway; damage found there must not pass for damaged EXIF
+    """EXIF's orientation, 1 for upright. Decodes the pixels, and raises what that raises."""
+    image.load()  # getexif does so for some formats, and damaged pixels must not be taken for damaged EXIF
     try:
         return image.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF says nothing about the pixels
@@ -34,7 +34,7 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
-    """16-bit greyscale to RGB by the high byte, as Pillow does for 16-bit colour; `convert` would clip at 255."""
+    """16-bit greyscale to RGB by its high byte, as Pillow does for 16-bit colour; `convert` would clip at 255."""
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 0xFFFF:
         raise ValueError("32-bit pixels have no agreed range")

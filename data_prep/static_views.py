@@ -1,17 +1,18 @@
-"""A static view set: each image beside views of it that never change, for instance discrimination and statistics.
+"""`fastssl prep views`: writes images beside fixed views of them, for instance discrimination and statistics.
 
     <out>/<class>/<stem>-0.jpeg    the image
     <out>/<class>/<stem>-1.jpeg    its views: -1 and -2, and masked ones up to -10 (see view_pairs.py)
-    <out>.json                     what made it
+    <out>.json                     the options
 
-The names and the layout are those of the small-model project (arXiv 2107.14762), so its scripts read it too; beyond
-them, which images are taken (the first by name) and every random choice are a function of --seed alone.
+Names and layout are those of the small-model project (arXiv 2107.14762), whose scripts can read the result. It differs
+in that the images (the first of each class by name) and all random choices are a function of --seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -27,8 +28,9 @@ from fastssl.command import run_command
 from fastssl.data_prep.images import BadImage, ImageFolder, decode_image, find_images
 from fastssl.data_prep.view_pairs import AUGS, count_views, make_view_pair
 from fastssl.data_prep.work_pool import Died, WorkPool, ahead, usable_cores
+from fastssl.plural import counted
 
-_CHUNK = 4  # images handed out together
+_CHUNK = 4  # images per task
 
 
 class Job(NamedTuple):
@@ -42,72 +44,72 @@ class Job(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a job."""
+    """The result of a job."""
 
-    error: str  # empty: written
-    in_band: bool
+    error: str  # why nothing was written, or ""
+    in_band: bool  # whether the crops overlap as much as `aug` wants
 
 
 def make_static_views(
     data: str, out: str, aug: str = "moco", images_per_class: int = 50, seed: int = 0, workers: int | None = None,
     quality: int = 75,
 ) -> list[str]:  # fmt: skip
-    """Writes the view set of the images in `data`/<class>/ and returns notes on what a person should know.
+    """Writes the view set of the images in `data`/<class>/ and returns notes for the user.
 
-    A set that was begun with the same options is finished, not begun again. An image that cannot be read is named and
-    the next of its class takes its place.
-    Raises ValueError for a flat folder, two images of one name in a class, and an `out` that was made with other
-    options or lies among the images.
+    An unfinished set with the same options is completed. An image that cannot be read is named in the notes, and the
+    next one of its class takes its place.
+    Raises ValueError for a flat folder, for two images in a class with the same stem, and for an `out` that was made
+    with other options or is inside `data`.
     """
     if images_per_class < 1 or (workers is not None and workers < 1):
         raise ValueError("--images-per-class and --workers must be at least 1")
     if not 1 <= quality <= 95:
-        raise ValueError(f"--quality must lie in 1 to 95, got {quality}")
+        raise ValueError(f"--quality must be from 1 to 95, got {quality}")
     folder = find_images(data)
     if not folder.class_names:
         raise ValueError(f"{data} holds images without classes: a view set needs <class>/ folders")
     if Path(out).resolve().is_relative_to(Path(folder.root).resolve()):
-        raise ValueError(f"{out} lies inside {folder.root}: the views would become images of it; choose another folder")
-    options = {"aug": aug, "seed": seed, "quality": quality}  # more images a class may be added later
+        raise ValueError(f"{out} is inside {folder.root}, and the views would become images of it: choose another")
+    options = {"aug": aug, "seed": seed, "quality": quality}  # not the number of images: more may be added later
     _claim(Path(out), options)
     queues = {name: iter(jobs) for name, jobs in _jobs(folder, out, options).items()}
-    todo = {name: images_per_class for name in queues}
+    wanted = dict.fromkeys(queues, images_per_class)
     notes: list[str] = []
-    odd = 0
-    while jobs := [(name, job) for name, count in todo.items() for job in _take(queues[name], count)]:
-        todo = dict.fromkeys(queues, 0)
+    out_of_band = 0
+    while jobs := [(name, job) for name, count in wanted.items() for job in itertools.islice(queues[name], count)]:
+        wanted = dict.fromkeys(queues, 0)
         outcomes = _run([job for _, job in jobs], workers)
         for (name, _), outcome in zip(jobs, tqdm(outcomes, total=len(jobs), unit="image", disable=None)):
             if outcome.error:
                 notes.append(f"left out: {outcome.error}")
-                todo[name] += 1
-            odd += not outcome.in_band
-    if odd:
-        notes.append(
-            f"{odd} images have no crops in the band of --aug {aug} that were found: their last ones were used"
-        )
+                wanted[name] += 1
+            if not outcome.in_band:
+                out_of_band += 1
+    if out_of_band:
+        images = counted(out_of_band, "image")
+        notes.append(f"{images}: no two crops found with the overlap of --aug {aug}, so the last two tried were used")
     return notes
 
 
 def _claim(out: Path, options: dict) -> None:
-    """Writes, or agrees with, `out`.json."""
+    """Writes `out`.json; raises ValueError when it exists with other options, or `out` belongs to something else."""
     manifest = out.with_name(out.name + ".json")
     out.mkdir(parents=True, exist_ok=True)
     if manifest.exists():
         made = json.loads(manifest.read_text())
         if wrong := [key for key in options if made.get(key) != options[key]]:
             flags = " ".join(f"--{key.replace('_', '-')} {made.get(key)}" for key in wrong)
-            raise ValueError(f"{out} was made with {flags}: give the same, or choose another folder")
+            raise ValueError(f"{out} was made with {flags}: use the same, or choose another folder")
         return
     if any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and {manifest.name} is not beside it: choose an empty folder")
+        raise ValueError(f"{out} is not empty and there is no {manifest.name} beside it: choose an empty folder")
     partial = manifest.with_name(manifest.name + ".partial")
     partial.write_text(json.dumps(options, indent=1) + "\n")
     os.replace(partial, manifest)
 
 
 def _jobs(folder: ImageFolder, out: str, options: dict) -> dict[str, list[Job]]:
-    """Every image of every class in the order of their names; the stem ends at the first dot."""
+    """A job for every image, by class, in the order of their names; the stem is the name up to the first dot."""
     jobs: dict[str, list[Job]] = {name: [] for name in folder.class_names}
     seen: dict[str, str] = {}
     for i, path in enumerate(folder.paths):
@@ -122,12 +124,8 @@ def _jobs(folder: ImageFolder, out: str, options: dict) -> dict[str, list[Job]]:
     return jobs
 
 
-def _take(jobs: Iterator[Job], count: int) -> list[Job]:
-    return [job for _, job in zip(range(count), jobs)]
-
-
 def _run(jobs: Sequence[Job], workers: int | None) -> Iterator[Outcome]:
-    """Outcomes in the order of the jobs; an image that kills the process that decodes it is one that cannot be read."""
+    """Outcomes in the order of the jobs. An image that kills the process decoding it counts as unreadable."""
     workers = min(workers or usable_cores(), len(jobs))
     if workers == 1:
         yield from map(draw, jobs)
@@ -136,11 +134,13 @@ def _run(jobs: Sequence[Job], workers: int | None) -> Iterator[Outcome]:
         begun = (pool.submit(jobs[i : i + _CHUNK]) for i in range(0, len(jobs), _CHUNK))
         for ticket in ahead(begun, 2 * workers):
             for job, outcome in zip(ticket.items, pool.results(ticket)):
-                yield Outcome(f"{job.source}: its decoder crashes", True) if isinstance(outcome, Died) else outcome
+                if isinstance(outcome, Died):
+                    outcome = Outcome(f"{job.source}: its decoder crashes", True)
+                yield outcome
 
 
 def draw(job: Job) -> Outcome:
-    """Writes one image and its views, each file whole or not at all, the last one last: where it is, all are."""
+    """Writes one image and its views, each file whole or not at all; if the last one exists, so do the others."""
     count = count_views(job.aug)
     if os.path.exists(f"{job.target}-{count}.jpeg"):
         return Outcome("", True)
@@ -161,18 +161,23 @@ def draw(job: Job) -> Outcome:
 
 def main(argv: Sequence[str]) -> int:
     """`fastssl prep views`."""
-    parser = argparse.ArgumentParser("fastssl prep views", description="Write a static view set.", allow_abbrev=False)
-    parser.add_argument("data", help="folder with <class>/ folders of images")
-    parser.add_argument("savedir", help="folder for <class>/<stem>-{0,1,2,...}.jpeg")
-    parser.add_argument("--aug", default="moco", choices=AUGS, help="how the two views are drawn (default: moco)")
-    parser.add_argument("--images-per-class", type=int, default=50, help="the first of each class (default: 50)")
-    parser.add_argument("--seed", type=int, default=0, help="every random choice is a function of it (default: 0)")
-    parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
-    parser.add_argument("--quality", type=int, default=75, help="of the JPEG files (default: 75)")
+    parser = argparse.ArgumentParser(
+        "fastssl prep views",
+        description="Write images beside fixed augmented views of them, for fastssl eval instdisc and stats.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("data", help="a folder with <class>/ folders of images")
+    parser.add_argument("savedir", help="the folder for <class>/<stem>-{0,1,2,...}.jpeg")
+    parser.add_argument("--aug", default="moco", choices=AUGS, help="how the two crops are drawn (default: moco)")
+    parser.add_argument("--images-per-class", type=int, default=50, metavar="N", help="images per class (default: 50)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: 0)")
+    parser.add_argument("--workers", type=int, help="number of processes (default: one per core)")
+    parser.add_argument("--quality", type=int, default=75, help="quality of the JPEG files (default: 75)")
     o = parser.parse_args(list(argv))
     for note in make_static_views(o.data, o.savedir, o.aug, o.images_per_class, o.seed, o.workers, o.quality):
         print(note)
-    print(f"{o.savedir}: {sum(1 for _ in Path(o.savedir).glob('*/*-0.jpeg')):,} images with {count_views(o.aug)} views")
+    images = counted(len(list(Path(o.savedir).glob("*/*-0.jpeg"))), "image")
+    print(f"{o.savedir}: {images} with {count_views(o.aug)} views each")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Images in tar files: WebDataset samples, or a folder that was packed."""
+"""Finds the images in tar files, which hold WebDataset samples or an image folder."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from fastssl.data_prep.manifest import name_classes, read_manifest
 
 
 class Member(NamedTuple):
-    """Where a file lies in a tar."""
+    """Where a file is in a tar file."""
 
     tar: str
     offset: int
     size: int
 
 
-Members = dict[tuple[Path, str], Member]  # by tar and name, in the order of the tars
+Members = dict[tuple[Path, str], Member]  # by tar file and name, in the order of the tar files
 
 
 def find_tars(folder: str | os.PathLike) -> list[Path]:
-    """The tar files in a folder, sorted; none where folders below it hold images, which were unpacked from them."""
+    """The tar files in a folder, sorted; none if folders below it hold images, which were then unpacked from them."""
     tars = sorted(Path(folder).glob("*.tar"))
     return [] if tars and any("/" in path for path in walk_images(os.fspath(folder))) else tars
 
 
 def read_tars(path: Path, tars: list[Path]) -> tuple[ImageFolder, list[Member]]:
-    """The images in the `tars` of `path`, and where each lies.
+    """The images in the `tars` of `path`, and where each one is.
 
-    With `.cls` files (WebDataset) samples in the order of the tars; without any, a folder that was packed in them.
-    Raises ValueError for what is no tar or holds no images, and for a class that is no number or missing.
+    With `.cls` files these are WebDataset samples, in the order of the tar files; without any, an image folder.
+    Raises ValueError for a file that is not a tar file, when there are no images, and for a class that is missing or
+    not a number.
     """
     images: Members = {}
     classes: dict[tuple[Path, str], int] = {}
@@ -48,23 +49,23 @@ def read_tars(path: Path, tars: list[Path]) -> tuple[ImageFolder, list[Member]]:
             raise ValueError(f"cannot read {tar} as an uncompressed tar file: {error}") from error
         for name, text in texts.items():
             if (tar, _key(name)) in classes:
-                raise ValueError(f"{tar}/{name}: samples must differ in their names up to the first dot: rename them")
+                raise ValueError(f"{tar}/{name}: another sample has the same name up to the first dot, rename one")
             classes[tar, _key(name)] = class_number(text, f"{tar}/{name}")
     if not images:
-        raise ValueError(f"{path} holds no images: give an image folder, a tar file of images, or a folder of such")
+        raise ValueError(f"{path} holds no images: give an image folder, a tar file of images, or a folder of those")
     return _samples(path, images, classes) if classes else _packed_folder(path, images)
 
 
 def class_number(text: bytes, name: str) -> int:
-    """The class that a `.cls` file tells. Raises ValueError, with `name`, when it is no number."""
+    """The class number in a `.cls` file. Raises ValueError, with `name`, when it is not a number."""
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"{name} holds {text[:20]!r} and no class number: write it with classes from 0 on") from None
+        raise ValueError(f"{name} holds {text[:20]!r}, not a class number: number the classes from 0") from None
 
 
 def _samples(path: Path, images: Members, classes: dict[tuple[Path, str], int]) -> tuple[ImageFolder, list[Member]]:
-    """One image of each sample: the first that has no dot more in its name than others (.jpg, not .mask.png)."""
+    """One image of each sample: the first of those with the fewest dots in their names (.jpg, not .mask.png)."""
     names: dict[tuple[Path, str], str] = {}
     for tar, name in images:
         chosen = names.setdefault((tar, _key(name)), name)
@@ -72,7 +73,7 @@ def _samples(path: Path, images: Members, classes: dict[tuple[Path, str], int]) 
             names[tar, _key(name)] = name
     shown = [f"{tar.name}/{name}" for (tar, _), name in names.items()]
     if missing := [name for name, sample in zip(shown, names) if sample not in classes]:
-        raise ValueError(f"{missing[0]} has no .cls beside it, and {len(classes)} other images have: add its class")
+        raise ValueError(f"{missing[0]} has no .cls file beside it, unlike {len(classes)} other images: add its class")
     labels = np.array([classes[sample] for sample in names], dtype=np.int64)
     manifest = read_manifest(path if path.is_dir() else path.parent)
     folder = ImageFolder(str(path), shown, labels, name_classes(path, manifest, int(labels.max())))
@@ -80,7 +81,7 @@ def _samples(path: Path, images: Members, classes: dict[tuple[Path, str], int]) 
 
 
 def _packed_folder(path: Path, images: Members) -> tuple[ImageFolder, list[Member]]:
-    """In the order of a folder, without the folders that all images share above their class folders."""
+    """The images in the order of an image folder, without folders that contain all class folders."""
     places = sorted(images, key=lambda place: place[1].split("/"))
     parts = [name.split("/") for _, name in places]
     while all(len(part) > 2 for part in parts) and len({part[0] for part in parts}) == 1:
@@ -89,9 +90,9 @@ def _packed_folder(path: Path, images: Members) -> tuple[ImageFolder, list[Membe
 
 
 def _members(archive: tarfile.TarFile) -> dict[str, Member]:
-    """Each file that is not hidden by its name, in the order of the archive; a link lies where its target does.
+    """The files that are not hidden, in the order of the archive; a link is where its target is.
 
-    A link to nothing in the archive is an empty file: no image, but one that is named.
+    A link to something outside the archive counts as an empty file, so that it is reported.
     """
     members, links = {}, {}
     for member in archive:
@@ -100,7 +101,7 @@ def _members(archive: tarfile.TarFile) -> dict[str, Member]:
             continue
         if member.isfile() or member.islnk() or member.issym():
             members[name] = Member(archive.name, member.offset_data, member.size if member.isfile() else 0)
-        if member.islnk():  # the second name of a file that has two
+        if member.islnk():  # a hard link
             links[name] = os.path.normpath(member.linkname)
         elif member.issym():
             links[name] = os.path.normpath(os.path.join(os.path.dirname(name), member.linkname))
@@ -114,6 +115,6 @@ def _bytes(archive: tarfile.TarFile, member: Member) -> bytes:
 
 
 def _key(name: str) -> str:
-    """What the files of a WebDataset sample have in common: their name up to its first dot."""
+    """The part that the names of a WebDataset sample's files share: up to the first dot."""
     folder, file = os.path.split(name)
     return os.path.join(folder, file.partition(".")[0])

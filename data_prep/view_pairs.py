@@ -1,12 +1,13 @@
-"""Two views of one image for a static view set, as the small-model project (arXiv 2107.14762) draws them.
+"""Draws the two views of an image for a static view set, as the small-model project (arXiv 2107.14762) does.
 
-All of them: colour jitter (.4, .4, .4, .1) with probability .8, greyscale .2, blur of sigma U(.1, 2) with .5, flip .5.
+Every view gets colour jitter (.4, .4, .4, .1) with probability .8, greyscale with .2, blur of sigma U(.1, 2) with .5
+and a flip with .5. --aug says how the two crops are drawn:
 
-  moco                    each view is a random crop of a fifth to all of the image
-  nointer                 random crops of two different quadrants: nothing is shared
-  super-hard, hard, easy  two crops whose overlap / union lies in a band and neither of which contains the other,
-                          and both views four times more: shared region under white noise, the same noise at a random
-                          place, shared region in the mean colour, the same patch at a random place
+  moco                    random crops of a fifth to all of the image
+  nointer                 random crops of two different quadrants, which share nothing
+  super-hard, hard, easy  two crops whose overlap / union is in a band, neither containing the other; each view is
+                          written four more times, with the shared region under white noise, the same noise at a random
+                          place, the shared region in the mean colour, and the same patch at a random place
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from PIL import Image, ImageFilter
 from torchvision import transforms
 
 SIDE = 224  # pixels of a view
-BANDS = {"super-hard": (1e-4, 0.05, 2000), "hard": (0.05, 0.25, 1000), "easy": (0.25, 1.0, 1000)}  # and most tries
+# Lowest and highest overlap / union, and how many pairs of crops are tried after the first.
+BANDS = {"super-hard": (1e-4, 0.05, 2000), "hard": (0.05, 0.25, 1000), "easy": (0.25, 1.0, 1000)}
 AUGS = ("moco", "nointer", *BANDS)
 MEAN_COLOUR = (124, 116, 104)
 
@@ -44,15 +46,15 @@ class Box(NamedTuple):
 
 
 def count_views(aug: str) -> int:
-    """Files an image gets beside the original."""
+    """Number of files per image, besides the original."""
     return 10 if aug in BANDS else 2
 
 
 def make_view_pair(image: Image.Image, aug: str, seed: int) -> tuple[list[Image.Image], bool]:
-    """The 2 or 10 views of an RGB image, 224 x 224, a pure function of (image, aug, seed); in the order of their files.
+    """The 2 or 10 views of an RGB image, 224 x 224 and in file order, as a function of (image, aug, seed).
 
-    Also says whether the crops lie in the band: where no tried pair does, the last one is used, as the project does.
-    Raises ValueError for an unknown `aug`, and for an image too small for quadrants.
+    Also returns whether the crops are in the band: if none of the tried pairs is, the last is used, as in the project.
+    Raises ValueError for an unknown `aug`, and for an image too small to have quadrants.
     """
     with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
         torch.manual_seed(seed)
@@ -63,11 +65,11 @@ def make_view_pair(image: Image.Image, aug: str, seed: int) -> tuple[list[Image.
             return _disjoint_views(image), True
         if aug in BANDS:
             return _banded_views(image, *BANDS[aug])
-    raise ValueError(f"unknown --aug {aug!r}: choose {', '.join(AUGS)}")
+    raise ValueError(f"unknown --aug {aug!r}: choose one of {', '.join(AUGS)}")
 
 
 def intersection_over_union(a: Box, b: Box) -> float:
-    """Overlap / union; the overlap is counted one pixel taller and wider, as the project counts it."""
+    """Overlap / union, with an overlap one pixel taller and wider than it is, as in the project."""
     height = min(a.bottom, b.bottom) - max(a.top, b.top) + 1
     width = min(a.right, b.right) - max(a.left, b.left) + 1
     overlap = max(0, height) * max(0, width)
@@ -75,12 +77,12 @@ def intersection_over_union(a: Box, b: Box) -> float:
 
 
 def contains(a: Box, b: Box) -> bool:
-    """Does a hold all of b?"""
+    """Whether a contains all of b."""
     return a.top <= b.top and a.left <= b.left and a.bottom >= b.bottom and a.right >= b.right
 
 
 def shared_region(box: Box, other: Box) -> Box | None:
-    """Where in the 224 x 224 view of `box` the pixels lie that `other` has too; None where there are none."""
+    """The part of the 224 x 224 view of `box` that shows pixels of `other` too; None if there is no such part."""
     top, left = max(box.top, other.top), max(box.left, other.left)
     height, width = min(box.bottom, other.bottom) - top, min(box.right, other.right) - left
     if height < 0 or width < 0:
@@ -97,14 +99,15 @@ def _banded_views(image: Image.Image, low: float, high: float, tries: int) -> tu
     in_band = False
     for _ in range(tries + 1):
         a, b = _random_box(image), _random_box(image)
-        if in_band := low <= intersection_over_union(a, b) <= high and not contains(a, b) and not contains(b, a):
+        in_band = low <= intersection_over_union(a, b) <= high and not contains(a, b) and not contains(b, a)
+        if in_band:
             break
-    columns = [_with_masks(image, *pair) for pair in ((a, b), (b, a))]
-    return [view for pair in zip(*columns) for view in pair], in_band
+    views_a, views_b = _with_masks(image, a, b), _with_masks(image, b, a)
+    return [view for pair in zip(views_a, views_b) for view in pair], in_band
 
 
 def _with_masks(image: Image.Image, box: Box, other: Box) -> list[Image.Image]:
-    """One view five times: as it is, under noise, noise elsewhere, under the mean colour, that elsewhere."""
+    """One view five times: unmasked; shared region in noise, noise elsewhere; the same two with the mean colour."""
     view = _recolour(TF.resized_crop(image, *box, size=[SIDE, SIDE]))
     views, region = [view], shared_region(box, other)
     for noise in (True, False):
@@ -127,7 +130,7 @@ def _paste(view: Image.Image, patch: np.ndarray, top: int, left: int) -> Image.I
 def _disjoint_views(image: Image.Image) -> list[Image.Image]:
     height, width = image.height // 2, image.width // 2
     if min(height, width) < 1:
-        raise ValueError(f"{image.width} x {image.height} pixels have no quadrants")
+        raise ValueError(f"{image.width} x {image.height} pixels are too few for quadrants")
     corners = [(top, left) for top in (0, image.height - height) for left in (0, image.width - width)]
     crop = transforms.RandomResizedCrop(SIDE, scale=(0.4, 1.0))
     chosen = [corners[i] for i in torch.randperm(4)[:2]]
@@ -135,7 +138,7 @@ def _disjoint_views(image: Image.Image) -> list[Image.Image]:
 
 
 def _random_box(image: Image.Image) -> Box:
-    """A crop of a fifth to all of the area with sides in 3:4 to 4:3; in the middle where 20 tries do not fit."""
+    """A crop of a fifth to all of the area with a ratio of 3:4 to 4:3; a central one if none of 20 tries fits."""
     width, height = image.size
     ratio = (0.75, 4 / 3)
     for _ in range(20):
@@ -168,5 +171,5 @@ def _uniform(low: float, high: float) -> float:
 
 
 def _integer(most: int) -> int:
-    """0 to `most`, both included."""
+    """A random integer from 0 to `most`, inclusive."""
     return int(torch.randint(0, most + 1, ()))

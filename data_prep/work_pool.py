@@ -1,7 +1,7 @@
-"""Processes that work on images and may die: a death costs the image that caused it, never the run.
+"""A pool of processes that survives their deaths: only the image that kills its process is lost.
 
-A decoder that crashes takes its process with it, and the kernel ends processes when memory runs out. The pool then
-starts new processes and goes through the work they lost image by image, so that the one at fault is found.
+A decoder may crash its process, and the kernel kills processes when memory runs out. The pool then starts new processes
+and repeats the lost work image by image, to find the one at fault.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from multiprocessing.connection import wait
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
-_BROKEN = (BrokenProcessPool, EOFError, ConnectionError)  # a worker died, or the server that starts them
-_MOST_DEATHS = 8  # items in a row, after which the machine, not an image, is at fault
+_BROKEN = (BrokenProcessPool, EOFError, ConnectionError)  # a worker died, or the server that starts workers
+_MOST_DEATHS = 8  # so many items in a row that kill their process mean that the machine is at fault
 
 
 @dataclass(frozen=True)
 class Work:
-    """Who does the work, and what happens when an image cannot be used."""
+    """How the work is done."""
 
     workers: int | None = None
-    """Processes; by default one for each core."""
+    """Number of processes; by default one per core."""
     on_error: Literal["quarantine", "stop"] = "quarantine"
-    """An image that cannot be used is left out and listed with the reason, or ends the conversion."""
+    """quarantine: leave out images that cannot be used and list them with the reason; stop: end the conversion."""
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
@@ -42,45 +42,47 @@ class Work:
 
     @property
     def processes(self) -> int:
-        """The number of workers, chosen or counted."""
+        """The number of processes: `workers`, or the cores this process may use."""
         return self.workers or usable_cores()
 
 
 class Died(NamedTuple):
-    """What an item got instead of a result: the process that worked on it alone died."""
+    """Stands for the result of an item that killed its process, twice."""
 
 
 class Ticket(NamedTuple):
-    """Work that was handed out."""
+    """Items that were submitted, and their future results; None if no process could take them."""
 
     items: Sequence
     future: Future | None
 
 
 class WorkPool(Generic[Item, Result]):
-    """Applies a function to lists of items in processes. Used from one thread."""
+    """Applies a function to lists of items in processes. To be used from one thread only."""
 
     def __init__(self, function: Callable[[Item], Result], workers: int) -> None:
         self._work, self._workers = partial(_work_on, function), workers
         self._pool: ProcessPoolExecutor | None = None
-        self._lone: ProcessPoolExecutor | None = None  # of one process, after a death
-        self._deaths = 0
+        self._lone: ProcessPoolExecutor | None = None  # a single process, to repeat work after a death
+        self._deaths = 0  # in a row
 
     def submit(self, items: Sequence[Item]) -> Ticket:
-        """Begins to work on some items."""
-        for _ in range(2 if items else 0):
+        """Starts the work on some items."""
+        if not items:
+            return Ticket(items, None)
+        for _ in range(2):
             self._pool = self._pool or make_pool(self._workers)
             try:
                 with _signals_later():
                     return Ticket(items, self._pool.submit(self._work, items))
-            except _BROKEN:  # one has died since; those it was handed to will notice too
+            except _BROKEN:  # a process has died; `results` of the tickets it worked on will find out
                 self._pool = _end(self._pool)
         return Ticket(items, None)
 
     def results(self, ticket: Ticket) -> list[Result | Died]:
-        """The results of a ticket, in the order of its items; Died for an item that kills its process.
+        """The results of a ticket in the order of its items, with Died for an item that kills its process.
 
-        What the function raises is raised here. Raises ValueError when every process dies.
+        Raises what the function raises, and ValueError when every process dies.
         """
         if ticket.future is not None:
             with contextlib.suppress(*_BROKEN):
@@ -88,13 +90,13 @@ class WorkPool(Generic[Item, Result]):
         return [self._alone(item) for item in ticket.items]
 
     def close(self) -> None:
-        """Ends the processes once they have done what they work on."""
+        """Ends the processes after their current work."""
         self._pool, self._lone = _end(self._pool), _end(self._lone)
 
     def _alone(self, item: Item) -> Result | Died:
-        """One item in a process of its own, so that nothing else can be what kills it; where it dies, in another one.
+        """The result of one item in a process of its own, so that no other item can kill it.
 
-        The kernel ends a process where memory is short, whatever it works on.
+        It gets two tries, because the kernel may also kill a process for want of memory.
         """
         for _ in range(2):
             self._lone = self._lone or make_pool(1)
@@ -109,20 +111,20 @@ class WorkPool(Generic[Item, Result]):
         self._deaths += 1
         if self._deaths >= _MOST_DEATHS:
             raise ValueError(
-                f"every process died on {_MOST_DEATHS} images in a row, the last {getattr(item, 'name', item)}: "
-                "is there enough memory? --workers 1 needs least"
+                f"processes died on {_MOST_DEATHS} images in a row, the last of them {getattr(item, 'name', item)}: "
+                "memory may be short, so try --workers 1"
             )
         return Died()
 
 
 def make_pool(workers: int) -> ProcessPoolExecutor:
-    """Processes that end with this one, whatever ends it. Started from a small server: it has no threads to break.
+    """Processes that end when this one does. A fork server starts them: forking a process that has threads is unsafe.
 
-    Ctrl-C is this process's to answer: the others have it blocked from before their first instruction.
+    Only this process handles Ctrl-C: SIGINT is blocked in the others from their start.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fastssl.data_prep.prepare", "torch"])
-    resource_tracker.ensure_running()  # before: it ends by letting Ctrl-C through
+    resource_tracker.ensure_running()  # before SIGINT is blocked, because it unblocks SIGINT at its end
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
@@ -132,7 +134,7 @@ def make_pool(workers: int) -> ProcessPoolExecutor:
 
 
 def ahead(begun: Iterator[Item], depth: int) -> Iterator[Item]:
-    """The same items, each given once `depth` later ones have been begun too."""
+    """The items of `begun`, each yielded after the `depth` items behind it have been taken too."""
     waiting: deque[Item] = deque()
     for item in begun:
         waiting.append(item)
@@ -154,8 +156,8 @@ def _end(pool: ProcessPoolExecutor | None) -> None:
 
 @contextlib.contextmanager
 def _signals_later() -> Iterator[None]:
-    """Ctrl-C and SIGTERM take effect when the block ends: a process whose parent leaves while it starts complains."""
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+    """Delays Ctrl-C and SIGTERM to the end of the block: a process prints errors if its parent leaves at its start."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
         yield
         return
     came: list[int] = []
@@ -174,10 +176,10 @@ def _work_on(function: Callable[[Item], Result], items: Sequence[Item]) -> list[
 
 
 def _start_worker() -> None:
-    """What a library says of a damaged file is in the reason; orphans end."""
-    import torch  # here: this process's parent may do without
+    """Sets a worker up: one thread, no warnings, and a thread that ends it when its parent has died."""
+    import torch  # only workers need it
 
     torch.set_num_threads(1)  # the processes share the cores
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore")  # what is wrong with a file is in its BadImage
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()

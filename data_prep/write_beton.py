@@ -1,4 +1,4 @@
-"""`fastssl prep beton`: an image folder or tar files -> one .beton file, which FFCV reads without anything of ours."""
+"""`fastssl prep beton`: converts an image folder or tar files to one .beton file, a plain FFCV file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 from fastssl.data_prep.beton_writer import BLOCK, BetonWriter
-from fastssl.data_prep.convert import converted
+from fastssl.data_prep.convert import prepared_images
 from fastssl.data_prep.files import partial_file, publish, refuse_existing
 from fastssl.data_prep.manifest import Tally, listing_path, manifest_path, write_manifest
 from fastssl.data_prep.prepare import Store
@@ -18,12 +18,12 @@ from fastssl.data_prep.work_pool import Work
 def write_beton(
     data: str | os.PathLike, out: str | os.PathLike, store: Store, selection: Selection, work: Work, force: bool = False
 ) -> Tally:
-    """Converts `data` to the file `out`, its listing `out`.images.jsonl and its manifest `out`.json.
+    """Converts `data` to the file `out`, with its listing `out`.images.jsonl and its manifest `out`.json.
 
-    Sample i of the file is image i of the folder loader over the same folder, images left out not counted; labels are
-    the folder loader's. The file appears under its name last, and only whole.
-    Raises ValueError when there is nothing to convert, when `out` exists (without `force`), and with
-    on_error="stop" at the first image that cannot be used.
+    Samples have the order and the labels of the folder loader over the same folder, without the images left out. `out`
+    appears last, and only when it is complete.
+    Raises ValueError when there is nothing to convert, when `out` exists without `force`, and with on_error="stop" at
+    the first image that cannot be used.
     """
     out = Path(out)
     refuse_existing(out, force)
@@ -32,7 +32,7 @@ def write_beton(
     with partial_file(out) as file, partial_file(listing) as lines:
         tally = Tally(source, lines)
         with closing(BetonWriter(file, len(source))) as writer:
-            for image, label in converted(source, store, work, tally):
+            for image, label in prepared_images(source, store, work, tally):
                 writer.add(image, label)
             sums = writer.finish()
         blocks = {"file_bytes": file.seek(0, os.SEEK_END), "block_bytes": BLOCK, "block_sha256": sums}

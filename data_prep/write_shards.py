@@ -1,8 +1,9 @@
-"""`fastssl prep shards`: an image folder -> WebDataset tar files, each with the index file DALI's reader wants."""
+"""`fastssl prep shards`: converts images to a folder of WebDataset tar files, each with an index file for DALI."""
 
 from __future__ import annotations
 
 import io
+import math
 import os
 import shutil
 import tarfile
@@ -10,18 +11,18 @@ from contextlib import closing
 from pathlib import Path
 
 from fastssl.data_prep.beton_format import RAW
-from fastssl.data_prep.convert import converted
+from fastssl.data_prep.convert import prepared_images
 from fastssl.data_prep.files import file_sum, partial_file, partial_folder, partial_path, sync_folder
 from fastssl.data_prep.manifest import Tally, read_manifest, write_manifest
 from fastssl.data_prep.prepare import Prepared, Store
 from fastssl.data_prep.sources import Selection, open_source
 from fastssl.data_prep.work_pool import Work
 
-_INDEX_VERSION = "v1.2"  # of DALI's wds2idx; a line a sample: extension offset size name, for each of its files
+_INDEX_VERSION = "v1.2"  # DALI's wds2idx: a line for each sample, with extension, offset, size and name of its files
 
 
 class Shard:
-    """A tar file with sample after sample, and its index. Its bytes follow from the samples alone."""
+    """A tar file of samples, and its index. The same samples give the same bytes."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.num_images = path, 0
@@ -30,7 +31,7 @@ class Shard:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the tar so far."""
+        """The size of the tar file so far."""
         return self._tar.offset
 
     def add(self, number: int, image: Prepared, label: int) -> None:
@@ -41,13 +42,13 @@ class Shard:
             member = tarfile.TarInfo(f"{number:09d}.{extension}")  # owner, time and mode are constants
             member.size = len(content)
             self._tar.addfile(member, io.BytesIO(content))
-            size_on_tape = -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            size_on_tape = math.ceil(len(content) / tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             parts.append(f"{extension} {self._tar.offset - size_on_tape} {len(content)} {member.name}")
         self._index.append(" ".join(parts))
         self.num_images += 1
 
     def close(self) -> list[dict[str, object]]:
-        """Finishes both files; their names, sizes and checksums for the manifest."""
+        """Finishes both files; returns their entries for the manifest."""
         self._tar.close()
         index = self.path.with_suffix(".idx")
         index.write_text("\n".join([f"{_INDEX_VERSION} {self.num_images}", *self._index]) + "\n", "ascii")
@@ -61,7 +62,7 @@ class Shard:
 
 
 def ppm(image: Prepared) -> bytes:
-    """Raw pixels as a file every image library reads: a header of three numbers, then the pixels."""
+    """Raw pixels as a PPM file, which every image library reads."""
     return f"P6\n{image.width} {image.height}\n255\n".encode("ascii") + image.data
 
 
@@ -74,9 +75,9 @@ def write_shards(
     shard_size: int = 512,
     force: bool = False,
 ) -> Tally:
-    """Converts `data` to a folder `out` of shards of at most `shard_size` million bytes (or one image), with manifest.
+    """Converts `data` to a folder `out` of shards, each of at most `shard_size` million bytes or a single image.
 
-    Samples are numbered and labelled as in `write_beton`. The folder appears under its name last, and only whole.
+    Order and labels are those of `write_beton`. The folder appears only when it is complete.
     Raises ValueError as `write_beton` does, and when `out` is a folder of something else.
     """
     out = Path(out)
@@ -87,7 +88,7 @@ def write_shards(
     with partial_folder(out) as partial:
         with partial_file(partial / "images.jsonl") as lines:
             tally = Tally(source, lines)
-            shards = _write(partial, converted(source, store, work, tally), shard_size * 1_000_000)
+            shards = _write(partial, prepared_images(source, store, work, tally), shard_size * 1_000_000)
         content = {**tally.summary(store, selection, "images.jsonl"), "shards": shards}
         write_manifest(partial / "manifest.json", "shards", content)
         for name in ("images.jsonl", "manifest.json"):
@@ -101,7 +102,7 @@ def write_shards(
 
 
 def _write(folder: Path, images, most_bytes: int) -> list[dict[str, object]]:
-    """The shards' entries in the manifest."""
+    """Writes the shards; returns their entries for the manifest."""
     entries, shard = [], None
     with closing(images):
         for number, (image, label) in enumerate(images):
@@ -114,10 +115,10 @@ def _write(folder: Path, images, most_bytes: int) -> list[dict[str, object]]:
 
 
 def _refuse_foreign(out: Path, force: bool) -> None:
-    """Raises ValueError where `out` is taken, unless `force` and it holds shards of ours."""
+    """Raises ValueError when `out` holds anything, unless it is a folder of shards and may be replaced (`force`)."""
     if not out.exists():
         return
     if not out.is_dir() or (any(out.iterdir()) and read_manifest(out) is None):
-        raise ValueError(f"{out} exists and is no folder of shards: choose another name")
+        raise ValueError(f"{out} exists and is not a folder of shards: choose another name")
     if not force and any(out.iterdir()):
-        raise ValueError(f"{out} exists: --force replaces it")
+        raise ValueError(f"{out} exists: add --force to replace it")

@@ -1,7 +1,7 @@
-"""What argparse lacks: lists that end where their items end, and numbers within bounds.
+"""What argparse lacks: list flags that do not swallow the data set's path, and numbers within bounds.
 
-argparse and tyro give a flag that takes a list every word up to the next flag, the data set's place too. Here
-`--milestones 120 160 DATA` is `DATA --milestones 120 160`.
+argparse and tyro give a list flag every word up to the next flag. Here `--milestones 120 160 DATA` means
+`DATA --milestones 120 160`: DATA cannot be an item, so it ends the list.
 """
 
 from __future__ import annotations
@@ -10,58 +10,58 @@ import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-Fits = Callable[[str], bool]  # whether a word can be an item
+IsItem = Callable[[str], bool]  # whether a word can be an item of a list
 
 
-def data_first(argv: Sequence[str], lists: Mapping[str, Fits]) -> list[str]:
-    """`argv` with the words that end a list moved to its front. `lists`: what can be an item, by flag.
+def data_first(argv: Sequence[str], lists: Mapping[str, IsItem]) -> list[str]:
+    """Moves the words that follow the end of a list to the front of `argv`.
 
-    A list's first word is always its own, so that a misspelt item is named as one.
+    lists: for each list flag, the test of its items. The word right after the flag is always taken as an item, so that
+    a misspelt item is reported as one.
     """
-    first: list[str] = []
+    front: list[str] = []
     rest: list[str] = []
-    fits: Fits | None = None
+    is_item: IsItem | None = None  # set while the words may be items of a list
+    list_ended = False
     for i, word in enumerate(argv):
         if word == "--":
-            return [*first, *rest, *argv[i:]]
+            return [*front, *rest, *argv[i:]]
         if word.startswith("-"):
-            fits = lists.get(word)
-        elif fits and argv[i - 1] not in lists and not fits(word):
-            fits = never
-        (first if fits is never else rest).append(word)
-    return first + rest
-
-
-def never(word: str) -> bool:
-    """The list has ended."""
-    return False
+            is_item, list_ended = lists.get(word), False
+        elif is_item and argv[i - 1] not in lists and not is_item(word):
+            is_item, list_ended = None, True
+        if list_ended:
+            front.append(word)
+        else:
+            rest.append(word)
+    return front + rest
 
 
 class ListParser(argparse.ArgumentParser):
-    """argparse's parser, but its lists end where their type or their choices do."""
+    """argparse's parser, except that a list ends at the first word that is not of its type or among its choices."""
 
     def parse_known_args(self, args: Sequence[str], namespace: argparse.Namespace | None = None) -> tuple:
-        """As argparse's, of words that are given."""
+        """As in argparse, but `args` must be given."""
         lists = [action for action in self._actions if action.nargs in ("+", "*")]
-        fits = {flag: item_test(action) for action in lists for flag in action.option_strings}
-        return super().parse_known_args(data_first(args, fits), namespace)
+        tests = {flag: item_test(action) for action in lists for flag in action.option_strings}
+        return super().parse_known_args(data_first(args, tests), namespace)
 
 
-def item_test(action: argparse.Action) -> Fits:
-    """Whether a word is of the action's type, and one of its choices."""
+def item_test(action: argparse.Action) -> IsItem:
+    """A test of whether a word has the action's type and is one of its choices."""
 
-    def fits(word: str) -> bool:
+    def is_item(word: str) -> bool:
         try:
             item = (action.type or str)(word)
         except (ValueError, argparse.ArgumentTypeError):
             return False
         return action.choices is None or item in action.choices
 
-    return fits
+    return is_item
 
 
 def positive(text: str) -> int:
-    """An int of at least 1."""
+    """An int >= 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
@@ -69,21 +69,21 @@ def positive(text: str) -> int:
 
 
 def positive_float(text: str) -> float:
-    """A float above 0, not infinite."""
+    """A finite float > 0."""
     value = float(text)
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+        raise argparse.ArgumentTypeError(f"must be greater than 0, got {text}")
     return value
 
 
 def rate(text: str) -> float:
-    """A float of at least 0, not infinite."""
+    """A finite float >= 0."""
     value = float(text)
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
     return value
 
 
 def numbers(text: str) -> list[float]:
-    """Comma-separated rates."""
+    """Comma-separated finite floats >= 0."""
     return [rate(part) for part in text.split(",")]

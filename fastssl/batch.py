@@ -15,23 +15,23 @@ from torch import Tensor
 
 
 class ImageBatch(NamedTuple):
-    """B images of any size, all tensors on one device (the training device when a loader yields it).
+    """B images of any size; all tensors are on one device, the training device when a loader yields the batch.
 
-    `pixels[offset[i] : offset[i] + height[i] * width[i] * 3]` is image i in H x W x 3 (RGB) order. Windows may
-    overlap or leave gaps: a batch may be windows into a whole data set.
+    `pixels[offset[i] : offset[i] + height[i] * width[i] * 3]` is image i in H x W x 3 (RGB) order. The windows may
+    overlap or leave gaps: `pixels` may be a whole data set.
     """
 
     pixels: Tensor  # (P,) uint8
     offset: Tensor  # (B,) int64, where each image begins in pixels
     height: Tensor  # (B,) int32, rows
     width: Tensor  # (B,) int32, columns
-    index: Tensor  # (B,) int64, the sample's id in the data set: the key of its randomness
+    index: Tensor  # (B,) int64, the sample's number in the data set; augmentation is seeded with it
     label: Tensor  # (B,) int64, class id; -1 where the data set has no classes
-    max_side: int  # no image has more rows or columns: known to the host, so that sizing a launch need not wait
+    max_side: int  # no height or width is larger; a host int, so that sizing a kernel launch needs no sync
 
     @property
     def size(self) -> int:
-        """Number of images B (`len()` of a NamedTuple counts its fields)."""
+        """The number of images B. (`len()` of a NamedTuple is its number of fields.)"""
         return self.offset.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ImageBatch:
@@ -39,15 +39,15 @@ class ImageBatch(NamedTuple):
         return self.apply(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> ImageBatch:
-        """The batch with `function` applied to each of its tensors."""
+        """The batch with `function` applied to every tensor."""
         return ImageBatch(*(function(tensor) for tensor in self[:-1]), self.max_side)
 
     def select(self, rows: Tensor | slice) -> ImageBatch:
-        """Some of the images, by index, mask or slice: windows into the same bytes."""
+        """Some of the images, chosen by an index, a mask or a slice: windows into the same bytes."""
         return ImageBatch(self.pixels, *(tensor[rows] for tensor in self[1:-1]), self.max_side)
 
     def image(self, i: int) -> Tensor:
-        """Image i as an (H, W, 3) uint8 view. Reads sizes on the host: for pictures and tests, not for the step."""
+        """Image i as an (H, W, 3) uint8 view. Syncs with the host, so not for use inside a training step."""
         start, height, width = int(self.offset[i]), int(self.height[i]), int(self.width[i])
         return self.pixels[start : start + height * width * 3].view(height, width, 3)
 
@@ -62,10 +62,10 @@ def pack_images(
     label: Sequence[int],
     allocate: Callable[[int], np.ndarray] = _allocate,
 ) -> ImageBatch:
-    """Packs (H, W, 3) uint8 arrays of any sizes into one CPU batch, back to back in the order given.
+    """Packs (H, W, 3) uint8 arrays of any sizes into one CPU batch, back to back in the given order.
 
-    `allocate(bytes)` gives the (bytes,) uint8 array that becomes the batch's `pixels`.
-    Raises ValueError when an array is not (H, W, 3) uint8 or has no pixels.
+    `allocate(n)` returns the (n,) uint8 array that becomes the batch's `pixels`.
+    Raises ValueError when an array is not (H, W, 3) uint8 or is empty.
     """
     for i, image in zip(index, images):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
@@ -87,6 +87,6 @@ def pack_images(
 
 
 def split_batch(batch: ImageBatch, parts: int) -> list[ImageBatch]:
-    """`parts` batches of consecutive images; the batch's size must be a multiple of it."""
+    """Splits a batch into `parts` batches of consecutive images; its size must be a multiple of `parts`."""
     size = batch.size // parts
     return [batch.select(slice(i * size, (i + 1) * size)) for i in range(parts)]

@@ -1,4 +1,4 @@
-"""From the configuration to the parts of a run: loader, augmentation policy, model and optimiser."""
+"""Builds the parts of a run from its configuration: loader, augmentation policy, model and optimiser."""
 
 from __future__ import annotations
 
@@ -29,22 +29,24 @@ from fastssl.models.tryout import build_without_memory, why_refused
 from fastssl.optim import make_optimizer
 from fastssl.plan import DTYPES, choose_precision, encoder_batch_size, rank_batch_size
 
+READING_OPTIONS = ("shuffle", "read_ahead", "beton_cache")  # who sets one of these wants the files read
+
 
 def open_loader(config: Config, ranks: Ranks) -> Loader:
-    """This rank's loader. --loader auto decodes what is small once and holds it, unless it is told how to read."""
-    d = config.input
+    """This rank's loader. --loader auto decodes a small data set once and keeps it, unless a reading option is set."""
+    d, defaults = config.input, DataConfig()
     loader = make_config_loader(config, d.loader, ranks)
-    told_how = any(getattr(d, name) != getattr(DataConfig(), name) for name in ("shuffle", "read_ahead", "beton_cache"))
-    if d.loader != "auto" or told_how or loader.name not in ("folder", "beton") or not is_small(loader, ranks.device):
+    may_choose = d.loader == "auto" and all(getattr(d, name) == getattr(defaults, name) for name in READING_OPTIONS)
+    if not may_choose or loader.name not in ("folder", "beton") or not is_small(loader, ranks.device):
         return loader
     loader.close()
-    held = make_config_loader(config, "resident", ranks)
-    held.reason = f"{loader.reason} and small; holds {held.held}"
-    return held
+    resident = make_config_loader(config, "resident", ranks)
+    resident.reason = f"{loader.reason}, and it is small: holds {resident.held}"
+    return resident
 
 
 def make_config_loader(config: Config, name: str, ranks: Ranks) -> Loader:
-    """The loader `name` with the options of the configuration."""
+    """The loader called `name`, with the configuration's options."""
     d = config.input
     return make_loader(
         name,
@@ -67,36 +69,37 @@ def make_config_loader(config: Config, name: str, ranks: Ranks) -> Loader:
 
 
 def open_policy(config: Config) -> Policy:
-    """The augmentation policy with the options that change it."""
+    """The augmentation policy, with everything the options change in it."""
     a = config.augment
-    pair = {"crop_iou": CROP_PAIRS[a.crop_pair], "crop_iou_p": a.crop_pair_p}
-    settings = {"crop_scale": a.crop_scale, "hide_and_seek": a.hide_and_seek, "hide_p": a.has_p, **pair}
-    settings |= parse_settings(a.policy_set)  # which may name any of them
+    settings = {"crop_scale": a.crop_scale, "hide_and_seek": a.hide_and_seek, "hide_p": a.has_p}
+    settings |= {"crop_iou": CROP_PAIRS[a.crop_pair], "crop_iou_p": a.crop_pair_p}
+    settings |= parse_settings(a.policy_set)  # --policy-set may override any of them
     return make_policy(a.policy, cj=a.cj, grey_scale=a.grey_scale, gaussian_blur=a.gaussian_blur, **settings)
 
 
 def check_parts(config: Config) -> None:
-    """Sends a batch through an encoder before images are read, both without memory where torch can do so.
+    """Builds the policy and sends a batch through the encoder before any image is read, on torch's meta device.
 
-    Raises ValueError for a policy, architecture, head or stem that does not exist, and for sizes with which no step can
-    be made: batch norm of one value a channel, images too small or not divided by a ViT's patches.
+    Raises ValueError for a policy, architecture, head or stem that does not exist, and for sizes that cannot be
+    trained on: a single value per channel in batch norm, images too small, or not a multiple of a ViT's patch.
     """
     open_policy(config)
     m, size, world_size = config.model, config.augment.image_size, read_ranks()[1]
-    whole = encoder_batch_size(config, Ranks(0, world_size, 1, torch.device("meta")))
-    images = whole * world_size if m.sync_bn else whole // m.bn_splits  # that are normalised together
+    per_rank = encoder_batch_size(config, Ranks(0, world_size, 1, torch.device("meta")))
+    images = per_rank * world_size if m.sync_bn else per_rank // m.bn_splits  # normalised together by batch norm
     build = partial(make_encoder, m.arch, head=m.head, dim=m.dim, stem=m.stem)
     if not why_refused(build_without_memory(build).to("meta"), images, size, "meta"):
         return
-    # torch knows some operations only with memory: asked again with it, and with little
+    # The meta device lacks some operations, so a refusal counts only if real memory repeats it, on a small batch.
     if reason := why_refused(build(), min(images, 2), size):
-        fewer = "a larger --batch-size or --image-size, or fewer --bn-splits and --accumulate"
-        mend = "take " + (fewer if images == 1 else "another --image-size, or another --arch")
-        raise ValueError(f"{m.arch} cannot train on {images} x 3 x {size} x {size} pixels ({reason}): {mend}")
+        fix = "use another --image-size or another --arch"
+        if images == 1:
+            fix = "use a larger --batch-size or --image-size, or a smaller --bn-splits or --accumulate"
+        raise ValueError(f"{m.arch} cannot train on {images} x 3 x {size} x {size} pixels ({reason}): {fix}")
 
 
 def make_deterministic(on: bool) -> None:
-    """Bitwise repeatable kernels, or the fastest ones."""
+    """Makes torch use bitwise repeatable kernels, or the fastest ones."""
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(on)
@@ -104,20 +107,20 @@ def make_deterministic(on: bool) -> None:
 
 
 class Trainee(NamedTuple):
-    """State that training owns and checkpoints hold."""
+    """The state that training changes and checkpoints save, and why its parts were chosen."""
 
     moco: MoCo
     encoder_q: nn.Module  # moco.encoder_q, or its DDP wrapper
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # does nothing unless the precision is fp16
-    why_layout: str = "asked for"  # of the memory format of moco's weights
-    why_optimizer: str = "torch's"  # whose it is
-    compiled: str = "off"  # how the encoders are: off, on or graphs
-    why_compiled: str = "asked for"
+    why_layout: str = "requested"  # the memory format of moco's weights
+    whose_optimizer: str = "torch's"  # torch's or apex's, and why
+    compiled: str = "off"  # off, on or graphs
+    why_compiled: str = "requested"
 
 
 def make_trainee(config: Config, ranks: Ranks) -> Trainee:
-    """Fresh state on the device, the same on every rank: weights are a function of the seed."""
+    """Fresh state on the device, the same on every rank: the weights are a function of the seed."""
     t, m, o = config.train, config.model, config.optim
     torch.manual_seed(t.seed)
     encoder = make_encoder(m.arch, head=m.head, dim=m.dim, stem=m.stem)
@@ -135,23 +138,22 @@ def make_trainee(config: Config, ranks: Ranks) -> Trainee:
     moco.take_counters()
     options = dict(momentum=o.momentum, weight_decay=o.weight_decay, exclude_norm_bias=o.exclude_norm_bias)
     optimizer, whose = choose_sgd(config, make_optimizer(moco.encoder_q, o.optimizer, lr=o.lr, **options), ranks)
-    fp16 = choose_precision(t.precision, ranks.device) == "fp16"
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=fp16)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=choose_precision(t.precision, ranks.device) == "fp16")
     return Trainee(moco, moco.encoder_q, optimizer, scaler, why_layout, whose)
 
 
 def choose_queue_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The queue's dtype: that of the encoders, but on a CPU float32, in which the losses are computed there."""
-    asked = config.moco.queue_dtype
-    if asked == "auto":
-        asked = "fp32" if device.type == "cpu" else choose_precision(config.train.precision, device)
-    return DTYPES[asked]
+    """The queue's dtype: the encoders' on a GPU; float32 on a CPU, where the losses are computed in it."""
+    requested = config.moco.queue_dtype
+    if requested == "auto":
+        requested = "fp32" if device.type == "cpu" else choose_precision(config.train.precision, device)
+    return DTYPES[requested]
 
 
 def compile_and_wrap(config: Config, trainee: Trainee, ranks: Ranks) -> Trainee:
     """Compiles the encoders in place and wraps encoder_q in DDP.
 
-    The key encoder, the queue and batch norm's buffers stay outside DDP: it would overwrite them with rank 0's.
+    The key encoder, the queue and batch norm's buffers stay outside DDP, which would overwrite them with rank 0's.
     """
     how, why = compile_encoders(config, trainee.moco, ranks)
     trainee = trainee._replace(compiled=how, why_compiled=why)
@@ -163,8 +165,8 @@ def compile_and_wrap(config: Config, trainee: Trainee, ranks: Ranks) -> Trainee:
 def wrap_ddp(module: nn.Module, device: torch.device, deterministic: bool = False) -> DistributedDataParallel:
     """DDP that averages gradients and leaves each rank its own buffers.
 
-    After its first step DDP sorts gradients into other buckets, which are summed in another order: a resumed run would
-    differ in the last bits. Looking for unused parameters, of which there are none, keeps the first buckets.
+    After its first step DDP rebuilds its gradient buckets, which changes the order of summation: a resumed run would
+    differ in the last bits. Looking for unused parameters (there are none) makes it keep the first buckets.
     """
     if deterministic:
         warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")

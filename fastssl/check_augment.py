@@ -1,39 +1,42 @@
-"""`fastssl check-augment [DATA]`: our augmentation against Pillow and torchvision, and against its own policy.
+"""`fastssl check-augment [DATA]`: compares our augmentation with Pillow's and torchvision's, and with its own policy.
 
-Without DATA on pictures rendered here, with it on that folder's. The exit code says whether all bounds hold.
+It runs on the images of DATA, or on pictures it draws. Exits with 0 when every bound holds, with 1 otherwise.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from contextlib import closing
 
 import numpy as np
 
-from fastssl.arguments import ListParser
+from fastssl.arguments import ListParser, positive
 from fastssl.augment.parity import Row, chain_rows, operation_rows
 from fastssl.augment.policy import POLICIES, make_policy
+from fastssl.augment.preview import read_pictures
 from fastssl.augment.rates import anchor_check, count_checks
 from fastssl.batch import ImageBatch, pack_images
 from fastssl.command import FAILED
 from fastssl.demo_images import CLASSES, draw_picture
 from fastssl.loaders.folder_loader import FolderLoader
+from fastssl.plural import counted
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the tables; 0 when every bound holds, else 1."""
-    parser = ListParser(prog="fastssl check-augment", description=__doc__.splitlines()[0])
-    parser.add_argument("data", nargs="?", help="a folder of images; by default pictures rendered here")
-    parser.add_argument("--images", type=int, default=16, help="how many, evenly spread over the folder")
-    parser.add_argument("--size", type=int, default=96, help="of the views, in pixels")
-    parser.add_argument("--policy", nargs="+", choices=list(POLICIES), default=["v1", "v2", "small"])
+    """Prints the tables; returns 0 when every bound holds and 1 otherwise."""
+    parser = ListParser(
+        prog="fastssl check-augment",
+        description="Compare our augmentation with Pillow's and torchvision's, and with its own policy.",
+    )
+    parser.add_argument("data", nargs="?", help="a folder of images (default: pictures drawn for the purpose)")
+    parser.add_argument("--images", type=positive, default=16, help="images used, spread over the folder (default: 16)")
+    parser.add_argument("--size", type=positive, default=96, help="side of the views in pixels (default: 96)")
+    parser.add_argument("--policy", nargs="+", choices=list(POLICIES), default=["v1", "v2", "small"],
+                        help="policies to check (default: v1 v2 small)")  # fmt: skip
     args = parser.parse_args(argv)
-    if args.images < 1 or args.size < 1:
-        raise ValueError(f"--images and --size must be at least 1, got {args.images} and {args.size}")
-    batch = read_pictures(args.data, args.images) if args.data else render_pictures(args.images)
-    print(f"{batch.size} pictures, views of {args.size} pixels; errors in 1/255\n")
+    batch = read_folder(args.data, args.images) if args.data else draw_pictures(args.images)
+    print(f"{counted(batch.size, 'picture')}, views of {args.size} pixels; errors in units of 1/255\n")
     print(f"{'operation':34} {'mean':>8} {'max':>8} {'mean <=':>8} {'max <=':>8}")
     good = [print_row(row) for row in operation_rows(batch, args.size)]
     good += [print_row(row) for row in chain_rows(batch, args.size, args.policy)]
@@ -42,40 +45,32 @@ def main(argv: Sequence[str]) -> int:
         good += [print_check(*check) for check in count_checks(make_policy(name))]
     print()
     good.append(print_check(*anchor_check()))
-    print(f"\n{good.count(True)} of {len(good)} hold")
+    print(f"\n{good.count(True)} of {len(good)} checks passed")
     return 0 if all(good) else FAILED
 
 
 def print_row(row: Row) -> bool:
-    """Prints one line of errors and returns whether they keep their bounds."""
+    """Prints one line of errors; returns whether they are within their bounds."""
     bounds = ["" if math.isinf(bound) else f"{bound:g}" for bound in (row.mean_bound, row.max_bound)]
-    verdict = "" if row.holds else "  TOO FAR"
+    verdict = "" if row.holds else "  FAILS"
     print(f"{row.name:34} {row.mean:8.4f} {row.max:8.2f} {bounds[0]:>8} {bounds[1]:>8}{verdict}", flush=True)
     return row.holds
 
 
 def print_check(name: str, holds: bool, found: str) -> bool:
-    """Prints one count and returns whether it is as the policy has it."""
-    print(f"{name:40} {found}{'' if holds else '  WRONG'}", flush=True)
+    """Prints one count; returns whether it is what the policy says."""
+    print(f"{name:40} {found}{'' if holds else '  FAILS'}", flush=True)
     return holds
 
 
-def read_pictures(folder: str, count: int) -> ImageBatch:
-    """`count` images of a folder, evenly spread; one that cannot be read is named and left out.
-
-    Raises ValueError for a folder without images, and when none of them can be read.
-    """
+def read_folder(folder: str, count: int) -> ImageBatch:
+    """`count` images spread evenly over a folder. Raises ValueError when it has none, or none that can be read."""
     with closing(FolderLoader(folder, batch_size=1, seed=0, device="cpu")) as loader:
-        batch = next(loader.eval_batches(count, limit=count), None)
-        for bad in loader.bad_images:
-            print(f"left out: {bad}", file=sys.stderr)
-        if batch is None:
-            raise ValueError(f"none of {min(count, loader.num_images)} images of {folder} can be read")
-    return batch
+        return read_pictures(loader, count, folder)
 
 
-def render_pictures(count: int) -> ImageBatch:
-    """Pictures of many sides and colours, every fifth of them grey."""
+def draw_pictures(count: int) -> ImageBatch:
+    """Drawn pictures of many sizes and colours, every fifth of them grey."""
     pictures = []
     for i in range(count):
         rng = np.random.default_rng(i)

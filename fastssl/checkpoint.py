@@ -1,7 +1,7 @@
-"""Checkpoints that survive: written whole or not at all, checked before they are trusted.
+"""Checkpoint files: written whole or not at all, and checked before they are used.
 
-A checkpoint is a dict of tensors, numbers and strings: {format, step, config, model, optimizer, scaler, ...},
-read only with `weights_only=True`.
+A checkpoint is a dict of tensors, numbers and strings, {format, step, config, model, optimizer, scaler, ...}, and is
+only ever read with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ PARTS = ("format", "step", "config", "num_images", "model", "optimizer", "scaler
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, read or used here."""
+    """A checkpoint cannot be written, read or used."""
 
 
 class OtherVersionError(CheckpointError):
-    """A checkpoint is whole, and another version of this program wrote it."""
+    """A checkpoint is intact but was written by another version of this program."""
 
 
 def save(state: dict, path: Path) -> None:
-    """Writes atomically, by torch.save. Raises CheckpointError when the disk refuses."""
+    """Writes a checkpoint with torch.save, atomically. Raises CheckpointError when that fails."""
     write_whole(path, lambda file: torch.save(state, file))
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """A file as `write` fills it, or none: a kill or a full disk leaves earlier checkpoints as they were.
+    """Creates `path` with what `write` puts into the file, atomically: a kill or a full disk leaves no partial file.
 
-    Raises CheckpointError when the disk refuses.
+    Raises CheckpointError when the file cannot be written.
     """
     partial = path.with_suffix(".partial")
     try:
@@ -54,51 +54,59 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             partial.unlink()
         cause = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise CheckpointError(
-            f"could not write {path} ({cause}); earlier checkpoints are untouched: make room, or name another place"
+            f"cannot write {path} ({cause}); earlier checkpoints are untouched: free some space or choose another place"
         ) from error
 
 
 def load(path: Path) -> dict:
-    """Reads and checks a checkpoint: its bytes by their CRC, its parts by name. Tensors on the CPU.
+    """Reads a checkpoint, with its tensors on the CPU, after checking its checksums and that no part is missing.
 
     Raises CheckpointError that says what is wrong with it.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load itself would read flipped bits without a word
+            damaged = archive.testzip()  # torch.load would accept flipped bits silently
         if damaged:
             raise CheckpointError(f"{path} is damaged: {damaged} fails its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except FileNotFoundError:
-        raise CheckpointError(f"there is no checkpoint {path}") from None
+        raise CheckpointError(f"the checkpoint {path} does not exist") from None
     except Exception as error:
-        raise CheckpointError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0][:200]}") from error
+        reason = str(error).splitlines()[0][:200]
+        raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason}") from error
     if not isinstance(state, dict) or any(part not in state for part in PARTS):
-        lacking = f"it lacks some of {', '.join(PARTS)}"
-        raise CheckpointError(f"{path} is not a fastssl checkpoint: {lacking}; --restart starts from its weights alone")
+        raise CheckpointError(
+            f"{path} is not a fastssl checkpoint: it lacks some of {', '.join(PARTS)}; "
+            "add --restart to start from its weights alone"
+        )
     if state["format"] != FORMAT:
-        wrote = f"{path} has format {state['format']}, this version reads {FORMAT}"
-        raise OtherVersionError(f"{wrote}: go on with the version that wrote it, or with another --output")
+        raise OtherVersionError(
+            f"{path} has format {state['format']} but this version reads format {FORMAT}: "
+            "continue with the version that wrote it, or choose another --output"
+        )
     return state
 
 
 def name(step: int) -> str:
-    """File name of the checkpoint taken after `step` steps."""
+    """The file name of the checkpoint saved after `step` steps."""
     return f"step_{step:09d}.pt"
 
 
 def saved_steps(folder: Path) -> dict[int, Path]:
-    """The checkpoints of a folder by step, newest first."""
-    found = {int(m[1]): path for path in folder.glob("step_*.pt") if (m := re.fullmatch(r"step_(\d+)\.pt", path.name))}
+    """The checkpoints in a folder by step, newest first."""
+    found = {}
+    for path in folder.glob("step_*.pt"):
+        if match := re.fullmatch(r"step_(\d+)\.pt", path.name):
+            found[int(match[1])] = path
     return dict(sorted(found.items(), reverse=True))
 
 
 def newest_good(folder: Path, report: list[str]) -> Path | None:
-    """The newest checkpoint that can be trusted; what is wrong with newer ones goes into `report`.
+    """The newest intact checkpoint; what is wrong with newer ones is appended to `report`.
 
-    None where there is none, or where another version of this program wrote a newer one.
+    None when there is none, or when another version of this program wrote a newer one.
     """
     for path in saved_steps(folder).values():
         try:
@@ -106,25 +114,26 @@ def newest_good(folder: Path, report: list[str]) -> Path | None:
             return path
         except CheckpointError as error:
             report.append(str(error))
-            if isinstance(error, OtherVersionError):  # going on from an older one would overwrite it
+            if isinstance(error, OtherVersionError):  # resuming from an older one would overwrite it
                 return None
     return None
 
 
 def find(source: str | Path) -> Path:
-    """The file itself, or the newest good checkpoint of a run folder. Raises CheckpointError where it has none."""
+    """The file itself, or the newest intact checkpoint of a run folder. Raises CheckpointError when it has none."""
     path = Path(source)
     if not path.is_dir():
         return path
     notes: list[str] = []
     newest = newest_good(path / "checkpoints", notes)
     if newest is None:
-        raise CheckpointError(f"{path} holds no checkpoint that can be used" + (f": {notes[-1]}" if notes else ""))
+        reason = notes[-1] if notes else "name a run folder or a checkpoint"
+        raise CheckpointError(f"{path} holds no usable checkpoint: {reason}")
     return newest
 
 
 def prune(folder: Path, keep_last: int, keep_multiple: int) -> None:
-    """Removes all but the newest `keep_last` checkpoints and those at a multiple of `keep_multiple` steps (0: none)."""
+    """Deletes all but the newest `keep_last` checkpoints and those at multiples of `keep_multiple` steps (0: none)."""
     for step, path in list(saved_steps(folder).items())[keep_last:]:
         if not keep_multiple or step % keep_multiple:
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The command `fastssl`: one line for each subcommand; what it does lies in its own module."""
+"""The `fastssl` command: a table of subcommands, each of which is the `main` of its own module."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Sequence
 
 from fastssl.command import USAGE, run_command
 
-COMMANDS = {  # in the order of a first day
-    "demo": ("fastssl.demo", "render images, pretrain and evaluate: the whole chain in minutes, no data needed"),
-    "doctor": ("fastssl.doctor", "what works on this machine, and the command that mends what does not"),
-    "prep": ("fastssl.prep", "convert images to .beton files or tar shards, check and describe them"),
-    "preview": ("fastssl.preview", "a picture of images beside their augmented views"),
+COMMANDS = {  # in the order a newcomer needs them
+    "demo": ("fastssl.demo", "draw images, pretrain an encoder on them and evaluate it; takes minutes, needs no data"),
+    "doctor": ("fastssl.doctor", "show what works on this machine, and the commands that fix what does not"),
+    "prep": ("fastssl.prep", "convert images to .beton files or tar shards, and check or describe such files"),
+    "preview": ("fastssl.preview", "draw images beside their augmented views"),
     "pretrain": ("fastssl.train", "pretrain an encoder on a folder of images"),
-    "recipes": ("fastssl.recipes_command", "list the recipes, each with its command, source and published accuracy"),
-    "models": ("fastssl.list_models", "architectures: weights, features, whose definition"),
+    "recipes": ("fastssl.recipes_command", "list the recipes, or print one"),
+    "models": ("fastssl.list_models", "list the architectures with their numbers of weights and features"),
     "eval": ("fastssl.eval.__main__", "evaluate an encoder: k-NN, linear, transfer, instance discrimination, ..."),
-    "export": ("fastssl.export", "an encoder for torchvision, timm, safetensors or MoCo's scripts"),
-    "convert": ("fastssl.convert", "a SEED student, or any checkpoint, for MoCo's scripts"),
-    "check-loader": ("fastssl.check_loader", "do the loaders keep their contract on these images?"),
-    "check-augment": ("fastssl.check_augment", "our augmentation against Pillow and torchvision, in 1/255"),
+    "export": ("fastssl.export", "write an encoder for torchvision, timm, safetensors or MoCo's scripts"),
+    "convert": ("fastssl.convert", "rewrite a SEED student, or any checkpoint, for MoCo's scripts"),
+    "check-loader": ("fastssl.check_loader", "check that the loaders keep their contract on your images"),
+    "check-augment": ("fastssl.check_augment", "compare our augmentation with Pillow's and torchvision's"),
 }
 
 
@@ -37,7 +37,8 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "fastssl COMMAND --help explains a command; several GPUs: torchrun --nproc_per_node 8 -m fastssl.train ...",
+            "Run fastssl COMMAND --help for the flags of a command.",
+            "To train on several GPUs, run torchrun --nproc_per_node 8 -m fastssl.train with the flags of pretrain.",
         ]
     )
 
@@ -50,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if argv else USAGE
     if argv[0] not in COMMANDS:
         close = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(COMMANDS)}"
-        print(f"fastssl: error: no command {argv[0]!r}{hint}", file=sys.stderr)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(COMMANDS)}"
+        print(f"fastssl: error: unknown command {argv[0]!r}; {hint}", file=sys.stderr)
         return USAGE
-    module = COMMANDS[argv[0]][0]  # imported within: Ctrl-C may come in these seconds, too
+    module = COMMANDS[argv[0]][0]  # imported inside run_command, which handles a Ctrl-C in those seconds too
     return run_command(lambda flags: importlib.import_module(module).main(flags), argv[1:])
 
 

@@ -1,4 +1,4 @@
-"""How every command ends: a clear sentence for the person, an exit code for the script."""
+"""How every command ends: with one clear sentence for the user and an exit code for scripts."""
 
 from __future__ import annotations
 
@@ -17,23 +17,27 @@ if TYPE_CHECKING:  # `fastssl --help` need not import torch
 FAILED = 1
 USAGE = 2
 NOT_FINITE = 3  # the loss became NaN or infinite
-PREEMPTED = 75  # stopped by a signal after saving: start again with --resume auto (sysexits' EX_TEMPFAIL)
+PREEMPTED = 75  # stopped by a signal after saving, to be continued with --resume auto (EX_TEMPFAIL of sysexits.h)
 
 
 def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Runs a command; an error meant for people becomes one sentence. FASTSSL_TRACEBACK=1 shows where it came from."""
+    """Runs a command and prints an expected error as one sentence; FASTSSL_TRACEBACK=1 shows the traceback instead.
+
+    Returns the exit code.
+    """
     if sys.stderr is sys.__stderr__:
-        faulthandler.enable()  # a crash in compiled code, or kill -ABRT of what hangs, says where every thread stands
+        faulthandler.enable()  # a crash in compiled code, or kill -ABRT of a hung run, prints every thread's traceback
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a name that is not UTF-8 must still print
+        sys.stdout.reconfigure(errors="backslashreplace")  # like stderr: prints file names that are not UTF-8 too
     try:
         return command(argv)
     except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("FASTSSL_TRACEBACK"):
             raise
-        rank = os.environ.get("RANK", "0")  # an error may be one rank's alone: all of them speak
-        said = str(error) or "there is not enough memory"  # Python's own MemoryError says nothing
-        print(f"fastssl: error: {said}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
+        message = str(error) or "there is not enough memory"  # Python's own MemoryError has no message
+        rank = os.environ.get("RANK", "0")
+        where = f" (rank {rank})" if rank != "0" else ""  # every rank prints: an error may be one rank's alone
+        print(f"fastssl: error: {message}{where}", file=sys.stderr)
         return getattr(error, "exit_code", FAILED)
     except KeyboardInterrupt as interrupt:
         (number,) = interrupt.args or (signal.SIGINT,)
@@ -43,9 +47,10 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
 
 @contextmanager
 def tidy_on_signals() -> Iterator[None]:
-    """Within, SIGTERM ends a command as Ctrl-C does: what is not finished is removed. A second signal ends it at once.
+    """Inside the block SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so unfinished files are removed.
 
-    Not for a command of several ranks: one that waits for the others answers no signal in Python.
+    A second signal kills the process at once. Not for commands of several ranks: Python cannot answer a signal while
+    it waits in a collective.
     """
 
     def interrupt(signum: int, frame: object) -> None:
@@ -62,7 +67,7 @@ def tidy_on_signals() -> Iterator[None]:
 
 @contextmanager
 def stop_on_signals(stop: StopSignal) -> Iterator[None]:
-    """Within, SIGTERM and SIGUSR1 (Slurm's warning) set `stop.asked`; the loop saves and leaves after its step."""
+    """Inside the block SIGTERM and SIGUSR1 (Slurm's warning) set `stop.asked`, so the loop saves and stops."""
 
     def ask(signum: int, frame: object) -> None:
         stop.asked = True

@@ -1,4 +1,4 @@
-"""What no run can be: impossible values and combinations of options, refused before anything is read or written."""
+"""Refuses impossible values and combinations of options, before anything is read or written."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastssl.config import Config
 
-# The smallest value of an option, by its name. What is None, "by default", is never compared.
+# The options with a smallest value. An option that is None, for "by default", is not compared.
 SMALLEST = {
     1: (
         "batch_size", "epochs", "steps", "accumulate", "dim", "queue_size", "image_size", "bn_splits", "log_every",
@@ -19,20 +19,20 @@ SMALLEST = {
         "lr", "weight_decay", "lr_drop", "warmup_epochs", "start_epoch", "keep_every_epochs", "knn_every", "read_ahead",
     ),
 }  # fmt: skip
-SHARES = ("ema_momentum", "momentum")  # these lie in [0, 1]
+SHARES = ("ema_momentum", "momentum")  # must lie in [0, 1]
 
 
 def check(config: Config, options: dict[str, object]) -> None:
-    """Refuses impossible values and combinations; `options` are all of `config` by name.
+    """Checks `config`, all of whose options are also in `options` by name.
 
-    Raises ValueError that names the flag and the mend.
+    Raises ValueError that names the flag and the fix.
     """
     check_values({name: value for name, value in options.items() if value is not None})
     check_combinations(config)
 
 
 def check_values(options: dict[str, object]) -> None:
-    """Every number by itself."""
+    """Checks every number by itself."""
     for name, value in options.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{flag_of(name)} must be a finite number, got {value}")
@@ -53,28 +53,32 @@ def check_values(options: dict[str, object]) -> None:
 
 
 def check_combinations(config: Config) -> None:
-    """What options are together."""
+    """Checks the options that depend on each other."""
     t, m, o, a = config.train, config.model, config.optim, config.augment
     if m.sync_bn and m.bn_splits > 1:
-        raise ValueError("--sync-bn and --bn-splits contradict each other: statistics over all ranks or over parts")
+        raise ValueError("--sync-bn and --bn-splits exclude each other: remove one of them")
     if a.policy != "small" and a.cj is not None:
-        raise ValueError(f"--cj belongs to --policy small, not to {a.policy}: add --policy small or leave it out")
+        raise ValueError(f"--cj applies only to --policy small, not to {a.policy}: add --policy small or remove --cj")
     if config.input.resident_shard and config.input.loader != "resident":
-        raise ValueError(f"--resident-shard belongs to --loader resident, not to {config.input.loader}")
-    if t.restart and (t.resume in ("no", "", "auto") or t.start_epoch):
-        raise ValueError("--restart takes the weights of --resume PATH and begins at epoch 0: name the checkpoint")
+        raise ValueError(
+            f"--resident-shard applies only to --loader resident, not to {config.input.loader}: add --loader resident"
+        )
+    if t.restart and t.resume in ("no", "", "auto"):
+        raise ValueError("--restart needs --resume PATH: name the checkpoint whose weights to start from")
+    if t.restart and t.start_epoch:
+        raise ValueError("--restart begins at epoch 0: remove --start-epoch")
     if t.compile == "graphs" and o.accumulate > 1:  # a replay overwrites the gradients of the one before
-        raise ValueError("--compile graphs and --accumulate contradict each other: leave one out")
+        raise ValueError("--compile graphs and --accumulate exclude each other: remove one of them")
     if t.batch_size % o.accumulate:
         raise ValueError(f"--batch-size {t.batch_size} must be a multiple of --accumulate {o.accumulate}")
     if o.warmup_epochs >= t.epochs:
         raise ValueError(f"--warmup-epochs {o.warmup_epochs} must be fewer than --epochs {t.epochs}")
     if t.start_epoch >= t.epochs:
-        raise ValueError(f"--start-epoch {t.start_epoch} leaves nothing of --epochs {t.epochs} to train")
+        raise ValueError(f"--start-epoch {t.start_epoch} must be less than --epochs {t.epochs}")
     if config.eval.eval_resize is not None and config.eval.eval_resize < a.image_size:
         raise ValueError(f"--eval-resize {config.eval.eval_resize} must be at least --image-size {a.image_size}")
 
 
 def flag_of(name: str) -> str:
-    """The flag of an option."""
+    """The flag of the option called `name`."""
     return "--" + name.replace("_", "-")

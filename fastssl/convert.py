@@ -1,10 +1,10 @@
-"""`fastssl convert`: checkpoints of one project made readable by the scripts of another.
+"""Convert a checkpoint into one that MoCo's scripts read.
 
-fastssl convert seed DISTILLED.pth.tar [OUT]   SEED's student as MoCo's query encoder, its teacher dropped; what the
-                                               small-model project's distill_ckpt2moco_ckpt means to write
-fastssl convert moco CHECKPOINT OUT            any checkpoint that can be read, as main_moco.py would have saved it
+fastssl convert seed DISTILLED.pth.tar [OUT]   a SEED checkpoint: its student becomes the query encoder, and its teacher
+                                               is dropped, as the small-model project's distill_ckpt2moco_ckpt intends
+fastssl convert moco CHECKPOINT OUT            any checkpoint, written as main_moco.py would have saved it
 
-`fastssl pretrain --resume` with --restart, and every evaluation, read SEED's files without conversion.
+fastssl itself reads SEED checkpoints as they are, both in pretrain --resume PATH --restart and in every evaluation.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "fastssl convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("kind", choices=("seed", "moco"))
-    parser.add_argument("source", help="the checkpoint")
-    parser.add_argument("out", nargs="?", help="the file to write (seed: converted_NAME beside the checkpoint)")
-    parser.add_argument("-a", "--arch", help="architecture, where the file does not tell")
-    parser.add_argument("--force", action="store_true", help="replace the file")
+    parser.add_argument("kind", choices=("seed", "moco"), help="which conversion, see above")
+    parser.add_argument("source", help="the checkpoint to read")
+    parser.add_argument("out", nargs="?", help="the file to write (default with seed: converted_NAME beside it)")
+    parser.add_argument("-a", "--arch", help="the architecture, if the file does not tell")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     o = parser.parse_args(list(argv))
     source = Path(o.source)
     if o.kind == "moco" and o.out is None:
-        raise ValueError("fastssl convert moco needs the name of the file to write")
+        raise ValueError("fastssl convert moco needs a second path: the file to write")
     if o.kind == "seed":
         kind = load_pretrained(source, o.arch)[1].kind
         if not kind.startswith("SEED"):
-            raise CheckpointError(f"{source} is no SEED checkpoint but a {kind}: it needs no conversion")
+            raise CheckpointError(f"{source} is not a SEED checkpoint ({kind}): use fastssl convert moco")
     out = o.out or str(source.with_name(f"converted_{source.name}"))
     report, name = export(str(source), out, "moco", arch=o.arch, force=o.force)
     print(report)

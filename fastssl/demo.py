@@ -1,16 +1,16 @@
 """`fastssl demo`: the whole chain in minutes. Draws images, pretrains an encoder on them, measures what it learnt.
 
-No data, no network and no GPU needed. `--data DIR` takes an image folder instead.
+It needs no data, no network and no GPU; `--data DIR` uses an image folder instead of drawn images.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -25,13 +25,14 @@ from fastssl.config import Config, replace
 from fastssl.demo_images import write_demo_images
 from fastssl.eval.online import make_probe
 from fastssl.loaders.make import make_loader
+from fastssl.plural import counted
 from fastssl.recipe import load_recipe
 from fastssl.run import write_text
 from fastssl.train import pretrain
 
-IMAGES = 3000, 500  # to draw, for training and held out
-IMAGES_SEEN = 30_000  # what two CPU cores train on in three minutes
-# Small pictures and few steps want settings of their own; everything else is the default.
+IMAGES = 3000, 500  # images to draw, for training and held out
+IMAGES_SEEN = 30_000  # two CPU cores train on these in three minutes
+# Settings for small pictures and few steps; everything else is the default.
 SETTINGS = {
     "arch": "resnet18",
     "head": "simple",
@@ -40,14 +41,14 @@ SETTINGS = {
     "crop_scale": (0.4, 1.0),
     "grey_scale": 0.4,
     "queue_size": 2048,
-    "ema_momentum": 0.93,  # slower, q would flee keys that lag behind it, and lose the first epochs
+    "ema_momentum": 0.93,  # with a slower one the keys lag behind q, which wastes the first epochs
     "bn_splits": 4,
     "align_weight": 1.0,
     "uniform_t": 2.0,
     "lr": 0.06,
     "lr_schedule": "cosine",
     "knn_images": 2000,
-    "precision": "fp32",  # its figures should not depend on the machine
+    "precision": "fp32",  # so that the result does not depend on the machine
     "channels_last": "on",
     "compile": "off",  # compiling takes longer than this run on a GPU
     "keep_last": 1,
@@ -57,14 +58,15 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Draw images, pretrain a ResNet-18 on them, and compare it with raw pixels and with an untrained one."""
+    """Draw images, pretrain a ResNet-18 on them, and compare its k-NN accuracy with raw pixels and an untrained one."""
 
     data: str | None = None
-    """Folder of images to use instead: train/<class>/* and val/<class>/*, or <class>/*, or a flat folder."""
+    """Use this folder of images instead: train/<class>/* and val/<class>/*, or <class>/*, or a flat folder."""
     output: str | None = None
-    """Folder for all it makes; by default runs/demo, or runs/demo-2 and so on. One that is named is gone on with."""
+    """Folder for everything the demo writes; by default a new one, runs/demo or runs/demo-2 and so on. A demo that was
+    interrupted is continued if its folder is named."""
     seed: int = 0
-    """The images, the first weights, the order and the augmentation are functions of it."""
+    """Seed of the images, the initial weights, the order and the augmentation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
 
@@ -75,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def demo(options: DemoOptions) -> int:
-    """All of it, in order. Returns the exit code."""
+    """The whole demo. Returns the exit code."""
     folder = Path(options.output) if options.output else free_folder(Path("runs"))
     check_seed(folder, options.seed)
     data = options.data or draw_images(folder / f"images-{options.seed}", options.seed)
@@ -90,32 +92,39 @@ def demo(options: DemoOptions) -> int:
 
 
 def free_folder(parent: Path) -> Path:
-    """parent/demo, or the first of demo-2, demo-3, ... that is not there."""
-    names = (parent / ("demo" if i == 1 else f"demo-{i}") for i in count(1))
-    return next(path for path in names if not path.exists())
+    """parent/demo, or the first of demo-2, demo-3, ... that does not exist."""
+    path = parent / "demo"
+    for number in itertools.count(2):
+        if not path.exists():
+            return path
+        path = parent / f"demo-{number}"
 
 
 def check_seed(folder: Path, seed: int) -> None:
-    """Raises ValueError when the run in `folder` is of another seed: its result would be told as this one's."""
+    """Raises ValueError when `folder` holds a run with another seed, whose result would be taken for this one's."""
     path = folder / "config.yaml"
-    if path.exists() and (then := load_recipe(str(path)).train.seed) != seed:
-        raise ValueError(f"{folder} holds the demo of --seed {then}: choose another --output for --seed {seed}")
+    if not path.exists():
+        return
+    earlier = load_recipe(str(path)).train.seed
+    if earlier != seed:
+        raise ValueError(f"{folder} holds a demo with --seed {earlier}: choose another --output for --seed {seed}")
 
 
 def draw_images(folder: Path, seed: int) -> str:
-    """Draws the images unless they are there."""
+    """Draws the images into `folder` unless they are there; returns it."""
     if not folder.exists():
-        print(f"drawing {sum(IMAGES)} images into {folder}", file=sys.stderr)
+        print(f"drawing {sum(IMAGES):,} images into {folder}", file=sys.stderr)
         write_demo_images(folder, seed, *IMAGES)
     return str(folder)
 
 
 def make_demo_config(options: DemoOptions, folder: Path, data: str) -> Config:
-    """The settings of the run: as many epochs, or part of one, as make IMAGES_SEEN images."""
+    """The settings of the run: as many epochs as see IMAGES_SEEN images, or a part of one."""
     num_images = make_loader("folder", data, batch_size=1, seed=0, device="cpu").num_images
-    batch = min(BATCH, num_images // SETTINGS["bn_splits"] * SETTINGS["bn_splits"])
+    splits = SETTINGS["bn_splits"]
+    batch = min(BATCH, num_images // splits * splits)
     if batch == 0:
-        raise ValueError(f"{data} holds {num_images} images: the demo needs at least {SETTINGS['bn_splits']}")
+        raise ValueError(f"{data} holds only {counted(num_images, 'image')}: the demo needs at least {splits}")
     steps = max(1, IMAGES_SEEN // batch)
     epochs = max(1, round(steps / (num_images // batch)))
     return replace(
@@ -134,9 +143,9 @@ def make_demo_config(options: DemoOptions, folder: Path, data: str) -> Config:
 
 
 def measure(config: Config, saved: Path | None) -> tuple[dict[str, float], str]:
-    """k-NN accuracy in percent by name (none without classes), and one sentence on how it is measured.
+    """k-NN accuracy in percent by name (empty without classes), and one sentence on how it is measured.
 
-    Of raw pixels and the untrained encoder, or of the encoder in the checkpoint `saved`.
+    Without `saved`: that of raw pixels and of the untrained encoder; else that of the checkpoint's encoder.
     """
     ranks = distributed.start(config.train.device)
     with closing(open_loader(config, ranks)) as loader:
@@ -151,7 +160,7 @@ def measure(config: Config, saved: Path | None) -> tuple[dict[str, float], str]:
 
 
 def summarise(config: Config, folder: Path, before: dict[str, float]) -> dict:
-    """What demo.json holds."""
+    """The contents of demo.json."""
     saved = next(iter(checkpoint.saved_steps(folder / "checkpoints").values()))
     after, note = measure(config, saved)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -170,7 +179,7 @@ def summarise(config: Config, folder: Path, before: dict[str, float]) -> dict:
 
 
 def as_table(result: dict) -> str:
-    """The result for a person to read."""
+    """The result as text."""
     knn = [f"  {name:<22}{value:5.1f} %" for name, value in result["knn_percent"].items()]
     seen, speed = result["images_seen"], result["images_per_second"]
     return "\n".join(

@@ -1,8 +1,8 @@
-"""Ten classes of striped pictures, drawn here so that the demo needs no download.
+"""Draws ten classes of striped pictures, so that the demo needs no download.
 
-Only the direction of the stripes (five, up to a mirror) and their spacing (two) tell the classes apart. Colours,
-brightness, place and width of the stripes, soft patches, bends and noise are drawn for the picture, whatever its
-class: neither pixels nor colour statistics tell it, while the two views of a picture share little else.
+A class is a direction of the stripes (one of five, up to a mirror image) and a spacing (one of two). Everything else
+(colours, brightness, position and width of the stripes, soft patches, bends, noise) is random in each picture. So
+neither pixels nor colour statistics tell the class, which is most of what the two views of a picture have in common.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from PIL import Image
 
 from fastssl.random_key import STREAM_DEMO, derive_seed
 
-_OVERSAMPLE = 2  # stripes are drawn this much larger and averaged down, which antialiases their edges
+_OVERSAMPLE = 2  # pictures are drawn this much larger and averaged down, which antialiases the edges
 _LUMA = np.array([0.299, 0.587, 0.114])
 CLASSES = {  # class: degrees from upright, stripes across the picture
     f"{angle:02d}-degrees-{spacing}": (angle, stripes)
@@ -25,7 +25,7 @@ CLASSES = {  # class: degrees from upright, stripes across the picture
 
 
 def draw_picture(name: str, rng: np.random.Generator, size: int) -> np.ndarray:
-    """One (size, size, 3) uint8 picture of class `name`, everything else drawn from `rng`."""
+    """One (size, size, 3) uint8 picture of class `name`; everything else about it is drawn from `rng`."""
     side = size * _OVERSAMPLE
     stripes = _draw_stripes(*CLASSES[name], rng, side)[..., None]
     back, front = _two_brightnesses(rng)
@@ -45,7 +45,7 @@ def _draw_stripes(angle: float, stripes: float, rng: np.random.Generator, side: 
 
 
 def _two_brightnesses(rng: np.random.Generator) -> np.ndarray:
-    """Brightness of background and stripes in [0, 1], far enough apart to see them in grey."""
+    """Brightness of background and stripes in [0, 1], far enough apart to be told from each other in grey."""
     while True:
         pair = rng.uniform(0.1, 0.9, size=2)
         if abs(pair[0] - pair[1]) > 0.25:
@@ -53,7 +53,7 @@ def _two_brightnesses(rng: np.random.Generator) -> np.ndarray:
 
 
 def _clouds(rng: np.random.Generator, side: int, brightness: float) -> np.ndarray:
-    """(side, side, 3) of one random colour of this brightness, with soft patches, in 0..255."""
+    """(side, side, 3) in 0..255: one random colour of this brightness, with soft patches."""
     cells = int(rng.integers(2, 5))
     colour = rng.uniform(0, 1, size=3) + rng.normal(0, 0.2, size=(cells, cells, 3))
     wanted = brightness + rng.normal(0, 0.1, size=(cells, cells))
@@ -63,9 +63,9 @@ def _clouds(rng: np.random.Generator, side: int, brightness: float) -> np.ndarra
 
 
 def write_demo_images(folder: Path, seed: int, train: int = 3000, val: int = 500, size: int = 48) -> None:
-    """Writes folder/train/<class>/*.jpg and folder/val/<class>/*.jpg: so many pictures in all, equally many a class.
+    """Writes `train` pictures to folder/train/<class>/*.jpg and `val` to folder/val/<class>/*.jpg, balanced by class.
 
-    The same for the same seed. `folder` appears when it is complete.
+    They are a function of the seed. `folder` appears only when it is complete.
     """
     partial = folder.with_name(folder.name + ".partial")
     for split, number in (("train", train), ("val", val)):

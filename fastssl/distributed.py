@@ -1,8 +1,8 @@
-"""One process or many: everything that talks between ranks. On one process every call is a no-op.
+"""All communication between ranks. With one process every call is a no-op.
 
-Ranks come from torchrun's environment. Keys are gathered in rank order; the key shuffle moves rows between ranks by
-a permutation of the global batch that every rank computes for itself, so nothing is broadcast. They travel as uint8 and
-are normalised where they arrive (`normalise_bytes`), but for a policy with hide-and-seek: see `make_views`.
+Ranks come from torchrun's environment. Keys are gathered in rank order. The key shuffle moves images between ranks by a
+permutation of the global batch that every rank computes for itself, so none is broadcast. Images travel as uint8 and
+are normalised on arrival (`normalise_bytes`), except with hide-and-seek (see `make_views`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-TIMEOUT = timedelta(minutes=10)  # of a collective, and of meeting
+TIMEOUT = timedelta(minutes=10)  # for a collective, and for the ranks to meet
 
 
 class Ranks(NamedTuple):
-    """Who we are among the processes of a run."""
+    """This process's place among the processes of a run."""
 
     rank: int
     world_size: int
@@ -29,21 +29,22 @@ class Ranks(NamedTuple):
 
 
 def start(device: str = "auto") -> Ranks:
-    """Joins the process group when torchrun's variables are set (NCCL on GPUs, gloo on CPUs) and picks the device.
+    """Joins the process group if torchrun's variables are set (NCCL on GPUs, gloo on CPUs) and picks the device.
 
-    Raises ValueError when CUDA is asked for and there is none, and for variables that cannot be torchrun's.
+    Raises ValueError when CUDA is requested but not available, and for variables that torchrun cannot have set.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this torch sees no GPU; run `fastssl doctor`, or use --device cpu")
+        raise ValueError("--device cuda: torch finds no GPU; run `fastssl doctor` to learn why, or use --device cpu")
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     rank, world_size, local_rank = read_ranks()
     target = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}")
+            gpus = torch.cuda.device_count()
+            raise ValueError(f"local rank {local_rank} has no GPU: use --nproc_per_node {gpus}, the GPUs of this node")
         torch.cuda.set_device(target)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        # Host decisions (stop, resume) go through gloo beside NCCL, so that they never wait for the GPU.
+        # Decisions of the host (stop, resume) go through gloo, so that they never wait for the GPU.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             store=open_store(),
@@ -55,29 +56,32 @@ def start(device: str = "auto") -> Ranks:
 
 
 def read_ranks() -> tuple[int, int, int]:
-    """(rank, world size, local rank) of torchrun's variables. ValueError where an earlier shell left some of them."""
-    if "WORLD_SIZE" not in os.environ:  # one process, whatever else is left
+    """(rank, world size, local rank) from torchrun's variables. Raises ValueError when they are incomplete or wrong."""
+    if "WORLD_SIZE" not in os.environ:  # a single process, even if an earlier shell left other variables
         return 0, 1, 0
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise ValueError(f"WORLD_SIZE is set, {' and '.join(missing)} not: start with torchrun, or unset WORLD_SIZE")
+        names = " and ".join(missing)
+        raise ValueError(f"WORLD_SIZE is set without {names}: start with torchrun, or unset WORLD_SIZE")
     words = [os.environ.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
     if not all(word.isdecimal() for word in words) or int(words[0]) >= int(words[1]):
         found = "RANK={}, WORLD_SIZE={}, LOCAL_RANK={}".format(*words)
-        raise ValueError(f"{found} cannot be torchrun's: start with torchrun, or unset WORLD_SIZE")
+        raise ValueError(f"{found} make no sense together: start with torchrun, or unset WORLD_SIZE")
     rank, world_size, local_rank = map(int, words)
     return rank, world_size, local_rank
 
 
 def open_store() -> dist.Store:
-    """Where the ranks meet. torchrun keeps one store for all attempts of a run, with the addresses of ranks that are
-    gone: on one node each attempt gets a part of its own. Over several nodes no attempt has a number that all know;
-    there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun open a new store (recipes/slurm).
+    """The store through which the ranks meet, separate for each restart of the run.
+
+    torchrun keeps one store for all its restarts, with the addresses of processes that are gone. On one node each
+    restart gets a prefix of its own. With several nodes there is no restart number that all nodes agree on: there
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun open a new store (recipes/slurm).
     """
     try:
         store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
     except dist.DistError:
         address, size = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", os.environ["WORLD_SIZE"]
-        raise ValueError(f"{size} ranks did not meet at {address} within {TIMEOUT}: start with torchrun") from None
+        raise ValueError(f"{size} ranks did not meet at {address} within {TIMEOUT}: start all with torchrun") from None
     if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
         return store
     return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
@@ -90,7 +94,7 @@ def stop() -> None:
 
 
 def broadcast_object(value: object, ranks: Ranks) -> object:
-    """Rank 0's value on every rank, through the host."""
+    """Rank 0's value, on every rank; sent through the host."""
     if ranks.world_size == 1:
         return value
     box = [value]
@@ -99,7 +103,7 @@ def broadcast_object(value: object, ranks: Ranks) -> object:
 
 
 def gather_objects(value: object, ranks: Ranks) -> list:
-    """Every rank's value in rank order, through the host."""
+    """Every rank's value in rank order, on every rank; sent through the host."""
     if ranks.world_size == 1:
         return [value]
     values: list = [None] * ranks.world_size
@@ -108,7 +112,7 @@ def gather_objects(value: object, ranks: Ranks) -> list:
 
 
 def gather_rows(x: Tensor, ranks: Ranks) -> Tensor:
-    """(B, ...) on each rank to (W * B, ...) in rank order. No gradient flows through it."""
+    """(B, ...) on each rank -> (W * B, ...) in rank order. No gradient flows through it."""
     if ranks.world_size == 1:
         return x
     result = x.new_empty(ranks.world_size * x.shape[0], *x.shape[1:])
@@ -124,10 +128,10 @@ def mean_over_ranks(metrics: dict[str, Tensor], ranks: Ranks) -> dict[str, float
 
 
 def shuffle_rows(x: Tensor, permutation: Tensor, ranks: Ranks) -> Tensor:
-    """Rows of the global batch by `permutation`: row j of the result, counted over ranks, is row permutation[j] of x.
+    """Permutes the rows of the global batch: row j of the result, counted over all ranks, is row permutation[j] of x.
 
-    x: (B, C, H, W) of any dtype on each rank, contiguous or channels_last, which the result keeps; permutation:
-    (W * B,) int64 on the CPU, the same on every rank. Each row travels once, to the rank that needs it (all-to-all).
+    x: (B, C, H, W) on each rank, any dtype, contiguous or channels_last; the result has the same layout. permutation:
+    (W * B,) int64 on the CPU, the same on every rank. Each row is sent once, to the rank that needs it (all-to-all).
     """
     size = x.shape[0]
     mine = slice(ranks.rank * size, (ranks.rank + 1) * size)
@@ -141,39 +145,39 @@ def shuffle_rows(x: Tensor, permutation: Tensor, ranks: Ranks) -> Tensor:
     receive_counts = torch.bincount(source, minlength=ranks.world_size).tolist()
 
     nhwc = x.is_contiguous(memory_format=torch.channels_last)
-    rows = (x.permute(0, 2, 3, 1) if nhwc else x)[to_device(send_order, x.device)].contiguous()  # moved as they lie
+    rows = (x.permute(0, 2, 3, 1) if nhwc else x)[to_device(send_order, x.device)].contiguous()
     received = torch.empty_like(rows)
-    # bytes, since not every backend moves every dtype
+    # as bytes, because not every backend sends every dtype
     dist.all_to_all_single(as_bytes(received), as_bytes(rows), receive_counts, send_counts)
-    arrived_at = torch.argsort(torch.argsort(source, stable=True))  # rows arrive by source rank, in order of place
+    arrived_at = torch.argsort(torch.argsort(source, stable=True))  # rows arrive ordered by source rank, then by place
     result = received[to_device(arrived_at, x.device)]
     return result.permute(0, 3, 1, 2) if nhwc else result
 
 
 def unshuffle_keys(k: Tensor, permutation: Tensor, ranks: Ranks) -> Tensor:
-    """Undoes `shuffle_rows` on the keys: shuffled (B, D) on each rank to all keys (W * B, D) in rank order."""
+    """Undoes `shuffle_rows` for keys: shuffled (B, D) on each rank -> all keys (W * B, D) in their original order."""
     return gather_rows(k, ranks)[to_device(torch.argsort(permutation), k.device)]
 
 
 def in_rank_order(keys: list[Tensor], world_size: int) -> Tensor:
-    """Keys of each micro-batch, (W * B, D) in rank order, as those of one batch: rank by rank, then part by part."""
+    """The keys of all micro-batches, each (W * B, D) in rank order, joined rank by rank as if from a single batch."""
     return torch.stack(keys).unflatten(1, (world_size, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def to_device(index: Tensor, device: torch.device) -> Tensor:
-    """A small host tensor on the device, without waiting for it."""
+    """Copies a small host tensor to the device without a sync."""
     return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index
 
 
 def as_bytes(x: Tensor) -> Tensor:
-    """(B, ...) contiguous as (B, bytes) uint8, the same memory."""
+    """A contiguous (B, ...) tensor viewed as (B, bytes) uint8."""
     return x.view(x.shape[0], -1).view(torch.uint8)
 
 
 class StopSignal:
-    """Whether any rank was asked to stop, agreed on by all of them at the same step, without waiting.
+    """Whether any rank was asked to stop: all ranks get the same answer at the same step, without waiting.
 
-    The vote of one step is counted at the next, while the GPU works: hosts stay at most one step apart.
+    The vote begun at one step is counted at the next, while the GPU works, so hosts stay at most one step apart.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -189,7 +193,7 @@ class StopSignal:
         if self.vote is not None:
             work, ballot = self.vote
             work.wait()
-            agreed = bool(ballot.item())  # a host tensor: no GPU waits
+            agreed = bool(ballot.item())  # a host tensor: no GPU sync
         ballot = torch.tensor([int(self.asked)])
         self.vote = (dist.all_reduce(ballot, dist.ReduceOp.MAX, async_op=True), ballot)
         return agreed

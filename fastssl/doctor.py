@@ -1,4 +1,4 @@
-"""`fastssl doctor`: what this machine has, what is missing, and the exact command that mends it.
+"""`fastssl doctor`: what this machine has, what is missing, and the command that fixes it.
 
 Exits with 0 when training can run, with 1 when something it requires is missing or broken.
 """
@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastssl.imports import BETON_DECODER, REQUIRED, try_imports
+from fastssl.plural import counted
 
-OK, ABSENT, BROKEN = "ok", "absent", "broken"  # only `broken` stops training
-DEBIAN = {"libturbojpeg": "libturbojpeg0-dev", "opencv4": "libopencv-dev"}  # pkg-config's name: apt's
+OK, ABSENT, BROKEN = "ok", "absent", "broken"  # only BROKEN stops training
+DEBIAN = {"libturbojpeg": "libturbojpeg0-dev", "opencv4": "libopencv-dev"}  # pkg-config's name: apt's name
 LOADERS = {
     "folder": ("torch", "PIL"),
     "synthetic": ("torch",),
@@ -33,7 +34,7 @@ PIP = f"{sys.executable} -m pip install"
 
 
 class Row(NamedTuple):
-    """A line of the report; `mend` is a command, or a sentence where no command can do it."""
+    """A line of the report; `mend` is the command that fixes it, or a sentence where no command can."""
 
     name: str
     state: str
@@ -42,7 +43,7 @@ class Row(NamedTuple):
 
 
 def library_rows(facts: dict[str, dict[str, str]]) -> list[Row]:
-    """Required libraries: the three that matter by name, the rest on one line unless they are broken."""
+    """Required libraries: a row each for the main three and for broken ones, one row for all the others."""
     rows, rest = [], []
     for module, package in REQUIRED.items():
         version = facts[module].get("version")
@@ -57,7 +58,7 @@ def library_rows(facts: dict[str, dict[str, str]]) -> list[Row]:
 
 
 def gpu_rows(torch_facts: dict[str, str]) -> list[Row]:
-    """GPUs as torch sees them; a driver that torch cannot use is worth a line, no driver is a CPU machine."""
+    """The GPUs that torch sees, or why it sees none although there is an NVIDIA driver."""
     cuda = torch_facts.get("cuda")
     if gpus := torch_facts.get("gpus"):
         return [Row("GPU", OK, gpus), Row("CUDA", OK, f"{cuda}, cuDNN {torch_facts['cudnn']}")]
@@ -68,20 +69,20 @@ def gpu_rows(torch_facts: dict[str, str]) -> list[Row]:
     if not cuda:
         return [Row("GPU", ABSENT, "torch was built without CUDA", f"{PIP} --force-reinstall torch torchvision")]
     older = f"{PIP} --force-reinstall --index-url https://download.pytorch.org/whl/cu126 torch torchvision"
-    return [Row("GPU", ABSENT, f"torch's CUDA {cuda} does not start: the driver may be too old for it", older)]
+    return [Row("GPU", ABSENT, f"CUDA {cuda} of torch does not start: the driver may be too old for it", older)]
 
 
 def optional_rows(facts: dict[str, dict[str, str]]) -> list[Row]:
-    """Libraries fastssl can do without, and what each would bring."""
+    """Optional libraries, and what each is good for."""
     dali = "130" if facts["torch"].get("cuda", "").startswith("13") else "120"
-    apex = "# built from source: see https://github.com/NVIDIA/apex (PyPI's apex is another project)"
+    apex = "build it from source, see https://github.com/NVIDIA/apex (PyPI's apex is another project)"
     extras = [
-        ("triton", "triton", "fused GPU kernels", f"{PIP} triton"),
-        ("libjpeg-turbo", BETON_DECODER, "the .beton loader", "sudo apt-get install -y libturbojpeg0"),
-        ("FFCV", "ffcv", "optional: its own loader and writer, to compare", f"{_apt_for_ffcv()}{PIP} ffcv"),
-        ("numba", "numba", "fast views and k-NN on a CPU", f"{PIP} --upgrade numba"),
-        ("DALI", "nvidia.dali", "decoding on the GPU", f"{PIP} nvidia-dali-cuda{dali}"),
-        ("NVIDIA apex", "apex.optimizers", "optional: SGD, where it is faster than torch's", apex),
+        ("triton", "triton", "for the fused GPU kernels", f"{PIP} triton"),
+        ("libjpeg-turbo", BETON_DECODER, "for the beton loader", "sudo apt-get install -y libturbojpeg0"),
+        ("FFCV", "ffcv", "only for comparing speeds with it", f"{_apt_for_ffcv()}{PIP} ffcv"),
+        ("numba", "numba", "for fast views and k-NN on a CPU", f"{PIP} --upgrade numba"),
+        ("DALI", "nvidia.dali", "for decoding on the GPU", f"{PIP} nvidia-dali-cuda{dali}"),
+        ("NVIDIA apex", "apex.optimizers", "for its SGD, where it is faster than torch's", apex),
     ]
     rows = []
     for name, module, purpose, mend in extras:
@@ -93,7 +94,7 @@ def optional_rows(facts: dict[str, dict[str, str]]) -> list[Row]:
 
 
 def _apt_for_ffcv() -> str:
-    """The apt command for what FFCV's build misses, ready to stand before another command."""
+    """The apt command for what FFCV's build lacks, ending in "&&", or ""."""
     if shutil.which("pkg-config") is None:
         missing = ["pkg-config", *DEBIAN.values()]
     else:
@@ -104,16 +105,15 @@ def _apt_for_ffcv() -> str:
 
 
 def loader_row(facts: dict[str, dict[str, str]]) -> Row:
-    """The loaders of this version whose libraries can be imported."""
+    """The loaders whose libraries can be imported."""
     works = [name for name, needs in LOADERS.items() if all("version" in facts[module] for module in needs)]
-    there = [name for name in works if (Path(__file__).parent / "loaders" / f"{name}_loader.py").exists()]
-    return Row("loaders", OK, ", ".join(there)) if there else Row("loaders", ABSENT, "none")
+    return Row("loaders", OK, ", ".join(works)) if works else Row("loaders", ABSENT, "none")
 
 
 def compile_row() -> Row:
-    """torch.compile and Triton build small Python extensions at run time: builds one."""
+    """Whether a small Python extension can be built, as torch.compile and Triton do at run time."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    mend = f"sudo apt-get install -y g++ python3.{sys.version_info.minor}-dev  # until then: --no-compile"
+    mend = f"sudo apt-get install -y g++ python3.{sys.version_info.minor}-dev  # until then, use --no-compile"
     if compiler is None:
         return Row("torch.compile", ABSENT, "no C++ compiler", mend)
     with tempfile.TemporaryDirectory() as folder:
@@ -130,7 +130,7 @@ def compile_row() -> Row:
 
 
 def machine_rows() -> list[Row]:
-    """What the machine itself offers."""
+    """Python, operating system, cores, memory, disk and limits."""
     gib = 2**30
     version, where = platform.python_version(), sys.executable
     python = Row("Python", OK, f"{version} ({where})")
@@ -140,13 +140,12 @@ def machine_rows() -> list[Row]:
         )
     rows = [python, Row("system", OK, platform.platform())]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gib
-    rows.append(Row("machine", OK, f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB memory"))
+    cores = counted(len(os.sched_getaffinity(0)), "core")
+    rows.append(Row("machine", OK, f"{cores}, {memory:.0f} GiB of memory"))
     rows.append(Row("disk", OK, f"{shutil.disk_usage('.').free / gib:.0f} GiB free here"))
     shm = shutil.disk_usage("/dev/shm").total / gib if Path("/dev/shm").exists() else 0.0
     grow = "" if shm >= 1 else "sudo mount -o remount,size=8G /dev/shm  # in Docker: docker run --shm-size=8g"
-    rows.append(
-        Row("shared memory", ABSENT if grow else OK, f"{shm:.2f} GiB (loader processes hand batches over)", grow)
-    )
+    rows.append(Row("shared memory", ABSENT if grow else OK, f"{shm:.2f} GiB (for batches between processes)", grow))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     raise_limit = "" if soft >= 1024 else f"ulimit -n {hard}"
     rows.append(Row("open files", ABSENT if raise_limit else OK, f"at most {soft}", raise_limit))
@@ -154,7 +153,7 @@ def machine_rows() -> list[Row]:
 
 
 def table(rows: list[Row], colour: bool) -> str:
-    """The report as text: a line for each row, and the mending command below what needs it."""
+    """The report as text: a line for each row, with the fix, if any, below it."""
     mark = {OK: "ok", ABSENT: "--", BROKEN: "!!"}
     paint = {OK: "\033[32m{}\033[0m", ABSENT: "\033[33m{}\033[0m", BROKEN: "\033[31m{}\033[0m"}
     width = max(len(row.name) for row in rows)
@@ -169,7 +168,9 @@ def table(rows: list[Row], colour: bool) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the report; returns 0 when training can run, 1 when something it requires is broken."""
-    parser = argparse.ArgumentParser(prog="fastssl doctor", description="What works here, and how to mend the rest.")
+    parser = argparse.ArgumentParser(
+        prog="fastssl doctor", description="Show what works on this machine, and the commands that fix what does not."
+    )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     arguments = parser.parse_args(argv)
     facts = try_imports()
@@ -180,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps({"can_train": can_train, "rows": [row._asdict() for row in rows]}, indent=2))
     else:
         print(table(rows, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
-        print("Training can run." if can_train else "Training cannot run: mend what is marked !! first.")
+        print("Training can run." if can_train else "Training cannot run: first fix what is marked !!.")
     return 0 if can_train else 1
 
 

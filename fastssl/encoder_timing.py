@@ -1,4 +1,4 @@
-"""Iterations of the encoders on random views, timed in turn: what decides at the start of a run how they are run."""
+"""Times encoder iterations on random views at the start of a run, to choose their memory format and compilation."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fastssl.models.batchnorm import split_batchnorm
 from fastssl.plan import DTYPES, choose_precision, encoder_batch_size
 
 ROUNDS = 3
-# Pixels of a measurement: on a CPU a whole batch can take minutes, on a GPU, not compiled, more memory than a step.
-# Small images want a larger part of their batch: with few, the weights' own layout decides, which steps hardly feel.
+# Pixels in a measurement, at most: a whole batch can take minutes on a CPU and, uncompiled, more memory than a step on
+# a GPU. Bounding pixels, not images, gives small images enough work for the layout of activations to matter.
 MOST_PIXELS = {"cpu": 128 * 64 * 64, "cuda": 256 * 224 * 224}
 Key = TypeVar("Key", bound=Hashable)
 
 
 def images_to_time(config: Config, ranks: Ranks) -> int:
-    """Images of a forward pass, or as many of them as a measurement takes."""
+    """Images in a measurement: those of a forward pass, or as many of them as MOST_PIXELS allows."""
     most = max(4, MOST_PIXELS[ranks.device.type] // config.augment.image_size**2)
     return min(encoder_batch_size(config, ranks), most)
 
@@ -32,7 +32,10 @@ def images_to_time(config: Config, ranks: Ranks) -> int:
 def make_iteration(
     config: Config, encoder_q: nn.Module, encoder_k: nn.Module, images: int, layout: torch.memory_format
 ) -> Callable[[], None]:
-    """k forward, q forward and backward, as in a training step, on the same random views, until the device is done."""
+    """A function that does the encoders' part of a training step on random views, and waits for the device.
+
+    That is encoder_k forward, then encoder_q forward and backward.
+    """
     device, size = next(encoder_q.parameters()).device, config.augment.image_size
     dtype = DTYPES[choose_precision(config.train.precision, device)]
     view = torch.randn(images, 3, size, size, device=device, dtype=dtype).contiguous(memory_format=layout)
@@ -53,18 +56,21 @@ def make_iteration(
 def make_eager_iteration(
     config: Config, encoder: nn.Module, images: int, layout: torch.memory_format
 ) -> Callable[[], None]:
-    """The same by a copy of `encoder` in that layout, not compiled; the encoder stays as it is."""
+    """`make_iteration` with an uncompiled copy of `encoder` in that layout; the encoder itself stays as it is."""
     model = copy.deepcopy(encoder).to(memory_format=layout)
-    split_batchnorm(model, 1)  # in pieces it costs far more than compiled, and the convolutions decide
+    split_batchnorm(model, 1)  # split BN is far slower uncompiled, and the choice depends on the convolutions
     return make_iteration(config, model, model, images, layout)
 
 
-def time_in_turn(iterations: dict[Key, Callable[[], None]], warm_up: int = 1) -> dict[Key, float]:
-    """Median seconds of each. In the warm-up it allocates, compiles, and lets cuDNN choose its kernels."""
+def time_iterations(
+    iterations: dict[Key, Callable[[], None]], rounds: int = ROUNDS, warm_up: int = 1
+) -> dict[Key, float]:
+    """The median seconds of each function. The warm-up rounds allocate, compile, and let cuDNN choose its kernels."""
     seconds: dict[Key, list[float]] = {key: [] for key in iterations}
-    for turn in range(-warm_up, ROUNDS):
+    for turn in range(warm_up + rounds):
         for key, iteration in iterations.items():
             start = time.perf_counter()
             iteration()
-            seconds[key] += [time.perf_counter() - start] * (turn >= 0)
+            if turn >= warm_up:
+                seconds[key].append(time.perf_counter() - start)
     return {key: median(times) for key, times in seconds.items()}

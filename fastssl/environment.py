@@ -1,4 +1,4 @@
-"""What a number depends on besides its configuration: command, commit, versions, devices."""
+"""What a result depends on besides its configuration: command, commit, versions and devices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def environment() -> dict[str, object]:
     """The machine and the software of this process, as plain values."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],  # where the program lies is this machine's affair
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],  # without the program's folder, which differs by machine
         "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -32,7 +32,7 @@ def environment() -> dict[str, object]:
 
 
 def commit() -> str | None:
-    """The commit of the source that runs, with a + when files differ from it; None outside a git checkout."""
+    """The commit of the running source, with a + when files differ from it; None outside a git checkout."""
     source = Path(__file__).resolve().parent.parent
     if not (source / ".git").exists():
         return None
@@ -46,9 +46,12 @@ def commit() -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor's name as Linux tells it, or its architecture."""
+    """The processor's name from /proc/cpuinfo, or else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return platform.machine()
+    for line in lines:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()

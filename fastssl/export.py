@@ -1,8 +1,8 @@
-"""`fastssl export`: an encoder for other programs, from any checkpoint that can be read.
+"""Export an encoder for other programs, from any checkpoint that can be read.
 
-fastssl export runs/first resnet18.pth                          the newest checkpoint; names of our backbone
-fastssl export step_000010000.pt encoder.safetensors --head
-fastssl export step_000010000.pt resnet18.pth --to torchvision  also timm
+fastssl export runs/first resnet18.pth                          the newest checkpoint of a run, with our own names
+fastssl export step_000010000.pt encoder.safetensors --head     with its projection head, as safetensors
+fastssl export step_000010000.pt resnet18.pth --to torchvision  with torchvision's names; likewise --to timm
 fastssl export step_000010000.pt old.pth.tar --to moco          for the scripts of MoCo and its descendants
 """
 
@@ -30,32 +30,32 @@ from fastssl.foreign.read import Contents, read_weights
 from fastssl.models import Encoder
 from fastssl.verify_export import largest_difference
 
-_SUFFIXES = ("", ".safetensors", ".pth", ".pt", ".tar", ".ckpt", ".bin")  # all but one: what torch.save writes
+_SUFFIXES = ("", ".safetensors", ".pth", ".pt", ".tar", ".ckpt", ".bin")  # all but .safetensors: files of torch.save
 
 
 def export(source: str, out: str, to: str = "plain", *, arch: str | None = None, stem: str | None = None,
            key: str = "q", head: bool = False, force: bool = False) -> tuple[Report, str]:  # fmt: skip
-    """Writes the encoder of `source` (a file, or a run folder) to `out`; gives what was read and the name it has there.
+    """Writes the encoder of `source` (a file or a run folder) to `out`. Returns what was read, and its name in `to`.
 
-    `out` ends in .safetensors, or is a torch.save file of a plain state dict, or of MoCo's checkpoint. Written whole
-    or not at all. Raises ValueError for a format that cannot hold this encoder exactly, and where `out` exists.
+    `out` becomes a .safetensors file, or a torch.save file of a plain state dict or, with "moco", of MoCo's checkpoint;
+    written whole or not at all. Raises ValueError when the format cannot hold this encoder exactly, and when `out`
+    exists without `force`.
     """
     path = checkpoint.find(source)
     if Path(out).is_dir():
         raise ValueError(f"{out} is a folder: name a file in it")
     if Path(out).suffix not in _SUFFIXES:
         raise ValueError(
-            f"{out} would hold what torch.save writes, weights and no graph: name a .safetensors file or one of "
-            f"{' '.join(_SUFFIXES[2:])}; torch.onnx.export makes ONNX from the module"
+            f"cannot write {Path(out).suffix} files, only weights: name a .safetensors file or one of "
+            f"{' '.join(_SUFFIXES[2:])} (for ONNX, load the module and call torch.onnx.export)"
         )
     if Path(out).exists() and not force:
-        raise ValueError(f"{out} exists: --force replaces it")
+        raise ValueError(f"{out} exists: add --force to replace it")
     if to == "moco" and out.endswith(".safetensors"):
-        raise ValueError("--to moco holds more than tensors: name a .pth.tar file")
+        raise ValueError("--to moco writes more than tensors: name a .pth.tar file")
     contents = read_weights(path)
-    module, report = load_pretrained(
-        path, arch, key=key, with_head=head or has_head(path, arch, key, stem, to), stem=stem
-    )
+    head = head or (to == "moco" and has_known_head(path, arch, key, stem))  # MoCo's layout keeps the head
+    module, report = load_pretrained(path, arch, key=key, with_head=head, stem=stem)
     name = counterpart(report.arch, report.stem, to)
     if to == "moco":
         checkpoint.save(_to_moco(contents, report, module, path, key), Path(out))
@@ -67,13 +67,13 @@ def export(source: str, out: str, to: str = "plain", *, arch: str | None = None,
     return report, name
 
 
-def has_head(path: Path, arch: str | None, key: str, stem: str | None, to: str) -> bool:
-    """MoCo's layout keeps the head wherever there is one that is known."""
-    return to == "moco" and load_pretrained(path, arch, key=key, stem=stem)[1].dim is not None
+def has_known_head(path: Path, arch: str | None, key: str, stem: str | None) -> bool:
+    """Whether the checkpoint has a projection head whose layers are recognised."""
+    return load_pretrained(path, arch, key=key, stem=stem)[1].dim is not None
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """A state dict as .safetensors or by torch.save, whole or not at all."""
+    """Writes a state dict as .safetensors or with torch.save, whole or not at all."""
     for name, tensor in tensors.items():
         tensors[name] = tensor.detach().clone().contiguous()
     if path.suffix != ".safetensors":
@@ -91,31 +91,31 @@ def _parts(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def _to_moco(contents: Contents, report: Report, module: nn.Module, path: Path, key: str) -> dict:
-    """All of MoCo's state that the file has: with the query encoder asked for, the key encoder and the queue too."""
+    """MoCo's checkpoint: the query encoder and, where the file has all of them, key encoder, queue and optimizer."""
     query, head = _parts(module)
-    tensors = strip_wrappers(contents.tensors)
-    whole = report.kind.endswith("the query encoder") and "the key encoder" in report.left_out
-    whole = whole and {"queue", "queue_ptr"} <= tensors.keys()
-    others: list = [None, None, None, None]
-    if whole:
-        other, _ = load_pretrained(path, report.arch, key="k", with_head=bool(head), stem=report.stem)
-        own = report.kind.startswith("fastssl")
-        queue = old_queue(tensors["queue"]) if own else tensors["queue"]
-        optimizer = contents.entries.get("optimizer")
-        if own and isinstance(optimizer, dict):
-            optimizer = moco_optimizer(report.arch, head, optimizer)
-        others = [name_tensors(report.arch, "moco", *_parts(other)), queue, tensors["queue_ptr"], optimizer]
-    key_tensors, queue, pointer, optimizer = others
     named = name_tensors(report.arch, "moco", query, head)
-    return moco_checkpoint(report.arch, named, key_tensors, queue, pointer, _epoch(contents, report), optimizer)
+    epoch = _epoch(contents, report)
+    tensors = strip_wrappers(contents.tensors)
+    has_key_encoder = report.kind.endswith("the query encoder") and "the key encoder" in report.left_out
+    if not has_key_encoder or not {"queue", "queue_ptr"} <= tensors.keys():
+        return moco_checkpoint(report.arch, named, None, None, None, epoch, None)
+    encoder_k, _ = load_pretrained(path, report.arch, key="k", with_head=bool(head), stem=report.stem)
+    key_tensors = name_tensors(report.arch, "moco", *_parts(encoder_k))
+    queue, optimizer = tensors["queue"], contents.entries.get("optimizer")
+    if report.kind.startswith("fastssl"):
+        queue = old_queue(queue)
+        if isinstance(optimizer, dict):
+            optimizer = moco_optimizer(report.arch, head, optimizer)
+    return moco_checkpoint(report.arch, named, key_tensors, queue, tensors["queue_ptr"], epoch, optimizer)
 
 
 def _epoch(contents: Contents, report: Report) -> int:
-    """Epochs done: as the file says, or its steps over the steps of an epoch."""
+    """Completed epochs: as the file says, or computed from its steps."""
     entries = contents.entries
     if report.epoch is not None or "num_images" not in entries:
         return report.epoch or 0
-    return int(entries["step"]) // max(1, int(entries["num_images"]) // int(entries["config"]["batch_size"]))
+    steps_per_epoch = max(1, int(entries["num_images"]) // int(entries["config"]["batch_size"]))
+    return int(entries["step"]) // steps_per_epoch
 
 
 def main(argv: Sequence[str]) -> int:
@@ -123,15 +123,15 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "fastssl export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("source", help="a checkpoint of any project that can be read, or a run folder")
-    parser.add_argument("out", help="the file to write: .safetensors, or .pth")
-    parser.add_argument("--to", choices=FORMATS, default="plain", help="whose names the tensors get (default: ours)")
-    parser.add_argument("-a", "--arch", help="architecture, where the file does not tell")
-    parser.add_argument("--stem", choices=("imagenet", "cifar"), help="stem, where the file does not tell")
-    parser.add_argument("--key", choices=("q", "k"), default="q", help="query or key encoder (default: q)")
-    parser.add_argument("--head", action="store_true", help="keep the projection head, or the linear classifier")
-    parser.add_argument("--verify", action="store_true", help="load the file in a new process and compare features")
-    parser.add_argument("--force", action="store_true", help="replace the file")
+    parser.add_argument("source", help="a run folder, or a checkpoint of any project that can be read")
+    parser.add_argument("out", help="the file to write: .safetensors or .pth")
+    parser.add_argument("--to", choices=FORMATS, default="plain", help="names of the tensors (default: plain, our own)")
+    parser.add_argument("-a", "--arch", help="the architecture, if the file does not tell")
+    parser.add_argument("--stem", choices=("imagenet", "cifar"), help="the stem, if the file does not tell")
+    parser.add_argument("--key", choices=("q", "k"), default="q", help="the query or the key encoder (default: q)")
+    parser.add_argument("--head", action="store_true", help="keep the projection head or the linear classifier")
+    parser.add_argument("--verify", action="store_true", help="load OUT in a new process and compare the features")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     o = parser.parse_args(list(argv))
     report, name = export(o.source, o.out, o.to, arch=o.arch, stem=o.stem, key=o.key, head=o.head, force=o.force)
     print(report)
@@ -139,5 +139,5 @@ def main(argv: Sequence[str]) -> int:
     if o.verify:
         source = str(checkpoint.find(o.source))
         difference = largest_difference(source, o.out, o.to, name, report.arch, report.stem, o.key, o.head)
-        print(f"verified: loaded strictly in a new process, features differ by at most {difference:.1e} of their size")
+        print(f"verified: it loads in a new process, and features differ by at most {difference:.1e} of the largest")
     return 0

@@ -1,6 +1,6 @@
-"""The command line of a run: flags from the dataclasses, recipes from YAML, the reference projects' flags as aliases.
+"""Parses the command line of a run, with the reference projects' own flags translated to ours.
 
-defaults (config.py)  <  --config RECIPE  <  flags
+Flags override the recipe of --config, which overrides the defaults of config.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fastssl.arguments import data_first
 from fastssl.config import Config
 from fastssl.recipe import load_recipe, to_yaml
 
-# What a reference flag without a twin of its own means here. Flags that only differ in name are aliases in config.py.
+# The reference projects' flags that stand for several of ours. Flags that only differ in name are aliases in config.py.
 REFERENCE_SWITCHES = {
     "--aug-plus": ["--policy", "v2"],
     "--cos": ["--lr-schedule", "cosine"],
@@ -31,11 +31,11 @@ REFERENCE_VALUES = {
     "--moco-align-alpha": ["--align-alpha"],
     "--moco-unif-w": ["--uniform-weight"],
     "--moco-unif-t": ["--uniform-t"],
-    # the small-model project has the contrastive loss alone
+    # the small-model project has only the contrastive loss
     "--moco-t": ["--contrast-weight", "1", "--align-weight", "0", "--uniform-weight", "0", "--temperature"],
     "--schedule": ["--milestones"],
 }
-LISTS = {  # what their items look like: the word after them may be the data set
+LISTS = {  # tests of their items, since the word after the last item may be the data set
     "--milestones": str.isdecimal,
     "--policy-set": lambda word: word.partition("=")[0].isidentifier() and "=" in word,
 }
@@ -43,15 +43,17 @@ HEADS = ("linear", "simple", "deep", "wide", "dropout")
 
 
 def translate_reference_flags(argv: Sequence[str]) -> list[str]:
-    """The same command line with the reference projects' own flags spelt as ours, same meaning."""
-    words = [word for item in argv for word in (item.split("=", 1) if item.startswith("--") else [item])]
+    """The same command line with the reference projects' own flags replaced by ours."""
+    words: list[str] = []
+    for word in argv:
+        words += word.split("=", 1) if word.startswith("--") else [word]
     switches = REFERENCE_SWITCHES
-    if "--cj" in words and "--policy" not in words:  # its README passes --aug-plus too, where it means nothing
+    if "--cj" in words and "--policy" not in words:  # the small-model README adds --aug-plus, which its code ignores
         switches = switches | {"--cj": ["--policy", "small", "--cj"], "--aug-plus": []}
     result: list[str] = []
     for i, word in enumerate(words):
         following = words[i + 1] if i + 1 < len(words) else ""
-        if word == "--mlp":  # a switch in one project, a choice in the other
+        if word == "--mlp":  # a switch in one project, takes a head's name in the other
             result += ["--head"] if following in HEADS else ["--head", "simple"]
         elif word in ("--compile", "--channels-last") and following in ("auto", "on", "off", "graphs"):
             result += [word]
@@ -64,8 +66,11 @@ def translate_reference_flags(argv: Sequence[str]) -> list[str]:
     return result
 
 
-def parse(argv: Sequence[str], program: str = "fastssl pretrain") -> Config:
-    """The configuration of a command line. `--print-config` prints it as a recipe and exits."""
+def parse(argv: Sequence[str], program: str = "fastssl pretrain", description: str | None = None) -> Config:
+    """The configuration of a command line. `--print-config` prints it as a recipe and exits.
+
+    program, description: for --help; by default those of `fastssl pretrain`.
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", metavar="RECIPE")
     first.add_argument("--print-config", action="store_true")
@@ -74,6 +79,7 @@ def parse(argv: Sequence[str], program: str = "fastssl pretrain") -> Config:
     config = tyro.cli(
         Config,
         prog=program,
+        description=description,
         args=data_first(translate_reference_flags(rest), LISTS),
         default=default,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from fastssl.command import NOT_FINITE
 from fastssl.distributed import Ranks, gather_objects
+from fastssl.plural import counted
 
 COLLAPSED = 0.1  # a feature_std; encoders with random weights have 0.3 and more
 
 
 class NonFiniteLoss(ValueError):
-    """The loss became NaN or infinite; nothing was saved since."""
+    """The loss became NaN or infinite; nothing has been saved since."""
 
     exit_code = NOT_FINITE
 
@@ -59,7 +60,7 @@ class Health:
         """Where the loss was not finite first, and what is broken by now."""
         where = f" on rank {rank}" if self.ranks.world_size > 1 else ""
         broken = [name for name, p in encoder.named_parameters() if not bool(p.isfinite().all())]
-        cause = f"; {len(broken)} weights are not finite by now, {broken[0]} the first" if broken else ""
+        cause = f"; {counted(len(broken), 'weight tensor')} with such values, first {broken[0]}" if broken else ""
         return f"the loss is not finite at step {step + 1}{where} ({values}){cause}"
 
     def report(self) -> tuple[int, str, float]:

@@ -1,4 +1,4 @@
-"""Which libraries can be imported: each group in a process of its own, so that a broken one is a fact, not a crash."""
+"""Tries to import libraries for `fastssl doctor`, in separate processes, so that a broken one cannot crash it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from types import ModuleType
 
-REQUIRED = {  # module: what pip calls it
+REQUIRED = {  # module: its name for pip
     "torch": "torch",
     "torchvision": "torchvision",
     "numpy": "numpy",
@@ -26,16 +26,17 @@ REQUIRED = {  # module: what pip calls it
     "safetensors": "safetensors",
     "timm": "timm",
 }
-BETON_DECODER = "fastssl.loaders.jpeg_decode"  # ours, but it stands or falls with the system's libturbojpeg
+BETON_DECODER = "fastssl.loaders.jpeg_decode"  # ours, but it needs the system's libturbojpeg
 GROUPS = (tuple(REQUIRED), ("triton", BETON_DECODER), ("ffcv",), ("numba",), ("nvidia.dali",), ("apex.optimizers",))
 
 
 def import_facts(module: str) -> dict[str, str]:
-    """Imports a module: {"version": ...} and, for torch, what it sees of the GPUs; or {"error": one line}."""
+    """Imports a module: {"version": ...} and, for torch, facts about the GPUs; or {"error": one line}."""
     try:
         imported = importlib.import_module(module)
-        return {"version": _version(imported), **(_torch_facts(imported) if module == "torch" else {})}
-    except Exception as error:  # whatever a broken library raises is what the report is for
+        facts = {"version": _version(imported)}
+        return facts | _torch_facts(imported) if module == "torch" else facts
+    except Exception as error:  # a broken library may raise anything
         if isinstance(error, ModuleNotFoundError) and error.name in (module, module.split(".")[0]):
             return {"error": "not installed"}
         return {"error": " ".join(f"{type(error).__name__}: {error}".split())}
@@ -57,7 +58,7 @@ def _torch_facts(torch: ModuleType) -> dict[str, str]:
 
 
 def try_imports(groups: Sequence[Sequence[str]] = GROUPS, timeout: float = 300) -> dict[str, dict[str, str]]:
-    """`import_facts` of every module, a process for each group; one that crashes or takes over `timeout` s says so."""
+    """`import_facts` of every module, with a process for each group, which may take `timeout` seconds."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONWARNINGS": "ignore"}
     children = [
         subprocess.Popen(
@@ -73,12 +74,12 @@ def try_imports(groups: Sequence[Sequence[str]] = GROUPS, timeout: float = 300) 
     for group, child in zip(groups, children):
         try:
             output, _ = child.communicate(timeout=timeout)
-            ending = f"importing it ended Python with code {child.returncode}"
+            failure = f"importing it ended Python with code {child.returncode}"
         except subprocess.TimeoutExpired:
             child.kill()
             output, _ = child.communicate()
-            ending = f"importing it took over {timeout:.0f} s"
-        facts |= {module: {"error": ending} for module in group}  # unless it came to print a line
+            failure = f"importing it took over {timeout:.0f} s"
+        facts |= {module: {"error": failure} for module in group}  # replaced below for modules that got a line
         lines = [line[1:].split(" ", 1) for line in output.splitlines() if line.startswith("@")]
         facts |= {module: json.loads(text) for module, text in lines}
     return facts

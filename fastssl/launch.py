@@ -1,4 +1,4 @@
-"""The reference projects' own way to start several processes, `--multiprocessing-distributed`, handed to torchrun."""
+"""Translates the reference projects' way of starting several processes, --multiprocessing-distributed, to torchrun."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from urllib.parse import urlparse
 import torch
 
 from fastssl.arguments import ListParser
+from fastssl.plural import counted
 
 
 def split_launch_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The reference scripts' launch flags, and the rest of the command line."""
     parser = ListParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--multiprocessing-distributed", action="store_true")
-    parser.add_argument("--world-size", type=int, default=-1)  # of nodes
-    parser.add_argument("--rank", type=int, default=-1)  # of this node
+    parser.add_argument("--world-size", type=int, default=-1)  # the number of nodes
+    parser.add_argument("--rank", type=int, default=-1)  # the number of this node
     parser.add_argument("--dist-url", default="")
-    parser.add_argument("--dist-backend", choices=("nccl", "gloo"))  # the device decides which of them moves what
+    parser.add_argument("--dist-backend", choices=("nccl", "gloo"))  # accepted, but the device decides
     parser.add_argument("--gpus", type=int, nargs="+")
     parser.add_argument("--gpu", type=int)
     return parser.parse_known_args(list(argv))
@@ -53,39 +54,43 @@ def launch_command(argv: Sequence[str], module: str, node_batch: int | None = No
 
 
 def show_gpus(gpus: Sequence[int]) -> None:
-    """Hides all other GPUs. An id counts those visible now, as torch does; ValueError when there is none such."""
-    if min(gpus) < 0:  # CUDA would take it for none
-        raise ValueError(f"GPUs are counted from 0, got {min(gpus)}: for a run without one, --device cpu")
+    """Hides all other GPUs. Ids count the visible GPUs, as in torch. Raises ValueError for one that does not exist."""
+    if min(gpus) < 0:  # CUDA would show no GPU at all
+        raise ValueError(f"GPUs are counted from 0, got {min(gpus)}: to run without a GPU, use --device cpu")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else None
     if names and max(gpus) >= len(names):
-        raise ValueError(f"GPU {max(gpus)} is asked for, CUDA_VISIBLE_DEVICES={visible} shows {len(names)}")
+        raise ValueError(
+            f"--gpu {max(gpus)} does not exist: CUDA_VISIBLE_DEVICES={visible} leaves {counted(len(names), 'GPU')}, "
+            "counted from 0"
+        )
     if visible != "":
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[i] if names else str(i) for i in gpus)
 
 
 def count_nodes(flags: argparse.Namespace) -> tuple[int, int]:
-    """(nodes, this node's number): --world-size and --rank; with env://, as the scripts do, else the variables.
+    """(number of nodes, this node's number) from --world-size and --rank or, with env://, from the variables.
 
-    Raises ValueError for a node that is not among them.
+    Raises ValueError for a node number that is too large.
     """
-    read = os.environ if flags.dist_url.startswith("env://") else {}
-    nodes = flags.world_size if flags.world_size != -1 else int(read.get("WORLD_SIZE", 1))
-    node = flags.rank if flags.rank != -1 else int(read.get("RANK", 0))
+    variables = os.environ if flags.dist_url.startswith("env://") else {}
+    nodes = flags.world_size if flags.world_size != -1 else int(variables.get("WORLD_SIZE", 1))
+    node = flags.rank if flags.rank != -1 else int(variables.get("RANK", 0))
     if not 0 <= node < nodes:
-        raise ValueError(f"--rank {node} is no node of --world-size {nodes}: both count nodes, ranks from 0")
+        raise ValueError(f"--rank {node} must be a node's number, below --world-size {nodes}, the number of nodes")
     return nodes, node
 
 
 def find_address(dist_url: str) -> tuple[str, str]:
-    """(host, port) where the nodes meet. ValueError when --dist-url is no address."""
+    """(host, port) where the nodes meet. Raises ValueError when --dist-url is not an address."""
     if dist_url and not dist_url.startswith("env://"):
         address = urlparse(dist_url)
         host, port = address.hostname, str(address.port or "")
     else:
         host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "29500")
     if not host or not port:
-        raise ValueError(f"--dist-url {dist_url or 'env://, MASTER_ADDR,'} names no host and port: use tcp://HOST:PORT")
+        missing = f"--dist-url {dist_url} has" if dist_url else "neither --dist-url nor MASTER_ADDR names"
+        raise ValueError(f"{missing} no host and port: use --dist-url tcp://HOST:PORT")
     return host, port
 
 
@@ -114,13 +119,13 @@ def launch_if_asked(argv: Sequence[str], module: str, node_batch: int | None = N
     node_batch: see `launch_command`.
     """
     flags, rest = split_launch_flags(argv)
-    if "LOCAL_RANK" in os.environ:  # torchrun has started this process
+    if "LOCAL_RANK" in os.environ:  # torchrun started this process
         return rest
     command = launch_command(argv, module, node_batch)
     if command is not None:
         print("fastssl: " + " ".join(["torchrun", *command[3:]]), file=sys.stderr, flush=True)
         os.execv(command[0], command)
     if flags.multiprocessing_distributed:
-        for name in ("RANK", "WORLD_SIZE"):  # nodes to these scripts, processes to us
+        for name in ("RANK", "WORLD_SIZE"):  # they count nodes there, but processes here
             os.environ.pop(name, None)
     return rest

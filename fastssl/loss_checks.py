@@ -1,4 +1,4 @@
-"""What the loss accepts, and which implementation runs it."""
+"""Checks the inputs of the loss, and chooses the implementation that computes it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ def choose_kernel(
     requested: str = "auto",
     temperature: float | None = None,
 ) -> tuple[str, str]:
-    """The implementation a loss on this device runs with, and why in a few words.
+    """(name of the loss kernel for this device, why in a few words).
 
-    dtype: the queue's; dim: the feature dimension D; temperature: of the contrastive term, None without one. All but
-    "reference" rely on exp(1 / temperature) in float32. Raises ValueError when the one requested cannot run.
+    dtype: the queue's; dim: the feature dimension D; temperature: the contrastive term's, None without that term.
+    Every kernel but "reference" needs exp(1 / temperature) to fit into float32. Raises ValueError when the requested
+    kernel cannot run.
     """
     if requested not in KERNELS:
         raise ValueError(f"unknown loss kernel {requested!r}: choose one of {', '.join(KERNELS)}")
@@ -32,23 +33,24 @@ def choose_kernel(
     if temperature is not None and temperature < 1 / MAX_SCALE:
         reason = f"temperature {temperature:g} is below 1/{MAX_SCALE:g}"
         if requested != "auto":
-            raise ValueError(f"the {requested} loss kernel cannot run ({reason}): take --loss-kernel auto")
+            raise ValueError(f"the {requested} loss kernel cannot run ({reason}): use --loss-kernel auto")
         return "reference", reason
     if requested == "tiled":
         return requested, "requested"
-    obstacle = _obstacle(device, dtype, dim)
-    if requested == "auto" and device.type == "cpu":  # where Triton may run too, interpreted, for tests
+    if requested == "auto" and device.type == "cpu":  # for tests, Triton's interpreter could run here too
         return "tiled", "no CUDA device"
+    obstacle = _obstacle(device, dtype, dim)
     if requested == "auto":
-        return ("triton", f"{device.type} and D = {dim} suit it") if obstacle is None else ("tiled", obstacle)
+        return ("triton", f"runs on {device.type} with D = {dim}") if obstacle is None else ("tiled", obstacle)
     if obstacle is not None:
-        raise ValueError(f"the triton loss kernel cannot run ({obstacle}): take --loss-kernel auto")
+        raise ValueError(f"the triton loss kernel cannot run ({obstacle}): use --loss-kernel auto")
     return requested, "requested"
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
     """Why the Triton kernel cannot run, or None."""
-    if (obstacle := triton_obstacle(device)) is not None:
+    obstacle = triton_obstacle(device)
+    if obstacle is not None:
         return obstacle
     if dim not in DIMS:
         return f"D = {dim} is not one of {', '.join(map(str, DIMS))}"
@@ -58,7 +60,7 @@ def _obstacle(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
 
 
 def check_shapes(q: Tensor, k: Tensor, queue: Tensor) -> None:
-    """Raises ValueError, with the shapes and the mend, when the loss cannot take these tensors. Reads no values."""
+    """Raises ValueError, with the shapes and the fix, when the loss cannot take these tensors. No host sync."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, queue {tuple(queue.shape)}"
     if q.dim() != 2 or k.shape != q.shape:
         raise ValueError(f"q and k must both be (N, D), one row per image, got {shapes}")
@@ -72,17 +74,17 @@ def check_shapes(q: Tensor, k: Tensor, queue: Tensor) -> None:
         if tensor.device != q.device:
             raise ValueError(f"q is on {q.device} but {name} on {tensor.device}: move both to one device ({shapes})")
         if not tensor.is_contiguous():
-            raise ValueError(f"{name} is not contiguous: store its rows one after another, .contiguous() ({shapes})")
+            raise ValueError(f"{name} is not contiguous: call .contiguous() on it ({shapes})")
 
 
 def check_loss_inputs(q: Tensor, k: Tensor, queue: Tensor) -> None:
-    """Raises ValueError when shapes do not fit or rows are not unit vectors, which every kernel relies on.
+    """Raises ValueError when shapes do not fit or rows are not unit vectors, as every kernel assumes.
 
-    Reads values on the host: for the first step and for debugging, not for every step.
+    Syncs with the host, so it is for the first step and for debugging.
     """
     check_shapes(q, k, queue)
     for name, tensor in (("q", q), ("k", k), ("queue", queue)):
-        # rounding D elements moves a norm by at most half a unit in the last place; 4 leave room for the normalise
+        # Rounding the elements changes the norm by at most eps / 2; 4 eps leave room for the normalisation itself.
         tolerance = max(4 * torch.finfo(tensor.dtype).eps, 1e-4)
         norm = torch.linalg.vector_norm(tensor.detach(), dim=1, dtype=torch.promote_types(tensor.dtype, torch.float32))
         bad = (~((norm - 1).abs() <= tolerance)).nonzero()  # "not <=" so that NaN counts as bad

@@ -2,10 +2,10 @@
 
     total = contrast_weight * contrast + align_weight * align + uniform_weight * uniform
 
-Shapes: N = queries of this rank, K = rows of the queue, D = feature dimension. Rows are unit vectors; the queue is
-the one before this step's keys enter it; only q receives a gradient. The published formulas stand in
-`kernels/reference.py`. `_tiled_terms` reduces them to row-wise log-sum-exps, so that one pass over the queue yields
-value and gradient (derivation in `kernels/README.md`); `kernels/queue_loss.py` does all of it in Triton.
+Shapes: N = queries of this rank, K = rows of the queue, D = feature dimension. Rows are unit vectors, the queue does
+not hold this step's keys yet, and only q receives a gradient. `kernels/reference.py` has the published formulas.
+`_tiled_terms` reduces them to row-wise log-sum-exps, so that one pass over the queue gives value and gradient
+(derivation in `kernels/README.md`); `kernels/queue_loss.py` does all of it in Triton.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ __all__ = ["LossConfig", "MoCoLoss", "check_loss_inputs", "choose_kernel", "moco
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Which terms the loss has and how they weigh. The defaults are the 3 align + uniform (t = 3) of arXiv 2005.10242.
+    """The terms of the loss and their weights; a term of weight 0 is not computed.
 
-    A term of weight 0 is not computed. Raises ValueError naming the field when a value makes no sense.
+    The defaults are the "3 align + uniform (t = 3)" of arXiv 2005.10242.
     """
 
-    contrast_weight: float = 0.0  # InfoNCE against the queue; MoCo is 1 with the other weights 0
-    temperature: float = 0.07  # of the contrastive softmax
-    align_weight: float = 3.0  # pulls the two views of an image together
-    align_alpha: float = 2.0  # power of the distance in align
-    uniform_weight: float = 1.0  # spreads the queries away from the queue
-    uniform_t: float = 3.0  # sharpness of the Gaussian kernel exp(-t d^2) in uniform
-    intra_batch: bool = True  # uniform also counts the pairs inside the batch
+    contrast_weight: float = 0.0  # Weight of InfoNCE against the queue; for plain MoCo 1, with the other weights 0.
+    temperature: float = 0.07  # Temperature of the contrastive softmax.
+    align_weight: float = 3.0  # Weight of the term that pulls the two views of an image together.
+    align_alpha: float = 2.0  # Power of the distance in the alignment term.
+    uniform_weight: float = 1.0  # Weight of the term that spreads the queries away from the queue.
+    uniform_t: float = 3.0  # Sharpness t of the Gaussian kernel exp(-t d^2) in the uniformity term.
+    intra_batch: bool = True  # The uniformity term also counts the pairs inside the batch.
 
     def __post_init__(self) -> None:
+        """Raises ValueError, naming the field, for values that make no sense."""
         for name in ("contrast_weight", "align_weight", "uniform_weight"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)}")
@@ -50,21 +51,21 @@ class LossConfig:
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} must be a finite number > 0, got {getattr(self, name)}")
         if not 0 < self.uniform_t <= 20:
-            raise ValueError(f"uniform_t must be in (0, 20] (beyond, exp(-4t) is 0 in float32), got {self.uniform_t}")
+            raise ValueError(f"uniform_t must be in (0, 20], or exp(-4t) is 0 in float32, got {self.uniform_t}")
 
 
 class MoCoLoss(NamedTuple):
-    """The loss and its parts, 0-dim tensors on the device.
+    """The loss and its terms, 0-dim tensors on the device.
 
-    Parts are detached (they may be kept for a log without keeping the graph), and None where the weight is 0.
+    The terms are detached, so that a log may keep them, and None where their weight is 0.
     """
 
     total: Tensor  # the weighted mix, to call backward on
     contrast: Tensor | None
     align: Tensor | None
     uniform: Tensor | None
-    top1: Tensor | None  # percent of queries to which no queue row is nearer than their key; comes with contrast
-    top5: Tensor | None  # percent of queries with fewer than 5 queue rows nearer than their key
+    top1: Tensor | None  # percent of queries whose key is nearer than every queue row; None without contrast
+    top5: Tensor | None  # percent of queries to which fewer than 5 queue rows are nearer than their key
 
     def by_name(self) -> dict[str, Tensor]:
         """What was computed, for a log: detached, the total under "loss"."""
@@ -75,15 +76,15 @@ class MoCoLoss(NamedTuple):
 def moco_loss(q: Tensor, k: Tensor, queue: Tensor, config: LossConfig, kernel: str = "auto") -> MoCoLoss:
     """The loss of N queries against their keys and the queue.
 
-    q, k: (N, D) unit rows, the gradient flows to q only; queue: (K, D) unit rows, read in place and not needed by the
-    backward, so it may be overwritten as soon as this returns. Low-precision q is widened to float32, under autocast
-    too, and k takes its dtype. kernel: "auto" takes what `choose_kernel` says.
+    q, k: (N, D) unit rows; the gradient flows only to q. queue: (K, D) unit rows; the backward pass does not read it,
+    so it may be overwritten as soon as this returns. q and k are converted to at least float32, also under autocast.
+    kernel: a name, or "auto" for what `choose_kernel` says.
 
-    Raises ValueError when shapes, devices or layouts do not fit (no host sync; `check_loss_inputs` looks at values).
-    Only "reference" can be differentiated twice, the others raise RuntimeError.
+    Raises ValueError when shapes, devices or layouts do not fit, without a host sync (`check_loss_inputs` also looks at
+    the values). Only "reference" can be differentiated twice; the others raise RuntimeError.
     """
     check_shapes(q, k, queue)
-    # float64 is for checking gradients, on the paths in plain PyTorch
+    # float64, which no Triton kernel takes, is for checking gradients with the plain PyTorch paths
     dtype = torch.float64 if q.dtype == torch.float64 else queue.dtype
     temperature = config.temperature if config.contrast_weight else None
     name, _ = choose_kernel(q.device, dtype, q.shape[1], kernel, temperature)
@@ -93,7 +94,7 @@ def moco_loss(q: Tensor, k: Tensor, queue: Tensor, config: LossConfig, kernel: s
         if name == "triton" and (config.contrast_weight or config.uniform_weight):
             return _triton_loss(q, k, queue, config)
         if name == "reference":
-            # autograd of the plain formulas keeps the queue for the backward, so it keeps a copy
+            # autograd keeps the queue for the backward pass, so it gets a copy
             return _mix_terms(_reference_terms(q, k, queue.to(q.dtype, copy=True), config), config, q.dtype)
         return _mix_terms(_tiled_terms(q, k, queue, config), config, q.dtype)
 
@@ -111,7 +112,7 @@ def _reference_terms(q_ND: Tensor, k_ND: Tensor, queue_KD: Tensor, config: LossC
 
 
 def _tiled_terms(q_ND: Tensor, k_ND: Tensor, queue_KD: Tensor, config: LossConfig) -> dict[str, Tensor]:
-    """The terms as algebra over row-wise log-sum-exps; rows are added up in float64, which costs nothing at (N,)."""
+    """The terms, computed from row-wise log-sum-exps; sums over rows are in float64, which is cheap at (N,)."""
     scales = [1 / config.temperature] if config.contrast_weight else []
     scales += [2 * config.uniform_t] if config.uniform_weight else []
     terms = {"align": align_reference(q_ND, k_ND, config.align_alpha)} if config.align_weight else {}
@@ -121,7 +122,7 @@ def _tiled_terms(q_ND: Tensor, k_ND: Tensor, queue_KD: Tensor, config: LossConfi
     counted_N = positive_N.detach() if config.contrast_weight else None
     lse_CN, _, above_N = row_lse_tiled(q_ND, queue_KD, scales, counted_N)
     if config.contrast_weight:
-        # logaddexp(lse, key) - key, all relative to the logit of an identical pair
+        # logaddexp(lse, s) - s, where s is the positive logit; both are relative to the logit 1 / temperature
         terms["contrast"] = F.softplus(lse_CN[0].double() - (positive_N.double() - 1) / config.temperature).mean()
         terms |= _accuracy(above_N)
     if config.uniform_weight:
@@ -130,13 +131,13 @@ def _tiled_terms(q_ND: Tensor, k_ND: Tensor, queue_KD: Tensor, config: LossConfi
 
 
 def _pool_pairs(lse_N: Tensor, q_ND: Tensor, queue_size: int, config: LossConfig) -> Tensor:
-    """log of the mean of exp(-t d^2) over the pairs with the queue (their log-sum-exps given) and inside the batch."""
+    """Log of the mean of exp(-t d^2) over the pairs with the queue (log-sum-exps `lse_N`) and inside the batch."""
     num = q_ND.shape[0]
     log_sum, pairs = torch.logsumexp(lse_N.double(), 0), num * queue_size
     if config.intra_batch and num > 1:
         inside_N = row_lse_tiled(q_ND, q_ND.detach(), [2 * config.uniform_t], None, exclude_self=True)[0][0]
-        inside = torch.logsumexp(inside_N.double(), 0) - math.log(2)  # every pair stands in two rows
-        # each query has had the gradient of its own row alone; by symmetry the other rows give as much again
+        inside = torch.logsumexp(inside_N.double(), 0) - math.log(2)  # every pair is counted in two rows
+        # This is the gradient of each query's own row alone; by symmetry the other rows add as much again.
         inside = 2 * inside - inside.detach()
         log_sum, pairs = torch.logaddexp(log_sum, inside), pairs + num * (num - 1) / 2
     return log_sum - math.log(pairs)
@@ -153,7 +154,7 @@ def _triton_loss(q_ND: Tensor, k_ND: Tensor, queue_KD: Tensor, config: LossConfi
 
 
 def _accuracy(above_N: Tensor) -> dict[str, Tensor]:
-    """Percent of queries whose key is among the nearest 1 and 5, from how many queue rows are nearer than the key."""
+    """top1 and top5 in percent, from the number of queue rows that are nearer to each query than its key."""
     return {"top1": 100 * (above_N < 1).float().mean(), "top5": 100 * (above_N < 5).float().mean()}
 
 

@@ -1,4 +1,4 @@
-"""Optimizers by name: SGD, AdamW and LARS over a module's trainable parameters, none of which syncs with the host."""
+"""Optimizers by name: SGD, AdamW and LARS, none of which syncs with the host in a step."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def make_optimizer(
     exclude_norm_bias: bool = False,
     trust_coefficient: float = 0.001,
 ) -> Optimizer:
-    """An optimizer of `parameters` (a module, or its named parameters) that require a gradient.
+    """An optimizer for those of `parameters` (a module, or named parameters) that require a gradient.
 
-    `sgd` (momentum) and `adamw` (betas) run as one fused kernel on CUDA and on the CPU, as torch's multi-tensor
-    loops elsewhere. `lars` (momentum, trust_coefficient; You et al., arXiv 1708.03888) is timm's. Weight decay acts
-    on everything, as MoCo trains; `exclude_norm_bias` frees parameters of one dimension (biases, norm scales) from
-    it. LARS always frees those, from its layer-wise rate too, as SimCLR and BYOL do.
+    `sgd` (momentum) and `adamw` (betas) are torch's, fused on CUDA and on the CPU. `lars` (momentum, trust_coefficient;
+    You et al., arXiv 1708.03888) is timm's. Weight decay acts on all parameters, as in MoCo; `exclude_norm_bias`
+    exempts those of at most one dimension (biases, norm scales). LARS always exempts these, also from its layer-wise
+    rate, as SimCLR and BYOL do.
 
     Raises ValueError for an unknown name, or when nothing requires a gradient.
     """
@@ -37,11 +37,11 @@ def make_optimizer(
     if not trainable:
         raise ValueError("nothing to optimise: no parameter requires a gradient")
     if name not in NAMES:
-        raise ValueError(f"unknown optimizer {name!r}: choose {', '.join(NAMES)}")
+        raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(NAMES)}")
     groups = _make_groups(trainable, weight_decay, exclude_norm_bias or name == "lars")
     if name == "lars":
         return _make_lars(groups, lr=lr, momentum=momentum, trust_coeff=trust_coefficient)
-    # torch's other devices differ in what they fuse; None lets torch choose there.
+    # Other devices may lack the fused kernels; None lets torch choose there.
     fused = True if all(p.device.type in ("cuda", "cpu") for p in trainable) else None
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
@@ -60,19 +60,19 @@ def _make_groups(parameters: list[nn.Parameter], weight_decay: float, exclude_no
 
 
 def _make_lars(groups: list[dict[str, Any]], **options: float) -> Optimizer:
-    from timm.optim import Lars  # seconds to import, and only here
+    from timm.optim import Lars  # takes seconds to import
 
-    # Without always_adapt timm leaves a group without weight decay at the plain rate: right for vectors only.
+    # Without always_adapt timm uses the plain rate for a group without weight decay, which is right only for vectors.
     for group in groups:
         group["always_adapt"] = group["params"][0].ndim > 1
     return Lars(groups, **options)
 
 
 def _zero_missing_momentum(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Gives SGD zero momentum buffers before its first step.
+    """Gives SGD zero momentum buffers before its first step, which leaves that step's result the same.
 
-    torch's fused SGD allocates them uninitialised and writes them in the first step, unless the gradient scaler skips
-    that step: then memory's old contents became the momentum. From zeros the first step is the same, and safe.
+    torch's fused SGD allocates them uninitialised and writes them in the first step. If the gradient scaler skips that
+    step, whatever was in memory would become the momentum.
     """
     for group in optimizer.param_groups:
         if group["momentum"]:
@@ -88,28 +88,28 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 
 def supports_scaler_without_sync(optimizer: Optimizer) -> bool:
-    """Whether torch's GradScaler can step it without waiting for the device (fused SGD and AdamW; not LARS)."""
+    """Whether torch's GradScaler can step this optimizer without a sync (fused SGD and AdamW can, LARS cannot)."""
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Restores momentum and step counts from `state`, such an optimizer's `state_dict()`, bit for bit.
+    """Restores momentum and step counts, bit for bit, from the `state_dict()` of an optimizer of the same kind.
 
-    Hyper-parameters (learning rate, weight decay, fused or not) stay those of `optimizer`: they belong to the
-    configuration and to this machine. Buffers take the memory format of their parameters.
+    Hyper-parameters (learning rate, weight decay, fused or not) stay those of `optimizer`, because they follow from the
+    configuration and the machine. Buffers take the memory format of their parameters.
 
-    Raises ValueError when `state` is of another kind of optimizer or of other parameters.
+    Raises ValueError when `state` is that of another kind of optimizer or of other parameters.
     """
     own, saved = optimizer.param_groups, state["param_groups"]
     if [(len(g["params"]), "betas" in g) for g in own] != [(len(g["params"]), "betas" in g) for g in saved]:
-        raise ValueError("the saved optimizer state is of another optimizer or model: it groups parameters differently")
+        raise ValueError("the saved optimizer state belongs to another optimizer or model: its groups differ")
     parameters = [p for group in own for p in group["params"]]
     keys = [key for group in saved for key in group["params"]]
     for key, p in zip(keys, parameters):
         _check_shapes(state["state"].get(key, {}), p)
-    groups = [{**o, "params": s["params"]} for o, s in zip(own, saved)]
+    groups = [{**own_group, "params": saved_group["params"]} for own_group, saved_group in zip(own, saved)]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
-    # Fused kernels walk memory: a buffer laid out unlike its parameter would meet the wrong elements.
+    # Fused kernels walk through memory, so a buffer must be laid out like its parameter.
     for p in parameters:
         for name, value in optimizer.state.get(p, {}).items():
             if torch.is_tensor(value) and value.shape == p.shape:
@@ -120,4 +120,4 @@ def _check_shapes(buffers: dict[str, Any], parameter: nn.Parameter) -> None:
     for name, value in buffers.items():
         if torch.is_tensor(value) and value.ndim and value.shape != parameter.shape:
             shapes = f"{tuple(value.shape)} for a parameter of shape {tuple(parameter.shape)}"
-            raise ValueError(f"the saved optimizer state is of another model: its {name} has shape {shapes}")
+            raise ValueError(f"the saved optimizer state belongs to another model: its {name} has shape {shapes}")

@@ -1,31 +1,35 @@
-"""`fastssl preview DATA --policy v2 --output FILE`: a picture of images beside their two views, as training has them.
+"""`fastssl preview DATA --policy v2 --output FILE`: a picture of images beside the two views training would see.
 
-Every flag and recipe of `fastssl pretrain` is understood; those of the augmentation matter.
+Takes every flag and recipe of `fastssl pretrain`, though only those of the data and the augmentation matter.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from fastssl.augment.preview import save_preview
+from fastssl.augment.preview import read_pictures, save_preview
 from fastssl.build import open_policy
 from fastssl.flags import parse
 from fastssl.loaders.make import make_loader
+from fastssl.plural import counted
 
-COUNT = 8  # images, evenly spread over the data
+COUNT = 8  # images, spread evenly over the data
+DESCRIPTION = (
+    "Draw images beside their two augmented views, into --output (views.png by default). Takes the flags and recipes "
+    "of fastssl pretrain, though only those of the data and the augmentation matter."
+)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Writes the picture to --output, by default views.png, and says so."""
-    config = parse(argv, "fastssl preview")
+    """Writes the picture to --output, by default views.png, and prints one line about it."""
+    config = parse(argv, "fastssl preview", DESCRIPTION)
     output = Path(config.train.output or "views.png")
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder: name a file, such as {output / 'views.png'}")
     if not output.parent.is_dir():
-        raise ValueError(f"--output {output}: there is no folder {output.parent}, make it first")
+        raise ValueError(f"--output {output}: the folder {output.parent} does not exist; create it first")
     d = config.input
     loader = make_loader(
         d.loader,
@@ -39,11 +43,7 @@ def main(argv: Sequence[str]) -> int:
         synthetic_size=d.synthetic_size,
     )
     with closing(loader):
-        batch = next(loader.eval_batches(COUNT, limit=COUNT), None)
-        for bad in loader.bad_images:
-            print(f"left out: {bad}", file=sys.stderr)
-        if batch is None:
-            raise ValueError(f"none of {min(COUNT, loader.num_images)} images of {config.data} can be read")
-        save_preview(batch, open_policy(config), config.augment.image_size, config.train.seed, 0, output, COUNT)
-    print(f"{output}: {min(COUNT, batch.size)} images and their views, policy {config.augment.policy}")
+        batch = read_pictures(loader, COUNT, config.data)
+        save_preview(batch, open_policy(config), config.augment.image_size, config.train.seed, 0, output)
+    print(f"{output}: {counted(batch.size, 'image')} with their views, policy {config.augment.policy}")
     return 0

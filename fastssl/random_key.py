@@ -1,9 +1,9 @@
-"""Randomness as a pure function: one counter-based hash on int64 tensors, the same on CPU and GPU.
+"""Randomness as a pure function: a counter-based hash on int64 tensors, with the same results on CPU and GPU.
 
     bits = philox(seed; index, epoch, stream, draw)
 
-No generator has a state, so results do not depend on the loader, the number of workers or of ranks, and a run
-resumed in the middle of an epoch needs nothing saved. The hash is Philox4x32-10 (Salmon et al., "Parallel random
+There is no generator with a state. So results do not depend on the loader or on the numbers of workers and ranks, and a
+run resumed in the middle of an epoch needs nothing saved. The hash is Philox4x32-10 (Salmon et al., "Parallel random
 numbers: as easy as 1, 2, 3", SC 2011); `tl.philox` computes the same words inside a Triton kernel.
 """
 
@@ -14,15 +14,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-# Streams keep uses of one (seed, epoch, index) apart. Views are streams 0 and 1.
+# Each use of randomness has a stream of its own. View q is stream 0, view k stream 1.
 STREAM_PAIR = 2  # crops drawn for both views together
 STREAM_ORDER = 16  # the order of an epoch
 STREAM_SHUFFLE = 17  # the key shuffle of a step
-STREAM_STEP = 18  # torch's own generators, reseeded every step (dropout)
+STREAM_STEP = 18  # the seed of torch's own generators (dropout) in a step
 STREAM_SYNTHETIC = 19  # synthetic images
 STREAM_QUEUE = 20  # the queue's initial rows
 STREAM_DEMO = 21  # the demo's pictures
-STREAM_HELD_OUT = 22  # which training images a probe asks where there is no held-out split
+STREAM_HELD_OUT = 22  # which training images a probe holds out if there is no held-out split
 STREAM_BLOCKS = 23  # the order of an epoch's blocks
 
 Word = TypeVar("Word", Tensor, int)
@@ -33,11 +33,11 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox(counter: tuple[Word, Word, Word, Word], seed: int) -> tuple[Word, Word, Word, Word]:
-    """Philox4x32-10: four uint32 words, as int64 tensors or as ints, to four; `seed` (64 bits) is the key."""
+    """Philox4x32-10: maps four uint32 words, held in int64 tensors or ints, to four; `seed` is the 64-bit key."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
-        # int64 products wrap, which keeps the 64 bits of the unsigned product; masks take the words apart
+        # int64 products wrap around to the right 64 bits; the masks cut them into unsigned words
         product0, product1 = c0 * _MULTIPLY[0], c2 * _MULTIPLY[1]
         c0, c1, c2, c3 = (
             ((product1 >> 32) & _MASK) ^ c1 ^ k0,
@@ -50,12 +50,12 @@ def philox(counter: tuple[Word, Word, Word, Word], seed: int) -> tuple[Word, Wor
 
 
 def random_bits(seed: int, epoch: int, index: Tensor, stream: int, num: int) -> Tensor:
-    """`num` independent uint32 words for each sample, as int64 of shape (B, num).
+    """`num` independent uint32 words for each sample, (B, num) int64.
 
-    seed: any int (its low 64 bits count); epoch in [0, 2^32); index: (B,) integers, non-negative; stream in [0, 2^16).
-    Word d of a sample depends on (seed, epoch, index, stream, d) alone, not on `num` or on the rest of the batch.
+    seed: any int, of which the low 64 bits count; epoch in [0, 2^32); index: (B,) non-negative integers; stream in
+    [0, 2^16). Word d of a sample depends only on (seed, epoch, index, stream, d), not on `num` or on other samples.
     """
-    index, blocks = index.long(), (num + 3) // 4  # the hash would wrap at 32 bits
+    index, blocks = index.long(), (num + 3) // 4  # int32 arithmetic would overflow
     draw = torch.arange(blocks, device=index.device)
     shape = (index.shape[0], blocks)
     counter = (
@@ -68,17 +68,17 @@ def random_bits(seed: int, epoch: int, index: Tensor, stream: int, num: int) -> 
 
 
 def uniform(seed: int, epoch: int, index: Tensor, stream: int, num: int) -> Tensor:
-    """`num` float32 uniforms in [0, 1) for each sample, shape (B, num): the top 24 bits, so exact on every device."""
+    """`num` uniforms in [0, 1) for each sample, (B, num) float32: the top 24 bits, so exact on every device."""
     return (random_bits(seed, epoch, index, stream, num) >> 8).to(torch.float32) * 2.0**-24
 
 
 def permutation(seed: int, epoch: int, size: int, stream: int, device: torch.device | str = "cpu") -> Tensor:
-    """A permutation of range(size), int64, a function of (seed, epoch, stream): every rank computes the same one."""
+    """A permutation of range(size), (size,) int64, as a function of (seed, epoch, stream), the same on every rank."""
     words = random_bits(seed, epoch, torch.arange(size, device=device), stream, 2)
     return torch.argsort((words[:, 0] << 31) | (words[:, 1] >> 1), stable=True)
 
 
 def derive_seed(seed: int, epoch: int, stream: int, index: int = 0) -> int:
-    """One 63-bit seed for a generator that is not ours (torch.manual_seed), from the same key."""
+    """A 63-bit seed for another generator, such as torch's, as a function of (seed, epoch, stream, index)."""
     word0, word1, _, _ = philox((index & _MASK, index >> 32, epoch & _MASK, stream << 16), seed)
     return (word0 << 31) | (word1 >> 1)

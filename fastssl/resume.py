@@ -1,4 +1,4 @@
-"""From a run to a checkpoint and back: where a run begins, and what it must agree on with the one it goes on from."""
+"""Between a run and its checkpoints: what is saved, where a run begins, and which settings must stay the same."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from fastssl.layout import LAYOUT_NAMES
 from fastssl.moco import MoCo
 from fastssl.optim import load_optimizer_state
 from fastssl.plan import Plan
+from fastssl.plural import counted
 
-# Without these the weights do not fit; with the others changed the run goes on, but is no longer the uninterrupted one.
+# If one of these changes, the saved state no longer fits. If any other setting changes that is not in HARMLESS, the run
+# continues, but differs from one that was never stopped.
 SHAPES = ("arch", "head", "dim", "stem", "queue_size", "optimizer")
-# These may change freely: they do not touch a single weight.
-HARMLESS = {
+HARMLESS = {  # these do not influence the weights
     "data", "loader", "workers", "output", "resume", "log_every", "save_every_epochs", "save_every_steps", "keep_last",
     "keep_every_epochs", "knn_every", "knn_k", "knn_images", "eval_resize", "val", "steps", "start_epoch", "restart",
     "on_bad_image", "read_ahead", "beton_cache",
@@ -28,11 +29,11 @@ HARMLESS = {
 
 
 def state_of(trainee: Trainee, step: int, config: Config, num_images: int, world_size: int) -> dict:
-    """The checkpoint after `step` steps: tensors, numbers, strings, lists and dicts only."""
+    """The checkpoint after `step` steps: only tensors, numbers, strings, lists and dicts."""
     return {
         "format": checkpoint.FORMAT,
         "step": step,
-        "config": {k: list(v) if isinstance(v, tuple) else v for k, v in flat(config).items()},
+        "config": {name: _plain(value) for name, value in flat(config).items()},
         "num_images": num_images,
         "world_size": world_size,
         "layout": LAYOUT_NAMES[trainee.moco.memory_format],
@@ -45,18 +46,21 @@ def state_of(trainee: Trainee, step: int, config: Config, num_images: int, world
 def start_or_resume(
     config: Config, plan: Plan, trainee: Trainee, folder: Path, num_images: int, ranks: Ranks
 ) -> tuple[int, list[str]]:
-    """Steps already done, with their state loaded into `trainee`, and what to tell the person about it.
+    """Loads the state to continue from, if any, into `trainee`; returns the steps already done and notes for the user.
 
-    --resume PATH takes that checkpoint (ours, or one of MoCo's scripts), and with --restart only its weights; --resume
-    auto the newest good one of the run folder; otherwise, or when there is none, the run starts afresh. Raises
-    CheckpointError when a checkpoint cannot be used, or none of several; ValueError when --start-epoch leaves no step.
+    --resume PATH loads that checkpoint (ours, or one of MoCo's scripts), or with --restart only its weights; --resume
+    auto loads the newest intact one of the run folder. Otherwise, or when there is none, the run starts from scratch.
+    Raises CheckpointError when a checkpoint cannot be used, or none of several; ValueError when --start-epoch leaves no
+    step.
     """
     path, notes = find_checkpoint(config.train.resume, folder, ranks)
     if path is None:
         first = config.train.start_epoch * plan.steps_per_epoch
         if first >= plan.stop:
-            started = f"--start-epoch {config.train.start_epoch} begins after step {first}"
-            raise ValueError(f"{started}, --steps {plan.stop} ends before it: raise --steps")
+            raise ValueError(
+                f"--start-epoch {config.train.start_epoch} begins at step {first} but --steps {plan.stop} ends before "
+                "that: raise --steps"
+            )
         return first, notes
     if config.train.restart:
         return 0, start_from_weights(path, trainee, config)
@@ -66,29 +70,29 @@ def start_or_resume(
         if (contents := find_moco_run(path)) is None:
             raise
         first, changed = restore_moco_run(contents, trainee, config, plan)
-    complete = " (the run is complete)" if first >= plan.stop else ""
-    return first, [*notes, f"going on from {path}, after {first} steps{complete}", *changed]
+    complete = "; the run is complete" if first >= plan.stop else ""
+    return first, [*notes, f"resuming from {path}, after {counted(first, 'step')}{complete}", *changed]
 
 
 def start_from_weights(path: Path, trainee: Trainee, config: Config) -> list[str]:
-    """The query encoder's weights from any checkpoint, the key encoder equal to it; queue and optimiser stay fresh.
+    """Loads the query encoder from any checkpoint and copies it to the key encoder; queue and optimiser stay fresh.
 
-    The small-model project also keeps a checkpoint's queue here; a distilled student's queue holds its teacher's keys.
-    Returns what was taken. Raises CheckpointError when the backbone does not fit.
+    (The small-model project also keeps the checkpoint's queue, but a distilled student's queue holds its teacher's
+    keys.) Returns notes on what was loaded. Raises CheckpointError when the backbone does not fit.
     """
     moco = trainee.moco
-    notes = load_into(path, moco.encoder_q, config.model.arch, config.model.stem)
+    first, *others = load_into(path, moco.encoder_q, config.model.arch, config.model.stem)
     moco.encoder_k.load_state_dict(moco.encoder_q.state_dict())
-    return [f"starting from the {note}" if i == 0 else note for i, note in enumerate(notes)]
+    return [f"starting from the {first}", *others]
 
 
 def find_checkpoint(resume: str, folder: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, the same on every rank, and notes about those that were passed over."""
+    """The checkpoint to resume from, the same on every rank, and notes on newer ones that cannot be used."""
     if resume in ("no", ""):
         return None, []
     if resume != "auto":
         if Path(resume).is_dir():
-            raise CheckpointError(f"{resume} is a folder: --resume auto --output {resume} goes on with the run in it")
+            raise CheckpointError(f"{resume} is a folder: to resume the run in it, use --resume auto --output {resume}")
         return Path(resume), []
     notes: list[str] = []
     path = None
@@ -98,12 +102,12 @@ def find_checkpoint(resume: str, folder: Path, ranks: Ranks) -> tuple[Path | Non
     if path is None and notes:
         raise CheckpointError(f"no checkpoint in {folder} can be used: {notes[-1]}")
     if path is None:
-        return None, [f"nothing to resume in {folder}: starting afresh"]
+        return None, [f"nothing to resume in {folder}: starting from scratch"]
     return path, [f"{note}; using the one before it" for note in notes]
 
 
 def restore(path: Path, trainee: Trainee, config: Config, num_images: int, world_size: int) -> tuple[int, list[str]]:
-    """Loads a checkpoint into the run. Returns the steps already done and notes on settings that changed since.
+    """Loads a checkpoint into the run. Returns the steps already done and notes on settings that have changed.
 
     Raises CheckpointError when it belongs to another model.
     """
@@ -113,19 +117,21 @@ def restore(path: Path, trainee: Trainee, config: Config, num_images: int, world
         check_same(path, key, then[key], now[key])
     try:
         trainee.moco.load_state_dict(state["model"])
-        notes = keep_layout(trainee.moco, state, config)  # first: the optimiser's buffers follow the weights
+        notes = keep_layout(trainee.moco, state, config)  # before the optimiser, whose buffers follow the weights
         load_optimizer_state(trainee.optimizer, state["optimizer"])
         trainee.scaler.load_state_dict(state["scaler"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} does not fit this model: {str(error).splitlines()[0]}") from error
-    changed = [k for k in now if k not in HARMLESS and k in then and then[k] != _plain(now[k])]
-    notes += [f"{k} is {now[k]}, was {then[k]}: the run goes on, but not as if it had never stopped" for k in changed]
-    if world_size != state.get("world_size", world_size):  # not in checkpoints of before it was written down
-        notes.append(
-            f"the world size is {world_size}, was {state['world_size']}: batch norm sees other parts of a batch"
-        )
+    for key, value in now.items():
+        if key not in HARMLESS and key in then and then[key] != _plain(value):
+            change = f"{key} is now {value} and was {then[key]}"
+            notes.append(f"{change}: the run continues, but differs from one that was never stopped")
+    if world_size != state.get("world_size", world_size):  # early checkpoints do not have it
+        change = f"the world size is now {world_size} and was {state['world_size']}"
+        notes.append(f"{change}: batch norm sees other parts of a batch")
     if num_images != state["num_images"]:
-        notes.append(f"the data set has {num_images} images, had {state['num_images']}: the order of images differs")
+        change = f"the data set now has {counted(num_images, 'image')} and had {state['num_images']:,}"
+        notes.append(f"{change}: the order of the images differs")
     return state["step"], notes
 
 
@@ -156,18 +162,19 @@ def check_same(path: Path, option: str, then: object, now: object) -> None:
     flag = flag_of(option)
     if then != now:
         raise CheckpointError(
-            f"{path} was trained with {flag} {then}, this run has {now}: pass {flag} {then}, or start in another "
-            "--output"
+            f"{path} was trained with {flag} {then} but this run has {now}: "
+            f"use {flag} {then}, or start in another --output"
         )
 
 
 def keep_layout(moco: MoCo, state: dict, config: Config) -> list[str]:
-    """The memory format the run had until now, unless another was asked for, so that it goes on bit for bit."""
-    saved = next((layout for layout, name in LAYOUT_NAMES.items() if name == state.get("layout")), moco.memory_format)
+    """Keeps the memory format of the checkpoint unless one was requested, so that the run continues bit for bit."""
+    layouts = {name: layout for layout, name in LAYOUT_NAMES.items()}
+    saved = layouts.get(state.get("layout"), moco.memory_format)
     if config.train.channels_last != "auto" or saved == moco.memory_format:
         return []
     moco.set_memory_format(saved)
-    return [f"the encoders stay {LAYOUT_NAMES[saved]}, as before"]
+    return [f"the encoders stay {LAYOUT_NAMES[saved]}, as in the checkpoint"]
 
 
 def _plain(value: object) -> object:

@@ -1,4 +1,4 @@
-"""The folder of a run and what lands in it, and the clock that stops while nothing is trained.
+"""The folder of a run, its log, and a clock that counts only the time spent training.
 
     config.yaml  environment.json  metrics.jsonl  tensorboard/  curves.png  views.png  checkpoints/  lock
 
@@ -32,31 +32,31 @@ from fastssl.loaders.make import Loader
 from fastssl.plan import Plan
 from fastssl.recipe import to_yaml
 
-TIMING = ("images_per_second", "seconds")  # the fields of metrics.jsonl in which equal runs differ
+TIMING = ("images_per_second", "seconds")  # the fields of metrics.jsonl that differ between equal runs
 SHOWN = ("loss", "contrast", "align", "uniform", "top1", "lr")  # beside the progress bar
 
 
 def choose_folder(config: Config, ranks: Ranks) -> Path:
     """The run folder, the same on every rank: --output, or runs/<arch>-<date>-<time>.
 
-    Raises ValueError rather than mix a new run into the folder of an old one.
+    Raises ValueError when a new run would be mixed into the folder of an old one.
     """
     t = config.train
     if not t.output and t.resume == "auto":
-        raise ValueError("--resume auto needs --output: the folder of the run to go on with")
+        raise ValueError("--resume auto needs --output, the folder of the run to resume")
     default = f"runs/{config.model.arch}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(broadcast_object(t.output or default, ranks))
     saved = checkpoint.saved_steps(folder / "checkpoints")
     if t.resume != "auto" and saved:
         raise ValueError(
             f"{folder} already holds a run, saved after step {max(saved)}: "
-            "add --resume auto to go on with it, or choose another --output"
+            "add --resume auto to continue it, or choose another --output"
         )
     return folder
 
 
 class Clock:
-    """Seconds of training: evaluating, saving and drawing do not count."""
+    """Seconds spent training: evaluating, saving and drawing do not count."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -68,7 +68,7 @@ class Clock:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         if self.device.type == "cuda":
-            torch.cuda.synchronize()  # steps under way still count as training
+            torch.cuda.synchronize()  # steps still running count as training
         start = time.perf_counter()
         yield
         self.begin += time.perf_counter() - start
@@ -80,8 +80,8 @@ class Run:
     def __init__(self, folder: Path, config: Config, plan: Plan, first: int, ranks: Ranks) -> None:
         self.folder, self.config, self.plan, self.ranks = folder, config, plan, ranks
         self.clock = Clock(ranks.device)
-        self.logged = (first, 0.0)
-        self.told = 0
+        self.logged = (first, 0.0)  # step and seconds of the last record
+        self.num_said = 0  # of the unreadable images
         self.writes = ranks.rank == 0
         if not self.writes:
             return
@@ -94,38 +94,36 @@ class Run:
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
         self.bar = tqdm(total=plan.stop, initial=first, unit="step", dynamic_ncols=True, disable=None, smoothing=0.1)
 
-    def say(self, text: str) -> None:
-        """One line to the person, above the progress bar."""
+    def say(self, *lines: str) -> None:
+        """Prints lines above the progress bar."""
         if self.writes:
-            tqdm.write(text, file=sys.stderr)
+            for line in lines:
+                tqdm.write(line, file=sys.stderr)
 
-    def say_all(self, lines: Sequence[str]) -> None:
-        """Several lines to the person."""
-        for line in lines:
-            self.say(line)
+    def say_bad_images(self, bad_images: Sequence[str]) -> None:
+        """Prints the entries of this growing list that are new, on every rank. Call on all ranks."""
+        new_by_rank = gather_objects(list(bad_images[self.num_said :]), self.ranks)
+        self.num_said = len(bad_images)
+        for new in new_by_rank:
+            self.say(*(f"unreadable image: {line}" for line in new))
 
     def preview(self, loader: Loader, policy: Policy) -> None:
-        """views.png: eight images over the data set, each with its two views of epoch 0."""
+        """Draws views.png: eight images spread over the data set, each with its two views of epoch 0."""
         path = self.folder / "views.png"
-        if self.writes and not path.exists():
-            with self.clock.paused():
-                if (batch := next(loader.eval_batches(8, limit=8), None)) is not None:  # all eight may be unreadable
-                    save_preview(batch, policy, self.config.augment.image_size, self.config.train.seed, 0, path)
-
-    def say_new(self, lines: Sequence[str]) -> None:
-        """Says those of a growing list that were not said yet, of every rank. Call on all ranks."""
-        news = gather_objects(list(lines[self.told :]), self.ranks)
-        self.told = len(lines)
-        for line in (line for rank in news for line in rank):
-            self.say(f"bad image: {line}")
+        if not self.writes or path.exists():
+            return
+        with self.clock.paused():
+            batch = next(loader.eval_batches(8, limit=8), None)
+            if batch is not None:  # all eight may be unreadable
+                save_preview(batch, policy, self.config.augment.image_size, self.config.train.seed, 0, path)
 
     def advance(self) -> None:
-        """One more step is done."""
+        """Moves the progress bar by one step."""
         if self.writes:
             self.bar.update()
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Records the values of a step, counted from 1, and the speed since the last record."""
+        """Records and shows the values after `step` steps, and the speed since the last record."""
         if not self.writes:
             return
         (last_step, last_seconds), seconds = self.logged, self.clock.seconds()
@@ -138,10 +136,10 @@ class Run:
         if self.bar.disable:  # not a terminal: plain lines
             words = "  ".join(f"{key} {value}" for key, value in shown.items())
             minutes = (self.plan.stop - step) * self.config.train.batch_size / speed / 60
-            self.say(f"step {step}/{self.plan.stop}  {words}  images/s {speed:.0f}  left {minutes:.1f} min")
+            self.say(f"step {step}/{self.plan.stop}  {words}  images/s {speed:.0f}  remaining {minutes:.1f} min")
 
     def record(self, step: int, values: dict[str, float], timing: dict[str, float] | None = None) -> None:
-        """One line of metrics.jsonl and its TensorBoard points; timing fields come last."""
+        """Writes one line of metrics.jsonl, with `timing` at its end, and the same values to TensorBoard."""
         if not self.writes:
             return
         line = {"step": step, "epoch": round(step / self.plan.steps_per_epoch, 4), **values, **(timing or {})}
@@ -151,7 +149,7 @@ class Run:
                 self.board.add_scalar(key, value, step)
 
     def save(self, step: int, state: dict) -> None:
-        """A checkpoint after `step` steps, the old ones pruned, the curves drawn."""
+        """Saves a checkpoint after `step` steps, deletes old ones and draws the curves."""
         if not self.writes:
             return
         folder, t = self.folder / "checkpoints", self.config.train
@@ -169,15 +167,16 @@ class Run:
 
 
 def lock_file(path: Path) -> TextIO:
-    """The open file, locked until it is closed or the process ends. Raises ValueError when another run has it."""
+    """The open file, locked until it is closed or the process ends. Raises ValueError when another run locks it."""
     file = open(path, "w")  # noqa: SIM115 (open as long as the run)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise ValueError(f"another run is writing {path.parent}: wait, or choose another --output") from None
+        raise ValueError(f"another run is writing to {path.parent}: wait, or choose another --output") from None
     except OSError as error:
-        tqdm.write(f"no second run is kept out of {path.parent}, which has no locks: {error.strerror}", file=sys.stderr)
+        cannot = f"cannot lock {path.parent} against a second run ({error.strerror}): start only one there"
+        tqdm.write(cannot, file=sys.stderr)
     return file
 
 
@@ -189,7 +188,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def trim_metrics(path: Path, first: int) -> None:
-    """Drops the lines after step `first`, which a resumed run writes again, and a torn last line."""
+    """Drops the lines after step `first`, which a resumed run writes again, and an incomplete last line."""
     if not path.exists():
         return
     kept = []

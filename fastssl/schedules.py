@@ -1,4 +1,4 @@
-"""Learning rate and key-encoder momentum as pure functions of the step: nothing to save, nothing to restore."""
+"""Learning rate and key-encoder momentum as pure functions of the step, so that a checkpoint need not save them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ def learning_rate(
     drop: float = 0.1,
     warmup_epochs: float = 0.0,
 ) -> float:
-    """Learning rate of optimizer step `step` (from 0).
+    """Learning rate of optimizer step `step` (from 0). It changes with the epoch e, as in MoCo (arXiv 1911.05722).
 
-    `cosine`: base_lr * (1 + cos(pi e / epochs)) / 2, where e is the epoch, an integer (as MoCo trains, arXiv
-    1911.05722). `step`: times `drop` at every milestone with e >= milestone. `constant`: base_lr. During the first
-    `warmup_epochs` the rate also rises linearly, step by step, from base_lr / warm-up steps; the cosine then covers the
-    epochs that remain.
+    `cosine`: base_lr * (1 + cos(pi e / epochs)) / 2. `step`: base_lr times `drop` for every milestone <= e.
+    `constant`: base_lr. During the first `warmup_epochs` the rate also rises linearly, step by step, from
+    base_lr / warm-up steps; the cosine then covers the remaining epochs.
 
     Raises ValueError for an unknown schedule or sizes that make no sense together.
     """
@@ -38,10 +37,10 @@ def learning_rate(
 
 
 def momentum_schedule(step: int, *, momentum: float, total_steps: int, schedule: str = "constant") -> float:
-    """Momentum m of the key encoder's update at `step` (from 0).
+    """Momentum of the key encoder's update at `step` (from 0).
 
-    `constant`: `momentum`. `cosine`: from `momentum` to 1 over `total_steps`, as 1 - (1 - momentum) (1 + cos) / 2
-    (BYOL, arXiv 2006.07733, appendix F.2).
+    `constant`: `momentum`. `cosine`: 1 - (1 - momentum) (1 + cos(pi step / total_steps)) / 2, which rises to 1 (BYOL,
+    arXiv 2006.07733, appendix F.2).
 
     Raises ValueError for an unknown schedule, for `momentum` outside 0 to 1, or for fewer than 1 step.
     """

@@ -1,4 +1,4 @@
-"""Python threads for work that holds no GIL: compiled loops, PyTorch's calls on one image, decoders of images."""
+"""Python threads for work that releases the GIL: compiled loops, PyTorch operations, image decoders."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import TypeVar
 import torch
 
 Item = TypeVar("Item")
-YIELDING = 10  # niceness of threads that prepare what the training needs later
+YIELDING = 10  # the niceness of threads that only prepare later batches
 
 
 def run_in_threads(work: Callable[[Item], None], items: Iterable[Item]) -> None:
-    """`work` on every item, on as many threads as torch computes with; raises what the first to fail raises."""
+    """Calls `work` for every item, on as many threads as torch uses; raises the first item's exception, if any."""
     items, threads = list(items), torch.get_num_threads()
     if threads == 1 or len(items) < 2:
         for item in items:
@@ -29,33 +29,33 @@ def run_in_threads(work: Callable[[Item], None], items: Iterable[Item]) -> None:
 
 @cache
 def make_threads(num: int, process: int) -> ThreadPoolExecutor:
-    """Threads that stay, since a loop takes less time than they take to start; none outlive a fork.
+    """A pool of `num` threads that is kept, because starting threads can take longer than the work itself.
 
-    Within each, torch computes on one thread: OpenMP slows down for the whole process once it has more threads in all
-    than there are cores.
+    process: this process's id, so that a forked process makes a pool of its own. In each thread torch uses a single
+    thread: OpenMP slows the whole process down once it has more threads than there are cores.
     """
     started = Barrier(num + 1)
 
     def start() -> None:
         torch.set_num_threads(1)
-        torch.get_num_threads()  # a thread takes the common number over when it first needs one: now that it is 1
+        torch.get_num_threads()  # makes this thread adopt the number now; otherwise it would at its first operation
         started.wait()
 
     pool = ThreadPoolExecutor(num, thread_name_prefix="compute", initializer=start)
     for _ in range(num):
-        pool.submit(int)  # a thread for each, as none is free before all have started
+        pool.submit(int)  # starts one thread each, because all of them wait at the barrier
     started.wait()
-    torch.set_num_threads(num)  # the common number again
+    torch.set_num_threads(num)  # restores the number for all other threads
     return pool
 
 
 def reader_threads(num: int, name: str, device: torch.device) -> ThreadPoolExecutor:
-    """Threads that read and decode. Beside a GPU they leave the cores to the thread that launches its kernels.
+    """A pool of threads that read and decode images.
 
-    That thread finds a core whenever it wants one, and batches are made ahead in the time it leaves. On a CPU the
-    training itself waits for its images: they are as urgent as it is.
+    When training on a GPU they have a lower priority than the thread that launches its kernels: batches are decoded
+    ahead, so they can wait. When training on a CPU the step waits for its images, so they have the same priority.
     """
-    yields = device.type == "cuda" and sys.platform == "linux"  # where each thread has a niceness of its own
+    yields = device.type == "cuda" and sys.platform == "linux"  # only Linux has a niceness for each thread
     return ThreadPoolExecutor(num, thread_name_prefix=name, initializer=_yield_cores if yields else None)
 
 

@@ -1,4 +1,4 @@
-"""Pretraining.  fastssl pretrain DATA [flags]   or   torchrun --nproc_per_node 8 -m fastssl.train DATA [flags]
+"""Pretraining: fastssl pretrain DATA [flags], or torchrun --nproc_per_node 8 -m fastssl.train DATA [flags].
 
 file -> loader -> augment -> encoders q, k -> losses -> optimizer -> checkpoint -> eval, in that order.
 """
@@ -45,7 +45,7 @@ from fastssl.random_key import STREAM_SHUFFLE, STREAM_STEP, derive_seed, permuta
 from fastssl.resume import start_or_resume, state_of
 from fastssl.run import Run, choose_folder
 
-ADVICE = "lower --lr, add --warmup-epochs or --clip-grad; checkpoints taken before it are good"
+ADVICE = "use a lower --lr, --warmup-epochs or --clip-grad; earlier checkpoints are good"
 TrainStep = Callable[[ImageBatch, int], dict[str, Tensor]]
 
 
@@ -58,11 +58,10 @@ def make_train_step(
     health: Health,
     inputs: InputStream = IN_TURN,
 ) -> TrainStep:
-    """The only definition of a training step, `train_step(batch, step) -> metrics`.
+    """The only definition of a training step: returns the function `train_step(batch, step) -> metrics`.
 
-    The order is the paper's: EMA, keys, losses against the queue as it was, optimiser, enqueue. `batch` is this rank's
-    share of step `step` (from 0), drawn by `inputs` and taken in --accumulate parts; metrics are 0-dim tensors on the
-    device. Nothing in it waits for the device, but for the check of the inputs at the first call.
+    The order is the paper's: EMA, keys, losses against the old queue, optimiser, enqueue. `batch`: this rank's share of
+    step `step` (from 0), drawn by `inputs`. metrics: 0-dim tensors on the device. Only the first call syncs, once.
     """
     moco, encoder_q, optimizer, scaler = trainee[:4]
     seed, accumulate = config.train.seed, config.optim.accumulate
@@ -70,9 +69,9 @@ def make_train_step(
     ways = directions(config)
     dtype = DTYPES[choose_precision(config.train.precision, ranks.device)]
     parameters = [p for p in moco.encoder_q.parameters() if p.requires_grad]
-    # a shuffle within one sub-batch changes nothing, nor does one under statistics over all ranks
+    # The shuffle changes nothing if batch norm's statistics cover the whole global batch.
     shuffles = not config.model.sync_bn and ranks.world_size * config.model.bn_splits > 1
-    # between ranks a view travels as bytes, unless it is also a query, or hide-and-seek has set parts of it to zero
+    # Views travel between ranks as bytes, unless they are queries too or hide-and-seek has set parts of them to zero.
     key_bytes = shuffles and ranks.world_size > 1 and ways == 1 and not policy.hide_and_seek
     unchecked = True
 
@@ -81,19 +80,20 @@ def make_train_step(
 
     @torch.no_grad()
     def encode_keys(view_k: Tensor, micro_step: int) -> Tensor:
-        """All ranks' keys (W * B, D) in rank order, unit rows; B are the views of a rank."""
-        order = permutation(seed, micro_step, ranks.world_size * view_k.shape[0], STREAM_SHUFFLE) if shuffles else None
-        view_k = view_k if order is None else shuffle_rows(view_k, order, ranks)
+        """The keys of all ranks, (W * B, D) unit rows in rank order, for the B views of each rank."""
+        if shuffles:
+            order = permutation(seed, micro_step, ranks.world_size * view_k.shape[0], STREAM_SHUFFLE)
+            view_k = shuffle_rows(view_k, order, ranks)
         with autocast():
             z = moco.encoder_k(normalise_bytes(view_k, dtype, views_by) if key_bytes else view_k)
         k = normalize(z.float(), dim=1)
-        return gather_rows(k, ranks) if order is None else unshuffle_keys(k, order, ranks)
+        return unshuffle_keys(k, order, ranks) if shuffles else gather_rows(k, ranks)
 
     def train_step(batch: ImageBatch, step: int) -> dict[str, Tensor]:
         nonlocal unchecked
         if trainee.compiled == "graphs":
-            torch.compiler.cudagraph_mark_step_begin()  # what earlier replays returned is not needed any more
-        torch.manual_seed(derive_seed(seed, step, STREAM_STEP, ranks.rank))  # dropout: a function of the step
+            torch.compiler.cudagraph_mark_step_begin()  # the results of earlier replays may be overwritten
+        torch.manual_seed(derive_seed(seed, step, STREAM_STEP, ranks.rank))  # for dropout
         set_lr(optimizer, plan.learning_rate(step))
         moco.update_key_encoder(plan.ema_momentum(step))
         keys, losses = [], []
@@ -110,7 +110,7 @@ def make_train_step(
             moco.count_batch()
             q, k = normalize(z.float(), dim=1), all_keys.chunk(ranks.world_size)[ranks.rank]  # (B, D) each
             if unchecked:
-                check_loss_inputs(q, k, moco.queue)  # waits for the device, once in a run
+                check_loss_inputs(q, k, moco.queue)  # waits for the device, once per run
                 unchecked = False
             pairs = zip(q.chunk(ways), k.chunk(ways))
             found = [moco_loss(*pair, moco.queue, config.loss, config.train.loss_kernel) for pair in pairs]
@@ -134,7 +134,7 @@ def make_train_step(
 
 
 def pretrain(config: Config) -> int:
-    """A whole run. Returns the exit code: 0 when it is complete, PREEMPTED when a signal stopped it after saving."""
+    """A whole run. Returns 0 when it is complete, PREEMPTED when a signal stopped it after saving."""
     check_parts(config)
     make_deterministic(config.train.deterministic)
     ranks = distributed.start(config.train.device)
@@ -147,7 +147,7 @@ def pretrain(config: Config) -> int:
 
 
 def train(config: Config, loader: Loader, folder: Path, ranks: Ranks) -> int:
-    """Builds, resumes, and runs the loop over the steps that are left."""
+    """Builds the parts, resumes, and runs the loop over the remaining steps."""
     t = config.train
     stop = StopSignal(ranks)
     plan = make_plan(config, loader.batches_per_epoch)
@@ -161,26 +161,26 @@ def train(config: Config, loader: Loader, folder: Path, ranks: Ranks) -> int:
     probe, note = make_probe(config, loader, ranks)
 
     with stop_on_signals(stop), closing(Run(folder, config, plan, first, ranks)) as run:
-        run.say_all([*describe(config, plan, loader, trainee, ranks), note, *notes])
+        run.say(*describe(config, plan, loader, trainee, ranks), note, *notes)
         run.preview(loader, policy)
         for step, batch in zip(range(first, plan.stop), inputs.draw(loader.batches(first))):
             metrics = train_step(batch, step)
             done, last, asked = step + 1, step + 1 == plan.stop, stop()
             run.advance()
             if done % t.log_every == 0 or last:
-                run.say_all(health.check(encoder, ADVICE))
+                run.say(*health.check(encoder, ADVICE))
                 run.log(done, {**mean_over_ranks(metrics, ranks), "lr": plan.learning_rate(step)})
-                run.say_new(loader.bad_images)
-                run.say_all(inputs.news() if t.log_every > 1 else [])  # a log line itself waits for the GPU
+                run.say_bad_images(loader.bad_images)
+                run.say(*(inputs.news() if t.log_every > 1 else []))  # a log line itself makes the GPU idle
             if probe and (plan.ends_epoch(done, config.eval.knn_every) or last):
                 with run.clock.paused():
                     run.record(done, {"knn": probe(encoder.backbone)})
             if asked or last or plan.saves_after(done):
                 with run.clock.paused():
-                    run.say_all(health.check(encoder, ADVICE))
+                    run.say(*health.check(encoder, ADVICE))
                     run.save(done, state_of(trainee, done, config, loader.num_images, ranks.world_size))
             if asked and not last:
-                run.say_all([f"saved after step {done}, stopped by a signal; go on: --resume auto --output {folder}"])
+                run.say(f"stopped by a signal, saved after step {done}; continue with --resume auto --output {folder}")
                 return PREEMPTED
     return 0
 

@@ -1,4 +1,4 @@
-"""May our Triton kernels run on a device?"""
+"""Tells whether our Triton kernels can run on a device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def triton_obstacle(device: torch.device) -> str | None:
-    """Why they cannot, in a few words, or None. On a CPU they run in Triton's interpreter, where it is switched on."""
+    """Why they cannot run there, in a few words, or None. On a CPU they can with TRITON_INTERPRET=1, for tests."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -1,4 +1,4 @@
-"""Loads an exported file in a new process, strictly, by the program it is meant for, and compares what it computes."""
+"""Verifies an exported file: a new process loads it strictly, with the library it is meant for; features must agree."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ TOLERANCE = 1e-4  # of the largest feature
 
 
 def largest_difference(source: str, out: str, to: str, name: str, arch: str, stem: str, key: str, head: bool) -> float:
-    """Largest difference of features (of the head's output with `head`), over the largest of them.
+    """The largest difference between the features (with `head`: the head's outputs), divided by the largest feature.
 
+    source, key: what was exported; out, to, name: the file, its format and the architecture's name in that format.
     Raises ValueError when the file does not load, or differs by more than TOLERANCE.
     """
     module = load_pretrained(source, arch, key=key, with_head=head, stem=stem)[0]
@@ -30,31 +31,33 @@ def largest_difference(source: str, out: str, to: str, name: str, arch: str, ste
         command = [sys.executable, "-m", "fastssl.verify_export", *words]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ValueError(f"{out} does not load as {to} {name}: {last[:300]}")
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            raise ValueError(f"{out} does not load as {to} {name}: {lines[-1][:300]}")
         found = torch.load(result, weights_only=True)
     expected = compute(module, side)
     difference = float((found - expected).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:
-        raise ValueError(f"{out} loads but its features differ by {difference:.1e} of their size: do not use it")
+        raise ValueError(f"{out} loads, but its features differ by {difference:.1e} of the largest: do not use it")
     return difference
 
 
 def image_side(module: nn.Module, stem: str) -> int:
-    """Pixels of the images it is tried on: those timm gives a model of its own, some of which take no others."""
-    settings = getattr(getattr(module, "backbone", module), "pretrained_cfg", None) or {"input_size": (3, 224, 224)}
-    return 32 if stem == "cifar" else settings["input_size"][1]
+    """Side in pixels of the test images: timm's input size for its own models, since some accept no other."""
+    if stem == "cifar":
+        return 32
+    settings = getattr(getattr(module, "backbone", module), "pretrained_cfg", None)
+    return settings["input_size"][1] if settings else 224
 
 
 def compute(module: nn.Module, side: int) -> Tensor:
-    """What a module makes of two fixed random images."""
+    """The module's output for two fixed random images."""
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return module.eval()(images)
 
 
 def load_as(out: str, to: str, name: str, stem: str, head: bool) -> nn.Module:
-    """The exported file in the program it is meant for: torchvision or timm themselves, else fastssl."""
+    """The exported file, loaded by torchvision or timm itself, or else by fastssl."""
     if to in ("plain", "moco"):
         return load_pretrained(out, name, with_head=head, stem=stem)[0]
     tensors = read_weights(out).tensors if out.endswith(".safetensors") else torch.load(out, weights_only=True)

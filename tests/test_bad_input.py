@@ -76,7 +76,7 @@ def test_a_batch_larger_than_the_data_set(run, data):
 
 def test_a_first_epoch_after_the_last_step(run, data):
     code, text = run(data, "--epochs", "4", "--start-epoch", "2", "--steps", "4")
-    assert code == FAILED and "--start-epoch 2 begins after step 4, --steps 4 ends before it" in one_sentence(text)
+    assert code == FAILED and "--start-epoch 2 begins at step 4 but --steps 4 ends before that" in one_sentence(text)
     assert run(data, "--epochs", "4", "--start-epoch", "2", "--steps", "5")[0] == 0
 
 
@@ -102,7 +102,7 @@ def test_what_does_not_exist_is_told_before_images_are_read(run, tmp_path, words
 def test_cuda_where_there_is_none(run, data):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert "sees no GPU" in one_sentence(run(data, "--device", "cuda")[1])
+    assert "finds no GPU" in one_sentence(run(data, "--device", "cuda")[1])
 
 
 def truncate(path):
@@ -113,7 +113,7 @@ def test_a_truncated_jpeg_is_named_counted_and_skipped(run, data, tmp_path):
     truncate(data / "train" / "class1" / "2.jpg")
     code, text = run(data, "--epochs", "2")
     assert code == 0
-    assert text.count("bad image: ") == 1 and "class1/2.jpg" in text
+    assert text.count("unreadable image: ") == 1 and "class1/2.jpg" in text
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
 
 
@@ -134,7 +134,7 @@ def test_odd_images_train(run, data, tmp_path):
     exif[0x0112] = 6
     Image.fromarray(noise[..., :3]).save(folder / "rotated.jpg", exif=exif)
     code, text = run(data, "-b", "12")
-    assert code == 0 and "bad image" not in text
+    assert code == 0 and "unreadable image" not in text
 
 
 def test_a_full_disk_stops_the_run_and_the_previous_checkpoint_survives(run, data, tmp_path):
@@ -150,7 +150,7 @@ def test_a_full_disk_stops_the_run_and_the_previous_checkpoint_survives(run, dat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert code == FAILED and "earlier checkpoints are untouched: make room" in one_sentence(text)
+    assert code == FAILED and "earlier checkpoints are untouched: free some space" in one_sentence(text)
     assert good.read_bytes() == before and checkpoint.load(good)["step"] == 2
     code, _ = run(data, "--epochs", "2", "--resume", "auto")
     assert code == 0 and max(checkpoint.saved_steps(tmp_path / "run" / "checkpoints")) == 4
@@ -189,11 +189,11 @@ def test_a_second_run_in_the_folder_of_one_that_is_writing(run, data, tmp_path):
 def test_a_file_that_is_no_checkpoint(run, data, tmp_path):
     (tmp_path / "x.pt").write_bytes(b"not a checkpoint")
     code, text = run(data, "--resume", str(tmp_path / "x.pt"))
-    assert code == FAILED and "x.pt is damaged or no checkpoint" in one_sentence(text)
+    assert code == FAILED and "x.pt is damaged or not a checkpoint" in one_sentence(text)
     code, text = run(data, "--resume", str(tmp_path))
-    assert code == FAILED and "is a folder: --resume auto --output" in one_sentence(text)
+    assert code == FAILED and "is a folder: to resume the run in it, use --resume auto --output" in one_sentence(text)
     code, text = run(data, "--resume", "auto")  # an empty folder is a fresh start, and said so
-    assert code == 0 and "starting afresh" in text
+    assert code == 0 and "starting from scratch" in text
     (only,) = checkpoint.saved_steps(tmp_path / "run" / "checkpoints").values()
     only.write_bytes(b"")
     code, text = run(data, "--resume", "auto")
@@ -211,6 +211,6 @@ def test_a_queue_of_16_bits_trains_and_resumes(run, data, tmp_path):
     code, _ = run(data, "--queue-dtype", "bf16")
     assert code == 0
     code, text = run(data, "--queue-dtype", "bf16", "--epochs", "2", "--resume", "auto")
-    assert code == 0 and "going on from" in text
+    assert code == 0 and "resuming from" in text
     newest = next(iter(checkpoint.saved_steps(tmp_path / "run" / "checkpoints").values()))
     assert checkpoint.load(newest)["model"]["queue"].dtype == torch.bfloat16

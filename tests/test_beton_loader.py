@@ -83,7 +83,7 @@ def test_images_beyond_two_and_four_gib_are_their_own(tmp_path):
         for i, (_, pixels) in seen.items():
             assert np.abs(pixels.astype(int) - by_pillow(FILES[i])).max() <= 1
     assert loaders[0].beton.pointer[1] > 1 << 31 and loaders[0].beton.pointer[2] > 1 << 32
-    assert "all 3 images decode" in verify(large, decode=True, workers=1) and "3 samples" in describe(large)
+    assert "3 images decoded" in verify(large, decode=True, workers=1) and "3 samples" in describe(large)
 
 
 def test_raw_images_are_copied(tmp_path):
@@ -115,7 +115,7 @@ def test_auto_chooses_it_by_the_name_of_the_file(good):
 
 def test_a_missing_library_is_one_sentence_with_the_mend(good, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastssl.loaders.beton_loader", None)
-    with pytest.raises(ValueError, match=r"'beton' needs a library that is missing .*'fastssl doctor' gives the"):
+    with pytest.raises(ValueError, match=r"'beton' needs a library that is missing .*'fastssl doctor' for the"):
         open_loader(good, "auto")
     with pytest.raises(ValueError, match=r"good\.beton needs a library that is missing"):
         open_loader(good, "resident")
@@ -138,7 +138,7 @@ DAMAGE = {
     "scrambled": (scramble, "Corrupt JPEG data: "),
     "empty": (lambda data: b"", "empty"),
     "noise": (lambda data: np.random.default_rng(1).bytes(500), "not an image in a known format"),
-    "another size": (lambda data: encode_jpeg(render_photo(64, 64, seed=0)), "64 x 64, the index says"),
+    "another size": (lambda data: encode_jpeg(render_photo(64, 64, seed=0)), "64 x 64 but the index says"),
 }
 
 
@@ -193,7 +193,7 @@ def test_nothing_readable_is_an_error_not_a_loop(tmp_path):
     path = write_beton(tmp_path / "bad.beton", [stored(i, data=b"no image") for i in range(9)])
     for _ in range(2):
         loader = open_loader(path, batch_size=3)
-        with pytest.raises(ValueError, match=r"9 image files in a row cannot be decoded"):
+        with pytest.raises(ValueError, match=r"9 images in a row cannot be decoded"):
             take(loader.batches(), 3)
         assert list(loader.eval_batches(4)) == []
 
@@ -230,7 +230,7 @@ def test_a_file_that_is_cut_while_it_is_read_is_an_error_not_a_signal(tmp_path):
         next(batches)
         wait_until_idle(loader)  # what is being decoded at that moment would still touch pages that are gone
         os.truncate(path, 1 << 21)
-        with pytest.raises(ValueError, match="was cut short while it was read"):
+        with pytest.raises(ValueError, match="was truncated while it was read"):
             take(batches, 60)
 
 
@@ -361,7 +361,7 @@ def test_a_failure_in_a_thread_reaches_the_reader_at_once(good, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 24}, "23 images but one step takes 24"),
+        ({"batch_size": 24}, "23 images but a step takes 24"),
         ({"beton_cache": "ram"}, "--beton-cache must be 'page' or 'process', got 'ram'"),
         ({"name": "betn"}, "did you mean 'beton'"),
         ({"data": "/no/such.beton"}, r"/no/such\.beton does not exist"),

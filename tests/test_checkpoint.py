@@ -62,7 +62,7 @@ def test_the_work_of_another_version_is_not_passed_over(tmp_path):
     checkpoint.save({**state(20), "format": checkpoint.FORMAT + 1}, tmp_path / checkpoint.name(20))
     report = []
     assert checkpoint.newest_good(tmp_path, report) is None
-    assert len(report) == 1 and "go on with the version that wrote it" in report[0]
+    assert len(report) == 1 and "continue with the version that wrote it" in report[0]
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_and_no_litter(tmp_path):
@@ -72,7 +72,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_no_litter(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the kernel refuses to write further
     try:
-        with pytest.raises(CheckpointError, match=r"could not write .*make room"):
+        with pytest.raises(CheckpointError, match=r"cannot write .*free some space"):
             save(tmp_path, 2, size=100_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -90,7 +90,7 @@ def test_a_kill_while_writing_leaves_only_a_partial_file_that_is_never_taken_for
 def test_pickled_code_is_refused(tmp_path):
     path = tmp_path / checkpoint.name(1)
     torch.save({**state(1), "config": CheckpointError}, path)
-    with pytest.raises(CheckpointError, match="damaged or no checkpoint"):
+    with pytest.raises(CheckpointError, match="damaged or not a checkpoint"):
         checkpoint.load(path)
 
 
@@ -102,7 +102,7 @@ def test_foreign_files_are_named_as_such(tmp_path):
     torch.save({**state(1), "format": 99}, path)
     with pytest.raises(CheckpointError, match="format 99"):
         checkpoint.load(path)
-    with pytest.raises(CheckpointError, match="no checkpoint"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         checkpoint.load(tmp_path / "absent.pt")
 
 

@@ -67,10 +67,10 @@ def clock(monkeypatch):
 @pytest.mark.parametrize(
     ("times", "compiled", "why"),
     [
-        ((0.010, 0.030), ["on"], "eager 30 ms, its launches 10 ms"),
-        ((0.030, 0.030, 0.010), ["graphs"], "as CUDA graphs 10 ms"),
-        ((0.020, 0.030, 0.031), ["graphs", "on"], "as CUDA graphs 31 ms"),
-        ((0.030, 0.030, 0.0, "OutOfMemoryError: no"), ["graphs", "on"], "as CUDA graphs they failed: OutOfMemoryError"),
+        ((0.010, 0.030), ["on"], "eager 30 ms, of which launches 10 ms"),
+        ((0.030, 0.030, 0.010), ["graphs"], "CUDA graphs 10 ms"),
+        ((0.020, 0.030, 0.031), ["graphs", "on"], "CUDA graphs 31 ms"),
+        ((0.030, 0.030, 0.0, "OutOfMemoryError: no"), ["graphs", "on"], "CUDA graphs failed: OutOfMemoryError"),
     ],
     ids=["the GPU binds", "the host binds", "no gain", "no memory"],
 )
@@ -93,7 +93,7 @@ def test_no_clock_decides_where_graphs_cannot_be(clock, monkeypatch, moco, setti
 def test_what_is_asked_for_is_done(clock, monkeypatch, moco, how):
     set_to = clock(1.0, 1.0, 0.1)
     monkeypatch.delattr(compile_encoders, "choose_by_clock")
-    assert compile_encoders.compile_encoders(replace(TINY, compile=how), moco, CUDA) == (how, "asked for")
+    assert compile_encoders.compile_encoders(replace(TINY, compile=how), moco, CUDA) == (how, "requested")
     assert set_to == [how]
 
 
@@ -144,7 +144,7 @@ def test_what_torch_leaves_out_is_no_graph(monkeypatch, moco, left_out):
     monkeypatch.setattr(compile_encoders, "MODES", {"graphs": None})
     failure = try_graphs(TINY, moco, CPU)[1]
     torch.compiler.reset()
-    assert failure == "RuntimeError: torch left some out, its log says why" * left_out
+    assert failure == "RuntimeError: torch did not capture all of them; its log says why" * left_out
 
 
 def test_a_gpu_that_the_trial_broke_ends_the_run(monkeypatch, moco):
@@ -153,7 +153,7 @@ def test_a_gpu_that_the_trial_broke_ends_the_run(monkeypatch, moco):
 
     monkeypatch.setattr(compile_encoders, "time_graphs", broken)
     monkeypatch.setattr(torch, "rand", broken)
-    with pytest.raises(ValueError, match=r"CUDA graphs failed \(RuntimeError: capturing\).*take --compile on"):
+    with pytest.raises(ValueError, match=r"CUDA graphs failed \(RuntimeError: capturing\).*use --compile on"):
         try_graphs(TINY, moco, CPU)
 
 
@@ -165,7 +165,7 @@ def test_the_host_is_timed_with_few_images_and_the_device_with_all(monkeypatch, 
         return lambda: None
 
     monkeypatch.setattr(compile_encoders, "make_eager_iteration", make_iteration)
-    monkeypatch.setattr(compile_encoders, "time_in_turn", lambda iterations: {n: float(n) for n in iterations})
+    monkeypatch.setattr(compile_encoders, "time_iterations", lambda iterations: {n: float(n) for n in iterations})
     config = replace(TINY, batch_size=1024, image_size=224)
     assert time_eager(config, moco, CUDA) == (8.0, 1024.0) and sorted(sizes) == [8, 256]
     assert time_eager(replace(TINY, batch_size=4), moco, CUDA) == (4.0, 4.0)
@@ -182,7 +182,7 @@ def test_graphs_are_refused_where_they_cannot_be():
     with pytest.raises(ValueError, match="--compile graphs and --accumulate"):
         replace(Config(), compile="graphs", accumulate=2)
     config = replace(TINY, compile="graphs")
-    with pytest.raises(ValueError, match="take --compile on"):
+    with pytest.raises(ValueError, match="use --compile on"):
         compile_and_wrap(config, make_trainee(config, CPU), CPU)
 
 

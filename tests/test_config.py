@@ -78,8 +78,8 @@ def test_compile_switches():
         (["D", "--epochs", "five"], "epochs"),
         (["D", "--policy", "v3"], "v1"),
         (["D", "--batch-size", "0"], "--batch-size must be at least 1"),
-        (["D", "--sync-bn", "--bn-splits", "2"], "contradict"),
-        (["D", "--resident-shard"], "--resident-shard belongs to --loader resident, not to auto"),
+        (["D", "--sync-bn", "--bn-splits", "2"], "--sync-bn and --bn-splits exclude each other"),
+        (["D", "--resident-shard"], "--resident-shard applies only to --loader resident, not to auto"),
         (["D", "--ema-momentum", "1.5"], "--ema-momentum must lie in"),
         (["D", "--temperature", "0"], "temperature must be"),
         (["D", "--steps", "0"], "--steps must be at least 1, got 0"),
@@ -91,7 +91,7 @@ def test_compile_switches():
         (["D", "--clip-grad", "0"], "--clip-grad must be greater than 0"),
         (["D", "--warmup-epochs", "5", "--epochs", "5"], "--warmup-epochs 5.0 must be fewer than --epochs 5"),
         (["D", "--start-epoch", "-1"], "--start-epoch must be at least 0"),
-        (["D", "--start-epoch", "200"], "--start-epoch 200 leaves nothing of --epochs 200 to train"),
+        (["D", "--start-epoch", "200"], "--start-epoch 200 must be less than --epochs 200"),
         (["D", "--knn-every", "-1"], "--knn-every must be at least 0"),
         (["D", "--eval-resize", "100"], "--eval-resize 100 must be at least --image-size 224"),
         (["D", "--seed", "9223372036854775808"], "--seed must fit into 64 bits"),
@@ -137,7 +137,7 @@ def test_a_recipe_lies_between_defaults_and_flags(tmp_path):
         ("lr: [1", ["not valid YAML"]),
         ("batch_size: 0", ["r.yaml", "--batch-size must be at least 1"]),
         ("lr: {a: 1}", ["one value"]),
-        ("[lr, epochs]: 1", ["line 1", "a key must be an option's name"]),
+        ("[lr, epochs]: 1", ["line 1", "a key must be the name of an option"]),
     ],
 )
 def test_a_wrong_recipe_is_an_error_that_names_file_line_and_mend(tmp_path, text, words):
@@ -156,9 +156,9 @@ def test_a_recipe_that_is_no_text_is_named(tmp_path):
 
 
 def test_an_unknown_recipe_lists_those_there_are():
-    with pytest.raises(ValueError, match="no recipe 'nothing'"):
+    with pytest.raises(ValueError, match="no file and no recipe 'nothing'"):
         load_recipe("nothing")
-    with pytest.raises(ValueError, match="no recipe ''"):  # a shell's variable that was never set
+    with pytest.raises(ValueError, match="no file and no recipe ''"):  # a shell's variable that was never set
         parse(["DATA", "--config", ""])
 
 
@@ -214,12 +214,12 @@ def test_one_process_needs_no_launcher():
     ("line", "said"),
     [
         ("-a mobilenetv3_small --image-size 32 -b 1", "cannot train on 1 x 3 x 32 x 32 .* larger --batch-size"),
-        ("-a resnet18 --image-size 32 -b 8 --bn-splits 4 --accumulate 2", "fewer --bn-splits and --accumulate"),
-        ("-a deit_tiny --image-size 33 -b 8", "divisible by patch size .* take another --image-size"),
-        ("-a alexnet --image-size 16 -b 8", "Output size is too small.* take another --image-size"),
+        ("-a resnet18 --image-size 32 -b 8 --bn-splits 4 --accumulate 2", "smaller --bn-splits or --accumulate"),
+        ("-a deit_tiny --image-size 33 -b 8", "divisible by patch size .* use another --image-size"),
+        ("-a alexnet --image-size 16 -b 8", "Output size is too small.* use another --image-size"),
         ("-a resnet18 -b 9 --bn-splits 2", "must be a multiple of --bn-splits 2"),
         ("-a resnet18 -b 9 --bn-splits 4 --symmetric", "one device, 18, must be a multiple of --bn-splits 4"),
-        ("-a timm:halonet26t --image-size 64 -b 8", r"pixels \(AssertionError\): take another"),  # which says no more
+        ("-a timm:halonet26t --image-size 64 -b 8", r"pixels \(AssertionError\): use another"),  # which says no more
     ],
 )
 def test_sizes_with_which_no_step_can_be_made_are_refused_before_images_are_read(line, said):

@@ -88,7 +88,7 @@ def test_from_nothing_to_the_table_and_again(tmp_path, monkeypatch, capsys):
     assert json.loads((folder / "demo.json").read_text())["knn_percent"] == result["knn_percent"]
 
     assert small_demo(monkeypatch, "--output", folder, "--seed", 1) == 1  # would tell seed 0's figures
-    assert "holds the demo of --seed 0: choose another --output" in capsys.readouterr().err
+    assert "holds a demo with --seed 0: choose another --output" in capsys.readouterr().err
 
 
 def test_an_image_folder_of_ones_own(tmp_path, image_folder, monkeypatch, capsys):
@@ -102,7 +102,7 @@ def test_an_image_folder_of_ones_own(tmp_path, image_folder, monkeypatch, capsys
     for image in sorted(flat.iterdir())[2:]:
         image.unlink()
     assert small_demo(monkeypatch, "--data", flat, "--output", tmp_path / "few") == 1
-    assert "holds 2 images: the demo needs at least" in capsys.readouterr().err
+    assert "holds only 2 images: the demo needs at least" in capsys.readouterr().err
 
 
 def test_a_new_folder_each_time(tmp_path):

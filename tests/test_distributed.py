@@ -59,11 +59,14 @@ def test_on_one_process_shuffle_then_unshuffle_is_the_identity():
 @pytest.mark.parametrize(
     ("left", "sentence"),
     [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set, RANK and MASTER_ADDR and MASTER_PORT not: start with torchrun, or"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}, "WORLD_SIZE is set, MASTER_ADDR not"),
-        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2, WORLD_SIZE=2, LOCAL_RANK=0 cannot be torchrun's"),
-        ({"WORLD_SIZE": "two", "RANK": "0"}, "RANK=0, WORLD_SIZE=two, LOCAL_RANK=0 cannot be torchrun's"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 cannot be torchrun's"),
+        (
+            {"WORLD_SIZE": "2"},
+            "WORLD_SIZE is set without RANK and MASTER_ADDR and MASTER_PORT: start with torchrun, or",
+        ),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}, "WORLD_SIZE is set without MASTER_ADDR:"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2, WORLD_SIZE=2, LOCAL_RANK=0 make no sense together"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "RANK=0, WORLD_SIZE=two, LOCAL_RANK=0 make no sense together"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 make no sense together"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, "2 ranks did not meet at 127.0.0.1:"),
     ],
 )

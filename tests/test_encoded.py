@@ -105,7 +105,7 @@ def test_labels_follow_the_classes_of_another_split(everywhere, tmp_path):
         put_manifest(tmp_path / data, num_images=11, class_names=trained[2:], file_bytes=size)
         found = open_encoded(tmp_path / data, trained)
         assert found.label.tolist() == (everywhere[0].label + 2).tolist() and found.class_names == trained
-        with pytest.raises(ValueError, match="has a class 'emu' that is not among the 4 of the other split"):
+        with pytest.raises(ValueError, match="has a class 'emu' that is not among the 4 classes of the other"):
             open_encoded(tmp_path / data, trained[:4])
 
 
@@ -120,15 +120,15 @@ def test_a_file_that_vanished_is_a_bad_image(folder):
     ("damage", "words"),
     [
         (lambda root: (root / "004.idx").unlink(), r"004\.tar has no index .*prep shards"),
-        (lambda root: (root / "004.idx").write_text("v1.2 4\n"), "not a whole DALI index"),
-        (lambda root: (root / "004.idx").write_text("v9 0\n"), "not a whole DALI index"),
+        (lambda root: (root / "004.idx").write_text("v1.2 4\n"), "not a complete DALI index"),
+        (lambda root: (root / "004.idx").write_text("v9 0\n"), "not a complete DALI index"),
         (lambda root: (root / "004.idx").write_text("v1.2 1\njpg x 3 a.jpg\n"), "line 2 of .*004.idx is damaged"),
         (lambda root: (root / "004.idx").write_text("v1.2 1\ncls 512 1 a.cls\n"), "line 2 of .*004.idx is damaged"),
         (
             lambda root: (root / "004.idx").write_text("v1.1 1\njpg 512 9 cls 0 10\n"),
-            "0.jpg holds b'000004.jpg' and no",
+            "0.jpg holds b'000004.jpg', not a class number",
         ),
-        (lambda root: (root / "004.tar").write_bytes(b"x" * 900), "damaged|cut short"),
+        (lambda root: (root / "004.tar").write_bytes(b"x" * 900), "damaged|truncated"),
         (lambda root: (root / "004.tar").write_bytes(b""), "is empty"),
     ],
 )
@@ -141,7 +141,7 @@ def test_damaged_shards_are_one_clear_sentence(everywhere, tmp_path, damage, wor
 
 def test_raw_pixels_are_not_for_a_decoder(tmp_path):
     write_beton(tmp_path / "raw.beton", [bytes(range(12))] * 3, [0, 1, 0], RAW)
-    with pytest.raises(ValueError, match=r"3 of 3 images as raw pixels.*--loader beton"):
+    with pytest.raises(ValueError, match=r"3 of its 3 images as raw pixels.*--loader beton"):
         open_encoded(tmp_path / "raw.beton")
 
 
@@ -161,7 +161,7 @@ def test_more_shards_than_files_may_be_open(folder, tmp_path):
 
 def test_a_shard_that_is_cut_while_it_is_read_is_an_error_not_a_signal(everywhere, tmp_path):
     (tmp_path / "shards" / "000.tar").write_bytes(b"")
-    with pytest.raises(BadImage, match=r"000\.tar/000003\.jpg: the tar file ends within it"):
+    with pytest.raises(BadImage, match=r"000\.tar/000003\.jpg: the tar file ends inside it"):
         everywhere[1].read(3)
 
 

@@ -117,7 +117,7 @@ def test_bad_input_is_one_sentence(sources, capsys):
     write_shards(train, sources["shards"] / "other", Store(originals=True), Selection(), Work(workers=1))
     (sources["shards"] / "train").rename(sources["shards"] / "gone")
     (sources["shards"] / "other").rename(sources["shards"] / "train")
-    with pytest.raises(ValueError, match="has a class 'class2' that is not among the 3 of the other split"):
+    with pytest.raises(ValueError, match="has a class 'class2' that is not among the 3 classes of the other"):
         open_splits(options_of(knn.make_knn_parser(), sources["shards"]), ALONE)
 
 

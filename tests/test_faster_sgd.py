@@ -135,7 +135,7 @@ def test_an_apex_that_does_not_load_is_named(tmp_path, monkeypatch: pytest.Monke
     [
         ({}, CPU.device, "no CUDA device"),
         ({"optimizer": "adamw"}, CUDA, "apex is not used for adamw"),
-        ({"deterministic": True, "precision": "bf16"}, CUDA, "no clock decides a deterministic run"),
+        ({"deterministic": True, "precision": "bf16"}, CUDA, "not measured in a deterministic run"),
         ({"precision": "fp16"}, CUDA, "with a gradient scaler apex would wait for the device"),
         ({"precision": "bf16"}, CUDA, ""),
     ],

@@ -221,7 +221,7 @@ def test_what_is_no_file_is_named_and_waited_for_by_nobody(tmp_path):
     (tmp_path / "x.jpg").write_bytes(encode(Image.fromarray(picture()), "JPEG"))
     listing = find_images(tmp_path)
     assert listing.paths == ["device.jpg", "loop.jpg", "pipe.jpg", "x.jpg"]
-    for name, reason in zip(listing.paths, ("no regular file", "symbolic links", "no regular file")):
+    for name, reason in zip(listing.paths, ("not a regular file", "symbolic links", "not a regular file")):
         with pytest.raises(BadImage, match=f"{name}: .*{reason}"):
             decode_image(tmp_path / name)
 

@@ -89,7 +89,7 @@ def test_bytes_of_views_by_parameters_that_are_given() -> None:
 
 
 def test_bytes_cannot_hide() -> None:
-    with pytest.raises(ValueError, match="bytes cannot hold what hide-and-seek hides: leave key_bytes out, or"):
+    with pytest.raises(ValueError, match="key_bytes and hide_and_seek exclude each other: leave"):
         make_views(photo_batch(SIDES), make_policy("v2", hide_and_seek=True), 8, 0, 0, key_bytes=True)
 
 

@@ -36,8 +36,8 @@ def test_the_rule_stands_unless_the_other_is_clearly_faster(monkeypatch, nchw, e
 def test_no_clock_decides_a_deterministic_run_nor_one_that_was_told(monkeypatch):
     monkeypatch.delattr(layout, "time_layouts")
     assert choose_layout(replace(TINY, deterministic=True), torch.nn.Identity(), CPU)[0] == NHWC
-    assert choose_layout(replace(TINY, channels_last="on"), torch.nn.Identity(), CPU) == (NHWC, "asked for")
-    assert choose_layout(replace(TINY, channels_last="off"), torch.nn.Identity(), CPU) == (NCHW, "asked for")
+    assert choose_layout(replace(TINY, channels_last="on"), torch.nn.Identity(), CPU) == (NHWC, "requested")
+    assert choose_layout(replace(TINY, channels_last="off"), torch.nn.Identity(), CPU) == (NCHW, "requested")
 
 
 def choose_by_a_clock_of_its_own(rank, world_size):
@@ -72,7 +72,7 @@ def test_weights_and_views_take_the_format():
 
 def test_a_restart_keeps_the_format_of_the_run_unless_told_otherwise():
     moco = make_trainee(replace(TINY, channels_last="on"), CPU).moco
-    assert keep_layout(moco, {"layout": "contiguous"}, TINY) == ["the encoders stay contiguous, as before"]
+    assert keep_layout(moco, {"layout": "contiguous"}, TINY) == ["the encoders stay contiguous, as in the checkpoint"]
     assert moco.memory_format == NCHW and moco.encoder_q.backbone.conv1.weight.is_contiguous()
     assert keep_layout(moco, {"layout": "contiguous"}, TINY) == []
     assert keep_layout(moco, {"layout": "channels_last"}, replace(TINY, channels_last="off")) == []
@@ -89,7 +89,7 @@ def test_precision_follows_what_the_cpu_multiplies(monkeypatch, capabilities, ex
     precision, why = explain_precision("auto", CPU.device)
     assert precision == expected
     assert (bf16_unit() or "no 16-bit arithmetic on this cpu") in why
-    assert explain_precision("fp32", CPU.device) == ("fp32", "asked for")
+    assert explain_precision("fp32", CPU.device) == ("fp32", "requested")
 
 
 def test_a_torch_that_cannot_tell_computes_fp32(monkeypatch):

@@ -286,11 +286,11 @@ def test_nothing_readable_is_an_error_not_a_loop(tmp_path, monkeypatch):
     for i in range(8):
         (tmp_path / f"{i}.jpg").write_bytes(b"junk")
     loader = make_loader("folder", tmp_path, batch_size=4, seed=0, device="cpu")
-    with pytest.raises(ValueError, match=r"8 image files in a row cannot be decoded, .*\.jpg: not an image"):
+    with pytest.raises(ValueError, match=r"8 images in a row cannot be decoded, .*\.jpg: not an image"):
         next(loader.batches())
     Image.fromarray(file_pixels(0)).save(tmp_path / "9.png")
     monkeypatch.setattr(bad_images, "MAX_BAD_RUN", 4)
-    with pytest.raises(ValueError, match="4 image files in a row"):
+    with pytest.raises(ValueError, match="4 images in a row"):
         take(make_loader("folder", tmp_path, batch_size=4, seed=0, device="cpu").batches(), 2)
 
 
@@ -392,12 +392,12 @@ def test_auto_says_what_it_chose_and_why(good_folder):
         ({"data": "/no/such/folder"}, "/no/such/folder does not exist"),
         ({"name": "auto", "data": __file__}, r"test_loaders\.py is a file"),
         ({"name": "folder", "data": __file__}, r"test_loaders\.py is a file"),
-        ({"batch_size": 38}, "37 images but one step takes 38"),
-        ({"batch_size": 10, "world_size": 4}, r"37 images but one step takes 40 \(batch size 10 on each of 4 ranks\)"),
-        ({"name": "synthetic", "synthetic_images": 3}, "3 images but one step takes 4"),
-        ({"name": "synthetic", "synthetic_size": 0}, "at least 1 pixel a side"),
+        ({"batch_size": 38}, "37 images but a step takes 38"),
+        ({"batch_size": 10, "world_size": 4}, r"37 images but a step takes 40 \(batch size 10 on each of 4 ranks\)"),
+        ({"name": "synthetic", "synthetic_images": 3}, "3 images but a step takes 4"),
+        ({"name": "synthetic", "synthetic_size": 0}, "at least 1 pixel wide"),
         ({"on_bad_image": "ignore"}, "must be 'skip' or 'error', got 'ignore'"),
-        ({"workers": 0}, "at least 1 worker"),
+        ({"workers": 0}, "workers must be at least 1"),
     ],
 )
 def test_mistakes_are_one_clear_sentence(good_folder, changes, message):

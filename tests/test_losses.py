@@ -416,7 +416,7 @@ def test_choice_of_kernel_is_explained(monkeypatch):
     assert choose_kernel(CUDA, torch.float32, 128, "reference") == ("reference", "requested")
     for requested, device, dim, temperature, words in [
         ("cuda", CPU, 128, None, "unknown loss kernel 'cuda': choose one of auto"),
-        ("triton", CPU, 128, None, "cannot run .no CUDA device.: take --loss-kernel auto"),
+        ("triton", CPU, 128, None, "cannot run .no CUDA device.: use --loss-kernel auto"),
         ("triton", CUDA, 96, 0.07, "cannot run .D = 96 is not one of"),
         ("triton", CUDA, 128, 0.01, "triton loss kernel cannot run .temperature 0.01 is below 1/75"),
         ("tiled", CPU, 128, 0.01, "tiled loss kernel cannot run .temperature 0.01 is below 1/75"),

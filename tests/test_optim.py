@@ -75,7 +75,7 @@ def test_frozen_parameters_are_left_out_and_named_pairs_are_taken():
     assert held == {id(p) for m in (model[1], model[3]) for p in m.parameters()}
     with pytest.raises(ValueError, match="no parameter requires a gradient"):
         make_optimizer(model[0], "sgd", lr=1.0, weight_decay=0.0)
-    with pytest.raises(ValueError, match="unknown optimizer 'adam': choose sgd, adamw, lars"):
+    with pytest.raises(ValueError, match="unknown optimizer 'adam': choose one of sgd, adamw, lars"):
         make_optimizer(model, "adam", lr=1.0, weight_decay=0.0)
 
 

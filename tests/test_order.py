@@ -71,7 +71,7 @@ def test_too_few_images_is_one_clear_sentence():
     assert count_batches(32, 8, 4) == 1
     with pytest.raises(ValueError, match=r"31 images .* 32 .*4 ranks.*at most 7"):
         count_batches(31, 8, 4)
-    with pytest.raises(ValueError, match=r"3 images but one step takes 4 .*at most 3"):
+    with pytest.raises(ValueError, match=r"3 images but a step takes 4 .*at most 3"):
         count_batches(3, 4)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         count_batches(3, 0)

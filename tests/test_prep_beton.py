@@ -201,7 +201,7 @@ def test_stop_names_the_file_and_leaves_nothing(tmp_path):
 
 def test_nothing_usable_is_an_error(tmp_path):
     data = write_kinds(tmp_path / "images", bad_kinds())
-    with pytest.raises(ValueError, match=r"none of the 4 images can be used; cut\.jpg"):
+    with pytest.raises(ValueError, match=r"no image can be used \(4 tried\), the first is cut\.jpg"):
         write(data, tmp_path / "x.beton")
     assert os.listdir(tmp_path) == ["images"]
     with pytest.raises(ValueError, match="no data set was given"):  # "" is no name of the folder we are in
@@ -222,7 +222,7 @@ def test_sides_beyond_16_bits_are_left_out(tmp_path):
     for store in (Store(), Store(originals=True), Store(raw=True)):
         tally = write(tmp_path, tmp_path / "out" / "x.beton", store, force=True)
         assert [image["path"] for image in tally.quarantined] == ["long.png"]
-        assert "too long a side" in tally.quarantined[0]["reason"]
+        assert "a side of" in tally.quarantined[0]["reason"]
 
 
 def test_an_image_larger_than_a_page_gets_a_larger_page(tmp_path):
@@ -236,7 +236,7 @@ def test_an_image_larger_than_a_page_gets_a_larger_page(tmp_path):
     assert (first // tables.page_size == last // tables.page_size).all()
     assert [row["width"] for row, data in records(out) if set(data[::3]) <= {0, 255}] == [40, 2400, 50, 1800]
     assert [data[0] for _, data in records(out)] == [0, 255, 0, 0]
-    assert "checksums hold" in verify(out, decode=True, workers=1)
+    assert "checksums correct" in verify(out, decode=True, workers=1)
 
 
 def test_selection(photos, tmp_path):
@@ -265,7 +265,7 @@ def test_a_file_that_exists_is_replaced_only_by_force(photos, tmp_path):
     out = tmp_path / "x.beton"
     write(photos, out)
     before = out.read_bytes()
-    with pytest.raises(ValueError, match="exists: --force"):
+    with pytest.raises(ValueError, match="exists: add --force"):
         write(photos, out, Store(raw=True))
     assert out.read_bytes() == before
     write(photos, out, Store(raw=True), force=True)
@@ -288,6 +288,6 @@ def test_workers_that_always_die_end_the_run(tmp_path, monkeypatch):
     files = {f"deadly{i}.jpg": (jpeg(20, 20), "") for i in range(30)}
     data = write_kinds(tmp_path / "images", files)
     monkeypatch.setattr(convert, "prepare_place", prepare_or_die)
-    with pytest.raises(ValueError, match=r"every process died on 8 images in a row, the last deadly15\.jpg"):
+    with pytest.raises(ValueError, match=r"processes died on 8 images in a row, the last of them deadly15\.jpg"):
         write(data, tmp_path / "x.beton")
     assert os.listdir(tmp_path) == ["images"]

@@ -55,7 +55,7 @@ def test_force_replaces_links_and_nothing_else(imagenet, tmp_path):
     make_subset(imagenet, out, IDS[1], force=True)
     assert os.listdir(out / "train") == os.listdir(out / "val") == [IDS[1]]
     (out / "train" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"notes\.txt is no link"):
+    with pytest.raises(ValueError, match=r"notes\.txt is not a link"):
         make_subset(imagenet, out, IDS[2], force=True)
     assert os.listdir(out / "val") == [IDS[1]]
     assert (imagenet / "train" / IDS[0] / "0.jpg").exists()
@@ -64,13 +64,13 @@ def test_force_replaces_links_and_nothing_else(imagenet, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("n0144076\n", r"entry 1: 'n0144076' is no WordNet id"),
+        ("n0144076\n", r"entry 1: 'n0144076' is not a WordNet id"),
         ("# list\n\nn01440764\nn01440764x\n", r"entry 4: 'n01440764x'"),
         ("n01440764\nn01440764\n", "names n01440764 twice"),
         ("n01440764\nn99999999\n", "no class n99999999, which"),
-        ("n01440763\nn99999999\n", r"n01440763 and 1 more of its 2 classes.*did you mean n01440764"),
+        ("n01440763\nn99999999\n", r"n01440763, .* \(it lacks 2 of them\); did you mean n01440764"),
         ("\n# nothing\n", "names no classes"),
-        ("n01440764\udcff\n", r"list\.txt is no text"),
+        ("n01440764\udcff\n", r"list\.txt is not a text file"),
     ],
 )
 def test_wrong_lists_make_nothing(imagenet, tmp_path, text, message):
@@ -95,10 +95,10 @@ def test_a_class_missing_in_one_split_makes_nothing(imagenet, tmp_path):
 
 def test_other_mistakes(imagenet, tmp_path):
     for data, out, classes, message in (
-        (imagenet / "none", tmp_path / "out", IDS[0], "is no folder"),
-        (imagenet, imagenet / "sub", IDS[0], "lies inside"),
+        (imagenet / "none", tmp_path / "out", IDS[0], "is not a folder"),
+        (imagenet, imagenet / "sub", IDS[0], "is inside"),
         (imagenet, tmp_path / "out", str(tmp_path / "none.txt"), r"none\.txt does not exist"),
-        (imagenet, imagenet / "train" / IDS[0] / "0.jpg", IDS[0], "lies inside"),
+        (imagenet, imagenet / "train" / IDS[0] / "0.jpg", IDS[0], "is inside"),
     ):
         with pytest.raises(ValueError, match=message):
             make_subset(data, out, classes)

@@ -172,7 +172,7 @@ def test_a_held_out_split_that_cannot_serve_is_named(make_image_folder, tmp_path
     data = make_image_folder(tmp_path, {"train": 20, "val": 2})
     config = config_of(data)
     (data / "val" / "class1").rename(data / "val" / "other")
-    assert "a folder 'other' that is not among" in make_probe(config, open_loader(config), ALONE)[1]
+    assert "a class 'other' that is not among" in make_probe(config, open_loader(config), ALONE)[1]
     (data / "val" / "other").rename(data / "val" / "class1")
     last = max(data.glob("val/*/*"))
     for image in data.glob("val/*/*"):

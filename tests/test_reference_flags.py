@@ -194,8 +194,8 @@ def test_whose_batch_an_evaluation_means(evaluation, images, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("--multiprocessing-distributed --world-size 2 --rank 2", "--rank 2 is no node of --world-size 2"),
-        ("--multiprocessing-distributed --world-size 0 --rank 0", "--rank 0 is no node of --world-size 0"),
+        ("--multiprocessing-distributed --world-size 2 --rank 2", "must be a node's number, below --world-size 2"),
+        ("--multiprocessing-distributed --world-size 0 --rank 0", "must be a node's number, below --world-size 0"),
         ("--gpu -1", "GPUs are counted from 0, got -1"),  # CUDA_VISIBLE_DEVICES=-1 would hide them all
     ],
 )
@@ -211,7 +211,7 @@ def test_one_process_is_this_one_and_no_stale_variable_counts(monkeypatch):
     line = "DIR --multiprocessing-distributed --world-size 1 --rank 0 --gpu 1"
     assert launch(line.split(), "fastssl.eval.linear") == ["DIR"]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "7" and "WORLD_SIZE" not in os.environ and "RANK" not in os.environ
-    with pytest.raises(ValueError, match="GPU 2 is asked for, CUDA_VISIBLE_DEVICES=7 shows 1"):
+    with pytest.raises(ValueError, match="--gpu 2 does not exist: CUDA_VISIBLE_DEVICES=7 leaves 1 GPU,"):
         launch(["DIR", "--gpu", "2"], "fastssl.eval.linear")
 
 

@@ -123,12 +123,12 @@ def test_killed_twice_in_the_middle_of_an_epoch_and_resumed(data, uninterrupted,
     first, second = sorted(random.SystemRandom().sample(range(2, total - 6), 2))
     process = start(data, folder)
     kill_at(process, folder, first, signal.SIGTERM)
-    assert "go on: --resume auto" in finish(process, folder, PREEMPTED)
+    assert "continue with --resume auto" in finish(process, folder, PREEMPTED)
     process = start(data, folder, "--resume", "auto")
     kill_at(process, folder, max(second, metrics(folder)[-1]["step"] + 1), signal.SIGUSR1)
     finish(process, folder, PREEMPTED)
     text = finish(start(data, folder, "--resume", "auto"), folder, 0)
-    assert "going on from" in text
+    assert "resuming from" in text
     assert metrics(folder) == metrics(uninterrupted), (first, second)
     assert digest(folder) == digest(uninterrupted), (first, second)
 
@@ -152,7 +152,7 @@ def test_a_finished_run_resumes_to_nothing_and_an_old_folder_is_not_overwritten(
     text = finish(start(data, uninterrupted), uninterrupted, FAILED)
     assert "already holds a run, saved after step 16: add --resume auto" in text
     text = finish(start(data, uninterrupted, "--resume", "auto", "-a", "resnet34"), uninterrupted, FAILED)
-    assert "was trained with --arch resnet18, this run has resnet34" in text
+    assert "was trained with --arch resnet18 but this run has resnet34" in text
     assert digest(uninterrupted) == before
 
 
@@ -175,10 +175,10 @@ def small(tmp_path):
 
 
 def test_what_was_changed_is_told_where_it_touches_a_weight(small):
-    assert "lr is 1.0, was 0.03: the run goes on, but not as if it had never stopped" in small(lr=1.0)
-    assert "not as if" not in small(read_ahead=3, beton_cache="process", val="elsewhere", log_every=7)
+    assert "lr is now 1.0 and was 0.03: the run continues, but differs from one that was never stopped" in small(lr=1.0)
+    assert "the run continues" not in small(read_ahead=3, beton_cache="process", val="elsewhere", log_every=7)
 
 
 @pytest.mark.parametrize("saved_by", [1, 2])
 def test_another_number_of_processes_is_named(small, saved_by):
-    assert ("the world size is 1, was 2" in small(saved_by)) is (saved_by == 2)
+    assert ("the world size is now 1 and was 2" in small(saved_by)) is (saved_by == 2)

@@ -221,13 +221,13 @@ def test_refusals_are_one_sentence(image_folder, tmp_path, capsys):
     for arguments, message in [
         (
             [data, out, "--seed", "1", "--images-per-class", "3"],
-            "was made with --seed 0: give the same, or choose another folder",
+            "was made with --seed 0: use the same, or choose another folder",
         ),
         ([data, str(tmp_path), "--aug", "hard"], "is not empty and"),
         ([data + "/class0", str(tmp_path / "x")], "holds images without classes"),
         ([data, data + "/views"], "the views would become images of it"),
         ([data, out, "--images-per-class", "0"], "must be at least 1"),
-        ([data, out, "--quality", "0"], "--quality must lie in 1 to 95"),
+        ([data, out, "--quality", "0"], "--quality must be from 1 to 95"),
         ([str(tmp_path / "nowhere"), out], "does not exist"),
     ]:
         assert run_command(static_views.main, arguments) == 1
@@ -238,7 +238,7 @@ def test_refusals_are_one_sentence(image_folder, tmp_path, capsys):
         Image.new("RGB", (8, 8)).save(tmp_path / "two/a" / name)
     with pytest.raises(ValueError, match=r"same.bmp and .*same.png would both be .*same-0.jpeg: rename one"):
         make_static_views(str(tmp_path / "two"), str(tmp_path / "y"), workers=1)
-    with pytest.raises(ValueError, match="unknown --aug 'soft': choose moco, nointer"):
+    with pytest.raises(ValueError, match="unknown --aug 'soft': choose one of moco, nointer"):
         make_view_pair(Image.new("RGB", (8, 8)), "soft", 0)
     assert (
         static_views.draw(static_views.Job(str(tmp_path / "two/a/same.png"), str(tmp_path / "z"), "moco", 0, 75)).error

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastssl.batch import ImageBatch
-from fastssl.input_stream import AHEAD, FEWEST, STARVES, InputStream
+from fastssl.input_stream import AHEAD, FEWEST_LOOKS, GPU_WAITS, InputStream
 from fastssl.loaders.prefetch import Prefetcher
 
 CUDA = torch.device("cuda", 0)
@@ -156,13 +156,13 @@ def test_the_host_is_a_few_steps_ahead_and_views_do_not_wait_for_training(main_s
             break
 
 
-@pytest.mark.parametrize("idle, said", [(1.0, [STARVES]), (0.5, [])])
+@pytest.mark.parametrize("idle, said", [(1.0, [GPU_WAITS]), (0.5, [])])
 def test_a_gpu_that_waits_for_the_host_is_reported_once(main_stream, monkeypatch, idle, said) -> None:
     inputs, told = InputStream(CUDA), []
-    for step, _ in zip(range(3 * FEWEST), inputs.draw(images_of(on_device))):
+    for step, _ in zip(range(3 * FEWEST_LOOKS), inputs.draw(images_of(on_device))):
         monkeypatch.setattr(Stream, "idle", step % 2 < 2 * idle)
         told += inputs.news()
-        assert told == [] or step >= FEWEST
+        assert told == [] or step >= FEWEST_LOOKS
     assert told == said
 
 

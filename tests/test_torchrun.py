@@ -89,7 +89,7 @@ def test_a_killed_worker_is_restarted_and_ends_with_the_same_weights(one_agent, 
     agent = torchrun("--standalone --nproc_per_node 2 --max-restarts 3", folder, "--resume", "auto")
     wait_for_step(agent, folder, 6)
     os.kill(worker(folder, rank=1), signal.SIGKILL)
-    assert "going on from" in finish(agent)
+    assert "resuming from" in finish(agent)
     assert losses(folder) == losses(one_agent)
     assert weights(folder) == weights(one_agent)
 
@@ -167,7 +167,7 @@ def stop_and_requeue(start: Callable[[], subprocess.Popen], tmp_path: Path) -> P
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
     stopped_at = losses(folder)[-1][0]
     assert max(checkpoint.saved_steps(folder / "checkpoints")) == stopped_at < STEPS
-    assert "going on from" in finish(start())
+    assert "resuming from" in finish(start())
     assert [step for step, _ in losses(folder)] == list(range(1, STEPS + 1))
     return folder
 

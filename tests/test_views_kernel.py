@@ -267,7 +267,7 @@ def test_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert choose_augment_kernel(cpu, "reference") == ("reference", "requested")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match=r"cannot run \(no CUDA device\): take --augment-kernel auto"):
+    with pytest.raises(ValueError, match=r"cannot run \(no CUDA device\): use --augment-kernel auto"):
         choose_augment_kernel(cpu, "triton")
     with pytest.raises(ValueError, match=r"unknown augmentation kernel 'cuda': .* auto, triton, numba, reference"):
         choose_augment_kernel(cpu, "cuda")

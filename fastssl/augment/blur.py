@@ -1,8 +1,8 @@
-"""Gaussian blur with each image's own sigma: separable taps in arithmetic that is exact in float32.
+"""Gaussian blur with each image's own sigma, separable, in arithmetic that is exact in float32.
 
-Taps reach to 4 sigma (at most 8 pixels) and are multiples of 2^-14; the first pass is rounded to quarters. So every sum
-has at most 24 bits, and its bits do not depend on the order of summation, on fused multiply-adds or on the batch.
-The edge pixel is repeated beyond the border, as in Pillow.
+The taps extend to 4 sigma (at most 8 pixels) and are multiples of 2^-14; the result of the first pass is rounded to
+quarters. So every sum fits into 24 bits, and does not depend on the order of summation, on fused multiply-adds or on
+the batch. Beyond the border the edge pixel is repeated, as in Pillow.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BLUR_RADIUS = int(4 * MAX_BLUR_SIGMA)
 
 
 def gaussian_taps(sigma: Tensor) -> Tensor:
-    """sigma (C,) float32 in pixels -> (C, BLUR_RADIUS + 1) float32: the weights at distance 0, 1, ..., summing to 1."""
+    """sigma (C,) float32 in pixels -> (C, BLUR_RADIUS + 1) float32: weights at distance 0, 1, ... of a sum of 1."""
     sigma = sigma.double()[:, None]
     distance = torch.arange(BLUR_RADIUS + 1, device=sigma.device, dtype=torch.float64)
     exponent = (distance * distance) / (sigma * sigma * -2)
@@ -33,14 +33,14 @@ def gaussian_taps(sigma: Tensor) -> Tensor:
 
 
 def update_blur(x: Tensor, taps: Tensor) -> None:
-    """Blurs x (C, 3, S, S), float32 whole numbers, by the taps (C, BLUR_RADIUS + 1) of `gaussian_taps`; rounds."""
+    """Blurs x (C, 3, S, S), whole numbers in float32, with `gaussian_taps` (C, BLUR_RADIUS + 1), in place; rounds."""
     size = x.shape[-1]
-    # on the CPU the reach is read from the taps; elsewhere that would make the host wait
+    # the radius in use can be read from the taps on a CPU; on a GPU that would be a sync
     radius = BLUR_RADIUS if x.device.type != "cpu" else int((taps != 0).any(dim=0).sum()) - 1
     stride = size + 2 * radius
     columns = taps[:, : radius + 1].split(1, dim=1)
     for plane in x.unbind(1):
-        # flat, so that a shift by a column or by a row is a plain offset; what wraps around lands in the margins
+        # flat, so that a shift by a column or a row is an offset; what wraps around ends up in the margins
         flat = pad(plane, (radius, radius, radius, radius), mode="replicate").flatten(1)
         flat = _blur_flat(flat, columns, 1).mul_(4).round_()
         flat = _blur_flat(flat, columns, stride).mul_(0.25).round_()
@@ -48,7 +48,7 @@ def update_blur(x: Tensor, taps: Tensor) -> None:
 
 
 def _blur_flat(flat: Tensor, columns: Sequence[Tensor], step: int) -> Tensor:
-    """out[i] = sum over k of columns[|k|] * flat[i + (radius + k) * step]; the last 2 * radius * step are not set."""
+    """out[i] = sum over k of columns[|k|] * flat[i + (radius + k) * step]; the last 2 * radius * step are undefined."""
     radius = len(columns) - 1
     length = flat.shape[1] - 2 * radius * step
     whole = torch.empty_like(flat)

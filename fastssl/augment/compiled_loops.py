@@ -1,7 +1,7 @@
-"""What stands behind the crop, compiled for a CPU: the arithmetic of `color`, `jitter` and `blur` on planes of bytes.
+"""Compiled CPU loops for everything after the crop: the arithmetic of `color`, `jitter` and `blur` on planes of bytes.
 
-Every step of the reference is exact in float32 (color.py,
-blur.py), so these loops give its bits, in vector registers and with the pixels of a view in the cache.
+Every step of the reference is exact in float32 (color.py, blur.py), so these loops give the same bits. They use vector
+registers, and keep the pixels of a view in the cache.
 
 Shapes: n views, S pixels a side, P = S * S.
 """
@@ -34,7 +34,7 @@ def _to_byte(x):
 
 @compiled
 def _take_planes(pixels, flip, planes):
-    """pixels (S, S, 3) uint8, perhaps mirrored, as planes (3, P)."""
+    """Copies pixels (S, S, 3) uint8, mirrored if `flip`, to planes (3, P)."""
     size = pixels.shape[0]
     for y in range(size):
         row, red = pixels[y], planes[0, y * size : (y + 1) * size]
@@ -58,7 +58,7 @@ def _turn_grey(planes):
 
 @compiled
 def _mean_luma(planes):
-    """Rounded to a whole number."""
+    """The mean luma, rounded to a whole number."""
     red, green, blue = planes[0], planes[1], planes[2]
     total = 0
     for i in range(len(red)):
@@ -68,7 +68,7 @@ def _mean_luma(planes):
 
 @compiled
 def _blend(planes, anchor, factor):
-    """Away from the grey level `anchor` by `factor`."""
+    """Scales the difference from the grey level `anchor` by `factor`."""
     rest = anchor * (_ONE - factor)
     for plane in planes:
         for i in range(len(plane)):
@@ -113,7 +113,7 @@ def _turn_hue(planes, levels):
 
 @compiled
 def _jitter(planes, plan, factors, levels):
-    """plan: four operations of three bits each, the first in the lowest, as in `kernels/views_table.py`."""
+    """plan: four operations of three bits each, the first in the lowest bits, as in `kernels/views_table.py`."""
     for place in range(4):
         operation = (plan >> (3 * place)) & 7
         if operation == _BRIGHTNESS:
@@ -128,7 +128,7 @@ def _jitter(planes, plan, factors, levels):
 
 @compiled
 def _blur(plane, taps, quarters, line):
-    """plane (S, S) uint8 by taps (radius + 1,); quarters (S, S) and line (S + 2 * radius,) float32 to work in."""
+    """Blurs plane (S, S) uint8 with taps (radius + 1,); quarters (S, S), line (S + 2 * radius,): float32 scratch."""
     size, radius = plane.shape[0], len(taps) - 1
     for y in range(size):
         row, total = plane[y], quarters[y]
@@ -187,11 +187,11 @@ def _finish_view(pixels, ints, factors, taps, levels, view):
 
 @compiled
 def finish_views(pixels, ints, factors, taps, levels, views):
-    """views (n, P, 3): levels (3, 256) of the crops pixels (n, S, S, 3) uint8 after all operations.
+    """Applies all operations after the crop to n crops, pixels (n, S, S, 3) uint8; writes views (n, P, 3).
 
     ints (n, 7) int32: flip, grey_before, plan, hue levels, grey_after, blur, solarise. factors (n, 3) float32. taps
-    (n, R) float32, 0 beyond the reach. levels: what each byte of a channel becomes, as integers that have the bits of
-    the views' dtype.
+    (n, R) float32, with zeros at the end. levels (3, 256): the normalised value of each byte of a channel, as integers
+    with the bits of the views' dtype.
     """
     for i in range(len(views)):
         _finish_view(pixels[i], ints[i], factors[i], taps[i], levels, views[i])

@@ -1,9 +1,9 @@
-"""Boxes resized on a CPU by compiled loops, with the bits of `resample_reference`, which are Pillow's.
+"""Compiled CPU loops that resize boxes, with the bits of `resample_reference`, which are Pillow's.
 
-torch's own loops for bytes take half the time, but some pixels are 2 from Pillow's. Sixteen rows are turned to lie side
-by side, so that the sums of a tap along a row fill vector registers; across rows they do as they are.
+(torch's own loops for bytes take half the time, but some of their pixels differ from Pillow's by 2.) For the pass along
+rows, sixteen rows are interleaved so that sums fill vector registers; the pass across rows needs no such step.
 
-Shapes: L pixels along a side of the box, S outputs, T taps of an output.
+Shapes: L pixels along a side of the box, S outputs, T taps per output.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ONE = float(1 << PRECISION_BITS)
 
 @compiled
 def _axis_taps(length, size):
-    """`resample.axis_taps` of a box of `length` pixels: first (S,), count (S,) and weight (S, T), int32."""
+    """`resample.axis_taps` for a box of `length` pixels: first (S,), count (S,) and weight (S, T), all int32."""
     scale = length / size
     support = max(scale, 1.0)
     first, count = np.empty(size, np.int32), np.empty(size, np.int32)
@@ -45,7 +45,7 @@ def _to_byte(total):
 
 @compiled
 def _resize_rows(lanes, first, count, weight, total, rows):
-    """Along rows, _ROWS of them side by side: lanes (3 * L, _ROWS) to rows (_ROWS, 3 * S), both uint8."""
+    """Resizes _ROWS interleaved rows: lanes (3 * L, _ROWS) to rows (_ROWS, 3 * S), both uint8."""
     flat = lanes.reshape(lanes.size)
     for x in range(len(first)):
         total[:] = _HALF
@@ -61,7 +61,7 @@ def _resize_rows(lanes, first, count, weight, total, rows):
 
 @compiled
 def _resize_columns(rows, first, count, weight, out):
-    """Across rows (L, 3 * S) to out (S, 3 * S), both uint8."""
+    """Resizes across rows: rows (L, 3 * S) to out (S, 3 * S), both uint8."""
     total = np.empty(rows.shape[1], np.int32)
     for y in range(len(first)):
         total[:] = _HALF
@@ -94,10 +94,10 @@ def _resize_box(pixels, offset, width, box, out):
 
 @compiled
 def resize_boxes(pixels, offset, width, boxes, out):
-    """Boxes of n images, resized to out (n, S, S, 3) uint8.
+    """Resizes a box of each of n images to out (n, S, S, 3) uint8.
 
-    pixels (bytes,) uint8: image i begins at offset (n,) int64 and has width (n,) int32 columns. boxes (n, 4) int32:
-    top, left, height and width, inside the image.
+    pixels (bytes,) uint8: image i begins at offset[i] (int64) and has width[i] (int32) columns. boxes (n, 4) int32:
+    top, left, height and width, which must be inside the image.
     """
     for i in range(len(out)):
         _resize_box(pixels, offset[i], width[i], boxes[i], out[i])

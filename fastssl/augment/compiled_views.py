@@ -1,4 +1,4 @@
-"""The views on a CPU, by threads that run compiled loops without the GIL, with the reference's bits."""
+"""The augmentation on a CPU: threads that run compiled loops without the GIL, with the bits of the reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastssl.augment.resize import crop_boxes
 from fastssl.batch import ImageBatch
 from fastssl.threads import run_in_threads
 
-TASK = 4  # views a thread takes at once: few, so that all threads end together
+TASK = 4  # views per task: few, so that all threads finish at about the same time
 
 
 def make_views_compiled(
@@ -25,7 +25,8 @@ def make_views_compiled(
 ) -> tuple[Tensor, Tensor]:
     """`make_view` for both views, each in its dtype; each (B, 3, size, size), channels_last."""
     pixels, offset, width = (tensor.numpy() for tensor in (batch.pixels, batch.offset, batch.width))
-    levels, tables = [byte_levels(dtype).numpy() for dtype in dtypes], [make_tables(batch, p) for p in params]
+    levels = [byte_levels(dtype).numpy() for dtype in dtypes]
+    tables = [make_tables(batch, p) for p in params]
     views = [torch.empty((batch.size, size, size, 3), dtype=dtype) for dtype in dtypes]
     bits = [view.view(BITS[view.dtype.itemsize]).flatten(1, 2).numpy() for view in views]  # (B, S * S, 3)
 
@@ -38,15 +39,16 @@ def make_views_compiled(
 
     parts = [slice(first, first + TASK) for first in range(0, batch.size, TASK)]
     run_in_threads(work, [(view, part) for part in parts for view in range(len(views))])
-    views = [view.permute(0, 3, 1, 2) for view in views]
-    for view, p in zip(views, params):
-        for i in p.hide_cells.nonzero()[:, 0].tolist() if view.dtype != torch.uint8 else ():
-            update_hide(view[i : i + 1], *(t[i : i + 1] for t in (p.hide_cells, p.hide_p, p.hide_key)))
-    return views[0], views[1]
+    view_q, view_k = (view.permute(0, 3, 1, 2) for view in views)
+    for view, p in zip((view_q, view_k), params):
+        if view.dtype != torch.uint8:  # bytes are neither normalised nor hidden
+            for i in p.hide_cells.nonzero()[:, 0].tolist():
+                update_hide(view[i : i + 1], p.hide_cells[i : i + 1], p.hide_p[i : i + 1], p.hide_key[i : i + 1])
+    return view_q, view_k
 
 
 def make_tables(batch: ImageBatch, p: ViewParams) -> tuple[np.ndarray, ...]:
-    """The parameters image by image: boxes of `resize_boxes`, then ints, factors and taps of `finish_views`."""
+    """The parameters of each image: `resize_boxes`'s boxes, then `finish_views`'s ints, factors and taps."""
     plan, levels = jitter_code(p)
     ints = torch.stack(
         [t.int() for t in (p.flip, p.grey_before, plan, levels, p.grey_after, p.blur, p.solarise)], dim=1

@@ -1,6 +1,6 @@
-"""Crop boxes: torchvision's random-resized crop, and pairs of crops that overlap as much as asked, no more, no less.
+"""Crop boxes: torchvision's random resized crop, and pairs of crops whose overlap lies within given bounds.
 
-A box is (top, left, height, width): four float64 tensors of whole numbers, in pixels of the image.
+A box is (top, left, height, width), four float64 tensors of whole numbers, in pixels of the image.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 Box = tuple[Tensor, Tensor, Tensor, Tensor]
 
 CROP_TRIES = 10
-DRAW_CROP_AREA = 0  # and the nine after it, one for each try
-DRAW_CROP_RATIO = 10  # and the nine after it
+DRAW_CROP_AREA = 0  # draws 0 to 9, one for each try
+DRAW_CROP_RATIO = 10  # draws 10 to 19
 DRAW_TOP, DRAW_LEFT = 20, 21
-# Pairs have a stream of their own: its first draw decides, then come four for each try of sizes and of places.
+# Pairs have a stream of their own: draw 0 decides who gets one, then each try of sizes and of places has four draws.
 PAIR_TRIES = 64
 
 
 def exact_exp(x: Tensor) -> Tensor:
-    """e^x of float64 |x| <= 16 to 1e-13: Taylor series and squarings, so the same bits in any batch and on any device.
+    """e^x for float64 |x| <= 16, to 1e-13, by a Taylor series and squarings: the same bits in any batch, on any device.
 
-    torch.exp rounds differently in the vector and in the scalar part of one and the same tensor.
+    (torch.exp rounds differently in the vectorised and in the scalar part of a tensor.)
     """
     x = x * 2.0**-6
     power = torch.ones_like(x)
@@ -41,8 +41,8 @@ def exact_exp(x: Tensor) -> Tensor:
 
 
 def random_crop(policy: Policy, u: Tensor, height: Tensor, width: Tensor) -> Box:
-    """torchvision's RandomResizedCrop box (top, left, height, width), float64 integers: the first of ten tries that
-    fits, else the largest central crop within the range of ratios."""
+    """The box of torchvision's RandomResizedCrop: the first of ten tries that fits, or else the largest central crop
+    within the range of ratios. u: (B, NUM_DRAWS) uniforms."""
     low, high = policy.crop_ratio
     crop_width = torch.where(width > height * high, torch.round(height * high), width).clamp(min=1)
     crop_height = torch.where(width < height * low, torch.round(width * (1 / low)), height).clamp(min=1)
@@ -60,7 +60,7 @@ def random_crop(policy: Policy, u: Tensor, height: Tensor, width: Tensor) -> Box
 
 
 def _sides_of(policy: Policy, u_area: Tensor, u_ratio: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Width and height of the crops that two draws mean for images of so many pixels."""
+    """Width and height of the crops for these draws, in images of so many pixels."""
     (area_low, area_span), (log_low, log_span) = (policy.ranges()[name] for name in ("area", "log_ratio"))
     side = (pixels * (u_area * area_span + area_low)).sqrt()
     root_ratio = exact_exp((u_ratio * log_span + log_low) * 0.5)
@@ -68,17 +68,18 @@ def _sides_of(policy: Policy, u_area: Tensor, u_ratio: Tensor, pixels: Tensor) -
 
 
 def central_square(height: Tensor, width: Tensor) -> Box:
-    """The largest central square as (top, left, height, width), float64 integers."""
+    """The box of the largest central square."""
     side = torch.minimum(height, width)
     return ((height - side) * 0.5).floor(), ((width - side) * 0.5).floor(), side, side
 
 
 def pair_crops(policy: Policy, batch: ImageBatch, seed: int, epoch: int) -> tuple[Tensor, tuple[Box, Box]]:
-    """Two crops of each image whose IoU lies within `policy.crop_iou`, neither inside the other; and who gets them.
+    """Draws two crops of each image whose IoU lies within `policy.crop_iou`, neither inside the other.
 
-    The first of PAIR_TRIES independent pairs of sizes that can lie so, in the first of PAIR_TRIES pairs of places where
-    they do: places are uniform at first, then by turns nearer together and further apart, the last at opposite corners.
-    Where none fits, the one whose IoU is nearest. Returns ((B,) bool, (box of q, box of k)).
+    Sizes: the first of PAIR_TRIES independent pairs that can overlap so. Places: the first of PAIR_TRIES pairs that do;
+    the first try is uniform, later ones move alternately closer together and further apart, up to opposite corners.
+    If no pair fits, the one with the nearest IoU is used.
+    Returns ((B,) bool, which images get these crops; (box of q, box of k)).
     """
     u = uniform(seed, epoch, batch.index, STREAM_PAIR, 1 + 8 * PAIR_TRIES).double()
     sizes, places = u[:, 1:].unflatten(1, (2, PAIR_TRIES, 2, 2)).unbind(1)  # (B, tries, view, draw)
@@ -92,13 +93,13 @@ def pair_crops(policy: Policy, batch: ImageBatch, seed: int, epoch: int) -> tupl
     best = _first_smallest(miss)[:, None, None].expand(-1, 1, 2)
     w, h = w.gather(1, best), h.gather(1, best)  # (B, 1, view)
     tries = torch.arange(PAIR_TRIES, device=u.device)[:, None, None]
-    apart = (places > places.flip(2)).double()  # each away from the other, in the direction it already lies
-    # times, not over: a GPU would divide by a number otherwise than a CPU does
+    apart = (places > places.flip(2)).double()  # opposite corners, each on the side where it already is
+    # multiplied, because a GPU divides by a number differently than a CPU
     fraction = torch.arange(PAIR_TRIES, device=u.device, dtype=torch.float64) * (1 / (PAIR_TRIES - 1))
     goal = torch.where(tries % 2 == 0, (places + places.flip(2)) * 0.5, apart)
     places = places + (goal - places) * fraction.view(-1, 1, 1)
     top, left = ((places[..., i] * (room + 1)).floor() for i, room in enumerate((height - h, width - w)))
-    top, left = torch.minimum(top, height - h), torch.minimum(left, width - w)  # the last try lies at 1 itself
+    top, left = torch.minimum(top, height - h), torch.minimum(left, width - w)  # the last place may be exactly 1
     iou, nested = _overlap((top, left, h, w))
     best = _first_smallest(torch.maximum(bounds[0] - iou, iou - bounds[1]).clamp(min=0) + 2 * nested)
     row = torch.arange(batch.size, device=u.device)
@@ -113,23 +114,23 @@ def _first_smallest(x: Tensor) -> Tensor:
 
 
 def _reach(height: Tensor, width: Tensor, h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the most that two crops of sizes (h, w) (..., 2) can have in common, neither inside the other.
+    """The smallest and the largest IoU of two crops of sizes (h, w) (..., 2), neither of which is inside the other.
 
-    As an IoU; the most is below the least where one always lies inside the other.
+    The largest is below the smallest if one crop is always inside the other.
     """
-    far = torch.arange(2, device=h.device)
+    far = torch.arange(2, device=h.device)  # the smallest: one crop in the first corner, the other in the opposite one
     least, nested = _overlap((far * (height - h), far * (width - w), h, w))
     area, most = h * w, torch.full_like(least, -1.0)
     larger = torch.stack([area[..., 0] >= area[..., 1], area[..., 0] < area[..., 1]], dim=-1)
     down, right = (torch.minimum(room, larger.double()) for room in (height - h, width - w))
-    for top, left in ((down, 0 * right), (0 * down, right)):  # the larger begins one pixel later
+    for top, left in ((down, 0 * right), (0 * down, right)):  # the largest: the larger crop moved by one pixel
         iou, inside = _overlap((top, left, h, w))
         most = torch.where(inside, most, torch.maximum(most, iou))
     return torch.where(nested, 1.0, least), most
 
 
 def _overlap(boxes: Box) -> tuple[Tensor, Tensor]:
-    """Boxes (..., 2): their IoU (...) and whether one lies inside the other."""
+    """The IoU of pairs of boxes (..., 2), and whether one box lies inside the other; both (...)."""
     top, left, height, width = boxes
     shared_height = ((top + height).amin(dim=-1) - top.amax(dim=-1)).clamp(min=0)
     shared_width = ((left + width).amin(dim=-1) - left.amax(dim=-1)).clamp(min=0)

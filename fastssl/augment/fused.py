@@ -1,4 +1,4 @@
-"""The Triton kernels as an implementation of the views."""
+"""The augmentation on a GPU, by the Triton kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastssl.augment.params import ViewParams, sample_both
 from fastssl.augment.policy import Policy
 from fastssl.batch import ImageBatch
 
-MAX_BATCH = 32_767  # two views an image along the second axis of a launch, which ends at 65,535
+MAX_BATCH = 32_767  # a launch has two views per image along its second axis, whose limit is 65,535
 
 
 def draw_views_fused(
@@ -28,8 +28,8 @@ def draw_views_fused(
 ) -> tuple[Tensor, Tensor]:
     """Both views in three launches, the first of which draws their parameters; each (B, 3, size, size), channels_last.
 
-    key_bytes: view_k is uint8, neither normalised nor hidden.
-    Crops drawn for both views together (`crop_iou`) are drawn by PyTorch, by some hundred small operations before.
+    key_bytes: view_k is uint8, neither normalised nor hidden. With the policy's `crop_iou` the parameters are drawn
+    by PyTorch, in about a hundred small operations before the launches.
     Raises ValueError for more than MAX_BATCH images.
     """
     if policy.crop_iou is not None:
@@ -57,13 +57,14 @@ def make_views_fused(
 def _launch(
     batch: ImageBatch, tables: tuple[Tensor, Tensor] | None, key: tuple[Policy, int, int] | None, *format: object
 ) -> tuple[Tensor, Tensor]:
-    """The views, by parameters that are given or drawn."""
-    from fastssl.kernels.views import Draw, Tables, Windows, empty_tables, views_triton  # not installed everywhere
+    """The views with the parameters in `tables`, or with parameters that the first launch draws from `key`."""
+    from fastssl.kernels.views import Draw, Tables, Windows, empty_tables, views_triton  # Triton may be missing
 
     if batch.size > MAX_BATCH:
-        raise ValueError(f"the triton augmentation kernel takes at most {MAX_BATCH} images, got {batch.size}")
+        raise ValueError(f"the triton augmentation kernel takes at most {MAX_BATCH:,} images, got {batch.size:,}")
     fields = batch.pixels, batch.offset, batch.height, batch.width, batch.index.long()
-    windows, draw = Windows(*(field.contiguous() for field in fields)), None  # `select` may leave every second image
+    windows = Windows(*(field.contiguous() for field in fields))  # `select` may have chosen every second image
+    draw = None
     if key is not None:
         policy, seed, epoch = key
         draw = Draw(policy_table(policy, batch.pixels.device), (seed + 2**63) % 2**64 - 2**63, epoch)
@@ -74,7 +75,7 @@ def _launch(
 
 @lru_cache(maxsize=32)
 def policy_table(policy: Policy, device: torch.device) -> Tensor:
-    """What `draw_view` of `kernels/views_draw.py` draws from: (POLICY_FIELDS,) float64. Copied to a device once."""
+    """The policy's numbers as `kernels/views_draw.py` needs them, (POLICY_FIELDS,) float64; cached on the device."""
     from fastssl.kernels.views_table import POLICY_FIELDS
 
     low, high = policy.crop_ratio

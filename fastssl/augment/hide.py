@@ -1,4 +1,4 @@
-"""Hide-and-seek (Singh and Lee, ICCV 2017) on whole batches: cells of a grid set to zero after normalisation."""
+"""Hide-and-seek (Singh and Lee, ICCV 2017) on whole batches: sets random cells of a grid to zero."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fastssl.random_key import philox
 def update_hide(x: Tensor, cells: Tensor, probability: Tensor, key: Tensor) -> None:
     """Sets each cell of a grid of `cells` x `cells` (C,) over x (C, 3, S, S) to 0 with `probability` (C,).
 
-    Cell (row, column) is hidden where the first word of philox((row, column, key, 0), 0), top 24 bits as a uniform,
-    lies below the probability; pixel y lies in row y * cells // S.
+    Cell (row, column) is hidden if the first word of philox((row, column, key, 0), 0), its top 24 bits taken as a
+    uniform, is below the probability. Pixel y lies in row y * cells // S.
     """
     size = x.shape[2]
     cell = torch.arange(MAX_HIDE_CELLS, device=x.device)

@@ -1,7 +1,7 @@
-"""The parameters of one view, image by image: pure functions of (seed, epoch, sample index, view, draw number).
+"""The parameters of a view, for each image: pure functions of (seed, epoch, sample index, view, draw number).
 
-So they do not depend on the loader, the batch or the rank. The arithmetic is float64 sums, products, quotients and
-square roots of exact 24-bit uniforms, which IEEE rounds alike on every device; results are stored as float32 or int.
+So they do not depend on the loader, the batch or the rank. They are computed in float64 from exact 24-bit uniforms, by
+sums, products, quotients and square roots, which IEEE 754 rounds alike on every device, and stored as float32 or int.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from fastssl.random_key import uniform
 if TYPE_CHECKING:
     from fastssl.augment.policy import Policy
 
-MIN_BLUR_SIGMA = 0.01  # pixels; it moves no byte, and one that is 0 in float32 would divide by 0
-MAX_BLUR_SIGMA = 2.0  # the blur's taps are laid out for it
+MIN_BLUR_SIGMA = 0.01  # pixels; changes no byte, while 0 would cause a division by 0
+MAX_BLUR_SIGMA = 2.0  # pixels; determines the number of taps
 
-# The number of each draw: word `draw` of the Philox stream `view` of (seed, epoch, index). The kernel that draws them
-# itself, kernels/views_draw.py, repeats these numbers and this arithmetic, for the same bits.
-# 0 to 21 are the crop's (crops.py)
+# The number of each draw: word `draw` of the Philox stream `view` of (seed, epoch, index). kernels/views_draw.py, which
+# draws inside a kernel, must use the same numbers and the same arithmetic. Draws 0 to 21 are the crop's (crops.py).
 DRAW_FLIP, DRAW_JITTER, DRAW_ORDER = 22, 23, 24
 DRAW_BRIGHTNESS, DRAW_CONTRAST, DRAW_SATURATION, DRAW_HUE = 25, 26, 27, 28
 DRAW_GREY, DRAW_BLUR, DRAW_SIGMA, DRAW_SOLARISE = 29, 30, 31, 32
@@ -31,12 +30,12 @@ DRAW_HIDE_CELLS, DRAW_HIDE_KEY = 33, 34
 NUM_DRAWS = 35
 MAX_HIDE_CELLS = 16
 
-# Factors are multiples of 2^-13: every product with a pixel difference is then exact in float32, fused or not.
+# Factors are multiples of 2^-13, so that their products with pixel differences are exact in float32, fused or not.
 FACTOR_STEPS = 8192.0
 
 
 class ViewParams(NamedTuple):
-    """What happens to each image of a batch to make one view; all tensors (B,), on the batch's device."""
+    """How each image of a batch becomes a view; all tensors are (B,), on the batch's device."""
 
     top: Tensor  # int32, the crop box in pixels of the image
     left: Tensor  # int32
@@ -56,22 +55,22 @@ class ViewParams(NamedTuple):
     solarise: Tensor  # bool
     hide_cells: Tensor  # int32 cells along a side of the hide-and-seek grid: 16, 8, 4; 0 hides nothing
     hide_p: Tensor  # float32 probability of each cell
-    hide_key: Tensor  # int64 in [0, 2^24), the key of the cells' draws
+    hide_key: Tensor  # int64 in [0, 2^24), from which the cells are drawn
 
     def split(self, count: int) -> list[ViewParams]:
-        """The parameters of `count` images after another."""
+        """Parts with the parameters of `count` images each; the last part may have fewer."""
         return [ViewParams(*part) for part in zip(*(t.split(count) for t in self))]
 
 
 def sample_params(policy: Policy, batch: ImageBatch, seed: int, epoch: int, view: int) -> ViewParams:
-    """Draws the parameters of view `view` (0 = q, 1 = k) of every image; a pure function, see the top of the file."""
+    """Draws the parameters of view `view` (0 = q, 1 = k) for every image; a pure function, see the top of the file."""
     u = uniform(seed, epoch, batch.index, view, NUM_DRAWS).double()  # (B, NUM_DRAWS)
     params = _params_of(policy, u, batch.height, batch.width)
     return _pair_up(policy, batch, seed, epoch, [(view, params)])[0]
 
 
 def sample_both(policy: Policy, batch: ImageBatch, seed: int, epoch: int) -> tuple[ViewParams, ViewParams]:
-    """`sample_params` of both views, computed together: on a GPU half the launches."""
+    """`sample_params` for both views at once, which halves the launches on a GPU."""
     u = torch.cat([uniform(seed, epoch, batch.index, view, NUM_DRAWS) for view in (0, 1)]).double()
     both = _params_of(policy, u, batch.height.repeat(2), batch.width.repeat(2))
     views = both.split(batch.size) if batch.size else [both, both]
@@ -82,7 +81,7 @@ def sample_both(policy: Policy, batch: ImageBatch, seed: int, epoch: int) -> tup
 def _pair_up(
     policy: Policy, batch: ImageBatch, seed: int, epoch: int, views: list[tuple[int, ViewParams]]
 ) -> list[ViewParams]:
-    """The views, with the crops of those images whose two crops the policy draws together."""
+    """The views, with new crops for the images whose two crops the policy draws together (`crop_iou`)."""
     if policy.crop_iou is None:
         return [params for _, params in views]
     paired, boxes = pair_crops(policy, batch, seed, epoch)
@@ -94,8 +93,7 @@ def _pair_up(
 
 
 def _params_of(policy: Policy, u: Tensor, height: Tensor, width: Tensor) -> ViewParams:
-    """The parameters that the draws u (N, NUM_DRAWS) float64 mean for images of these sizes (N,)."""
-
+    """The parameters for the draws u (N, NUM_DRAWS) float64 and images of these sizes (N,)."""
     ranges = policy.ranges()
 
     def drawn(draw: int, name: str) -> Tensor:

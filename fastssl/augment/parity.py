@@ -1,4 +1,4 @@
-"""How far our operations are from Pillow's and torchvision's, in 1/255, on pictures and parameters given."""
+"""Measures how far our operations are from Pillow's and torchvision's, in units of 1/255."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NAMES = ("brightness", "contrast", "saturation", "hue")
 
 
 class Row(NamedTuple):
-    """One line of the table; a bound of infinity is none."""
+    """A line of the table; an infinite bound means none."""
 
     name: str
     mean: float
@@ -47,11 +47,12 @@ class Row(NamedTuple):
 
     @property
     def holds(self) -> bool:
+        """Whether both errors are within their bounds."""
         return self.mean <= self.mean_bound and self.max <= self.max_bound
 
 
 def operation_rows(batch: ImageBatch, size: int) -> Iterator[Row]:
-    """Every operation alone, with given parameters, on crops of `size` pixels of the batch's pictures."""
+    """Errors of each operation alone, with fixed parameters, on crops of `size` pixels of the batch's pictures."""
     p = sample_params(make_policy("v2"), batch, 0, 0, 0)
     yield _row("resized crop", _resize_errors(batch, p, size, crop_resize(batch, p, size)), 0.3, 1)
     exact = resample_reference(batch, *crop_axes(p, size), size)
@@ -78,7 +79,7 @@ def operation_rows(batch: ImageBatch, size: int) -> Iterator[Row]:
 
 
 def chain_rows(batch: ImageBatch, size: int, names: Sequence[str]) -> Iterator[Row]:
-    """Whole policies against the same chain of Pillow and torchvision; a byte's difference may grow on the way."""
+    """Errors of whole policies against the same chain of Pillow and torchvision, in which small errors may grow."""
     for name in names:
         p = sample_params(make_policy(name), batch, 0, 0, 1)
         ours = in_bytes(make_view(batch, p, size))
@@ -88,7 +89,7 @@ def chain_rows(batch: ImageBatch, size: int, names: Sequence[str]) -> Iterator[R
 
 
 def pillow_chain(image: np.ndarray, p: ViewParams, i: int, size: int) -> np.ndarray:
-    """What `p` does to image i, by Pillow, torchvision and a true gaussian: (size, size, 3) in 0..255."""
+    """Applies `p` to image i with Pillow, torchvision and a true Gaussian: (size, size, 3) in 0..255."""
     box = (int(side[i]) for side in (p.top, p.left, p.crop_height, p.crop_width))
     view = F.resized_crop(Image.fromarray(image), *box, [size, size])
     view = F.horizontal_flip(view) if p.flip[i] else view
@@ -103,7 +104,7 @@ def pillow_chain(image: np.ndarray, p: ViewParams, i: int, size: int) -> np.ndar
 
 
 def true_gaussian(image: np.ndarray, sigma: float) -> np.ndarray:
-    """(H, W, 3) -> float64, taps to 8 sigma, edges repeated."""
+    """(H, W, 3) -> float64, blurred with taps up to 8 sigma and repeated edges."""
     radius = max(1, math.ceil(8 * sigma))
     taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     x = np.pad(image.astype(np.float64), ((radius, radius), (radius, radius), (0, 0)), mode="edge")
@@ -119,7 +120,7 @@ def in_bytes(view: Tensor) -> np.ndarray:
 
 
 def updated(update: Callable[..., None], image: np.ndarray, *params: float, taps: Tensor | None = None) -> np.ndarray:
-    """An operation on one (H, W, 3) picture, (H, W, 3) int64."""
+    """Applies one of our operations to an (H, W, 3) picture; returns (H, W, 3) int64."""
     x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float().contiguous()
     update(x, *([torch.tensor([value]) for value in params] if taps is None else [taps]))
     return x[0].permute(1, 2, 0).numpy().astype(np.int64)
@@ -149,7 +150,7 @@ def _resize_errors(batch: ImageBatch, p: ViewParams, size: int, views: Tensor) -
 
 
 def _hue_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Between hues of pixels with colour enough to tell: max - min above 100."""
+    """Distances of hues in 1/255 turn, for pixels with enough colour to have one (max - min above 100)."""
     (hue_a, chroma), (hue_b, _) = _hue(a), _hue(b)
     apart = np.abs(hue_a - hue_b)[chroma > 100]
     return np.minimum(apart, 255 - apart)

@@ -1,4 +1,4 @@
-"""Which augmentations fire, how often and how strongly: policies as a table one can read."""
+"""Augmentation policies: a readable table of which operations are applied, how often and how strongly."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["POLICIES", "Policy", "ViewParams", "make_policy", "sample_params"]
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """One recipe for views. Probabilities end in `_p`; jitter strengths are torchvision's `ColorJitter` arguments."""
+    """A policy. Probabilities end in `_p`; jitter strengths are the arguments of torchvision's `ColorJitter`."""
 
     name: str
     crop_scale: tuple[float, float] | None = (0.2, 1.0)  # area of the crop / area of the image; None: central square
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, log-uniform
     crop_iou: tuple[float, float] | None = None  # bounds on the two crops' IoU, neither inside the other; None: free
-    crop_iou_p: float = 1.0  # of such a pair; other images get two free crops
+    crop_iou_p: float = 1.0  # of such a pair of crops; otherwise the two crops are free
     flip_p: float = 0.5
     jitter_p: float = 0.0
     brightness: float = 0.0  # factor from U(max(0, 1 - b), 1 + b); contrast and saturation alike
@@ -36,7 +36,7 @@ class Policy:
     hide_p: float = 0.5  # of each cell
 
     def ranges(self) -> dict[str, tuple[float, float]]:
-        """(low, high - low) of everything that is drawn uniformly from a range, by name."""
+        """(low, high - low) of every value that is drawn uniformly from a range, by name."""
         log_ratio = tuple(math.log(ratio) for ratio in self.crop_ratio)
         limits = {"area": self.crop_scale or (1.0, 1.0), "log_ratio": log_ratio}
         for name in ("brightness", "contrast", "saturation"):
@@ -49,7 +49,7 @@ def _jitter(strength: float, hue: float) -> dict[str, float]:
     return {"brightness": strength, "contrast": strength, "saturation": strength, "hue": hue}
 
 
-# Order of the operations: crop, flip, (grey), jitter in each image's own order, grey, blur, solarise, normalise, hide.
+# Order of operations: crop, flip, grey (if grey_first), jitter in random order, grey, blur, solarise, normalise, hide.
 POLICIES = {
     # MoCo v1's, the default of the align+uniform reference
     "v1": Policy("v1", jitter_p=1.0, grey_first=True, grey_p=0.2, **_jitter(0.4, hue=0.4)),
@@ -57,12 +57,12 @@ POLICIES = {
     "v2": Policy("v2", jitter_p=0.8, grey_p=0.2, blur_p=0.5, **_jitter(0.4, hue=0.1)),
     # the small-model reference's, at its colour strength cj = 1.5
     "small": Policy("small", jitter_p=0.8, grey_p=0.5, blur_p=0.5, **_jitter(0.8 * 1.5, hue=0.5)),
-    # the centre of the image, untouched
+    # the centre of the image, unchanged
     "none": Policy("none", crop_scale=None, flip_p=0.0),
 }
 
-# Pairs of crops by how much they share, as the small-model reference calls them: bounds on the IoU. Its code can also
-# drop pixels of the region both crops share; no option of its training script asks for that, so it is not built.
+# Bounds on the IoU of an image's two crops, by the small-model reference's names. (Its code can also mask the region
+# that both crops share, but no option of its training script does so, and neither do we.)
 CROP_PAIRS = {"free": None, "easy": (0.25, 1.0), "hard": (0.05, 0.25), "super-hard": (1e-4, 0.05)}
 
 
@@ -75,10 +75,10 @@ def make_policy(
     crop_scale: tuple[float, float] = (0.2, 1.0),
     **overrides: object,
 ) -> Policy:
-    """The policy called `name` (v1, v2, small, none), with any field of `Policy` overridden by keyword.
+    """The policy called `name` (v1, v2, small, none); keywords override any field of `Policy`.
 
-    cj: colour strength c of `small`: jitter (.8c, .8c, .8c, min(.5, .4c)). grey_scale and gaussian_blur: probabilities
-    of greyscale and blur. crop_scale: area range of the crop, any policy but `none`.
+    cj: the colour strength c of `small`, for a jitter of (.8c, .8c, .8c, min(.5, .4c)). grey_scale, gaussian_blur:
+    probabilities of greyscale and blur. crop_scale: area range of the crop, for any policy but `none`.
     Raises ValueError for an unknown policy or field (naming the nearest) and for a value out of range.
     """
     if name not in POLICIES:
@@ -89,7 +89,7 @@ def make_policy(
             raise ValueError(f"augmentation policy {name!r} has no setting {key!r}{_nearest(key, fields)}")
     if cj is not None:
         if name != "small":
-            raise ValueError(f"cj scales the policy 'small'; give {name!r} brightness, contrast, saturation and hue")
+            raise ValueError(f"cj is for the policy 'small': for {name!r} set brightness, contrast, saturation and hue")
         overrides = _jitter(0.8 * cj, hue=min(0.5, 0.4 * cj)) | overrides
     named = {"grey_p": grey_scale, "blur_p": gaussian_blur}
     if name != "none":
@@ -97,7 +97,7 @@ def make_policy(
     elif tuple(crop_scale) != (0.2, 1.0):
         raise ValueError("crop_scale has no meaning for the policy 'none', which keeps the centre of every image")
     settings = {k: v for k, v in named.items() if v is not None} | overrides
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}  # a policy is a key of a cache
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}  # a policy must be hashable
     policy = dataclasses.replace(POLICIES[name], **settings)
     _check(policy)
     return policy
@@ -106,7 +106,7 @@ def make_policy(
 def parse_settings(settings: Sequence[str]) -> dict[str, object]:
     """Fields of `Policy` from words like "solarise_p=0.2", "blur_sigma=0.1,1.5" or "grey_first=true".
 
-    Raises ValueError that names the word and the nearest field or the kind of value it takes.
+    Raises ValueError that names the word, and the nearest field or the kind of value it takes.
     """
     defaults = {f.name: f.default for f in dataclasses.fields(Policy) if f.name != "name"}
     values: dict[str, object] = {}
@@ -115,27 +115,25 @@ def parse_settings(settings: Sequence[str]) -> dict[str, object]:
         if key not in defaults:
             raise ValueError(f"policy setting {setting!r}: there is no {key!r}{_nearest(key, defaults)}")
         if isinstance(defaults[key], bool):
-            kind, value = "true or false", {"true": True, "false": False}.get(text)
+            takes, value = "true or false, such as true", {"true": True, "false": False}.get(text)
+        elif isinstance(defaults[key], float):
+            takes, numbers = "a number, such as 0.2", _numbers(text)
+            value = numbers[0] if len(numbers) == 1 else None
         else:
-            numbers = _numbers(text)
-            single = isinstance(defaults[key], float)
-            kind = "a number" if single else "two numbers with a comma between them"
-            value = numbers[0] if single and len(numbers) == 1 else None if len(numbers) != 2 - single else numbers
+            takes, numbers = "two numbers separated by a comma, such as 0.1,1.0", _numbers(text)
+            value = numbers if len(numbers) == 2 else None
         if value is None:
-            raise ValueError(f"policy setting {setting!r}: {key} takes {kind}, such as {_example(defaults[key])}")
+            raise ValueError(f"policy setting {setting!r}: {key} takes {takes}")
         values[key] = value
     return values
 
 
 def _numbers(text: str) -> tuple[float, ...]:
+    """Comma-separated numbers; () if they are not numbers."""
     try:
         return tuple(float(word) for word in text.split(","))
     except ValueError:
         return ()
-
-
-def _example(default: object) -> str:
-    return "true" if isinstance(default, bool) else "0.2" if isinstance(default, float) else "0.1,1.0"
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
@@ -159,9 +157,9 @@ def _check(policy: Policy) -> None:
         raise ValueError(f"crop_iou must be two numbers with 0 <= low < high <= 1, got {iou}")
     if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
         raise ValueError(f"crop_scale must be two numbers with 0 < low <= high <= 1, got {scale}")
-    if iou is not None and iou[1] < 2 * scale[0] - 1:  # what both cannot share lies outside them
+    if iou is not None and iou[1] < 2 * scale[0] - 1:  # two crops of a share s each have at least 2s - 1 in common
         raise ValueError(
-            f"crops of at least {scale[0]:g} of an image share more than crop_iou's {iou[1]:g}: lower crop_scale"
+            f"two crops of at least {scale[0]:g} of an image share more than crop_iou's {iou[1]:g}: lower crop_scale"
         )
     if not (len(ratio) == 2 and 0.01 <= ratio[0] <= ratio[1] <= 100):
         raise ValueError(f"crop_ratio must be two numbers with 0.01 <= low <= high <= 100, got {ratio}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 
 import numpy as np
 import torch
@@ -14,27 +16,41 @@ from fastssl.augment.params import ViewParams, sample_params
 from fastssl.augment.policy import Policy
 from fastssl.augment.views import make_view
 from fastssl.batch import ImageBatch
+from fastssl.loaders.make import Loader
 
-TILE, GAP, TEXT = 224, 8, 40  # pixels: a picture's side, the space around it, the room for two lines below it
+TILE, GAP, TEXT = 224, 8, 40  # in pixels: side of a picture, space around it, height of the two lines below it
 COLUMNS = 2  # images side by side, three pictures each
-LETTERS = 38  # on a line
-COLOURS = ("red", "deepskyblue")  # of view q's crop box and of view k's
+LETTERS = 38  # characters per line
+COLOURS = ("red", "deepskyblue")  # of the crop boxes of view q and view k
+
+
+def read_pictures(loader: Loader, count: int, data: str) -> ImageBatch:
+    """`count` images spread evenly over `data`, without those that cannot be read, which are named on stderr.
+
+    Raises ValueError when none of them can be read.
+    """
+    batch = next(loader.eval_batches(count, limit=count), None)
+    for bad in loader.bad_images:
+        print(f"left out: {bad}", file=sys.stderr)
+    if batch is None:
+        tried = min(count, loader.num_images)
+        raise ValueError(f"no image in {data} can be read ({tried} tried): name a folder of readable images")
+    return batch
 
 
 def save_preview(
-    batch: ImageBatch, policy: Policy, size: int, seed: int, epoch: int, path: str | os.PathLike[str], count: int = 8
+    batch: ImageBatch, policy: Policy, size: int, seed: int, epoch: int, path: str | os.PathLike[str]
 ) -> None:
-    """Writes a PNG of the first `count` images: original with the two crop boxes, view_q, view_k, as training has them.
+    """Writes a PNG that shows each image with both crop boxes, then its view_q and view_k of `epoch`.
 
     The file appears whole or not at all. Raises ValueError for an empty batch.
     """
     if batch.size == 0:
         raise ValueError("a preview needs at least one image, got an empty batch")
-    batch = batch.select(slice(count)).to("cpu")
+    batch = batch.to("cpu")
     params = [sample_params(policy, batch, seed, epoch, view) for view in (0, 1)]
     views = [_to_bytes(make_view(batch, p, size)) for p in params]
-    rows = -(-batch.size // COLUMNS)
-    columns = min(batch.size, COLUMNS)
+    rows, columns = math.ceil(batch.size / COLUMNS), min(batch.size, COLUMNS)
     sheet = Image.new("RGB", (columns * (3 * (TILE + GAP) + GAP), rows * (TILE + TEXT) + GAP), "white")
     draw = ImageDraw.Draw(sheet)
     for i in range(batch.size):
@@ -47,7 +63,7 @@ def save_preview(
             at = left + column * (TILE + GAP)
             sheet.paste(tile, (at, top))
             draw.text((at, top + TILE + 2), text, fill="black")
-            draw.text((at, top + TILE + 2), text[:2], fill=colour)  # the view's letter, as its box
+            draw.text((at, top + TILE + 2), text[:2], fill=colour)  # the view's letter, in the colour of its box
     partial = f"{os.fspath(path)}.{os.getpid()}.partial"
     try:
         sheet.save(partial, format="PNG")
@@ -58,19 +74,26 @@ def save_preview(
 
 
 def describe(params: ViewParams, i: int) -> str:
-    """What `params` does to image i, in words and in order."""
-    steps = ["flip"] * bool(params.flip[i]) + ["grey"] * bool(params.grey_before[i])
+    """The operations `params` applies to image i, in order."""
+    steps = []
+    if params.flip[i]:
+        steps.append("flip")
+    if params.grey_before[i]:
+        steps.append("grey")
     if params.jitter[i]:
         for number in jitter_order(params.order[i : i + 1])[0].tolist():
             _, name, identity = OPERATIONS[number]
             value = float(getattr(params, name)[i])
             if value != identity:
                 steps.append(f"{name[:3]} {value:.2f}")
-    steps += ["grey"] * bool(params.grey_after[i])
-    steps += [f"blur {float(params.sigma[i]):.1f}"] * bool(params.blur[i])
-    steps += ["solarise"] * bool(params.solarise[i]) + [f"hide {int(params.hide_cells[i])}"] * bool(
-        params.hide_cells[i]
-    )
+    if params.grey_after[i]:
+        steps.append("grey")
+    if params.blur[i]:
+        steps.append(f"blur {float(params.sigma[i]):.1f}")
+    if params.solarise[i]:
+        steps.append("solarise")
+    if params.hide_cells[i]:
+        steps.append(f"hide {int(params.hide_cells[i])}")
     return ", ".join(steps) or "crop"
 
 
@@ -92,14 +115,14 @@ def _original(batch: ImageBatch, params: list[ViewParams], i: int) -> Image.Imag
 
 
 def _fit(image: Image.Image) -> Image.Image:
-    """With its long side at TILE pixels; enlarged, its pixels stay squares."""
+    """The image with its long side at TILE pixels; a small one is enlarged without smoothing."""
     scale = TILE / max(image.size)
     how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC
     return image.resize([max(1, round(side * scale)) for side in image.size], how)
 
 
 def _in_two_lines(text: str) -> str:
-    """Broken after a comma, where one operation ends."""
+    """The text, broken after a comma if it is too long for one line."""
     if len(text) <= LETTERS:
         return text
     end = text.rfind(", ", 0, LETTERS) + 1

@@ -1,7 +1,7 @@
-"""Antialiased bilinear resizing of windows of any size to S x S, as Pillow does it: two passes on bytes.
+"""Antialiased bilinear resizing of boxes of any size to S x S, in two passes on bytes, as in Pillow.
 
-`resample_reference` has Pillow's own fixed-point bits, on whole batches and any device. (Pillow 13 sometimes takes the
-vertical pass first, which moves some pixels by 1.) What the views call is in resize.py.
+`resample_reference` gives the bits of Pillow's fixed-point arithmetic, on whole batches and on any device. (Pillow 13
+sometimes does the vertical pass first, which changes some pixels by 1.) The views call it through resize.py.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import Tensor
 from fastssl.augment.params import ViewParams
 from fastssl.batch import ImageBatch
 
-PRECISION_BITS = 22  # Pillow's fixed point: 32 - 8 bits of a pixel - 2 for overshoot
+PRECISION_BITS = 22  # of Pillow's fixed point: 32 less 8 for a pixel and 2 for overshoot
 
 
 class Axis(NamedTuple):
-    """How S outputs are read off one axis of a box in each image; tensors (C,)."""
+    """How S outputs are computed along one axis of a box in each image; tensors are (C,)."""
 
-    start: Tensor  # int64, first pixel of the box in the image
-    length: Tensor  # int64, pixels in the box; the filter does not look beyond
+    start: Tensor  # int64, the first pixel of the box in the image
+    length: Tensor  # int64, the pixels in the box, beyond which the filter does not look
     scale: Tensor  # float64, pixels of the box per output
-    offset: Tensor  # float64, outputs before the first one kept (a centre crop of the resized box)
+    offset: Tensor  # float64, outputs cut off before the first (for a centre crop of the resized box)
 
     def of(self, i: int) -> Axis:
-        """The axis of image i alone."""
+        """The axis for image i alone."""
         return Axis(*(t[i : i + 1] for t in self))
 
 
@@ -41,7 +41,7 @@ def crop_axes(params: ViewParams, size: int) -> tuple[Axis, Axis]:
 
 
 def eval_axes(batch: ImageBatch, size: int, resize: int) -> tuple[Axis, Axis]:
-    """The two axes of torchvision's Resize(resize) then CenterCrop(size) of whole images."""
+    """The two axes of torchvision's Resize(resize) and CenterCrop(size) of whole images."""
     short = torch.minimum(batch.height, batch.width).long()
     axes = []
     for length in (batch.height.long(), batch.width.long()):
@@ -52,7 +52,7 @@ def eval_axes(batch: ImageBatch, size: int, resize: int) -> tuple[Axis, Axis]:
 
 
 def axis_taps(axis: Axis, size: int, taps: int) -> tuple[Tensor, Tensor]:
-    """Pillow's bilinear filter: first pixel (C, S) int64 in the box, and weights (C, S, taps) int32 in 2^-22 steps."""
+    """Pillow's bilinear filter: first pixel in the box (C, S) int64, and weights (C, S, taps) int32 in 2^-22 steps."""
     out = torch.arange(size, device=axis.start.device, dtype=torch.float64)
     centre = (out + axis.offset[:, None] + 0.5) * axis.scale[:, None]
     support = axis.scale.clamp(min=1)[:, None]
@@ -62,7 +62,7 @@ def axis_taps(axis: Axis, size: int, taps: int) -> tuple[Tensor, Tensor]:
     weight = (1 - ((pixel - centre[..., None] + 0.5) / support[..., None]).abs()).clamp(min=0)
     weight = weight * (pixel < last[..., None])
     total = weight[..., 0]
-    for t in range(1, taps):  # one after the other, so that the sum has Pillow's bits whatever `taps`
+    for t in range(1, taps):  # one by one, which gives the bits of Pillow's sum for any `taps`
         total = total + weight[..., t]
     return first.long(), (weight / total[..., None] * 2**PRECISION_BITS + 0.5).floor().int()
 

@@ -1,4 +1,4 @@
-"""Windows of any size to S x S: `resample_reference`, or on a CPU compiled loops with its bits, and Pillow itself."""
+"""Resizes crops and whole images to S x S: by `resample_reference` or, on a CPU, faster with the same bits."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fastssl.augment.resample import crop_axes, eval_axes, resample_reference
 from fastssl.batch import ImageBatch
 from fastssl.compiled import numba_obstacle
 
-NEEDLE = 8  # long side / short side from where an image is not resized whole only to be cut
+NEEDLE = 8  # images with a larger ratio of sides are not resized as a whole, since most of that is cut off again
 
 
 def crop_boxes(batch: ImageBatch, params: ViewParams) -> Tensor:
-    """(C, 4) int32: top, left, height and width of the crops of `batch`, on the CPU.
+    """The crops of a batch on the CPU, (C, 4) int32: top, left, height and width.
 
-    Raises ValueError for a box outside its image, or an image outside the batch's bytes: compiled loops would read it.
+    Raises ValueError for a box outside its image, or an image outside the batch's bytes: compiled loops do not check.
     """
     boxes = torch.stack([params.top, params.left, params.crop_height, params.crop_width], dim=1)
     end, height, width = boxes[:, :2] + boxes[:, 2:], batch.height, batch.width
@@ -44,7 +44,7 @@ def crop_resize(batch: ImageBatch, params: ViewParams, size: int) -> Tensor:
 
 
 def eval_resize(batch: ImageBatch, size: int, resize: int) -> Tensor:
-    """Whole images with the short side at `resize`, cut to their central size x size: (C, 3, S, S) uint8."""
+    """Whole images resized to a short side of `resize`, and their central size x size: (C, 3, S, S) uint8."""
     axes = eval_axes(batch, size, resize)
     if batch.pixels.device.type != "cpu":
         return resample_reference(batch, *axes, size)

@@ -1,9 +1,9 @@
-"""ImageBatch -> views: crop and resize, flip, colour jitter, greyscale, blur, normalise; all parameters per image.
+"""Turns an ImageBatch into views: crop and resize, flip, colour jitter, greyscale, blur, normalise; all per image.
 
-This is the plain PyTorch chain, the truth the compiled ones are held to: Triton's kernels on a GPU (fused.py), numba's
-loops on a CPU (compiled_views.py). Between operations pixels are whole numbers 0..255, as in the Pillow pipelines it
-reproduces. The result for an image has the same bits in whatever batch it sits, for any number of threads: all sums
-over pixels or taps are exact (color.py, blur.py). On a GPU nothing waits for the device.
+`make_view` is the reference in plain PyTorch; the Triton kernels on a GPU (fused.py) and the compiled loops on a CPU
+(compiled_views.py) give the same bits. Between operations pixels are whole numbers 0..255, as in the Pillow pipelines
+that it reproduces. An image's result has the same bits in any batch and with any number of threads, because all sums
+over pixels or taps are exact (color.py, blur.py). On a GPU there is no sync.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from fastssl.augment.policy import Policy
 from fastssl.augment.resize import crop_resize, eval_resize
 from fastssl.batch import ImageBatch
 
-# How many views go through the chain together. On a CPU, from 144 pixels up one by one, so that a channel stays in a
-# core's L2 cache; smaller ones in company, for there the calls cost more than the memory (both measured). On a GPU as
-# many as stay small beside its memory, counted before the rows are resized.
+# How many views go through the chain together. On a CPU, views of 144 pixels or more go one by one, so that a channel
+# stays in a core's L2 cache; smaller ones go together, as calls then cost more than memory traffic (both measured).
+# On a GPU, as many as take little of its memory, counted before the rows are resized.
 CPU_PIXELS, CPU_ALONE = 250_000, 144
 GPU_PIXELS = 1 << 24
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # all kernels have them
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # those that all kernels support
 
 
 def make_views(
@@ -43,23 +43,23 @@ def make_views(
 ) -> tuple[Tensor, Tensor]:
     """(view_q, view_k) of `batch` under `policy`: each (B, 3, size, size), channels_last, normalised.
 
-    dtype: one of DTYPES. kernel: auto, triton, numba or reference (`make_view` of each), see `choose_augment_kernel`;
-    on a device all give the same bits. key_bytes: view_k is uint8, to travel and to become the same by
-    `normalise_bytes`. Raises ValueError for size < 1, for another dtype, for a kernel that cannot run and for
-    key_bytes of a policy with hide-and-seek, whose hidden cells are 0 after normalisation: no byte is.
+    dtype: one of DTYPES. kernel: auto, triton, numba or reference (`make_view`), see `choose_augment_kernel`; all give
+    the same bits. key_bytes: view_k is uint8, for another rank, where `normalise_bytes` makes it the same. Raises
+    ValueError for size < 1, for another dtype, for a kernel that cannot run, and for key_bytes with hide-and-seek,
+    because no byte is 0 after normalisation, as hidden cells are.
     """
     _check_size(size)
     if dtype not in DTYPES:
         raise ValueError(f"views are made in {', '.join(map(str, DTYPES))}, not in {dtype}: convert them afterwards")
     if key_bytes and policy.hide_and_seek:
-        raise ValueError("bytes cannot hold what hide-and-seek hides: leave key_bytes out, or hide_and_seek")
+        raise ValueError("key_bytes and hide_and_seek exclude each other: leave one of them out")
     chosen, _ = choose_augment_kernel(batch.pixels.device, kernel)
     if chosen == "triton":
         return draw_views_fused(batch, policy, seed, epoch, size, MEAN, STD, dtype, key_bytes)
     dtypes = dtype, torch.uint8 if key_bytes else dtype
     params = sample_both(policy, batch, seed, epoch)
     if chosen == "numba":
-        from fastssl.augment.compiled_views import make_views_compiled  # numba takes a second to import
+        from fastssl.augment.compiled_views import make_views_compiled  # imports numba, which takes a second
 
         return make_views_compiled(batch, params, size, dtypes)
     view_q, view_k = (make_view(batch, p, size, d) for p, d in zip(params, dtypes))
@@ -67,9 +67,9 @@ def make_views(
 
 
 def make_view(batch: ImageBatch, params: ViewParams, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """One view of every image: (B, 3, size, size), channels_last, normalised with ImageNet's mean and deviation.
+    """One view of every image: (B, 3, size, size), channels_last, normalised with ImageNet's mean and std.
 
-    params: from `sample_params`, on the batch's device. dtype uint8: bytes, neither normalised nor hidden.
+    params: from `sample_params`, on the batch's device. With dtype uint8 the view is neither normalised nor hidden.
     Raises ValueError for size < 1.
     """
     _check_size(size)
@@ -84,7 +84,7 @@ def make_view(batch: ImageBatch, params: ViewParams, size: int, dtype: torch.dty
 
 
 def _make_part(images: ImageBatch, p: ViewParams, plan: Tensor, taps: Tensor, view: Tensor) -> None:
-    """The views of some images, into `view`."""
+    """Writes the views of some images into `view`."""
     x = _to_planes(crop_resize(images, p, view.shape[-1]))
     x = apply_where(p.grey_before, x, update_greyscale)
     x = apply_jitter(x, plan, p)
@@ -98,15 +98,15 @@ def _make_part(images: ImageBatch, p: ViewParams, plan: Tensor, taps: Tensor, vi
 
 
 def make_eval_view(batch: ImageBatch, size: int, resize: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Short side to `resize` pixels, centre crop of `size`, normalised: (B, 3, size, size), channels_last.
+    """Resizes the short side to `resize` pixels, crops the centre and normalises: (B, 3, size, size), channels_last.
 
-    torchvision's Resize and CenterCrop on Pillow images, to 1/255.
-    Raises ValueError for size < 1 and for resize < size, where the crop would not lie inside the image.
+    Equals torchvision's Resize and CenterCrop on Pillow images to 1/255.
+    Raises ValueError for size < 1, and for resize < size, where the crop would not fit into the image.
     """
     _check_size(size)
     if resize < size:
         raise ValueError(
-            f"an evaluation view of {size} pixels needs its short side resized to at least that, got {resize}"
+            f"an evaluation view of {size} pixels needs a short side of at least {size} pixels, got {resize}"
         )
     out = _empty_view(batch, size, dtype)
     if batch.size == 0:

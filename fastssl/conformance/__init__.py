@@ -1,1 +1,1 @@
-"""What every loader must hold to: `fastssl check-loader` runs it on anybody's data, the tests on small sets."""
+"""Checks of the loaders' contract, which `fastssl check-loader` runs on any data and the tests on small data sets."""

@@ -1,4 +1,4 @@
-"""A loader under examination, and the truth it is compared with."""
+"""A loader to be checked, and the order and pixels that it should give."""
 
 from __future__ import annotations
 
@@ -18,48 +18,48 @@ from fastssl.loaders.encoded import open_encoded
 from fastssl.loaders.make import Loader, make_loader
 from fastssl.loaders.order import Order, train_shares
 
-_BLOCK = 3  # images of a block: small, so that a small set has many
+_BLOCK = 3  # images in a block: few, so that a small data set has many blocks
 _SEED = 5
 
 
 class Case(NamedTuple):
-    """A loader over some data; `batch_size` is that of all ranks together, a multiple of every world size."""
+    """A loader with its data; `batch_size` is that of all ranks together, a multiple of every world size."""
 
     loader: str
     data: str | os.PathLike | None
     device: str = "cpu"
     batch_size: int = 8
-    steps: int = 64  # batches looked at in an epoch, at most
+    steps: int = 64  # batches read per epoch, at most
     shuffle: str = "full"
 
     def open(self, rank: int = 0, world_size: int = 1, **changes: object) -> Loader:
         """The loader of one rank."""
         options = {"batch_size": self.batch_size // world_size, "seed": _SEED, "device": self.device, "workers": 2}
-        options["read_ahead"] = 2  # also on a CPU: what runs beside its reader can fail in more ways
+        options["read_ahead"] = 2  # on a CPU too, because background threads can fail in more ways
         options |= {"shuffle": self.shuffle, "block_size": _BLOCK, "synthetic_images": 26, "synthetic_size": 24}
         return make_loader(self.loader, self.data, rank=rank, world_size=world_size, **(options | changes))
 
     def expected(self, world_size: int, rank: int, num_images: int, first: int, steps: int) -> list[list[int]]:
-        """The indices `order.py` gives to a rank."""
+        """The indices that `order.py` gives to a rank."""
         order = Order(self.shuffle, _BLOCK)
         shares = train_shares(num_images, self.batch_size // world_size, _SEED, rank, world_size, first, order=order)
         return [share.tolist() for share in itertools.islice(shares, steps)]
 
 
 def take(loader: Loader, count: int, first: int = 0) -> list[ImageBatch]:
-    """`count` batches from batch `first` on; the iterator is dropped."""
+    """`count` batches, beginning with batch `first`; the iterator is then dropped."""
     return list(itertools.islice(loader.batches(first), count))
 
 
 def contents(batch: ImageBatch) -> list[tuple[int, int, int]]:
-    """(index, label, checksum of height and pixels) of each image, wherever its bytes lie."""
+    """(index, label, checksum of height and pixels) of each image."""
     images = (batch.image(n).cpu().numpy() for n in range(batch.size))
     sums = (zlib.crc32(image.tobytes(), image.shape[0]) for image in images)
     return list(zip(batch.index.tolist(), batch.label.tolist(), sums))
 
 
 def reference_pixels(data: str | os.PathLike | None) -> Callable[[int], np.ndarray] | None:
-    """The truth: image i decoded by Pillow, (H, W, 3) uint8; None where no files are read."""
+    """A function that gives image i as decoded by Pillow, (H, W, 3) uint8; None if there are no files."""
     if data is None:
         return None
     if os.path.isfile(data) and not os.fspath(data).endswith(".tar"):

@@ -1,4 +1,4 @@
-"""What a loader does when it is left, runs long, or meets what is broken; and how often it decodes.
+"""Checks of loaders that are left early, run long, or meet unreadable images or a dead thread; and of decode counts.
 
 Each check raises AssertionError with a sentence, or returns what it saw.
 """
@@ -18,14 +18,15 @@ import numpy as np
 from fastssl.conformance.case import Case, take
 from fastssl.conformance.samples import BAD, NUM_BAD_SET
 from fastssl.loaders.prefetch import Prefetcher
+from fastssl.plural import counted
 
-READ_AHEAD = 6  # batches a loader may have decoded beyond those it handed out
-GROWTH = 24e6  # bytes that 20 epochs may add: the allocator's unrest, not a leak
-PATIENCE = 10.0  # seconds within which a dead producer must be an error
+READ_AHEAD = 6  # batches that a loader may have decoded beyond those it gave out
+GROWTH = 24e6  # bytes by which 20 epochs may grow the process: allocator noise, not a leak
+PATIENCE = 10.0  # seconds within which the death of the producer must raise an error
 
 
 def check_decoded_once(case: Case) -> str:
-    """No image is decoded twice for its pair of views; reading ahead is bounded."""
+    """An image is decoded once for its pair of views, and reading ahead is bounded."""
     loader = case.open()
     before = loader.decoded
     images = sum(batch.size for batch in loader.eval_batches(case.batch_size))
@@ -34,29 +35,29 @@ def check_decoded_once(case: Case) -> str:
     taken = take(loader, 40)
     decodes = loader.decoded - before - once
     assert decodes == 0 or 40 <= decodes / case.batch_size <= 40 + READ_AHEAD, f"{decodes} decodes for 40 batches"
-    return f"{decodes} decodes for {sum(batch.size for batch in taken)} pairs" if decodes else "decodes nothing anew"
+    return f"{decodes} decodes for {sum(batch.size for batch in taken)} pairs" if decodes else "decodes nothing again"
 
 
 def check_breaks(case: Case) -> str:
-    """Fifty loops left early leave no thread of Python's or of a library's."""
+    """Fifty loops left early leave no threads behind, neither Python's nor a library's."""
     loader = case.open()
-    take(loader, 2)  # what a library starts once, it keeps
+    take(loader, 2)  # so that threads which a library starts only once do not count
     before, tasks = set(threading.enumerate()), count_tasks()
     for _ in range(50):
         for _ in loader.batches(2):
             break
     gc.collect()
     left = set(threading.enumerate()) - before
-    assert not left, f"{len(left)} threads are left: {left.pop().name}"
-    deadline = time.monotonic() + 5  # the kernel forgets a joined thread a moment later
+    assert not left, f"{counted(len(left), 'thread')} left behind, such as {left.pop().name}"
+    deadline = time.monotonic() + 5  # the kernel lists a joined thread for a moment longer
     while count_tasks() > tasks and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert count_tasks() <= tasks, f"{count_tasks() - tasks} threads of a library are left"
-    return "none of 50 left a thread"
+    assert count_tasks() <= tasks, f"{counted(count_tasks() - tasks, 'thread')} of a library left behind"
+    return "no threads left behind"
 
 
 def check_memory(case: Case) -> str:
-    """Twenty epochs do not grow the process."""
+    """Twenty epochs do not make the process grow."""
     loader = case.open()
     steps = loader.batches_per_epoch
     for _ in itertools.islice(loader.batches(), 5 * steps):
@@ -70,7 +71,7 @@ def check_memory(case: Case) -> str:
 
 
 def check_many_loaders(case: Case) -> str:
-    """Ten loaders one after another: each is gone with its last reader, without waiting for the garbage collector."""
+    """Each of ten loaders is freed as soon as nobody refers to it, without waiting for the garbage collector."""
     before, alive = resident_bytes(), []
     gc.collect()
     gc.disable()
@@ -83,12 +84,12 @@ def check_many_loaders(case: Case) -> str:
     finally:
         gc.enable()
     left = sum(reference() is not None for reference in alive)
-    assert not left, f"{left} of 10 loaders that nobody holds are still there, with their buffers"
-    return f"ten are gone, {(resident_bytes() - before) / 1e6:+.1f} MB"
+    assert not left, f"{left} of 10 unused loaders were not freed, and hold their buffers"
+    return f"all freed, {(resident_bytes() - before) / 1e6:+.1f} MB"
 
 
 def check_bad(case: Case) -> str:
-    """An unreadable image is reported and replaced, or stops the run; `case.data` is that of `make_bad`."""
+    """Unreadable images are reported and replaced, or raise an error; `case.data` comes from `make_bad`."""
     if case.data is None:
         return "reads no files"
     loader = case.open(batch_size=NUM_BAD_SET)
@@ -99,19 +100,19 @@ def check_bad(case: Case) -> str:
     _check_names(loader.bad_images)
     loader = case.open(batch_size=NUM_BAD_SET)
     left = [i for batch in loader.eval_batches(5) for i in batch.index.tolist()]
-    assert left == [i for i in range(NUM_BAD_SET) if i not in BAD], f"an evaluation sees images {left}"
+    assert left == [i for i in range(NUM_BAD_SET) if i not in BAD], f"an evaluation saw images {left}"
     _check_names(loader.bad_images)
     try:
         take(case.open(batch_size=NUM_BAD_SET, on_bad_image="error"), 1)
     except ValueError as error:
         assert any(_name_of(i, str(error)) for i in BAD), f"the error does not name the image: {error}"
     else:
-        raise AssertionError("on_bad_image='error' did not stop at an unreadable image")
-    return f"images {', '.join(map(str, BAD))} were named, replaced, left out, refused"
+        raise AssertionError("on_bad_image='error' did not raise an error for an unreadable image")
+    return f"images {', '.join(map(str, BAD))} were named, replaced, left out and refused"
 
 
 def check_dead_producer(case: Case) -> str:
-    """When the thread that makes batches dies, its reader gets an error within seconds."""
+    """When the thread that makes the batches dies, the reader gets an error within seconds."""
     loader = case.open()
     before = threading.active_count()
     batches = loader.batches()
@@ -133,7 +134,7 @@ def check_dead_producer(case: Case) -> str:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM (Linux)."""
+    """Resident memory of this process (Linux)."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -144,7 +145,7 @@ def count_tasks() -> int:
 
 
 def _check_names(messages: list[str]) -> None:
-    assert len(messages) == len(BAD), f"{len(messages)} unreadable images were reported, there are {len(BAD)}"
+    assert len(messages) == len(BAD), f"{len(messages)} of {len(BAD)} unreadable images were reported"
     for i in BAD:
         assert any(_name_of(i, message) for message in messages), f"unreadable image {i} is not named: {messages}"
 

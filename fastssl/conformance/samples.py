@@ -1,4 +1,4 @@
-"""Small data sets that loaders are checked on: ordinary images, odd ones, unreadable ones; drawn, never downloaded."""
+"""Draws small data sets to check loaders with: of ordinary, of odd and of unreadable images."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from PIL import Image
 
 from fastssl.loaders.beton_file import open_beton
 
-# What a loader reads; one that is not named here reads .beton files
-KIND = {"folder": "folder", "dali": "folder", "synthetic": None}
+KIND = {"folder": "folder", "dali": "folder", "synthetic": None}  # what a loader reads; all others read .beton files
 BAD = (3, 4, 11)  # the unreadable images of `make_bad`: two in a row and the last
 NUM_BAD_SET = 12
 
 
 def reads_files(loader: str) -> bool:
-    """Does it read anything at all?"""
+    """Whether this loader reads files at all."""
     return KIND.get(loader, "beton") is not None
 
 
 def make_good(loader: str, root: Path, count: int = 26) -> Path | None:
-    """`count` ordinary JPEGs in three classes, as what `loader` reads; None for a loader that reads nothing."""
+    """`count` ordinary JPEGs in three classes, in the form that `loader` reads; None if it reads nothing."""
     for i in range(count):
         folder = root / "good" / f"class{i * 3 // count}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -30,7 +29,7 @@ def make_good(loader: str, root: Path, count: int = 26) -> Path | None:
 
 
 def make_odd(loader: str, root: Path) -> Path | None:
-    """One image of each kind that decoders treat differently."""
+    """One image of every kind that decoders treat differently."""
     folder = root / "odd"
     folder.mkdir()
     picture = Image.fromarray(_pixels(40, 45, 61))
@@ -61,7 +60,7 @@ def make_odd(loader: str, root: Path) -> Path | None:
 
 
 def make_bad(loader: str, root: Path) -> Path | None:
-    """NUM_BAD_SET images of which those of BAD cannot be decoded: empty, cut short, no image at all."""
+    """NUM_BAD_SET images, of which those in BAD cannot be decoded: empty, truncated, and not an image."""
     folder = root / "bad"
     folder.mkdir()
     for i in range(NUM_BAD_SET):
@@ -82,7 +81,7 @@ def make_bad(loader: str, root: Path) -> Path | None:
 
 
 def _pixels(i: int, height: int | None = None, width: int | None = None) -> np.ndarray:
-    """Image i, (H, W, 3) uint8: a smooth picture with some noise; sides from 24 to 60 that differ between images."""
+    """Image i, (H, W, 3) uint8: a smooth picture with some noise, and sides from 24 to 60 that depend on i."""
     random = np.random.default_rng(i)
     height, width = height or 24 + i * 7 % 37, width or 24 + i * 11 % 37
     coarse = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((width, height))
@@ -90,7 +89,7 @@ def _pixels(i: int, height: int | None = None, width: int | None = None) -> np.n
 
 
 def _as_kind(loader: str, folder: Path) -> Path | None:
-    """The folder as what `loader` reads."""
+    """The folder in the form that `loader` reads."""
     kind = KIND.get(loader, "beton")
     if kind != "beton":
         return folder if kind else None

@@ -1,4 +1,4 @@
-"""The stored images of a .beton file, decoded whole by libjpeg-turbo into windows of a batch."""
+"""Decodes the images of a .beton file with libjpeg-turbo, directly into the windows of a batch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fastssl.loaders.jpeg_decode import FATAL, decode_stored_images
 
 
 class BetonDecoder:
-    """Decodes images of one file from any thread.
+    """Decodes images of one file. Thread-safe.
 
-    cache: "page" decodes from the mapped file; "process" reads each image's bytes into memory of this process first,
-    for file systems on which mapped memory is slow or a read that fails must not end the process by a signal.
+    cache: "page" decodes from the memory-mapped file; "process" first reads each image's bytes with read(), for file
+    systems on which mapped files are slow, or on which a failing read must not kill the process (SIGBUS).
     Raises ValueError for another cache.
     """
 
@@ -30,24 +30,24 @@ class BetonDecoder:
         weakref.finalize(self, os.close, self._file)
 
     def name(self, i: int) -> str:
-        """What messages call image i."""
+        """The name of image i in messages."""
         return f"{self.beton.path}[{i}]"
 
     def pixel_bytes(self, record: np.ndarray) -> np.ndarray:
-        """(n,) int64, what each of the images takes when it is decoded."""
+        """(n,) int64: the decoded size of each image in bytes."""
         return self.beton.height[record].astype(np.int64) * self.beton.width[record] * 3
 
     def decode(self, record: np.ndarray, pixels: np.ndarray, offset: np.ndarray, images: BadImages) -> list[int]:
         """Decodes the images `record` (n,) int64 into `pixels` (P,) uint8 at `offset` (n,) int64.
 
-        Returns which of the n cannot be decoded; their windows hold anything. `images`, over `decode_one`, counts and
-        remembers them, and raises ValueError instead with policy "error".
+        Returns which of the n cannot be decoded; the content of their windows is undefined. images: a `BadImages` of
+        `decode_one`, which counts and remembers them, and raises ValueError with policy "error".
         """
         failed = self._decode_stored(record, pixels, offset)
         images.count(len(record) - len(failed))
         bad = []
         for i in failed:
-            image = images.load(int(record[i]))  # again, alone: what it takes to say why, or to know better
+            image = images.load(int(record[i]))  # tries again with `decode_one`, which knows more formats, and says why
             if image is None:
                 bad.append(i)
             else:
@@ -57,8 +57,8 @@ class BetonDecoder:
     def decode_one(self, i: int) -> np.ndarray:
         """Image i, (H, W, 3) uint8. Raises BadImage.
 
-        What libjpeg-turbo decodes with a warning is damaged. What it does not decode at all (CMYK, another format) is
-        left to the function the folder loader uses, so that the loaders agree on it.
+        An image that libjpeg-turbo decodes with a warning is damaged. One that it cannot decode (CMYK, another format)
+        is decoded by the folder loader's function, so that the loaders agree.
         """
         height, width = int(self.beton.height[i]), int(self.beton.width[i])
         pixels = np.empty(height * width * 3, np.uint8)
@@ -70,15 +70,14 @@ class BetonDecoder:
             raise BadImage(self.name(i), reason)
         image = decode_image(bytes(self.beton.bytes(i)), self.name(i))
         if image.shape[:2] != (height, width):
-            raise BadImage(
-                self.name(i), f"it is {image.shape[1]} x {image.shape[0]}, the index says {width} x {height}"
-            )
+            found = f"{image.shape[1]} x {image.shape[0]}"
+            raise BadImage(self.name(i), f"it is {found} but the index says {width} x {height}")
         return image
 
     def _decode_stored(self, record: np.ndarray, pixels: np.ndarray, offset: np.ndarray) -> dict[int, tuple[int, str]]:
         beton = self.beton
-        if os.fstat(self._file).st_size < len(beton.data):  # else touching what is gone ends the process by SIGBUS
-            raise ValueError(f"{beton.path} was cut short while it was read: copy it again")
+        if os.fstat(self._file).st_size < len(beton.data):  # reading beyond the end would kill the process (SIGBUS)
+            raise ValueError(f"{beton.path} was truncated while it was read: copy it again")
         data, pointer, size = beton.data, beton.pointer[record], beton.size[record]
         if self.cache == "process":
             data, pointer = self._read(pointer, size), np.cumsum(size) - size
@@ -93,12 +92,12 @@ class BetonDecoder:
             while count:
                 got = os.preadv(self._file, [memoryview(data)[place : place + count]], start)
                 if not got:
-                    raise ValueError(f"{self.beton.path} was cut short while it was read: copy it again")
+                    raise ValueError(f"{self.beton.path} was truncated while it was read: copy it again")
                 place, start, count = place + got, start + got, count - got
         return data
 
     def read_ahead(self, record: np.ndarray) -> None:
-        """Asks the disk for the bytes of some images; else it reads when they are touched, one image at a time."""
+        """Asks the system to read the bytes of these images now; otherwise it would read them one by one, on access."""
         if hasattr(os, "posix_fadvise"):
             for start, size in zip(self.beton.pointer[record].tolist(), self.beton.size[record].tolist()):
                 os.posix_fadvise(self._file, start, size, os.POSIX_FADV_WILLNEED)

@@ -1,4 +1,4 @@
-"""An FFCV .beton file as a loader sees it: labels, sizes and where each image's bytes lie. Does not need ffcv."""
+"""The index of a .beton file, for loaders: labels, sizes and where each image's bytes are. Does not need ffcv."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from fastssl.data_prep.beton_format import HEADER, IMAGE_FIELD, INT_FIELD, RAW, cut_short, read_tables, record_sizes
+from fastssl.data_prep.beton_format import HEADER, IMAGE_FIELD, INT_FIELD, RAW, read_tables, record_sizes, truncated
 from fastssl.data_prep.images import MAX_PIXELS
 from fastssl.data_prep.manifest import name_classes, read_manifest
+from fastssl.plural import counted
 
 
 @dataclass(frozen=True)
 class BetonFile:
-    """n images in a file that stays on disk; arrays are host memory, `data` is the mapped file."""
+    """The index of n images, in host memory; `data` is the memory-mapped file."""
 
     path: str
     data: np.ndarray  # (file bytes,) uint8, mapped and read-only
@@ -38,25 +39,28 @@ class BetonFile:
 
 
 def open_beton(path: str | os.PathLike, class_names: Sequence[str] | None = None) -> BetonFile:
-    """Maps a .beton file and checks that all it points to is there; reads no image.
+    """Maps a .beton file and checks its index, without reading an image.
 
-    Class names and the length in bytes come from the manifest `path`.json where there is one; without one the classes
-    are "0" to the largest label. `class_names` are those of another split, as in `number_labels`. Raises ValueError,
-    one sentence, for a file that is missing, foreign, cut short, or of a conversion that did not finish.
+    The class names come from the manifest `path`.json or, without one, are the numbers up to the largest label.
+    class_names: those of another split (`number_labels`). Raises ValueError for a file that is missing, truncated,
+    damaged, unfinished or not a .beton file.
     """
     tables = read_tables(path)
     path, data = tables.path, tables.data
     image, label = tables.column(IMAGE_FIELD, "image"), tables.column(INT_FIELD, "label")
     if image is None:
         names = ", ".join(name for name, _ in tables.fields)
-        raise ValueError(f"{path} has no image field, only {names}: write it with an RGBImageField")
+        raise ValueError(f"{path} has no image field, only {names}: write the file with an RGBImageField")
     pointer, size = image["pointer"].astype(np.int64), record_sizes(tables, image["pointer"])
     label = np.full(len(image), -1, np.int64) if label is None else label.astype(np.int64)
     manifest = read_manifest(Path(path))
     if manifest and manifest["file_bytes"] != len(data):
-        raise cut_short(path, f"its manifest tells of {manifest['file_bytes']:,} bytes and there are {len(data):,}")
+        raise truncated(path, f"it has {len(data):,} bytes, and its manifest says {manifest['file_bytes']:,}")
     if manifest and manifest["num_images"] != len(label):
-        raise ValueError(f"{path} has {len(label):,} images, its manifest tells of {manifest['num_images']:,}")
+        images = counted(len(label), "image")
+        raise ValueError(
+            f"{path} has {images}, and its manifest says {manifest['num_images']:,}: convert the images again"
+        )
     names = name_classes(Path(path), manifest, int(label.max(initial=-1)))
     label, names = number_labels(path, label, names, class_names)
     mode, height, width = image["mode"].copy(), image["height"].astype(np.int32), image["width"].astype(np.int32)
@@ -68,27 +72,30 @@ def open_beton(path: str | os.PathLike, class_names: Sequence[str] | None = None
 def number_labels(
     path: str, label: np.ndarray, names: list[str], class_names: Sequence[str] | None
 ) -> tuple[np.ndarray, list[str]]:
-    """Labels (n,) of the classes `names` numbered by a list made elsewhere (an evaluation split's by the training
-    split's), and that list; as they are without one. Raises ValueError when a class is not on the list."""
-    label = np.maximum(label, -1)  # any below 0 is no class
+    """Labels (n,) of the classes `names` renumbered by the list `class_names` of another split, and that list.
+
+    Without `class_names` they stay as they are. Raises ValueError when a class is not on the list.
+    """
+    label = np.maximum(label, -1)  # every negative label means: no class
     if not class_names or not names:
         return label, names
     number = {name: i for i, name in enumerate(class_names)}
     if unknown := [name for name in names if name not in number]:
-        raise ValueError(f"{path} has a class {unknown[0]!r} that is not among the {len(number)} of the other split")
+        known = counted(len(number), "class", "classes")
+        raise ValueError(f"{path} has a class {unknown[0]!r} that is not among the {known} of the other split")
     renumber = np.array([number[name] for name in names], np.int64)
     return np.where(label < 0, -1, renumber[label]), list(class_names)
 
 
 def _check_images(beton: BetonFile, table: int) -> None:
-    """Every image must have pixels, a known mode, and bytes before the table."""
+    """Raises ValueError unless every image has pixels, a known mode, and its bytes before the allocation table."""
     pixel_bytes = beton.height.astype(np.int64) * beton.width * 3
     wrong = {
         "has no pixels": pixel_bytes == 0,
         f"has more than {MAX_PIXELS:,} pixels": pixel_bytes > MAX_PIXELS * 3,
-        "is stored in an unknown way": beton.mode > RAW,
+        "is stored in an unknown mode": beton.mode > RAW,
         "has too few or too many bytes for its height and width": (beton.mode == RAW) & (beton.size != pixel_bytes),
-        "lies outside of the file's data": (beton.pointer < HEADER.itemsize) | (beton.pointer + beton.size > table),
+        "lies outside the file": (beton.pointer < HEADER.itemsize) | (beton.pointer + beton.size > table),
     }
     for what, where in wrong.items():
         if where.any():

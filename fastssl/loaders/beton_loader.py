@@ -1,7 +1,7 @@
-"""Images from an FFCV .beton file: each decoded once, whole, at its own size, by threads in libjpeg-turbo.
+"""Images from a .beton file, each decoded once, whole and at its own size, by threads that run libjpeg-turbo.
 
-Not through FFCV's `Loader`: it decodes once for each view, overwrites a batch while it is read, leaves a thread behind
-at every `break`, waits for ever when one dies, and shows another image's pixels for one it cannot decode.
+This does not use FFCV's `Loader`, which decodes once per view, overwrites a batch while it is read, leaves a thread
+behind at every `break`, hangs when one dies, and gives another image's pixels for an image that it cannot decode.
 """
 
 from __future__ import annotations
@@ -30,22 +30,20 @@ _CHUNK = 32  # images per task at most
 
 
 class _Pending(NamedTuple):
-    """A batch while threads decode it."""
+    """A batch that threads are decoding."""
 
-    index: np.ndarray  # (B,) int64, the places
-    record: np.ndarray  # (B,) int64, the images that fill them: their own but where one is known to be bad
+    index: np.ndarray  # (B,) int64, the images wanted
+    record: np.ndarray  # (B,) int64, the images decoded: the same, except for replacements of known bad ones
     offset: np.ndarray  # (B,) int64
     pixels: Tensor  # (P,) uint8
-    tasks: list[Future]  # each the rows that could not be decoded
+    tasks: list[Future]  # each returns the rows that could not be decoded
 
 
 class BetonLoader:
-    """Loader over a .beton file of any FFCV 1.0 writer (jpg, raw, proportion, smart); the contract is `make.Loader`.
+    """Loader of a .beton file from any FFCV 1.0 writer (jpg, raw, proportion, smart); the contract is `make.Loader`.
 
-    cache: "page" or "process" (`BetonDecoder`). read_ahead: as in `Prefetcher`. on_bad_image: "skip" gives the place of
-    an image that cannot be decoded to the next one that can (pixels and label are the replacement's; index, and so
-    augmentation, stay the place's own), "error" raises ValueError. An evaluation leaves it out instead.
-    Raises ValueError as `open_beton`, and when there are fewer images than one global batch.
+    cache: "page" or "process" (`BetonDecoder`). read_ahead: see `Prefetcher`. on_bad_image: as in `FolderLoader`.
+    Raises ValueError as `open_beton` does, and when there are fewer images than one global batch.
     """
 
     def __init__(
@@ -76,7 +74,7 @@ class BetonLoader:
 
     @property
     def bad_images(self) -> list[str]:
-        """The images that could not be decoded, "path[i]: reason": a list that only grows at its end."""
+        """The unreadable images met so far, "path[i]: reason", in the order in which they were met."""
         return self._images.messages
 
     @property
@@ -85,11 +83,11 @@ class BetonLoader:
         return self._images.decoded
 
     def pixel_bytes(self, chosen: Sequence[int] | np.ndarray) -> int:
-        """Bytes of the chosen images once they are decoded."""
+        """The decoded size of the chosen images in bytes."""
         return int(self._decoder.pixel_bytes(np.asarray(chosen)).sum())
 
     def batches(self, first: int = 0) -> Iterator[ImageBatch]:
-        """Batch first, first + 1, ... of this rank without end, each of `batch_size` images."""
+        """Batches first, first + 1, ... of this rank, of `batch_size` images each, without end."""
         shares = train_shares(
             self.num_images, self.batch_size, self.seed, self.rank, self.world_size, first, order=self.order
         )
@@ -98,23 +96,24 @@ class BetonLoader:
     def eval_batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1, limit: int | None = None
     ) -> Iterator[ImageBatch]:
-        """This rank's contiguous part of all images (or of `limit` evenly spread ones) in file order, tail included."""
+        """This rank's contiguous part of all images, or of `limit` evenly spread ones, in file order."""
         return self.read(eval_shares(self.num_images, batch_size, rank, world_size, limit))
 
     def read(self, shares: Iterator[Tensor], *, replace_bad: bool = False) -> Iterator[ImageBatch]:
-        """As `FolderLoader.read`."""
+        """See `FolderLoader.read`."""
         return self._prefetcher.iterate(self._decode_batches(shares, replace_bad))
 
     def close(self) -> None:
-        """Ends all threads; iterators still in use raise."""
+        """Ends all threads; iterators in use raise RuntimeError."""
         self._prefetcher.close()
 
     def _decode_batches(self, shares: Iterator[Tensor], replace: bool) -> Iterator[ImageBatch]:
-        """CPU batches in the order of `shares`, however the threads finish."""
+        """CPU batches in the order of `shares`, whichever thread finishes first."""
         pool = reader_threads(self.workers, "fastssl-decode", self._prefetcher.device)
-        begun = (self._start(pool, share.numpy().copy(), replace) for share in shares)
         try:
-            for pending in ahead(begun, self._prefetcher.read_ahead):  # none waits for the slowest image of one batch
+            started = (self._start(pool, share.numpy().copy(), replace) for share in shares)
+            # so many batches are started ahead that the threads need not wait for the slowest image of a batch
+            for pending in ahead(started, self._prefetcher.read_ahead):
                 batch = self._finish(pending, replace)
                 if batch.size:
                     yield batch
@@ -122,7 +121,7 @@ class BetonLoader:
             pool.shutdown(cancel_futures=True)
 
     def _start(self, pool: ThreadPoolExecutor, index: np.ndarray, replace: bool) -> _Pending:
-        """Lays a batch out back to back, asks the disk for its bytes, hands it to the threads a few images a task."""
+        """Lays a batch out, starts to read its bytes from the disk, and gives it to the threads in small tasks."""
         record = index
         if self._images.messages:
             if not replace:
@@ -142,20 +141,20 @@ class BetonLoader:
         return _Pending(index, record, offset, pixels, tasks)
 
     def _make_room(self, size: int) -> Tensor:
-        """(size,) uint8 that nobody else holds; pinned for a GPU, where torch's events guard its reuse."""
+        """(size,) uint8 that nobody else uses; for a GPU in pinned memory, whose reuse torch's events guard."""
         if self._prefetcher.device.type == "cuda":
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
         return torch.from_numpy(self._buffers.take(size))
 
     def _finish(self, batch: _Pending, replace: bool) -> ImageBatch:
-        """Waits for the threads; replaces or leaves out what they could not decode."""
+        """Waits for the threads; replaces, or leaves out, the images that they could not decode."""
         index, record, offset, pixels = batch[:4]
         bad = [row for task in batch.tasks for row in task.result()]
         if bad and replace:
             record = record.copy()
             for row in bad:
                 image, record[row] = self._images.load_replacing(int(record[row]))
-                offset[row] = len(pixels)  # behind all others
+                offset[row] = len(pixels)  # the replacement goes behind all others
                 pixels = torch.cat([pixels, torch.from_numpy(image.reshape(-1))])
         elif bad:
             index, record, offset = (np.delete(array, bad) for array in (index, record, offset))

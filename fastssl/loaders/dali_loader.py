@@ -1,4 +1,4 @@
-"""Images decoded by NVIDIA DALI, whole and once, from encoded bytes that it is handed in our order."""
+"""Images decoded by NVIDIA DALI, each once and whole; DALI is given their encoded bytes in our order."""
 
 from __future__ import annotations
 
@@ -27,12 +27,11 @@ _CHUNK = 16  # images per task at most
 
 
 class DaliLoader:
-    """Loader over a folder, a .beton file of JPEGs, or tar shards; the contract is `make.Loader`.
+    """Loader of a folder, a .beton file of JPEGs, or tar shards; the contract is `make.Loader`.
 
-    Unreadable images are treated as `FolderLoader` treats them. On a CPU the pixels are those of the folder loader,
-    since both decode by libjpeg-turbo; on a GPU nvJPEG's may differ by a few grey levels. read_ahead: as in
-    `Prefetcher`, of encoded images.
-    Raises ValueError when there are no images, fewer than one global batch, or no DALI.
+    on_bad_image: as in `FolderLoader`. On a CPU the pixels are those of the folder loader, as both use libjpeg-turbo;
+    on a GPU nvJPEG may differ by a few grey levels. read_ahead: see `Prefetcher`; here of encoded images.
+    Raises ValueError when there are fewer images than one global batch, or DALI is not installed.
     """
 
     def __init__(
@@ -58,11 +57,11 @@ class DaliLoader:
         self._reader = ItemReader(encoded, on_bad_image)
         self._prefetcher = Prefetcher(device, read_ahead)
         self._buffers = RecycledBuffers()
-        self._make_decoder(1)  # now, so that what does not work here is an error before a run begins
+        self._make_decoder(1)  # so that an error is raised now and not when the run has begun
 
     @property
     def bad_images(self) -> list[str]:
-        """The unreadable images met so far, "name: reason": a list that only grows at its end."""
+        """The unreadable images met so far, "name: reason", in the order in which they were met."""
         return self._reader.images.messages
 
     @property
@@ -71,7 +70,7 @@ class DaliLoader:
         return self._reader.images.decoded
 
     def batches(self, first: int = 0) -> Iterator[ImageBatch]:
-        """Batch first, first + 1, ... of this rank without end, each of `batch_size` images."""
+        """Batches first, first + 1, ... of this rank, of `batch_size` images each, without end."""
         shares = train_shares(
             self.num_images, self.batch_size, self.seed, self.rank, self.world_size, first, order=self.order
         )
@@ -80,33 +79,34 @@ class DaliLoader:
     def eval_batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1, limit: int | None = None
     ) -> Iterator[ImageBatch]:
-        """This rank's contiguous part of all images (or of `limit` evenly spread ones) in file order, tail included."""
+        """This rank's contiguous part of all images, or of `limit` evenly spread ones, in file order."""
         shares = eval_shares(self.num_images, batch_size, rank, world_size, limit)
         return self._prefetcher.iterate(self._decode(self._read(shares, False), batch_size, False))
 
     def close(self) -> None:
-        """Ends all threads; iterators still in use raise."""
+        """Ends all threads; iterators in use raise RuntimeError."""
         self._prefetcher.close()
 
     def _read(self, shares: Iterator[Tensor], replace: bool) -> Iterator[list[Item]]:
         """The images of each share, read by threads."""
 
         def read_chunk(chunk: list[int]) -> list[Item]:
-            return [item for i in chunk if (item := self._reader.read(i, replace)) is not None]
+            items = [self._reader.read(i, replace) for i in chunk]
+            return [item for item in items if item is not None]
 
-        def read_share(share: Tensor) -> list[Future]:
+        def start(share: Tensor) -> list[Future]:
             chunks = share.split(max(1, min(_CHUNK, len(share) // (2 * self.workers))))
             return [pool.submit(read_chunk, chunk.tolist()) for chunk in chunks]
 
         pool = reader_threads(self.workers, "fastssl-read", self._prefetcher.device)
         try:
-            for tasks in ahead(map(read_share, shares), self._prefetcher.read_ahead):
-                yield [item for task in tasks for item in task.result()]
+            for futures in ahead(map(start, shares), self._prefetcher.read_ahead):
+                yield [item for future in futures for item in future.result()]
         finally:
             pool.shutdown(cancel_futures=True)
 
     def _decode(self, batches: Iterator[list[Item]], max_batch: int, replace: bool) -> Iterator[ImageBatch]:
-        """Packed batches in their order, one in DALI while the next is handed to it."""
+        """Packed batches in their order; while DALI decodes one, it is already given the next."""
         decoder = self._make_decoder(max_batch)
         waiting: deque[list[Item]] = deque()
         try:
@@ -133,9 +133,9 @@ class DaliLoader:
         return JpegDecoder(max_batch, self.workers, self._prefetcher.device)
 
     def _set_aside_refused(self, waiting: deque[list[Item]], replace: bool, error: DaliFailed) -> None:
-        """Finds the images DALI cannot decode, each tried alone, and lets Pillow decode or condemn them.
+        """Tries every image alone, and leaves those that DALI cannot decode to Pillow.
 
-        Raises `error` when it is no image's fault.
+        Raises `error` if DALI decodes each of them, so that no image is at fault.
         """
         jpegs = [item for items in waiting for item in items if item.jpeg is not None]
         refused = {item.index for item in jpegs if not self._decodes(item.jpeg)}
@@ -162,7 +162,7 @@ class DaliLoader:
         return torch.from_numpy(self._buffers.take(num_bytes))
 
     def _pack(self, decoder: JpegDecoder, items: list[Item]) -> ImageBatch:
-        """DALI's images, then Pillow's, in one buffer; windows in the order of `items`."""
+        """A batch in the order of `items`; its buffer holds first the images DALI has decoded, then Pillow's."""
         rows = sorted(range(len(items)), key=lambda n: items[n].jpeg is None)
         others = [items[n].pixels for n in rows if items[n].jpeg is None]
         extra = sum(image.size for image in others)
@@ -172,7 +172,7 @@ class DaliLoader:
         start = np.concatenate([[0], np.cumsum(shapes.prod(axis=1) * 3)])
         for image, at in zip(others, start[len(items) - len(others) :]):
             pixels[at : at + image.size].copy_(torch.from_numpy(image.reshape(-1)))
-        place = np.argsort(rows)  # of each item in the buffer
+        place = np.argsort(rows)  # of each item, in the buffer
         return ImageBatch(
             pixels=pixels,
             offset=torch.from_numpy(start[:-1][place]),

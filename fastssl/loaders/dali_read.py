@@ -1,7 +1,7 @@
-"""What DALI is given and what it is spared: plain JPEGs as bytes, everything else as pixels.
+"""Decides what DALI decodes: plain JPEGs. All other images are decoded here, by Pillow.
 
-Plain is 8-bit, Huffman-coded, grey or YCbCr, upright, whole. What is anything else (PNG, CMYK, turned by EXIF, cut
-short) is decoded, or found unreadable, by the function the folder loader uses, so that the two cannot disagree.
+A plain JPEG is 8-bit, Huffman-coded, grey or YCbCr, upright and complete. Anything else (PNG, CMYK, rotated by EXIF,
+truncated) is decoded, or found unreadable, by the folder loader's function, so that the loaders agree.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastssl.loaders.encoded import EncodedImages
 
 
 class Item(NamedTuple):
-    """An image on its way: the bytes of a JPEG, or pixels."""
+    """An image to be put into a batch: the bytes of a JPEG for DALI, or decoded pixels."""
 
     index: int
     label: int
@@ -26,33 +26,36 @@ class Item(NamedTuple):
 
 
 def is_plain_jpeg(data: bytes) -> bool:
-    """May every JPEG decoder be trusted to show this file as Pillow does?"""
+    """Whether every JPEG decoder decodes this file as Pillow does."""
     try:
         facts = read_jpeg_facts(data)
     except NotPlain:
         return False
-    # Adobe's marker may say that the three components are RGB
+    # Adobe's marker may say that the components are RGB, not YCbCr.
     return facts.width * facts.height <= MAX_PIXELS and b"Adobe\0" not in data
 
 
 class ItemReader:
-    """Reads images by index; safe to use from several threads. on_bad_image: "skip" or "error" (`BadImages`)."""
+    """Reads images by index. Thread-safe. on_bad_image: "skip" or "error" (`BadImages`)."""
 
     def __init__(self, encoded: EncodedImages, on_bad_image: str) -> None:
         self.encoded = encoded
         self.images = BadImages(on_bad_image, len(encoded.label), self._decode)
-        self.refused: set[int] = set()  # plain JPEGs that DALI could not decode all the same
+        self.refused: set[int] = set()  # plain JPEGs that DALI nevertheless could not decode
 
     def read(self, index: int, replace: bool) -> Item | None:
-        """Image `index`; what takes its place when it cannot be read, or None where nothing is to `replace` it."""
+        """Image `index`. If it cannot be read: with `replace` its replacement, otherwise None."""
         if index not in self.images and index not in self.refused:
             try:
                 data = self.encoded.read(index)
             except BadImage:
-                data = b""  # is met again, and reported, below
+                data = b""  # `self.images` below reads it again and reports the error
             if is_plain_jpeg(data):
                 return Item(index, int(self.encoded.label[index]), np.frombuffer(data, dtype=np.uint8), None)
-        pixels, used = self.images.load_replacing(index) if replace else (self.images.load(index), index)
+        if replace:
+            pixels, used = self.images.load_replacing(index)
+        else:
+            pixels, used = self.images.load(index), index
         return None if pixels is None else Item(index, int(self.encoded.label[used]), None, pixels)
 
     def _decode(self, index: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Encoded images by index, whatever they lie in: an image folder, a .beton file, or tar shards with index files."""
+"""Gives the encoded bytes of images by index, from an image folder, a .beton file, or tar shards with index files."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ _INDEX_VERSIONS = ("v1.1", "v1.2")
 
 
 class EncodedImages(NamedTuple):
-    """n encoded images (JPEG, PNG, ... files in memory or on disk); safe to use from several threads."""
+    """n encoded images (JPEG, PNG, ... files in memory or on disk). Thread-safe."""
 
     read: Callable[[int], bytes]  # the encoded bytes of image i; raises BadImage when they cannot be read
-    name: Callable[[int], str]  # what messages call image i
+    name: Callable[[int], str]  # the name of image i in messages
     label: np.ndarray  # (n,) int64, -1 where there are no classes
     class_names: list[str]
 
 
 def open_encoded(data: str | os.PathLike, class_names: Sequence[str] | None = None) -> EncodedImages:
-    """The encoded images of a folder (the rules of `find_images`), a .beton file, a .tar or a folder of .tar shards.
+    """The encoded images of a folder (by the rules of `find_images`), a .beton file, a .tar or a folder of .tar shards.
 
-    Shards are in the WebDataset layout (an image and a `.cls` with the class number under one name), each with a DALI
-    index file beside it (`NAME.tar`, `NAME.idx`). `class_names` numbers the labels by another split's.
-    Raises ValueError, one sentence, when there is nothing to read or when images are stored as raw pixels.
+    Shards have the WebDataset layout (an image and a `.cls` file with the class number under one name), each with a
+    DALI index file beside it (`NAME.tar`, `NAME.idx`). class_names: those of another split, to number the labels alike.
+    Raises ValueError when there is nothing to read, or when images are stored as raw pixels.
     """
     data = os.fspath(data)
     if data.endswith(".tar") and os.path.isfile(data):
@@ -60,7 +60,7 @@ def _from_beton(data: str, class_names: Sequence[str] | None) -> EncodedImages:
     beton = open_beton(data, class_names)
     if raw := int((beton.mode == RAW).sum()):
         raise ValueError(
-            f"{data} stores {raw:,} of {len(beton):,} images as raw pixels, which need no decoder: use --loader beton"
+            f"{data} stores {raw:,} of its {len(beton):,} images as raw pixels, not as JPEGs: use --loader beton"
         )
     return EncodedImages(
         read=lambda i: bytes(beton.bytes(i)),
@@ -71,7 +71,7 @@ def _from_beton(data: str, class_names: Sequence[str] | None) -> EncodedImages:
 
 
 def _from_shards(data: str, folder: str, tars: Sequence[str], class_names: Sequence[str] | None) -> EncodedImages:
-    """Shards are opened anew for each image: a thousand of them would be more files than a process may hold open."""
+    """Images of shards. A shard is opened anew for each image, because a process may not keep a thousand files open."""
     samples = [sample for tar in tars for sample in _read_index(tar)]
     if not samples:
         raise ValueError(f"the shards of {data} hold no images: make them again with 'fastssl prep shards'")
@@ -83,7 +83,7 @@ def _from_shards(data: str, folder: str, tars: Sequence[str], class_names: Seque
 
 
 def _read_index(tar: str) -> list[tuple[Place, int]]:
-    """Place and label of each sample of a shard."""
+    """The place and the label of each sample of a shard."""
     path = os.path.splitext(tar)[0] + ".idx"
     if not os.path.getsize(tar):
         raise ValueError(f"the shard {tar} is empty: make the shards again with 'fastssl prep shards'")
@@ -93,31 +93,31 @@ def _read_index(tar: str) -> list[tuple[Place, int]]:
         version, _, count = file.readline().partition(" ")
         lines = file.read().splitlines()
     if version not in _INDEX_VERSIONS or not count.strip().isdigit() or int(count) != len(lines):
-        raise ValueError(f"{path} is not a whole DALI index of version 1.1 or 1.2: make it again")
+        raise ValueError(f"{path} is not a complete DALI index of version 1.1 or 1.2: make it again")
     samples = []
     with open(tar, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         for number, line in enumerate(lines):
             try:
                 parts = _parse(line, 4 if version == "v1.2" else 3)
-                image = min((part for part in parts if part.kind != "cls"), key=_least_likely)
+                image = min((part for part in parts if part.kind != "cls"), key=_unlikely_image)
             except (ValueError, IndexError):
                 raise ValueError(f"line {number + 2} of {path} is damaged: make the index again") from None
             if max(part.start + part.size for part in parts) > len(mapped):
-                raise ValueError(f"the shard {tar} is cut short: {path} tells of more bytes; copy it again")
+                raise ValueError(f"the shard {tar} is truncated: its index {path} lists more bytes; copy it again")
             name = f"{tar}/{image.name or f'{number}.{image.kind}'}"
             texts = [mapped[part.start : part.start + part.size] for part in parts if part.kind == "cls"]
-            label = class_number(texts[0], f"the .cls beside {name}") if texts else -1
+            label = class_number(texts[0], f"the .cls file beside {name}") if texts else -1
             samples.append((Place(name, os.path.abspath(tar), image.start, image.size), label))
     return samples
 
 
 class _Part(NamedTuple):
-    """A file of a sample, as an index tells of it."""
+    """A file of a sample, as listed in an index."""
 
     kind: str
     start: int
     size: int
-    name: str = ""  # unknown before version 1.2
+    name: str = ""  # only in version 1.2
 
 
 def _parse(line: str, fields: int) -> list[_Part]:
@@ -128,6 +128,6 @@ def _parse(line: str, fields: int) -> list[_Part]:
     ]
 
 
-def _least_likely(part: _Part) -> tuple[bool, int]:
-    """How little a part of a sample looks like its image: .jpg is one, .mask.png less so, .json is none."""
+def _unlikely_image(part: _Part) -> tuple[bool, int]:
+    """A sort key that puts .jpg before .mask.png, and that before .json, to find the image of a sample."""
     return not is_image_name(f"x.{part.kind}"), part.kind.count(".")

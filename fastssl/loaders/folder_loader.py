@@ -1,13 +1,15 @@
-"""Images from a folder of files: each decoded once, whole, at its own size, by threads.
+"""Images from a folder of files, each decoded once, whole and at its own size, by threads.
 
-Threads, not processes: Pillow decodes without the GIL, and a decoded photograph costs more to send between processes
-than that gains (1.3 times the CPU time and 0.85 of the rate, 500-pixel JPEGs, two threads or DataLoader workers).
+Threads, not processes, because Pillow decodes without the GIL, and sending decoded images between processes costs more
+than it gains (two DataLoader workers took 1.3 times the CPU time of two threads at 0.85 times the rate, on 500-pixel
+JPEGs).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 
 import numpy as np
 import torch
@@ -23,17 +25,17 @@ from fastssl.loaders.prefetch import Prefetcher
 from fastssl.loaders.recycle import RecycledBuffers
 from fastssl.threads import reader_threads
 
-_CHUNK = 16  # images per task at most: large enough that handing tasks out costs nothing
+_CHUNK = 16  # images per task at most, enough to make the cost of handing out tasks negligible
 
 Decoded = tuple[np.ndarray, int, int]  # pixels (H, W, 3) uint8, index, label
 
 
 class FolderLoader:
-    """Loader over `root/train/<class>/*`, `root/<class>/*`, a flat folder or a listing; the contract is `make.Loader`.
+    """Loader of `root/train/<class>/*`, `root/<class>/*`, a flat folder or a listing; the contract is `make.Loader`.
 
-    on_bad_image: "skip" gives the place of an unreadable image to the next readable one in file order (pixels and
-    label are the replacement's; `index`, and so its augmentation, stay the place's own) and lists it in `bad_images`;
-    "error" raises ValueError. An evaluation leaves unreadable images out instead. read_ahead: as in `Prefetcher`.
+    on_bad_image: "skip" replaces an unreadable image by the next readable one in file order (its pixels and label, but
+    the index, and so the augmentation, of the unreadable one) and lists it in `bad_images`; "error" raises ValueError.
+    Evaluations leave unreadable images out instead. read_ahead: see `Prefetcher`.
     Raises ValueError when the folder holds no images or fewer than one global batch.
     """
 
@@ -59,14 +61,14 @@ class FolderLoader:
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.workers = workers or default_workers()
         self.order = order
-        path = self.folder.path  # not self: a loader in a cycle would keep its buffers until the garbage collector runs
+        path = self.folder.path  # a lambda with self would make a cycle, which keeps buffers until garbage collection
         self._images = BadImages(on_bad_image, self.num_images, lambda i: decode_image(path(i)))
         self._prefetcher = Prefetcher(device, read_ahead)
         self._buffers = RecycledBuffers()
 
     @property
     def bad_images(self) -> list[str]:
-        """The unreadable images met so far, "path: reason": a list that only grows at its end."""
+        """The unreadable images met so far, "path: reason", in the order in which they were met."""
         return self._images.messages
 
     @property
@@ -75,11 +77,11 @@ class FolderLoader:
         return self._images.decoded
 
     def pixel_bytes(self, chosen: Iterable[int]) -> int:
-        """Bytes of the chosen images once they are decoded, by what their headers say."""
+        """The decoded size of the chosen images in bytes, from their headers."""
         return folder_pixel_bytes(self.folder, chosen, self.workers)
 
     def batches(self, first: int = 0) -> Iterator[ImageBatch]:
-        """Batch first, first + 1, ... of this rank without end, each of `batch_size` images."""
+        """Batches first, first + 1, ... of this rank, of `batch_size` images each, without end."""
         shares = train_shares(
             self.num_images, self.batch_size, self.seed, self.rank, self.world_size, first, order=self.order
         )
@@ -88,32 +90,37 @@ class FolderLoader:
     def eval_batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1, limit: int | None = None
     ) -> Iterator[ImageBatch]:
-        """This rank's contiguous part of all images (or of `limit` evenly spread ones) in file order, tail included."""
+        """This rank's contiguous part of all images, or of `limit` evenly spread ones, in file order."""
         return self.read(eval_shares(self.num_images, batch_size, rank, world_size, limit))
 
     def read(self, shares: Iterator[Tensor], *, replace_bad: bool = False) -> Iterator[ImageBatch]:
-        """The images of each (n,) tensor of indices, in its order, for evaluations with an order of their own.
+        """A batch for each (n,) tensor of indices, in its order, for evaluations with an order of their own.
 
-        Unreadable images are left out (a batch without any is not given at all) or, with replace_bad, replaced.
+        Unreadable images are left out (as is a batch that would be empty) or, with replace_bad, replaced.
         """
         load = self._load_replacing if replace_bad else self._load_or_leave_out
         return self._prefetcher.iterate(self._decode_batches(shares, load))
 
     def close(self) -> None:
-        """Ends all threads; iterators still in use raise."""
+        """Ends all threads; iterators in use raise RuntimeError."""
         self._prefetcher.close()
 
     def _decode_batches(self, shares: Iterator[Tensor], load: Callable[[int], Decoded | None]) -> Iterator[ImageBatch]:
-        """Packed CPU batches in the order of `shares`, however the threads finish; `load` maps an index to Decoded."""
+        """Packed CPU batches in the order of `shares`, whichever thread finishes first; `load` decodes an index."""
 
         def load_chunk(chunk: list[int]) -> list[Decoded]:
-            return [decoded for i in chunk if (decoded := load(i)) is not None]
+            images = [load(i) for i in chunk]
+            return [image for image in images if image is not None]
+
+        def start(share: Tensor) -> list[Future]:
+            return [pool.submit(load_chunk, chunk) for chunk in self._chunks(share)]
 
         pool = reader_threads(self.workers, "fastssl-decode", self._prefetcher.device)
-        begun = ([pool.submit(load_chunk, chunk) for chunk in self._chunks(share)] for share in shares)
         try:
-            for tasks in ahead(begun, self._prefetcher.read_ahead):  # none waits for the slowest image of one batch
-                if decoded := [image for task in tasks for image in task.result()]:
+            # so many batches are started ahead that the threads need not wait for the slowest image of a batch
+            for futures in ahead(map(start, shares), self._prefetcher.read_ahead):
+                decoded = [image for future in futures for image in future.result()]
+                if decoded:
                     yield pack_images(*zip(*decoded), allocate=self._buffers.take)
         finally:
             pool.shutdown(cancel_futures=True)
@@ -132,5 +139,5 @@ class FolderLoader:
 
 
 def default_workers() -> int:
-    """Cores this process may use, shared with the other ranks on the machine."""
+    """This process's share of the cores: those it may use, divided by the number of ranks on the machine."""
     return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -1,10 +1,10 @@
-"""JPEGs and raw pixels of a .beton file decoded by libjpeg-turbo, FFCV's decoder, many images a call without the GIL.
+"""Decodes JPEGs and raw pixels of a .beton file with libjpeg-turbo: many images per call, without the GIL.
 
-Between two images there must be no Python: a thread that asks for the GIL while the training loop holds it waits up to
-5 ms, ten times what an image takes. So the loop is machine code, which llvmlite makes at import in 5 ms; written for
-numba it took 0.4 s to load even when numba had kept it on disk. FFCV's own library is not used: importing ffcv takes
-seconds and sets torch to one thread, and its `imdecode` hides why it failed, scales an image whose size is not the
-stated one, and always takes the fast, inexact IDCT.
+There must be no Python between two images: a thread that needs the GIL while the training loop holds it waits up to
+5 ms, ten times the time an image takes. So the loop is machine code, which llvmlite generates at import in 5 ms; the
+same loop in numba took 0.4 s to load even from numba's cache. FFCV's own library is not used, because importing ffcv
+takes seconds and sets torch to one thread, and its `imdecode` hides the reason of a failure, rescales an image whose
+size is not the stated one, and always uses the fast, inexact IDCT.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 
-GOOD, WARNING, FATAL, WRONG_SIZE = range(4)  # of an image, after decoding
-_MESSAGE = 200  # bytes of libjpeg's longest message
+GOOD, WARNING, FATAL, WRONG_SIZE = range(4)  # the result for an image
+_MESSAGE = 200  # size of libjpeg's message buffer in bytes
 _RGB = 0  # TJPF_RGB
-_ACCURATE = 4096  # TJFLAG_ACCURATEDCT, as Pillow's; the fast one is off by a grey level in the mean and saves 2 %
-# All rows are there by then: some cameras and tools pad the data before the end-of-image marker
+_ACCURATE = 4096  # TJFLAG_ACCURATEDCT, as in Pillow; the fast IDCT is off by a grey level on average and saves 2 %
+# All rows have been decoded by then: some cameras and tools pad the data before the end-of-image marker.
 _HARMLESS = ("extraneous bytes before marker 0xd9",)
 
-_STORED = np.dtype(  # one image as the compiled loop sees it: where it lies, where it goes; then what came of it
+_STORED = np.dtype(  # an image's entry in the table of the compiled loop: input first, then results
     [
-        ("source", "i8"),  # addresses
-        ("target", "i8"),
-        ("size", "i8"),
+        ("source", "i8"),  # address of the stored bytes
+        ("target", "i8"),  # address of the pixels
+        ("size", "i8"),  # stored bytes
         ("width", "i4"),
         ("height", "i4"),
         ("raw", "i4"),
         ("status", "i4"),  # GOOD, WARNING or FATAL
-        ("own_width", "i4"),  # what the JPEG itself says
+        ("own_width", "i4"),  # as the JPEG's header says
         ("own_height", "i4"),
         ("subsampling", "i4"),
         ("colours", "i4"),
@@ -54,7 +54,7 @@ _CALLS = {  # name: (result, arguments)
 
 
 def _find_calls() -> None:
-    """Tells LLVM where the functions of _CALLS are; raises ImportError where libturbojpeg is not."""
+    """Tells LLVM the addresses of the functions in _CALLS. Raises ImportError if libturbojpeg is missing."""
     name = "libturbojpeg.so.0"
     try:
         turbojpeg = ctypes.CDLL(name)
@@ -67,12 +67,12 @@ def _find_calls() -> None:
     for call in _CALLS:
         function = getattr(turbojpeg if call.startswith("tj") else process, call, None)
         if function is None:
-            raise ImportError(f"{name} comes without {call}")
+            raise ImportError(f"{name} has no function {call}")
         llvm.add_symbol(call, ctypes.cast(function, ctypes.c_void_p).value)
 
 
 def _write_loop() -> ir.Module:
-    """decode(first, end): the images of an array of _STORED by the addresses of its first and behind its last."""
+    """LLVM code of decode(first, end), which decodes an array of _STORED between these two addresses."""
     module = ir.Module()
     calls = {name: ir.Function(module, ir.FunctionType(*types), name) for name, types in _CALLS.items()}
     decode = ir.Function(module, ir.FunctionType(ir.VoidType(), [_ADDRESS, _ADDRESS]), "decode")
@@ -95,7 +95,7 @@ def _write_loop() -> ir.Module:
 
 
 def _write_image(build: ir.IRBuilder, calls: dict[str, ir.Function], decoder: ir.Value, image: ir.Value) -> None:
-    """What the loop does with the image whose _STORED is at the address `image`."""
+    """Writes the loop's body, for the entry at the address `image`."""
 
     def place(name: str) -> ir.Value:
         return build.add(image, _ADDRESS(_STORED.fields[name][1]))
@@ -113,12 +113,12 @@ def _write_image(build: ir.IRBuilder, calls: dict[str, ir.Function], decoder: ir
             call("memcpy", target, source, size)
         with jpeg:
             own = [place(name) for name in ("own_width", "own_height", "subsampling", "colours")]
-            status = pointer("status")  # first what the call returns
+            status = pointer("status")  # for now the return value of the calls: 0, which is GOOD, or -1
             build.store(call("tjDecompressHeader3", decoder, source, size, *own), status)
             as_stated = build.icmp_signed("==", build.load(status), _INT(GOOD))
             for stated, found in ((width, "own_width"), (height, "own_height")):
                 as_stated = build.and_(as_stated, build.icmp_signed("==", stated, build.load(pointer(found))))
-            with build.if_then(as_stated):  # else it would be scaled
+            with build.if_then(as_stated):  # otherwise libjpeg would scale the image
                 row_bytes = build.mul(width, _INT(3))
                 pixels = (target, width, row_bytes, height, _INT(_RGB), _INT(_ACCURATE))
                 build.store(call("tjDecompress2", decoder, source, size, *pixels), status)
@@ -129,7 +129,7 @@ def _write_image(build: ir.IRBuilder, calls: dict[str, ir.Function], decoder: ir
 
 
 def _compile_loop() -> tuple[llvm.ExecutionEngine, ctypes._CFuncPtr]:
-    """The machine code's owner, and the loop as a function that gives up the GIL while it runs."""
+    """The engine that owns the machine code, and the loop as a function that releases the GIL."""
     _find_calls()
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
@@ -152,13 +152,12 @@ def decode_stored_images(
     pixels: np.ndarray,
     offset: np.ndarray,
 ) -> dict[int, tuple[int, str]]:
-    """Decodes n >= 1 stored images, each once and whole, into `pixels` at `offset`; which cannot be used, and why.
+    """Decodes n >= 1 stored images into `pixels` at `offset`, and returns those that cannot be used.
 
     data, pixels: (bytes,) uint8, contiguous. pointer, size, offset: (n,) int64; raw: (n,) bool; height, width: (n,)
-    int32. The caller has checked that they stay within `data` and `pixels`.
-    Returns {i: (WARNING, FATAL or WRONG_SIZE, reason)}, empty when all are good; the windows of those may hold
-    anything. What libjpeg-turbo warns of counts, since pixels are then missing or wrong, but for padding before the
-    end of an image, which costs no pixel.
+    int32. The caller must have checked that all of them stay within `data` and `pixels`.
+    Returns {i: (WARNING, FATAL or WRONG_SIZE, reason)}; the content of those windows is undefined. A warning of
+    libjpeg-turbo counts, since pixels are then missing or wrong, except for padding before the end of an image.
     """
     images = np.zeros(len(pointer), _STORED)
     images["source"], images["target"] = data.ctypes.data + pointer, pixels.ctypes.data + offset
@@ -167,7 +166,7 @@ def decode_stored_images(
     status = images["status"]
     resized = (status == GOOD) & ~raw & ((images["own_width"] != width) | (images["own_height"] != height))
     bad = {
-        i: (WRONG_SIZE, f"the JPEG is {image['own_width']} x {image['own_height']}, the index says {w} x {h}")
+        i: (WRONG_SIZE, f"the JPEG is {image['own_width']} x {image['own_height']} but the index says {w} x {h}")
         for i, image, w, h in zip(np.flatnonzero(resized).tolist(), images[resized], width[resized], height[resized])
     }
     for i in np.flatnonzero(status).tolist():

@@ -1,4 +1,4 @@
-"""Loaders by name, and the contract they share."""
+"""The contract that all loaders share, and `make_loader`, which makes one by name."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ LOADERS = ("folder", "beton", "dali", "resident", "synthetic")
 
 
 class Loader(Protocol):
-    """What every loader gives: the same images in the same order for the same seed, as ImageBatch on the device.
+    """What every loader gives: for the same seed the same images in the same order, as ImageBatch on the device.
 
-    `batches(first)` is endless; batch b belongs to epoch b // batches_per_epoch, ranks take disjoint shares
+    `batches(first)` is endless. Batch b belongs to epoch b // batches_per_epoch, ranks get disjoint shares
     (`order.py`), and starting at `first` gives exactly what the uninterrupted iterator gives from there. Dropping or
-    closing an iterator ends its threads; what fails in them is raised in the reader.
+    closing an iterator ends its threads; an error in a thread is raised by the iterator.
     """
 
     name: str  # which loader this is
-    reason: str  # why it was chosen, one clause
+    reason: str  # why it was chosen, in a few words
     num_images: int
     batches_per_epoch: int
     class_names: list[str]  # empty when the data set has no classes
-    bad_images: list[str]  # "path: reason" of the unreadable images met so far; grows at its end
-    decoded: int  # images decoded so far: one for each image handed out, and those read ahead
+    bad_images: list[str]  # "path: reason" of the unreadable images met so far; only ever appended to
+    decoded: int  # images decoded so far, including those read ahead
 
     def batches(self, first: int = 0) -> Iterator[ImageBatch]: ...
 
@@ -63,22 +63,22 @@ def make_loader(
     synthetic_images: int = 2048,
     synthetic_size: int = 256,
 ) -> Loader:
-    """The loader `name` ("auto" chooses by `data`) over `data`; `batch_size` is per rank (1 will do for evaluation).
+    """The loader called `name` ("auto" chooses one) for `data`. batch_size: per rank (evaluation does not use it).
 
-    workers: decoding threads, None for this process's share of the cores. read_ahead: batches decoded
-    while the device trains (`Prefetcher`). on_bad_image: "skip" or "error". shuffle:
-    "full", or "blocks" of `block_size` images for data sets larger than memory (`order.Order`). beton_cache: "page" or
-    "process" (`BetonDecoder`). resident_shard: each rank holds its share only (`ResidentLoader`).
-    Raises ValueError for an unknown name or option, for data the loader cannot read, and when the data set is smaller
-    than one global batch.
+    workers: decoding threads, None for this process's share of the cores. read_ahead: batches decoded while the device
+    trains (`Prefetcher`). on_bad_image: "skip" or "error" (`FolderLoader`). shuffle: "full", or "blocks" of
+    `block_size` images for data sets larger than memory (`order.Order`). beton_cache: "page" or "process"
+    (`BetonDecoder`). resident_shard: each rank holds only its share (`ResidentLoader`).
+    Raises ValueError for an unknown name or option, for data that the loader cannot read, and when the data set is
+    smaller than one global batch.
     """
     name, reason = choose_loader(name, data)
     if on_bad_image not in ("skip", "error"):
         raise ValueError(f"on_bad_image must be 'skip' or 'error', got {on_bad_image!r}")
     if workers is not None and workers < 1:
-        raise ValueError(f"a loader needs at least 1 worker, got {workers}")
+        raise ValueError(f"workers must be at least 1, got {workers}")
     if read_ahead is not None and read_ahead < 0:
-        raise ValueError(f"a loader reads 0 or more batches ahead, got {read_ahead}")
+        raise ValueError(f"read_ahead must be 0 or more batches, got {read_ahead}")
     order = Order(shuffle, block_size).check()
     shared = dict(batch_size=batch_size, seed=seed, device=device, rank=rank, world_size=world_size, order=order)
     files = dict(workers=workers, on_bad_image=on_bad_image, class_names=class_names)
@@ -95,7 +95,7 @@ def make_loader(
 
 
 def _find_class(name: str) -> type[Loader]:
-    """The class of a loader of files; the libraries it stands on may be missing, so it is imported only when asked."""
+    """The class of a file loader, imported only when needed, because its libraries may be missing."""
     try:
         if name == "beton":
             from fastssl.loaders.beton_loader import BetonLoader
@@ -111,24 +111,24 @@ def _find_class(name: str) -> type[Loader]:
             return ResidentLoader
     except ImportError as error:
         raise ValueError(
-            f"the loader {name!r} needs a library that is missing ({error}): 'fastssl doctor' gives the command that "
+            f"the loader {name!r} needs a library that is missing ({error}): run 'fastssl doctor' for the command that "
             "installs it"
         ) from error
     return FolderLoader
 
 
 def choose_loader(name: str, data: str | os.PathLike | None) -> tuple[str, str]:
-    """The loader's own name and why it was chosen. Raises ValueError for an unknown name or missing data."""
+    """(name of the loader, why it was chosen). Raises ValueError for an unknown name or missing data."""
     if name not in ("auto", *LOADERS):
         near = difflib.get_close_matches(name, ("auto", *LOADERS), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown loader {name!r}: {hint}choose from auto, {', '.join(LOADERS)}")
     if name == "synthetic":
-        return name, "asked for; no files are read"
+        return name, "requested; reads no files"
     if not data:
-        raise ValueError("no data set was given: name an image folder, or choose the loader 'synthetic'")
+        raise ValueError("no data set was given: name an image folder or a .beton file, or use --loader synthetic")
     if name != "auto":
-        return name, "asked for"
+        return name, "requested"
     if os.path.isdir(data) and find_tars(data):
         return "dali", f"{os.fspath(data)} is a folder of tar shards"
     if os.path.isfile(data) and os.fspath(data).endswith(".tar"):
@@ -137,7 +137,7 @@ def choose_loader(name: str, data: str | os.PathLike | None) -> tuple[str, str]:
         return "folder", f"{os.fspath(data)} is a folder of image files"
     if os.path.isfile(data) and os.fspath(data).endswith(".beton"):
         return "beton", f"{os.fspath(data)} is a .beton file"
-    what = "is a file, and no loader reads it" if os.path.exists(data) else "does not exist"
+    what = "is a file that no loader reads" if os.path.exists(data) else "does not exist"
     raise ValueError(
         f"{os.fspath(data)} {what}: give a .beton file, a tar shard or a folder that holds images, <class>/ or "
         "train/<class>/ folders"

@@ -1,7 +1,7 @@
-"""Batches made ahead on a background thread and copied to the device, in order, with nothing left behind.
+"""Makes batches ahead on a background thread and copies them to the device, in order, leaving no threads behind.
 
-On a CPU they are made when they are asked for, by all threads of the loader: decoding beside a step that wants the same
-cores takes more from it than decoding before it.
+When training on a CPU, batches are made on demand instead: decoding during a step would slow it down by more than
+decoding before it takes, since both need all cores.
 """
 
 from __future__ import annotations
@@ -14,32 +14,33 @@ import torch
 
 from fastssl.batch import ImageBatch
 
-CLOSED = "the loader was closed, or its thread died, while its batches were read"
-_PATIENCE = 1.0  # seconds between looks at whether the producer is still alive
+CLOSED = "the loader was closed, or its thread died, while its batches were being read"
+_PATIENCE = 1.0  # seconds between checks whether the producer is still alive
 
 
 class Prefetcher:
-    """Hands out iterators that run ahead of their reader, and can end them all.
+    """Gives out iterators that run ahead of their reader, and can end all of them.
 
-    device: where the batches go. read_ahead: how many batches a loader decodes beyond the one that is asked for, None
-    for 2 on a GPU and 0 on a CPU, where 0 means no background thread. depth: finished batches that may wait besides;
-    the bound on memory.
+    device: where the batches go. read_ahead: how many batches a loader decodes beyond the one requested; None means 2
+    on a GPU and 0 on a CPU; with 0 there is no background thread. depth: finished batches that may wait in addition.
     """
 
     def __init__(self, device: torch.device | str, read_ahead: int | None = None, depth: int = 1) -> None:
         self.device = torch.device(device)
-        if self.device.type == "cuda" and self.device.index is None:  # "current" is another device on another thread
+        if self.device.type == "cuda" and self.device.index is None:  # each thread has its own current device
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.read_ahead = (0 if self.device.type == "cpu" else 2) if read_ahead is None else read_ahead
+        if read_ahead is None:
+            read_ahead = 0 if self.device.type == "cpu" else 2
+        self.read_ahead = read_ahead
         self.depth = depth
-        self._in_turn: set[Iterator[ImageBatch]] = set()  # sources that are iterated without a thread
+        self._in_turn: set[Iterator[ImageBatch]] = set()  # sources iterated without a thread
         self._running: dict[threading.Thread, threading.Event] = {}
 
     def iterate(self, source: Iterator[ImageBatch]) -> Iterator[ImageBatch]:
-        """The batches of `source` (on the CPU or the device), in its order, on the device; raises what it raises.
+        """The batches of `source` (on the CPU or the device), in order, on the device; raises what `source` raises.
 
-        `source` is iterated, and closed, on a thread that ends with this generator: exhausted, closed or dropped; or,
-        with nothing read ahead, where its reader is.
+        With read_ahead a thread iterates `source`; it ends, and `source` is closed, when this generator is exhausted,
+        closed or dropped. Without, the reader's own thread iterates it.
         """
         return self._iterate_ahead(source) if self.read_ahead else self._iterate_in_turn(source)
 
@@ -67,7 +68,7 @@ class Prefetcher:
             self._end(thread, stop)
 
     def close(self) -> None:
-        """Ends every iterator handed out; their readers get an error, not silence."""
+        """Ends all iterators; their readers get a RuntimeError."""
         while self._in_turn:
             self._in_turn.pop().close()
         for thread, stop in list(self._running.items()):
@@ -75,15 +76,15 @@ class Prefetcher:
 
     def _end(self, thread: threading.Thread, stop: threading.Event) -> None:
         stop.set()
-        if thread is not threading.current_thread():  # the garbage collector may run this on any thread
+        if thread is not threading.current_thread():  # garbage collection may run this on any thread
             thread.join()
         self._running.pop(thread, None)
 
     def _produce(self, source: Iterator[ImageBatch], ready: queue.Queue, stop: threading.Event) -> None:
-        """The background thread: puts (batch, copied) pairs, then None, or the exception that ended it."""
+        """The background thread: puts (batch, copy event) pairs, then None or the exception that ended it."""
         try:
             stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-            with torch.cuda.stream(stream):  # no-op without one; a source that works on the GPU does it there too
+            with torch.cuda.stream(stream):  # also for a source that works on the GPU; a no-op with None
                 for batch in source:
                     if not _put(ready, self._send(batch, stream), stop):
                         break
@@ -106,9 +107,9 @@ class Prefetcher:
             return item
 
     def _send(self, batch: ImageBatch, stream: torch.cuda.Stream | None) -> tuple:
-        """Starts the copy to the GPU on a stream of its own, so that it overlaps the step that is running.
+        """Starts the copy to the GPU on `stream`, so that it overlaps with the running step.
 
-        Pinned memory comes from torch's caching allocator, which reuses a buffer only when its copies are done.
+        Pinned memory comes from torch's caching allocator, which reuses a buffer only after its copies are done.
         """
         if stream is None:
             return batch.to(self.device), None
@@ -116,7 +117,7 @@ class Prefetcher:
         return pinned.to(self.device, non_blocking=True), stream.record_event()
 
     def _receive(self, batch: ImageBatch, copied: torch.cuda.Event | None) -> ImageBatch:
-        """Makes the reader's stream wait for the copy (the host does not), and keeps the memory until it has run."""
+        """Makes the reader's stream, not the host, wait for the copy, and keeps the memory until it is done."""
         if copied is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(copied)
@@ -126,7 +127,7 @@ class Prefetcher:
 
 
 def _put(ready: queue.Queue, item: object, stop: threading.Event) -> bool:
-    """Waits for room; False when told to stop."""
+    """Puts `item` into the queue when there is room; returns False if told to stop."""
     while not stop.is_set():
         try:
             ready.put(item, timeout=0.05)

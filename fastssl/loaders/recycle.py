@@ -1,4 +1,4 @@
-"""Host memory that is used again once nobody looks at it: fresh pages cost more than the copy that fills them."""
+"""Reuses host memory for batches, because fresh pages cost more than the copy that fills them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import weakref
 
 import numpy as np
 
-_KEPT = 4  # buffers kept for later: a reader rarely holds more batches at once
-_ROOM = 1.125  # of the size asked for: the next batch is rarely exactly as large
+_KEPT = 4  # buffers kept for reuse: a reader rarely holds more batches at once
+_ROOM = 1.125  # buffers are larger than requested by this factor, as the next batch is rarely of exactly that size
 
 
 class RecycledBuffers:
-    """Hands out uint8 arrays; the memory of one returns when the array and all views and tensors of it are gone."""
+    """Gives out uint8 arrays, and reuses the memory of an array once it and all views and tensors of it are gone."""
 
     def __init__(self) -> None:
         self._free: list[np.ndarray] = []
         self._lock = threading.RLock()  # the garbage collector may return an array while one is taken
 
     def take(self, num_bytes: int) -> np.ndarray:
-        """(num_bytes,) uint8 of unspecified content."""
+        """A (num_bytes,) uint8 array with undefined content."""
         with self._lock:
             fitting = [buffer for buffer in self._free if len(buffer) >= num_bytes]
             buffer = min(fitting, key=len, default=None)

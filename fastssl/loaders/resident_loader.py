@@ -1,4 +1,4 @@
-"""A whole data set decoded once into device memory; batches are windows into it: no copy, no work on the CPU."""
+"""A whole data set decoded once into device memory. Batches are windows into it, without copies or work on the CPU."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from fastssl.loaders.folder_loader import FolderLoader
 from fastssl.loaders.memory import check_room
 from fastssl.loaders.order import FULL, Order, count_batches, epoch_order, eval_share
 
-_LOAD_BATCH = 64  # images on their way into place at once
-_READ_AHEAD = 2  # such batches decoded ahead on any device: nothing else wants the cores yet
+_LOAD_BATCH = 64  # images per batch while loading
+_READ_AHEAD = 2  # such batches decoded ahead, on a CPU too, as nothing else needs the cores yet
 
 
 class ResidentLoader:
-    """Loader over a .beton file or an image folder that is held decoded on the device; the contract is `make.Loader`.
+    """Loader that holds a .beton file or an image folder decoded on the device; the contract is `make.Loader`.
 
-    shard: each rank holds only its share, contiguous in file order, and sees no other image. An epoch's order within a
-    share is that of the whole epoch with all other images left out, so it is still a function of (seed, epoch). An
-    evaluation asks each rank for images of its own share; one by a single rank sees that rank's share alone.
-    Unreadable images are replaced as the other loaders do it, but by images of the same share.
+    shard: each rank holds only its share, contiguous in file order, and sees no other images. The order within a share
+    is that of the whole epoch without the other images, so it is still a function of (seed, epoch). In an evaluation
+    each rank gets images of its own share; an evaluation by a single rank sees only that rank's share.
+    on_bad_image: as in `FolderLoader`, but replacements come from the same share.
     Raises ValueError before anything is decoded when the images do not fit into the free memory.
     """
 
@@ -63,18 +63,17 @@ class ResidentLoader:
             self.bad_images, self.decoded = source.bad_images, source.decoded
 
     def batches(self, first: int = 0) -> Iterator[ImageBatch]:
-        """Batch first, first + 1, ... of this rank without end, each of `batch_size` images."""
-        first_epoch, step = divmod(first, self.batches_per_epoch)
+        """Batches first, first + 1, ... of this rank, of `batch_size` images each, without end."""
+        first_epoch, first_step = divmod(first, self.batches_per_epoch)
         for epoch in itertools.count(first_epoch):
             share = self._epoch_share(epoch)
-            for step in range(step, self.batches_per_epoch):  # noqa: B020 (the first epoch begins at `step`)
+            for step in range(first_step if epoch == first_epoch else 0, self.batches_per_epoch):
                 yield self._windows(share[step * self.batch_size : (step + 1) * self.batch_size])
-            step = 0
 
     def eval_batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1, limit: int | None = None
     ) -> Iterator[ImageBatch]:
-        """This rank's contiguous part of all images (or of `limit` evenly spread ones) in order, tail included."""
+        """This rank's contiguous part of all images, or of `limit` evenly spread ones, in file order."""
         share = self._eval_share(rank, world_size, limit)
         for part in share.split(batch_size):
             readable = part[self._readable[part - self.start]]
@@ -82,10 +81,10 @@ class ResidentLoader:
                 yield self._windows(readable.to(self.device))
 
     def close(self) -> None:
-        """Nothing to end: there are no threads."""
+        """Does nothing: there are no threads."""
 
     def _load(self, source: FolderLoader, part: tuple[int, int], needed: int) -> None:
-        """Decodes the images into place, each once, and gives the places of unreadable ones to the next readable."""
+        """Decodes the images into one buffer, and makes windows of unreadable ones point to the next readable image."""
         self._pixels = torch.empty(needed, dtype=torch.uint8, device=self.device)
         windows = torch.zeros(4, self.count, dtype=torch.int64, device=self.device)  # offset, height, width, label
         readable = torch.zeros(self.count, dtype=torch.bool, device=self.device)
@@ -94,23 +93,24 @@ class ResidentLoader:
             for batch in source.eval_batches(_LOAD_BATCH, *part):
                 rows, start, end = batch.index - self.start, end, end + len(batch.pixels)
                 if end > needed:
-                    raise ValueError("the images changed while they were read: their sizes are not those of before")
+                    raise ValueError("the images changed while they were being read: start again")
                 self._pixels[start:end] = batch.pixels
                 windows[:, rows] = torch.stack([batch.offset + start, batch.height, batch.width, batch.label])
                 readable[rows] = True
                 self._max_side = max(self._max_side, batch.max_side)
                 bar.update(batch.size)
         self._readable = readable.cpu()
-        bad, good = ((~self._readable).nonzero()[:, 0], self._readable.nonzero()[:, 0])
+        bad, good = (~self._readable).nonzero()[:, 0], self._readable.nonzero()[:, 0]
         if not len(good):
-            raise ValueError(f"none of the {self.count:,} images can be decoded: {source.bad_images[0]}")
+            raise ValueError(f"no image can be decoded ({self.count:,} tried), the first is {source.bad_images[0]}")
         if len(bad):
-            windows[:, bad] = windows[:, good[torch.searchsorted(good, bad) % len(good)].to(self.device)]
+            replacements = good[torch.searchsorted(good, bad) % len(good)]
+            windows[:, bad] = windows[:, replacements.to(self.device)]
         self._offset, self._label = windows[0], windows[3]
         self._height, self._width = windows[1].int(), windows[2].int()
 
     def _epoch_share(self, epoch: int) -> Tensor:
-        """This rank's images of an epoch in order, (batches_per_epoch * batch_size,) int64 or a few more."""
+        """This rank's images of an epoch in order, (n,) int64; with shards n may exceed what the batches need."""
         order = epoch_order(self.num_images, self.seed, epoch, self.device, self.order)
         if self.shard:
             return order[(order >= self.start) & (order < self.start + self.count)]
@@ -123,7 +123,10 @@ class ResidentLoader:
         if world_size == 1:
             return eval_share(self.count, limit=limit) + self.start
         if (rank, world_size) != (self.rank, self.world_size):
-            raise ValueError(f"rank {self.rank} of {self.world_size} holds no images of rank {rank} of {world_size}")
+            raise ValueError(
+                f"rank {self.rank} of {self.world_size} does not hold the images of rank {rank} of {world_size}: "
+                "remove --resident-shard"
+            )
         chosen = eval_share(self.num_images, limit=limit)
         return chosen[(chosen >= self.start) & (chosen < self.start + self.count)]
 
@@ -134,14 +137,14 @@ class ResidentLoader:
 
 
 def _open_source(data: str | os.PathLike, cache: str, options: dict[str, object]) -> FolderLoader:
-    """The loader that decodes the images this one time."""
+    """The loader that decodes the images once."""
     if os.path.isdir(data):
         return FolderLoader(data, batch_size=1, seed=0, **options)
     try:
-        from fastssl.loaders.beton_loader import BetonLoader  # here, for a folder needs no libturbojpeg
+        from fastssl.loaders.beton_loader import BetonLoader  # needs libturbojpeg, which a folder does not
     except ImportError as error:
         raise ValueError(
-            f"{os.fspath(data)} needs a library that is missing ({error}): 'fastssl doctor' gives the command that "
+            f"{os.fspath(data)} needs a library that is missing ({error}): run 'fastssl doctor' for the command that "
             "installs it"
         ) from error
     return BetonLoader(data, batch_size=1, seed=0, cache=cache, **options)
