@@ -198,11 +198,11 @@ def test_multiprocessing_distributed_becomes_torchrun(monkeypatch):
 
 def test_two_nodes_keep_the_address_and_the_batch_of_a_node():
     line = "DATA -b 128 --multiprocessing-distributed --world-size 2 --rank 1 --dist-url tcp://10.0.0.1:10001"
-    command = launch_command(line.split(), "fastssl.train")
+    command = launch_command(line.split(), "fastssl.train", 128)
     joined = " ".join(command)
     assert "--nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 10001" in joined
     assert joined.endswith("-m fastssl.train DATA -b 256")
-    glued = launch_command(line.replace("-b 128", "--batch-size=128").split(), "fastssl.train")
+    glued = launch_command(line.replace("-b 128", "--batch-size=128").split(), "fastssl.train", 128)
     assert " ".join(glued).endswith("DATA --batch-size 256")
 
 

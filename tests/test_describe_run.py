@@ -30,11 +30,12 @@ def lines_of(num_images, **options):
 
 
 def test_the_loss_the_policy_and_the_optimiser_are_named():
-    images, model, machine, how = lines_of(16, policy="v2", cj=None, align_weight=2, temperature=0.2)
-    assert images == "16 images of 2 classes, loader folder (asked for)"
-    assert model.startswith("resnet18, linear head, 11.2 M weights, 4 images a step, 1 steps an epoch, 200 in all")
-    assert machine.startswith("1 x cpu, ") and "channels_last (asked for)" in machine
-    assert how.startswith("loss 2 align (alpha 2) + 1 uniform (t 3) by tiled (no CUDA device), views of policy v2 by ")
+    images, model, machine, loss, how = lines_of(16, policy="v2", cj=None, align_weight=2, temperature=0.2)
+    assert images == "16 images in 2 classes; loader folder (asked for)"
+    assert model.startswith("resnet18, linear head, 11.2 M weights; batch size 4, 1 step per epoch, 200 in all")
+    assert machine.startswith("1 x cpu, ") and "channels_last (requested)" in machine
+    assert loss == "loss 2 align (alpha 2) + 1 uniform (t 3); loss kernel tiled (no CUDA device)"
+    assert how.startswith("augmentation policy v2; augmentation kernel ")
 
 
 def test_every_term_of_a_loss():
@@ -56,4 +57,4 @@ def test_a_queue_that_holds_keys_of_the_query_itself(images, older):
     said = [line for line in lines_of(images) if "as negatives" in line]
     assert len(said) == (older is not None)
     if older:
-        assert f"the queue holds 16 keys of {images} images: each image meets up to {older} older keys" in said[0]
+        assert f"the queue holds 16 keys of {images} images, so an image meets up to {older} older keys" in said[0]

@@ -288,5 +288,5 @@ def test_an_evaluation_takes_the_run_folder_itself(tmp_path, capsys):
     assert_same(outputs(backbone), outputs(encoder.backbone))
     assert "step_000000007.pt: fastssl checkpoint" in capsys.readouterr().err
     options.pretrained = str(tmp_path)
-    with pytest.raises(CheckpointError, match="holds no checkpoint that can be used"):
+    with pytest.raises(CheckpointError, match="holds no usable checkpoint"):
         Session(options, RANKS).open_backbone()
