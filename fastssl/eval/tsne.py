@@ -21,8 +21,9 @@ from fastssl.command import run_command
 from fastssl.eval.options import finish_options, launch, make_parser
 from fastssl.eval.session import Session, check_writable, run_session
 from fastssl.eval.tsne_figures import draw_class, draw_space, save_figure
-from fastssl.eval.view_set import collect_views, first_rows, open_view_set
+from fastssl.eval.view_set import collect_views, first_rows, open_view_set, samples_per_class
 
+SAMPLES = 100  # of a class at most
 PARTS = ("Y0", "Y1", "Y2", "labels")  # coordinates of originals and views, classes of the samples
 
 
@@ -34,7 +35,7 @@ def make_tsne_parser() -> argparse.ArgumentParser:
     p.add_argument("--paint", action="store_true", help="draw again from the .npy files; computes nothing")
     p.add_argument("--zoomin", action="store_true", help="add an inset around the tightest triangle")
     p.add_argument("--classes", type=positive, default=10, help="first classes shown (default 10)")
-    p.add_argument("-s", "--sample-per-class", type=positive, default=100, help="first images of each (default 100)")
+    p.add_argument("-s", "--sample-per-class", type=positive, help=f"first images of each (default {SAMPLES})")
     return p
 
 
@@ -54,7 +55,11 @@ def features_to_show(session: Session) -> tuple[list[torch.Tensor], torch.Tensor
     """Unit features of originals and both views of the first samples of the first classes, and their labels."""
     o = session.options
     views = open_view_set(o, session.ranks)
-    rows = first_rows(views.labels[views.labels < o.classes], o.sample_per_class)
+    shown = views.labels < o.classes
+    views = views._replace(
+        files=views.files[shown], labels=views.labels[shown], class_names=views.class_names[: o.classes]
+    )
+    rows = first_rows(views.labels, samples_per_class(views, o.sample_per_class, SAMPLES))
     views = views._replace(files=views.files[rows], labels=views.labels[rows])
     check_perplexity(o.perplexity, 3 * len(rows))
     backbone = session.open_backbone()

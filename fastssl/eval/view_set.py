@@ -114,6 +114,16 @@ def check_per_class(views: ViewSet, wanted: int) -> None:
         raise ValueError(f"class {name} has {counts.min()} samples, -s asks for {wanted}: use -s {counts.min()}")
 
 
+def samples_per_class(views: ViewSet, asked: int | None, default: int) -> int:
+    """-s where it was given, and then every class must have so many; else a default that need not fit the view set.
+
+    Raises ValueError as `check_per_class`.
+    """
+    if asked is not None:
+        check_per_class(views, asked)
+    return asked or default
+
+
 def first_rows(labels: Tensor, samples: int) -> Tensor:
     """The first `samples` rows of every class of (n,) ascending labels, or all where it has fewer."""
     return torch.cat([(labels == c).nonzero()[:samples, 0] for c in torch.unique(labels)])
