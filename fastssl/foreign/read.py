@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -111,15 +112,18 @@ def _read_torch(path: Path) -> object:
                 damaged = archive.testzip()  # torch.load itself would read flipped bits without a word
             if damaged:
                 raise CheckpointError(f"{path} is damaged: {damaged} fails its checksum")
-        with torch.serialization.safe_globals(_harmless()):
+        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # it is refused below, by a sentence
             return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except Exception as error:
         text = str(error)
-        if found := _CODE.search(text):
+        found = _CODE.search(text)
+        if found or "Unsupported operand" in text:  # torch reads without running anything what torch.save writes
+            held = next(filter(None, found.groups())) if found else "a pickle that torch.save does not write"
             raise CheckpointError(
-                f"{path} holds {next(filter(None, found.groups()))}, which loading would run as code: refused; where "
+                f"{path} holds {held}, which loading would run as code: refused; where "
                 "you trust it, load it by its own program and keep its weights alone: torch.save(state_dict, NEW)"
             ) from None
         # torch's own advice, to load all the same, is not ours
