@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import io
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -30,10 +31,14 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # like stderr: prints file names that are not UTF-8 too
     try:
-        return command(argv)
+        code = command(argv)
+        sys.stdout.flush()  # here, where what it raises is answered
+        return code
     except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("FASTSSL_TRACEBACK"):
             raise
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 128 + signal.SIGPIPE
         message = str(error) or "there is not enough memory"  # Python's own MemoryError has no message
         rank = os.environ.get("RANK", "0")
         where = f" (rank {rank})" if rank != "0" else ""  # every rank prints: an error may be one rank's alone
@@ -43,6 +48,16 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
         (number,) = interrupt.args or (signal.SIGINT,)
         print("fastssl: interrupted" if number == signal.SIGINT else "fastssl: terminated", file=sys.stderr)
         return 128 + number
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of our output, such as `head`, has left; what remains to be written then goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 @contextmanager

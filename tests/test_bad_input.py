@@ -4,6 +4,8 @@ import contextlib
 import json
 import resource
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -163,6 +165,16 @@ def test_want_of_memory_is_one_sentence(error, said, capsys):
 
     assert run_command(fail, []) == FAILED
     assert said in one_sentence(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("count", [1, 10**6])  # met at the end, or while it prints
+def test_a_reader_that_has_seen_enough_is_no_error(count):
+    program = f"import sys; from fastssl.command import run_command; run = lambda argv: print('x' * {count}) or 0; "
+    line = [sys.executable, "-c", program + "sys.exit(run_command(run, []))"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # as head does
+        said = process.stderr.read()
+    assert (process.returncode, said) == (128 + signal.SIGPIPE, b"")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(run, data, tmp_path):

@@ -262,6 +262,8 @@ def test_bad_input_is_one_sentence(run, view_set, tmp_path):
     (broken / "ant" / "ant_0-1.jpeg").write_bytes(b"no image")
     for words, sentence in [
         (["stats", view_set, *FLAGS], "class ant has fewer than 50 samples: use -s 6"),
+        (["instdisc", view_set, *FLAGS, "-s", 7], "class ant has fewer than 7 samples: use -s 6"),
+        (["tsne", view_set, *FLAGS, "-s", 7, "--classes", 2], "class ant has fewer than 7 samples: use -s 6"),
         (["stats", holed, *FLAGS, "-s", 6], "cow/cow_3-2.jpeg is missing"),
         (["instdisc", view_set, *FLAGS, "--dataset-mode", "g-mask"], "so --dataset-mode g-mask is incomplete"),
         (["instdisc", odd, *FLAGS], "other.jpeg is not named <stem>-<number>.jpeg"),

@@ -1,5 +1,6 @@
 """Checkpoints whose files are odd: names, types of numbers, what lies beside the weights."""
 
+import pickle
 import tarfile
 
 import pytest
@@ -10,6 +11,11 @@ from old_checkpoints import make_moco, make_network
 from fastssl.checkpoint import CheckpointError
 from fastssl.export import export
 from fastssl.foreign import load_pretrained
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("code ran",)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +54,14 @@ def test_files_of_torch_0_1_are_refused_without_advice_to_trust_them(tmp_path, t
     with pytest.raises(CheckpointError, match=r"holds the legacy \.tar format, which would run as code") as refusal:
         load_pretrained(tmp_path / "old.pth")
     assert "weights_only" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_other_programs_are_refused(tmp_path, capsys, protocol):
+    (tmp_path / "x.pth").write_bytes(pickle.dumps({"state_dict": {}, "extra": Evil()}, protocol))
+    with pytest.raises(CheckpointError, match=r"x\.pth holds .*, which loading would run as code: refused"):
+        load_pretrained(tmp_path / "x.pth")
+    assert "code ran" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("lost", ["module.queue_ptr", "module.encoder_k."])

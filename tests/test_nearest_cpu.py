@@ -134,3 +134,24 @@ def test_a_bank_on_disk_and_threads_change_nothing():
                 np.testing.assert_array_equal(find_nearest(b, queries, 21)[1], truth)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_no_product_is_shared_by_threads_that_wait_for_each_other(in_int8, monkeypatch):
+    """Beside other work a shared product takes as long as its slowest thread, block after block."""
+    shares = []
+
+    def counted(queries, rows, space):
+        shares.append((torch.get_num_threads(), len(queries), len(rows)))
+        return multiply(queries, rows, space)
+
+    monkeypatch.setattr(nearest_cpu, "multiply", counted)
+    bank, queries = make_clusters(0, 3000)[0], make_clusters(1, 1300)[0]
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    try:
+        torch.set_num_threads(2)
+        index = find_nearest(bank, queries, 21, 1000)[1]
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_num_threads(threads)
+    assert [share for share in shares if share[2] == 1000] == 12 * [(1, 325, 1000)]
+    np.testing.assert_array_equal(index, nearest_slowly(bank, queries, 21)[1])

@@ -73,7 +73,7 @@ EVALUATIONS = {  # parser, flags, defaults
          "--topk 3": {"topk": 3}, "--mode sd-sd": {"mode": "sd-sd"}, "--mode d-sd": {"mode": "d-sd"},
          **{f"--dataset-mode {m}": {"dataset_mode": m}
             for m in ("normal", "g-mask", "rand-g-mask", "avg-mask", "rand-avg-mask", "all")}},
-        {"batch_size": 128, "sample_per_class": 100, "topk": 5, "mode": "d-sd", "dataset_mode": "normal"},
+        {"batch_size": 128, "sample_per_class": None, "topk": 5, "mode": "d-sd", "dataset_mode": "normal"},
     ),
     "eval/stats-dist.py": (
         stats.make_stats_parser,

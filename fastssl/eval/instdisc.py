@@ -18,9 +18,10 @@ from fastssl.distributed import Ranks, gather_objects
 from fastssl.eval.compute import full_float32
 from fastssl.eval.options import finish_options, launch, make_parser
 from fastssl.eval.session import Session, run_session
-from fastssl.eval.view_set import MODES, collect_views, open_view_set
+from fastssl.eval.view_set import MODES, collect_views, open_view_set, samples_per_class
 
 QUERY_AND_POSITIVE = {"d-sd": (0, 1), "sd-sd": (1, 2)}  # columns of the view set
+SAMPLES = 100  # of a chunk
 _ROWS = 512  # queries compared at once
 _EQUAL = 1e-13  # float64 products this near are those of equal rows
 
@@ -28,9 +29,7 @@ _EQUAL = 1e-13  # float64 products this near are those of equal rows
 def make_instdisc_parser() -> argparse.ArgumentParser:
     """The flags of the small-model project's instance discrimination script, and ours."""
     p = make_parser("instdisc", "Instance discrimination on a static view set.", batch_size=128, data="static view set")
-    p.add_argument(
-        "-s", "--sample-per-class", type=positive, default=100, metavar="N", help="images per chunk (default 100)"
-    )
+    p.add_argument("-s", "--sample-per-class", type=positive, metavar="N", help=f"images per chunk (default {SAMPLES})")
     p.add_argument("--topk", type=positive, default=5, metavar="K", help="report Acc@1 to Acc@K (default 5)")
     p.add_argument(
         "--mode",
@@ -55,12 +54,13 @@ def evaluate(session: Session) -> dict:
     for mode in MODES if o.dataset_mode == "all" else (o.dataset_mode,):
         views = open_view_set(o, session.ranks, mode, images)
         images = views.images
+        samples = samples_per_class(views, o.sample_per_class, SAMPLES)
         check_topk(o.topk, len(views.files))
         session.say("=> iterating through the dataset...")
         query, positive_view = collect_views(session, backbone, views, QUERY_AND_POSITIVE[o.mode])
         session.say("=> iterating through the representations...")
         above = count_above_over_ranks(query, positive_view, session.ranks)
-        accuracy = chunk_accuracy(above, o.topk, o.sample_per_class, every_second(o.sample_per_class, o.data))
+        accuracy = chunk_accuracy(above, o.topk, samples, every_second(samples, o.data))
         results[mode] = accuracy
         session.say(
             f"Masked: {mode}; Mode: {o.mode}; Top1-{o.topk}: {[round(a, 6) for a in accuracy]}; "

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from functools import cache
+from functools import cache, partial
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import Tensor
 from fastssl.eval.compute import full_float32, share, slices
 from fastssl.eval.memory import Rows
 from fastssl.eval.nearest_loops import measure_near, nearest_measured, nearest_of_all, quantise, sample_limits
+from fastssl.threads import run_in_threads
 
 _SAMPLE = 2048  # bank rows in the sample, evenly spread
 _QUERIES, _ROWS = 512, 1024  # a thread's block of products, which stays in its cache until it has been looked at
@@ -40,6 +42,7 @@ class Coded(NamedTuple):
     square: np.ndarray  # (m,) float64 squared norm
 
 
+@full_float32(torch.device("cpu"))  # here, not around each product: it is the whole process's setting
 def find_nearest_cpu(
     bank: Rows, queries: Tensor, k: int, bank_chunk: int, centre: Tensor, tally: Counter
 ) -> tuple[Tensor, Tensor]:
@@ -101,8 +104,7 @@ def multiply(queries: Tensor, rows: Tensor, space: Tensor) -> np.ndarray:
     product = space[: len(queries) * len(rows)].view(len(queries), len(rows))
     if rows.dtype == torch.int8:
         return torch._int_mm(queries, rows.T, out=product).numpy()
-    with full_float32(queries.device):
-        return torch.mm(queries, rows.T, out=product.view(torch.float32)).numpy()
+    return torch.mm(queries, rows.T, out=product.view(torch.float32)).numpy()
 
 
 def sample_bank(bank: Rows, queries: Coded, centre: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -132,20 +134,30 @@ def measure_near_rows(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Distances (N, room) and indices (N, room) of the bank rows whose bounds are within limit (N,); their number (N,).
 
-    They are measured block by block, while the cache still holds them.
+    They are measured while the cache holds them: later each of them would have to come from memory. Each thread
+    multiplies and measures for its own queries: sharing a product they would wait for each other at its end.
     """
-    at_once = queries_at_once(len(limit))
-    space = torch.empty(at_once * bank_chunk, dtype=torch.int32)
+    threads = torch.get_num_threads()
+    rounds = -(-len(limit) // (_QUERIES * threads))
+    parts = list(slices(len(limit), -(-len(limit) // (rounds * threads))))  # as many for each thread
+    spaces = SimpleQueue()  # one for each thread
+    for _ in range(threads):
+        spaces.put(torch.empty(_QUERIES * bank_chunk, dtype=torch.int32))
     distance, index = np.empty((len(limit), room)), np.empty((len(limit), room), np.int32)
     count = np.zeros(len(limit), np.int64)
+
+    def measure(start: int, block: np.ndarray, rows: Coded, part: slice) -> None:
+        space = spaces.get()
+        product = multiply(queries.rows[part], rows.rows, space)
+        asked = (queries.query[part], limit[part], exact[part])
+        found = (count[part], index[part], distance[part])
+        measure_near(product, *asked, *found, rows.row, block, start)
+        spaces.put(space)
+
     for start in range(0, len(bank), bank_chunk):
         block = as_rows(bank[start : start + bank_chunk])
         rows = encode(block, centre, queries.rows.dtype == torch.int8)
-        for part in slices(len(limit), at_once):
-            product = multiply(queries.rows[part], rows.rows, space)
-            asked = (queries.query[part], limit[part], exact[part])
-            found = (count[part], index[part], distance[part])
-            share(measure_near, product, *asked, *found, rest=(rows.row, block, start))
+        run_in_threads(partial(measure, start, block, rows), parts)
     return distance, index, count
 
 

@@ -21,8 +21,9 @@ from fastssl.command import run_command
 from fastssl.eval.options import finish_options, launch, make_parser
 from fastssl.eval.session import Session, check_writable, run_session
 from fastssl.eval.tsne_figures import draw_class, draw_space, save_figure
-from fastssl.eval.view_set import collect_views, first_rows, open_view_set
+from fastssl.eval.view_set import collect_views, first_rows, open_view_set, samples_per_class
 
+SAMPLES = 100  # of a class at most
 PARTS = ("Y0", "Y1", "Y2", "labels")  # coordinates of originals and views, classes of the samples
 
 
@@ -39,9 +40,8 @@ def make_tsne_parser() -> argparse.ArgumentParser:
         "-s",
         "--sample-per-class",
         type=positive,
-        default=100,
         metavar="N",
-        help="show the first N images of each (default 100)",
+        help=f"show the first N images of each (default {SAMPLES})",
     )
     return p
 
@@ -62,7 +62,11 @@ def features_to_show(session: Session) -> tuple[list[torch.Tensor], torch.Tensor
     """Unit features of the originals, first and second views of the samples shown, three of (n, C), and labels (n,)."""
     o = session.options
     views = open_view_set(o, session.ranks)
-    rows = first_rows(views.labels[views.labels < o.classes], o.sample_per_class)
+    shown = views.labels < o.classes
+    views = views._replace(
+        files=views.files[shown], labels=views.labels[shown], class_names=views.class_names[: o.classes]
+    )
+    rows = first_rows(views.labels, samples_per_class(views, o.sample_per_class, SAMPLES))
     views = views._replace(files=views.files[rows], labels=views.labels[rows])
     check_perplexity(o.perplexity, 3 * len(rows))
     backbone = session.open_backbone()

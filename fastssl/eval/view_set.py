@@ -117,6 +117,16 @@ def check_per_class(views: ViewSet, wanted: int) -> None:
         raise ValueError(f"class {name} has fewer than {wanted} samples: use -s {counts.min()}")
 
 
+def samples_per_class(views: ViewSet, asked: int | None, default: int) -> int:
+    """`asked`, which every class must have, or if that is None the `default`, which classes need not have.
+
+    Raises ValueError as `check_per_class`.
+    """
+    if asked is not None:
+        check_per_class(views, asked)
+    return asked or default
+
+
 def first_rows(labels: Tensor, samples: int) -> Tensor:
     """The rows of the first `samples` images of every class (all, if it has fewer) of (n,) ascending labels."""
     return torch.cat([(labels == c).nonzero()[:samples, 0] for c in torch.unique(labels)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -118,15 +119,18 @@ def _read_torch(path: Path) -> object:
                 damaged = archive.testzip()  # torch.load itself does not notice flipped bits
             if damaged:
                 raise CheckpointError(f"{path} is damaged: {damaged} fails its checksum")
-        with torch.serialization.safe_globals(_harmless()):
+        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # it is refused below, by a sentence
             return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except Exception as error:
         text = str(error)
-        if found := _CODE.search(text):
+        found = _CODE.search(text)
+        if found or "Unsupported operand" in text:  # torch reads without running anything what torch.save writes
+            held = next(filter(None, found.groups())) if found else "a pickle that torch.save does not write"
             raise CheckpointError(
-                f"{path} holds {found[found.lastindex]}, which would run as code if it were loaded: if you trust the "
+                f"{path} holds {held}, which would run as code if it were loaded: if you trust the "
                 "file, load it with its own program and save only the weights, with torch.save(state_dict, NEW)"
             ) from None
         # without torch's own advice, which is to load the file all the same
