@@ -34,7 +34,7 @@ from fastssl.describe_run import describe
 from fastssl.distributed import Ranks, StopSignal, gather_rows, mean_over_ranks, shuffle_rows, unshuffle_keys
 from fastssl.eval.online import make_probe
 from fastssl.flags import parse
-from fastssl.health import Health
+from fastssl.health import Health, check_weights
 from fastssl.input_stream import IN_TURN, InputStream
 from fastssl.launch import launch_if_asked
 from fastssl.loaders.make import Loader
@@ -178,6 +178,7 @@ def train(config: Config, loader: Loader, folder: Path, ranks: Ranks) -> int:
             if asked or last or plan.saves_after(done):
                 with run.clock.paused():
                     run.say(*health.check(encoder, ADVICE))
+                    check_weights(encoder, ranks, done, ADVICE)
                     run.save(done, state_of(trainee, done, config, loader.num_images, ranks.world_size))
             if asked and not last:
                 run.say(f"stopped by a signal, saved after step {done}; continue with --resume auto --output {folder}")

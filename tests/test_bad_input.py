@@ -176,6 +176,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(run, data, tm
     assert all(np.isfinite(line["loss"]) for line in lines)
 
 
+def test_weights_that_a_finite_loss_left_infinite_are_not_saved(run, data, tmp_path):
+    """The loss of the step that spoils them is still that of the good ones: it is saved after, as a rule."""
+    flags = ("--save-every-steps", "1", "--keep-last", "1")
+    assert run(data, "--steps", "1", *flags)[0] == 0
+    code, text = run(data, "--resume", "auto", *flags, "--lr", "3e38", "--uniform-weight", "1000")
+    assert code == NOT_FINITE
+    assert "the loss is finite, but step 2 left " in one_sentence(text)
+    (good,) = checkpoint.saved_steps(tmp_path / "run" / "checkpoints").values()
+    model = checkpoint.load(good)["model"].values()
+    assert all(x.isfinite().all() for x in model)
+
+
 def test_a_second_run_in_the_folder_of_one_that_is_writing(run, data, tmp_path):
     assert run(data)[0] == 0
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
