@@ -149,7 +149,10 @@ def test_second_derivatives_are_right_or_refused(term):
         return norm, z_q.requires_grad_()
 
     norm, z = penalty("reference")
-    assert torch.autograd.gradcheck(norm, z)
+    try:
+        assert torch.autograd.gradcheck(norm, z)
+    except NotImplementedError as refused:  # torch 2.11 cannot derive pdist twice, and says so
+        assert "_pdist_backward" in str(refused)
     for kernel in ("auto", "triton"):
         norm, z = penalty(kernel)
         with pytest.raises(RuntimeError, match=r"differentiated twice \(create_graph\): use --loss-kernel reference"):
