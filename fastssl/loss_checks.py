@@ -13,7 +13,6 @@ from fastssl.triton_device import triton_obstacle
 KERNELS = ("auto", "triton", "tiled", "reference")
 
 
-@torch.compiler.assume_constant_result
 def choose_kernel(
     device: torch.device,
     dtype: torch.dtype,

@@ -10,17 +10,22 @@ def check_rows(contiguous: bool = True, **tensors: Tensor) -> None:
 
     contiguous: the rows must lie one after another, as a kernel reads them. Names are those the message uses.
     """
-    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
     leader, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if tensor.dim() != 2 or tensor.shape[1] != first.shape[-1]:
-            raise ValueError(f"{name} must have a row for each feature vector, with the D of {leader}, got {shapes}")
-        if 0 in tensor.shape:
-            raise ValueError(f"{name} is empty: {', '.join(tensors)} need at least one row each, got {shapes}")
+            refuse(f"{name} must have a row for each feature vector, with the D of {leader}", tensors)
+        if tensor.shape[0] == 0 or tensor.shape[1] == 0:
+            refuse(f"{name} is empty, where at least one row is needed", tensors)
         if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype}: convert it with .float()")
+            refuse(f"{name} must be a floating-point tensor, not {tensor.dtype}: convert it with .float()", tensors)
         if tensor.device != first.device:
-            where = f"{leader} is on {first.device} but {name} on {tensor.device}"
-            raise ValueError(f"{where}: move both to one device ({shapes})")
+            places = f"{leader} is on {first.device} but {name} on {tensor.device}"
+            refuse(f"{places}: move both to one device", tensors)
         if contiguous and not tensor.is_contiguous():
-            raise ValueError(f"{name} is not contiguous: store its rows one after another, .contiguous() ({shapes})")
+            refuse(f"{name} is not contiguous: store its rows one after another, .contiguous()", tensors)
+
+
+def refuse(problem: str, tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError; its words are put together here alone, since a compiler cannot follow how."""
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+    raise ValueError(f"{problem} (got {shapes})")

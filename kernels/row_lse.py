@@ -91,7 +91,7 @@ def row_lse(
     ValueError for tensors that do not fit.
     """
     check_rows(x_ND=x_ND, y_KD=y_KD)
-    (num, dim), count = x_ND.shape, len(scales)
+    num, dim, count = x_ND.shape[0], int(x_ND.shape[1]), len(scales)
     if dim not in DIMS:
         raise ValueError(f"D = {dim} is not one of {', '.join(map(str, DIMS))}: take row_lse_tiled")
     assert count in (1, 2) and max(scales) <= MAX_SCALE
@@ -131,4 +131,4 @@ row_lse.register_autograd(row_lse_gradient, setup_context=save_for_gradient)
 
 def rows_per_program(x_ND: Tensor) -> int:
     """How many rows a program of the kernels that add parts takes: 256 elements; more in the interpreter."""
-    return max(1, 256 // x_ND.shape[1]) if x_ND.is_cuda else 32
+    return max(1, 256 // int(x_ND.shape[1])) if x_ND.is_cuda else 32
