@@ -38,7 +38,8 @@ EXTRAS = {
     "ffcv": ["ffcv>=1.0.2"],  # only for comparisons; its build needs pkg-config, libturbojpeg and OpenCV 4
     "dali": ["nvidia-dali-cuda120"],
     "dali-cuda13": ["nvidia-dali-cuda130"],
-    "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff==0.17.6", "setuptools>=70.1"],
+    # NumPy 2.4 turns no array of one number into an index, as the kernels' interpreter of Triton 3.6 asks it to
+    "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff==0.17.6", "setuptools>=70.1", "numpy<2.4"],
 }
 EXTRAS["all"] = [requirement for name in ("ffcv", "dali", "test") for requirement in EXTRAS[name]]
 

@@ -52,7 +52,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        cause = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        refusal = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides the disk's
+        cause = f"{type(refusal).__name__}: {str(refusal).splitlines()[0]}"
         raise CheckpointError(
             f"cannot write {path} ({cause}); earlier checkpoints are untouched: free some space or choose another place"
         ) from error

@@ -167,6 +167,8 @@ class TrainConfig:
     """Channels-last (NHWC) memory format of the encoders; auto: whichever is faster in a trial at the start."""
     loss_kernel: Literal["auto", "triton", "tiled", "reference"] = "auto"
     """Implementation of the losses; auto picks the fastest that runs here, and logs its choice."""
+    debug: bool = False
+    """Check the inputs of the losses in every step, not only in the first; each check waits for the GPU."""
     output: Annotated[str | None, flag("--ckpt-dir")] = None
     """Run folder; by default runs/<arch>-<date>-<time>."""
     resume: str = "no"

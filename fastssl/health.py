@@ -59,7 +59,7 @@ class Health:
     def blame(self, step: int, rank: int, values: str, encoder: nn.Module) -> str:
         """Where the loss was not finite first, and what is broken by now."""
         where = f" on rank {rank}" if self.ranks.world_size > 1 else ""
-        broken = [name for name, p in encoder.named_parameters() if not bool(p.isfinite().all())]
+        broken = not_finite(encoder)
         cause = f"; {counted(len(broken), 'weight tensor')} with such values, first {broken[0]}" if broken else ""
         return f"the loss is not finite at step {step + 1}{where} ({values}){cause}"
 
@@ -69,3 +69,21 @@ class Health:
         if step < 0:
             return step, "", spread
         return step, ", ".join(f"{name} {value:g}" for name, value in zip(self.names, self.values.tolist())), spread
+
+
+def check_weights(encoder: nn.Module, ranks: Ranks, done: int, advice: str) -> None:
+    """Before saving: one step may spoil weights that no loss has met yet. Waits for the device.
+
+    Raises NonFiniteLoss with the number of steps done, on every rank alike.
+    """
+    broken = next(filter(None, gather_objects(not_finite(encoder), ranks)), None)
+    if broken:
+        tensors = f"{counted(len(broken), 'weight tensor')} not finite, first {broken[0]}"
+        raise NonFiniteLoss(f"the loss is finite, but step {done} left {tensors}; {advice}")
+
+
+def not_finite(encoder: nn.Module) -> list[str]:
+    """Names of the weights and running statistics that hold NaN or infinity. Waits for the device, once."""
+    tensors = {name: x for name, x in encoder.state_dict().items() if x.is_floating_point()}
+    finite = torch.stack([x.isfinite().all() for x in tensors.values()]).tolist()
+    return [name for name, good in zip(tensors, finite) if not good]

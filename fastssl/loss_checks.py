@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastssl.kernels.row_checks import check_rows
 from fastssl.kernels.row_lse_blocks import DIMS
 from fastssl.kernels.row_lse_tiled import MAX_SCALE
 from fastssl.triton_device import triton_obstacle
@@ -12,7 +13,6 @@ from fastssl.triton_device import triton_obstacle
 KERNELS = ("auto", "triton", "tiled", "reference")
 
 
-@torch.compiler.assume_constant_result
 def choose_kernel(
     device: torch.device,
     dtype: torch.dtype,
@@ -61,20 +61,10 @@ def _obstacle(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
 
 def check_shapes(q: Tensor, k: Tensor, queue: Tensor) -> None:
     """Raises ValueError, with the shapes and the fix, when the loss cannot take these tensors. No host sync."""
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, queue {tuple(queue.shape)}"
     if q.dim() != 2 or k.shape != q.shape:
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, queue {tuple(queue.shape)}"
         raise ValueError(f"q and k must both be (N, D), one row per image, got {shapes}")
-    if queue.dim() != 2 or queue.shape[1] != q.shape[1]:
-        raise ValueError(f"the queue must be (K, D), one key per row, with the D of q, got {shapes}")
-    if 0 in q.shape or queue.shape[0] == 0:
-        raise ValueError(f"the loss needs at least one query and one row in the queue, got {shapes}")
-    for name, tensor in (("q", q), ("k", k), ("queue", queue)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype}: convert it with .float()")
-        if tensor.device != q.device:
-            raise ValueError(f"q is on {q.device} but {name} on {tensor.device}: move both to one device ({shapes})")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} is not contiguous: call .contiguous() on it ({shapes})")
+    check_rows(q=q, k=k, queue=queue)
 
 
 def check_loss_inputs(q: Tensor, k: Tensor, queue: Tensor) -> None:

@@ -24,7 +24,7 @@ SHAPES = ("arch", "head", "dim", "stem", "queue_size", "optimizer")
 HARMLESS = {  # these do not influence the weights
     "data", "loader", "workers", "output", "resume", "log_every", "save_every_epochs", "save_every_steps", "keep_last",
     "keep_every_epochs", "knn_every", "knn_k", "knn_images", "eval_resize", "val", "steps", "start_epoch", "restart",
-    "on_bad_image", "read_ahead", "beton_cache",
+    "on_bad_image", "read_ahead", "beton_cache", "debug",
 }  # fmt: skip
 
 

@@ -81,7 +81,7 @@ class Run:
         self.folder, self.config, self.plan, self.ranks = folder, config, plan, ranks
         self.clock = Clock(ranks.device)
         self.logged = (first, 0.0)  # step and seconds of the last record
-        self.num_said = 0  # of the unreadable images
+        self.num_seen, self.unreadable = 0, list[str]()  # images of this rank's list; of all ranks
         self.writes = ranks.rank == 0
         if not self.writes:
             return
@@ -101,11 +101,12 @@ class Run:
                 tqdm.write(line, file=sys.stderr)
 
     def say_bad_images(self, bad_images: Sequence[str]) -> None:
-        """Prints the entries of this growing list that are new, on every rank. Call on all ranks."""
-        new_by_rank = gather_objects(list(bad_images[self.num_said :]), self.ranks)
-        self.num_said = len(bad_images)
-        for new in new_by_rank:
-            self.say(*(f"unreadable image: {line}" for line in new))
+        """Prints and counts the entries of this growing list that are new on any rank. Call on all ranks."""
+        new_by_rank = gather_objects(list(bad_images[self.num_seen :]), self.ranks)
+        self.num_seen = len(bad_images)
+        for line in {line: 0 for new in new_by_rank for line in new if line not in self.unreadable}:
+            self.unreadable.append(line)
+            self.say(f"unreadable image {len(self.unreadable)}: {line}")
 
     def preview(self, loader: Loader, policy: Policy) -> None:
         """Draws views.png: eight images spread over the data set, each with its two views of epoch 0."""

@@ -34,7 +34,7 @@ from fastssl.describe_run import describe
 from fastssl.distributed import Ranks, StopSignal, gather_rows, mean_over_ranks, shuffle_rows, unshuffle_keys
 from fastssl.eval.online import make_probe
 from fastssl.flags import parse
-from fastssl.health import Health
+from fastssl.health import Health, check_weights
 from fastssl.input_stream import IN_TURN, InputStream
 from fastssl.launch import launch_if_asked
 from fastssl.loaders.make import Loader
@@ -61,7 +61,8 @@ def make_train_step(
     """The only definition of a training step: returns the function `train_step(batch, step) -> metrics`.
 
     The order is the paper's: EMA, keys, losses against the old queue, optimiser, enqueue. `batch`: this rank's share of
-    step `step` (from 0), drawn by `inputs`. metrics: 0-dim tensors on the device. Only the first call syncs, once.
+    step `step` (from 0), drawn by `inputs`. metrics: 0-dim tensors on the device. Only the first call syncs
+    (each with --debug).
     """
     moco, encoder_q, optimizer, scaler = trainee[:4]
     seed, accumulate = config.train.seed, config.optim.accumulate
@@ -109,8 +110,8 @@ def make_train_step(
                 z = encoder_q(view_q)
             moco.count_batch()
             q, k = normalize(z.float(), dim=1), all_keys.chunk(ranks.world_size)[ranks.rank]  # (B, D) each
-            if unchecked:
-                check_loss_inputs(q, k, moco.queue)  # waits for the device, once per run
+            if unchecked or config.train.debug:
+                check_loss_inputs(q, k, moco.queue)  # waits for the device
                 unchecked = False
             pairs = zip(q.chunk(ways), k.chunk(ways))
             found = [moco_loss(*pair, moco.queue, config.loss, config.train.loss_kernel) for pair in pairs]
@@ -178,6 +179,7 @@ def train(config: Config, loader: Loader, folder: Path, ranks: Ranks) -> int:
             if asked or last or plan.saves_after(done):
                 with run.clock.paused():
                     run.say(*health.check(encoder, ADVICE))
+                    check_weights(encoder, ranks, done, ADVICE)
                     run.save(done, state_of(trainee, done, config, loader.num_images, ranks.world_size))
             if asked and not last:
                 run.say(f"stopped by a signal, saved after step {done}; continue with --resume auto --output {folder}")

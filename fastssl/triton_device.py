@@ -8,6 +8,7 @@ import os
 import torch
 
 
+@torch.compiler.assume_constant_result
 def triton_obstacle(device: torch.device) -> str | None:
     """Why they cannot run there, in a few words, or None. On a CPU they can with TRITON_INTERPRET=1, for tests."""
     if importlib.util.find_spec("triton") is None:

@@ -86,7 +86,7 @@ def _launch_finish_rows(
     tensors: tuple, main: QueuePass, batch: QueuePass | None, numbers: tuple[float, ...], contrast: bool, uniform: bool
 ) -> None:
     q_ND, k_ND, positive_N, terms_TN, gradient_ND, uniform_gradient_ND = tensors
-    num, dim = q_ND.shape
+    num, dim = q_ND.shape[0], int(q_ND.shape[1])  # a constant of the kernel, also under dynamic=True
     inside = main if batch is None else batch  # any tensor will do if there are no pairs: the kernel does not read it
     rows = rows_per_program(q_ND)
     traceable(finish_rows)[(triton.cdiv(num, rows),)](

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, library
 
+from .row_checks import check_rows
 from .row_lse_blocks import DIMS
 from .row_lse_pass import on_device_of, pass_over_queue
 from .row_lse_plan import weights_need_float32
@@ -86,10 +87,15 @@ def row_lse(
     x_ND, y_KD: unit rows, contiguous, float32, float16 or bfloat16. x is rounded to the dtype of y for the tensor
     cores; sums are float32. D must be in DIMS, scales in (0, MAX_SCALE]. positive_N: (N,) float32 or None (then above
     is empty). exclude_self: leaves out j = i, for y = x. Returns lse (C, N) and mean (C, N, D) float32, above (N,)
-    int32, with the same bits every time. The gradient flows to x through lse, never to y.
+    int32, with the same bits every time. The gradient flows to x through lse, never to y. Raises
+    ValueError for tensors that do not fit.
     """
-    (num, dim), count = x_ND.shape, len(scales)
-    assert dim in DIMS and y_KD.shape[1] == dim and count in (1, 2) and max(scales) <= MAX_SCALE
+    check_rows(x_ND=x_ND, y_KD=y_KD)
+    num, dim, count = x_ND.shape[0], int(x_ND.shape[1]), len(scales)
+    if dim not in DIMS:
+        raise ValueError(f"D = {dim} is not one of {', '.join(map(str, DIMS))}: take row_lse_tiled")
+    assert count in (1, 2) and max(scales) <= MAX_SCALE
+    assert positive_N is None or (positive_N.shape == (num,) and positive_N.is_contiguous())
     widen = weights_need_float32(scales, y_KD.dtype)
     x_ND = x_ND.to(y_KD.dtype)  # a cast inside the kernel would keep x out of shared memory
     with on_device_of(x_ND):
@@ -125,4 +131,4 @@ row_lse.register_autograd(row_lse_gradient, setup_context=save_for_gradient)
 
 def rows_per_program(x_ND: Tensor) -> int:
     """How many rows a program of the kernels that add parts takes: 256 elements; more in the interpreter."""
-    return max(1, 256 // x_ND.shape[1]) if x_ND.is_cuda else 32
+    return max(1, 256 // int(x_ND.shape[1])) if x_ND.is_cuda else 32

@@ -34,7 +34,8 @@ _TIE = tl.constexpr(TIE)
 def _as_operand(weight, dtype: tl.constexpr, PRECISION: tl.constexpr):
     """The weight as the tensor cores round it, so that the sums and the products use the same numbers."""
     if dtype == tl.float32 and PRECISION == "tf32":
-        weight = (weight.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # TF32 drops 13 bits
+        # TF32 drops 13 bits: rounded here, since cut off, all weights and so their sum would be too small
+        weight = ((weight.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
     return weight.to(dtype)
 
 

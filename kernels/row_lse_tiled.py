@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, library
 
+from .row_checks import check_rows
+
 SCHEMA = (
     "(Tensor x_ND, Tensor y_KD, float[] scales, Tensor? positive_N=None, bool exclude_self=False)"
     " -> (Tensor, Tensor, Tensor)"
@@ -38,8 +40,9 @@ def row_lse_tiled(
 
     x_ND, y_KD: unit rows, any float dtype. positive_N: (N,) or None (then above is empty). scales: at most MAX_SCALE.
     exclude_self: leaves out j = i, for y = x. Returns lse (C, N) and mean (C, N, D) in float32 (float64 for float64 x),
-    above (N,) int32. The gradient flows to x through lse, never to y.
+    above (N,) int32. The gradient flows to x through lse, never to y. Raises ValueError for tensors that do not fit.
     """
+    check_rows(contiguous=False, x_ND=x_ND, y_KD=y_KD)
     dtype = torch.promote_types(x_ND.dtype, torch.float32)
     (num, dim), count = x_ND.shape, len(scales)
     lse_CN = x_ND.new_empty(count, num, dtype=dtype)

@@ -30,7 +30,7 @@ LONGEST_FILE = 200
 LONGEST_FUNCTION = 40  # without its docstring and the functions inside it
 LONGEST_KERNEL = 80
 LONGER = {  # each with its reason
-    "fastssl/config.py": 240,  # every option, its default and its comment stand in one place
+    "fastssl/config.py": 245,  # every option, its default and its comment stand in one place
     "fastssl/train.py: pretrain": 60,  # the loop is flat and in order
 }
 

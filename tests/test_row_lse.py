@@ -125,6 +125,40 @@ def test_rows_above_the_positive_are_counted(n, k, implementation):
     assert above.tolist() == [(queue @ x[i] > positive[i]).sum().item() for i in range(n)]
 
 
+@pytest.mark.parametrize("implementation", [row_lse, row_lse_tiled], ids=["triton", "tiled"])
+@pytest.mark.parametrize(
+    ("x_shape", "y_shape", "words"),
+    [
+        ((4, 32), (9, 64), r"y_KD .*the D of x_ND.*\(4, 32\).*\(9, 64\)"),
+        ((4, 32), (0, 32), r"y_KD is empty.*at least one row.*\(0, 32\)"),
+        ((0, 32), (9, 32), r"x_ND is empty.*at least one row.*\(0, 32\)"),
+        ((32,), (9, 32), r"x_ND must have a row.*\(32,\)"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(x_shape, y_shape, words, implementation):
+    with pytest.raises(ValueError, match=words):
+        implementation(torch.ones(x_shape, device=DEVICE), torch.ones(y_shape, device=DEVICE), [6.0])
+
+
+def test_rows_that_the_kernel_would_misread_are_refused():
+    x, y = torch.ones(4, 32, device=DEVICE), torch.ones(32, 9, device=DEVICE).T
+    for tensors, words in (
+        ((x, y), r"y_KD is not contiguous.*\(9, 32\)"),
+        ((torch.ones(32, 4, device=DEVICE).T, x), "x_ND is not contiguous"),
+        ((x.repeat(1, 3), x.repeat(1, 3)), "D = 96 is not one of 32, 64, 128, 256: take row_lse_tiled"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            row_lse(*tensors, [6.0])
+
+
+def test_weights_of_16_bits_are_not_all_too_small():
+    """Of a float16 queue at a sharp scale the second product is TF32, whose weights were once cut off, not rounded."""
+    z, queue = make_rows(128, 500, 64, torch.float16)
+    x = F.normalize(z, dim=1).half()
+    error = row_lse(x, queue, [20.0])[0].double() - row_lse_reference(x.double(), queue.double(), [20.0])[0]
+    assert abs(error.mean()) < 2e-5
+
+
 def test_same_bits_every_time():
     z, queue = make_rows(5, 300, 64, torch.float32)
     first, again = (row_lse(F.normalize(z, dim=1), queue, [14.0, 6.0]) for _ in range(2))

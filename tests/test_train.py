@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -249,6 +250,15 @@ def test_inputs_that_are_not_unit_rows_are_refused_at_the_first_step():
     trainee.moco.queue.mul_(2)
     with pytest.raises(ValueError, match=r"queue.* not unit vectors"):
         train_step(share(0, 0, 1), 0)
+
+
+def test_with_debug_they_are_refused_at_any_step():
+    for debug in (False, True):
+        trainee, train_step, _ = make_step(make_config(debug=debug))
+        train_step(share(0, 0, 1), 0)
+        trainee.moco.queue.mul_(2)
+        with pytest.raises(ValueError, match=r"queue.* not unit vectors") if debug else nullcontext():
+            train_step(share(1, 0, 1), 1)
 
 
 @pytest.mark.gpu
