@@ -54,5 +54,5 @@ def build_head(name: str, feature_dim: int, dim: int) -> nn.Module:
 
 
 def output_dim(tensors: dict[str, Tensor]) -> int:
-    """What a head's last Linear gives."""
-    return [v for v in tensors.values() if v.ndim == 2][-1].shape[0]
+    """What a head's last Linear gives; the last by its name, whatever the order of the file."""
+    return tensors[max(name for name, v in tensors.items() if v.ndim == 2)].shape[0]
