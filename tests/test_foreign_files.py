@@ -11,6 +11,7 @@ from old_checkpoints import make_moco, make_network
 from fastssl.checkpoint import CheckpointError
 from fastssl.export import export
 from fastssl.foreign import load_pretrained
+from fastssl.foreign.heads import build_head
 
 
 class Evil:
@@ -73,3 +74,13 @@ def test_what_mocos_layout_cannot_be_whole_without_leaves_the_query_encoder(tmp_
     state = torch.load(tmp_path / "out.pth.tar", weights_only=True)["state_dict"]
     assert all(name.startswith("module.encoder_q.") for name in state)
     assert torch.equal(state["module.encoder_q.conv1.weight"], tensors["conv1.weight"])
+
+
+@pytest.mark.parametrize("head", ["linear", "simple", "deep", "wide", "dropout", "simclr"])
+def test_tensors_in_any_order(tmp_path, head):
+    module = build_head(head, 512, 128)
+    saved = {**make_network("resnet18")[0], **{f"fc.{k}": v for k, v in module.state_dict().items()}}
+    torch.save({f"module.encoder_q.{k}": v for k, v in reversed(saved.items())}, tmp_path / "x.pth")
+    encoder, report = load_pretrained(tmp_path / "x.pth", with_head=True)
+    assert (report.arch, report.head, report.dim) == ("resnet18", head, 128)
+    assert all(torch.equal(v, module.state_dict()[k]) for k, v in encoder.head.state_dict().items())

@@ -53,5 +53,5 @@ def build_head(name: str, feature_dim: int, dim: int) -> nn.Module:
 
 
 def output_dim(tensors: dict[str, Tensor]) -> int:
-    """The output dimension of a head: that of its last Linear layer."""
-    return [v for v in tensors.values() if v.ndim == 2][-1].shape[0]
+    """The output dimension of a head: that of its last Linear layer, by name, whatever the order of the file."""
+    return tensors[max(name for name, v in tensors.items() if v.ndim == 2)].shape[0]
