@@ -98,7 +98,8 @@ def in_our_units(argv: list[str], nodes: int, processes: int, node_batch: int) -
     """The same command line where -b counts all nodes' images, not one's, and -j a process's threads, not a node's."""
     argv = change_number(argv, "-b", "--batch-size", lambda images: images * nodes)
     argv = change_number(argv, "-j", "--workers", lambda threads: math.ceil(threads / processes))
-    if nodes == 1 or {"-b", "--batch-size", "--config"} & set(argv):  # a recipe's batch is that of the whole run
+    given = {word.partition("=")[0] for word in argv}
+    if nodes == 1 or {"-b", "--batch-size", "--config"} & given:  # a recipe's batch is that of the whole run
         return argv
     return ["-b", str(node_batch * nodes), *argv]
 

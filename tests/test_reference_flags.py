@@ -169,6 +169,7 @@ NODES = "DIR --multiprocessing-distributed --world-size 3 --rank 2 --dist-url tc
     [
         ("-j 30", 3 * 128, 8),  # 128 on each node; its threads are shared out, rounded up
         ("--config resnet18 --workers=32", 512, 8),  # a recipe's batch is of all
+        ("--config=resnet18", 512, None),
         ("--config resnet18 -b 64", 192, None),
     ],
 )
