@@ -76,6 +76,16 @@ def test_what_mocos_layout_cannot_be_whole_without_leaves_the_query_encoder(tmp_
     assert torch.equal(state["module.encoder_q.conv1.weight"], tensors["conv1.weight"])
 
 
+def test_garbage_is_not_taken_for_a_pickle(tmp_path, tensors):
+    for content in (b"no weights in here" * 10, b"\x80\x04\x95" + bytes(100), pickle.dumps(tensors, 4)[:5000]):
+        (tmp_path / "x.pth").write_bytes(content)
+        with pytest.raises(CheckpointError, match="is damaged or not a checkpoint"):
+            load_pretrained(tmp_path / "x.pth")
+    torch.save(tensors, tmp_path / "x.pth", pickle_protocol=4)
+    with pytest.raises(CheckpointError, match="holds a pickle that torch cannot read safely"):
+        load_pretrained(tmp_path / "x.pth")
+
+
 @pytest.mark.parametrize("head", ["linear", "simple", "deep", "wide", "dropout", "simclr"])
 def test_tensors_in_any_order(tmp_path, head):
     module = build_head(head, 512, 128)

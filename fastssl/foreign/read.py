@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import pickletools
 import re
 import warnings
 import zipfile
@@ -127,8 +128,8 @@ def _read_torch(path: Path) -> object:
     except Exception as error:
         text = str(error)
         found = _CODE.search(text)
-        if found or "Unsupported operand" in text:  # torch reads without running anything what torch.save writes
-            held = next(filter(None, found.groups())) if found else "a pickle that torch.save does not write"
+        if found or ("Unsupported operand" in text and _is_pickle(path)):
+            held = next(filter(None, found.groups())) if found else "a pickle that torch cannot read safely"
             raise CheckpointError(
                 f"{path} holds {held}, which would run as code if it were loaded: if you trust the "
                 "file, load it with its own program and save only the weights, with torch.save(state_dict, NEW)"
@@ -136,6 +137,17 @@ def _read_torch(path: Path) -> object:
         # without torch's own advice, which is to load the file all the same
         reason = text.partition("WeightsUnpickler error:")[2].strip() or text or type(error).__name__
         raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason.splitlines()[0][:200]}") from error
+
+
+def _is_pickle(path: Path) -> bool:
+    """Is it one to its end, or an archive of one, and not bytes that only begin like it? Runs nothing in it."""
+    if zipfile.is_zipfile(path):
+        return True
+    try:
+        with open(path, "rb") as file:
+            return sum(1 for _ in pickletools.genops(file)) > 0
+    except Exception:  # it says of bytes that are no pickle whatever they make it stumble over
+        return False
 
 
 def _harmless() -> list:
