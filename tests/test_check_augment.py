@@ -131,7 +131,7 @@ def test_bench_augment_on_photographs(image_folder: Path, capsys: pytest.Capture
     bench_throughput.main(["augment", str(image_folder), *flags.split()])
     said = capsys.readouterr().out
     assert "torchvision, PIL, 1 workers" in said and "kornia, compiled" in said
-    with pytest.raises(ValueError, match="fewer than the batch of 99: set --batch-size"):
+    with pytest.raises(ValueError, match="holds fewer than 99 images: set --batch-size"):
         bench_throughput.main(["augment", str(image_folder), *"--device cpu --batch-size 99".split()])
 
 

@@ -95,7 +95,7 @@ def test_an_image_folder_of_ones_own(tmp_path, image_folder, monkeypatch, capsys
     flat = tmp_path / "flat"
     shutil.copytree(image_folder / "train" / "class0", flat)
     assert small_demo(monkeypatch, "--data", flat, "--output", tmp_path / "out") == 0
-    assert "these images have no classes" in capsys.readouterr().out
+    assert "these images are not in class folders" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "demo.json").read_text())["knn_percent"] == {}
     assert len(list(flat.iterdir())) == 8  # nothing was written there
 

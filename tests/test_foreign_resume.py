@@ -89,12 +89,12 @@ def test_a_run_that_is_converted_there_and_back_is_the_same(tmp_path, image_fold
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"head": "wide"}, "was trained with --head simple, this run has wide: pass --head simple"),
-        ({"queue_size": 128}, "was trained with --queue-size 64, this run has 128"),
-        ({"dim": 64}, "was trained with --dim 128, this run has 64"),
-        ({"optimizer": "adamw"}, "was trained with --optimizer sgd, this run has adamw"),
-        ({"exclude_norm_bias": True}, "does not fit this model: the saved optimizer state is of another optimizer"),
-        ({"arch": "resnet50"}, "is no resnet50"),
+        ({"head": "wide"}, "was trained with --head simple but this run has wide: use --head simple"),
+        ({"queue_size": 128}, "was trained with --queue-size 64 but this run has 128"),
+        ({"dim": 64}, "was trained with --dim 128 but this run has 64"),
+        ({"optimizer": "adamw"}, "was trained with --optimizer sgd but this run has adamw"),
+        ({"exclude_norm_bias": True}, "does not fit this model: the saved optimizer state belongs to another optimizer"),
+        ({"arch": "resnet50"}, "does not fit resnet50"),
     ],
 )
 def test_another_model_is_refused(tmp_path, options, said):
