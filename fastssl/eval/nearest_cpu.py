@@ -148,11 +148,13 @@ def measure_near_rows(
 
     def measure(start: int, block: np.ndarray, rows: Coded, part: slice) -> None:
         space = spaces.get()
-        product = multiply(queries.rows[part], rows.rows, space)
-        asked = (queries.query[part], limit[part], exact[part])
-        found = (count[part], index[part], distance[part])
-        measure_near(product, *asked, *found, rows.row, block, start)
-        spaces.put(space)
+        try:
+            product = multiply(queries.rows[part], rows.rows, space)
+            asked = (queries.query[part], limit[part], exact[part])
+            found = (count[part], index[part], distance[part])
+            measure_near(product, *asked, *found, rows.row, block, start)
+        finally:
+            spaces.put(space)  # after an error, too: other parts would wait for it for ever
 
     for start in range(0, len(bank), bank_chunk):
         block = as_rows(bank[start : start + bank_chunk])
