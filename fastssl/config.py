@@ -110,7 +110,7 @@ class MoCoConfig:
     ema_schedule: Literal["constant", "cosine"] = "constant"
     """cosine: the momentum rises to 1 over the run."""
     symmetric: bool = False
-    """Use each view once as query and once as key, and the mean of both losses; a step costs twice as much."""
+    """Use each view once as query and once as key, and the mean of both losses; a step has twice as many views."""
 
 
 @dataclass(frozen=True)
