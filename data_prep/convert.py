@@ -10,7 +10,7 @@ from functools import partial
 
 from tqdm import tqdm
 
-from fastssl.data_prep.images import BadImage
+from fastssl.data_prep.decode import BadImage
 from fastssl.data_prep.jpeg import NotPlain
 from fastssl.data_prep.manifest import Tally
 from fastssl.data_prep.prepare import Prepared, Store, pass_image, prepare_image

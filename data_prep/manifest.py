@@ -32,7 +32,7 @@ from fastssl.data_prep.files import partial_file
 from fastssl.plural import counted
 
 if TYPE_CHECKING:
-    from fastssl.data_prep.images import BadImage
+    from fastssl.data_prep.decode import BadImage
     from fastssl.data_prep.prepare import Prepared, Store
     from fastssl.data_prep.sources import Place, Selection, Source
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from fastssl.data_prep.beton_format import JPEG, RAW
-from fastssl.data_prep.images import MAX_PIXELS, BadImage, open_image
+from fastssl.data_prep.decode import MAX_PIXELS, BadImage, open_image
 from fastssl.data_prep.jpeg import NotPlain, read_jpeg_facts
 from fastssl.data_prep.rgb import orientation_of
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fastssl.data_prep.class_list import read_classes
-from fastssl.data_prep.images import BadImage, ImageFolder, find_images, read_file
+from fastssl.data_prep.decode import BadImage, read_file
+from fastssl.data_prep.find import ImageFolder, find_images
 from fastssl.data_prep.tars import Member, find_tars, read_tars
 
 

@@ -25,7 +25,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastssl.command import run_command
-from fastssl.data_prep.images import BadImage, ImageFolder, decode_image, find_images
+from fastssl.data_prep.decode import BadImage, decode_image
+from fastssl.data_prep.find import ImageFolder, find_images
 from fastssl.data_prep.view_pairs import AUGS, count_views, make_view_pair
 from fastssl.data_prep.work_pool import Died, WorkPool, ahead, usable_cores
 from fastssl.plural import counted

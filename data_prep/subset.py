@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from fastssl.data_prep.class_list import read_classes
-from fastssl.data_prep.images import has_train_split
+from fastssl.data_prep.find import has_train_split
 
 _SPLITS = ("train", "val", "valid", "validation", "test")
 

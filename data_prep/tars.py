@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastssl.data_prep.images import ImageFolder, is_image_name, label_by_folder, walk_images
+from fastssl.data_prep.find import ImageFolder, is_image_name, label_by_folder, walk_images
 from fastssl.data_prep.manifest import name_classes, read_manifest
 
 

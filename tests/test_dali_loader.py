@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from fastssl.conformance import samples
-from fastssl.data_prep.images import decode_image
+from fastssl.data_prep.decode import decode_image
 from fastssl.loaders import dali_loader, dali_read
 from fastssl.loaders.dali_decode import DaliFailed, JpegDecoder
 from fastssl.loaders.dali_read import is_plain_jpeg

@@ -11,7 +11,7 @@ from betons import put_manifest
 
 from fastssl.conformance import samples
 from fastssl.data_prep.beton_format import ALLOCATION, DESCRIPTOR, HEADER, IMAGE_FIELD, INT_FIELD, JPEG, RAW, VERSION
-from fastssl.data_prep.images import BadImage
+from fastssl.data_prep.decode import BadImage
 from fastssl.data_prep.sources import Selection, open_source
 from fastssl.loaders.encoded import open_encoded
 from fastssl.loaders.make import choose_loader, make_loader

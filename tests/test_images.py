@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastssl.data_prep.images import BadImage, decode_image, find_images
+from fastssl.data_prep.decode import BadImage, decode_image
+from fastssl.data_prep.find import find_images
 
 
 def encode(image, kind, **options):

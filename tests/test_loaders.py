@@ -13,7 +13,7 @@ import torch
 from betons import NO_TURBOJPEG, write_beton
 from PIL import Image
 
-from fastssl.data_prep import images
+from fastssl.data_prep.decode import decode_image
 from fastssl.data_prep.beton_format import RAW
 from fastssl.loaders import bad_images, folder_loader, prefetch
 from fastssl.loaders.make import choose_loader, make_loader
@@ -209,7 +209,7 @@ def test_folder_pixels_and_labels_are_the_files(good_folder):
 
 def test_each_image_is_decoded_once_per_epoch(good_folder, monkeypatch):
     decoded = []
-    original = images.decode_image
+    original = decode_image
     monkeypatch.setattr(folder_loader, "decode_image", lambda path: decoded.append(path) or original(path))
     loader = make_loader("folder", good_folder, batch_size=4, seed=0, device="cpu", workers=4, read_ahead=2)
     batches = loader.batches()
@@ -224,7 +224,7 @@ def test_each_image_is_decoded_once_per_epoch(good_folder, monkeypatch):
 @pytest.mark.parametrize(("read_ahead", "batches_decoded"), [(None, 1), (0, 1), (2, 6)])
 def test_reading_ahead_is_bounded(good_folder, monkeypatch, read_ahead, batches_decoded):
     decoded = []
-    original = images.decode_image
+    original = decode_image
     monkeypatch.setattr(folder_loader, "decode_image", lambda path: decoded.append(path) or original(path))
     loader = make_loader("folder", good_folder, batch_size=2, seed=0, device="cpu", workers=4, read_ahead=read_ahead)
     batches = loader.batches()
@@ -298,7 +298,7 @@ def test_a_failure_in_a_worker_reaches_the_reader_at_once(good_folder, monkeypat
     def fail(path):
         if path.endswith("020.png"):
             raise MemoryError("no room for 020")
-        return images.decode_image(path)
+        return decode_image(path)
 
     monkeypatch.setattr(folder_loader, "decode_image", fail)
     loader = make_loader("folder", good_folder, batch_size=4, seed=0, device="cpu")

@@ -14,7 +14,8 @@ from prep_images import bad_kinds, encode, jpeg, kinds, prepare_or_die, render, 
 from fastssl.data_prep import convert
 from fastssl.data_prep.beton_format import IMAGE_FIELD, JPEG, RAW, read_tables, record_sizes
 from fastssl.data_prep.beton_writer import BLOCK, BetonWriter
-from fastssl.data_prep.images import BadImage, decode_image, find_images
+from fastssl.data_prep.decode import BadImage, decode_image
+from fastssl.data_prep.find import find_images
 from fastssl.data_prep.jpeg import NotPlain
 from fastssl.data_prep.manifest import read_manifest
 from fastssl.data_prep.prepare import Store, pass_image, prepare_image, shrink

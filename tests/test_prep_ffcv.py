@@ -22,7 +22,8 @@ from fastssl.data_prep.beton_format import (
     read_tables,
 )
 from fastssl.data_prep.describe import describe
-from fastssl.data_prep.images import decode_image, find_images
+from fastssl.data_prep.decode import decode_image
+from fastssl.data_prep.find import find_images
 from fastssl.data_prep.prepare import Store
 from fastssl.data_prep.sources import Selection
 from fastssl.data_prep.verify import verify

@@ -13,7 +13,8 @@ from prep_images import bad_kinds, jpeg, kinds, write_kinds, write_photos
 
 from fastssl.data_prep.describe import describe
 from fastssl.data_prep.files import partial_folder
-from fastssl.data_prep.images import BadImage, decode_image, find_images
+from fastssl.data_prep.decode import BadImage, decode_image
+from fastssl.data_prep.find import find_images
 from fastssl.data_prep.prepare import Store
 from fastssl.data_prep.sources import Selection, open_source, read_place
 from fastssl.data_prep.verify import verify

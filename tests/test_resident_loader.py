@@ -13,7 +13,8 @@ from PIL import Image
 
 from fastssl import build
 from fastssl.config import Config, replace
-from fastssl.data_prep import images
+from fastssl.data_prep.decode import decode_image
+from fastssl.data_prep.find import find_images
 from fastssl.distributed import Ranks
 from fastssl.loaders import folder_loader, memory
 from fastssl.loaders.make import make_loader
@@ -180,9 +181,9 @@ def test_too_many_bytes_are_refused_before_anything_is_decoded(data, monkeypatch
 
 
 def test_the_prediction_is_what_the_images_take(folder):
-    listing = images.find_images(folder)
+    listing = find_images(folder)
     assert memory.folder_pixel_bytes(listing, range(3, 20), 2) == sum(
-        images.decode_image(listing.path(i)).size for i in range(3, 20)
+        decode_image(listing.path(i)).size for i in range(3, 20)
     )
     free = memory.free_bytes(torch.device("cpu"))
     assert 1 << 20 < free < 1 << 50
@@ -206,7 +207,7 @@ def test_what_will_not_be_decoded_needs_no_room(tmp_path):
     Image.new("1", (10_000, 10_000)).save(tmp_path / "0.png")
     Image.new("RGB", (5, 7)).save(tmp_path / "1.png")
     os.mkfifo(tmp_path / "2.png")
-    assert memory.folder_pixel_bytes(images.find_images(tmp_path), range(3), 1) == 5 * 7 * 3
+    assert memory.folder_pixel_bytes(find_images(tmp_path), range(3), 1) == 5 * 7 * 3
 
 
 @pytest.mark.parametrize("name", ["folder", "resident"])

@@ -15,7 +15,7 @@ from torch import save
 
 from fastssl.cli import main
 from fastssl.data_prep import static_views
-from fastssl.data_prep.images import find_images
+from fastssl.data_prep.find import find_images
 from fastssl.data_prep.static_views import draw, make_static_views
 from fastssl.data_prep.view_pairs import AUGS, count_views
 

@@ -36,7 +36,8 @@ from fastssl.bench.augment_peers import (
 )
 from fastssl.bench.pil_processes import in_processes
 from fastssl.bench.timing import Function, time_calls
-from fastssl.data_prep.images import decode_image, find_images
+from fastssl.data_prep.decode import decode_image
+from fastssl.data_prep.find import find_images
 from fastssl.environment import environment
 from fastssl.host_memory import keep_freed_memory
 from fastssl.loaders.synthetic_loader import SyntheticLoader

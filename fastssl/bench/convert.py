@@ -14,7 +14,7 @@ from PIL import Image
 
 from fastssl.arguments import positive
 from fastssl.bench.timing import time_in_turn
-from fastssl.data_prep.images import find_images
+from fastssl.data_prep.find import find_images
 from fastssl.data_prep.prepare import Store, encode_jpeg, shrink
 from fastssl.data_prep.sources import Selection
 from fastssl.data_prep.work_pool import Work, make_pool, usable_cores

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastssl.batch import ImageBatch
 from fastssl.data_prep.beton_format import RAW
-from fastssl.data_prep.images import decode_image
+from fastssl.data_prep.decode import decode_image
 from fastssl.loaders.beton_file import open_beton
 from fastssl.loaders.encoded import open_encoded
 from fastssl.loaders.make import Loader, make_loader

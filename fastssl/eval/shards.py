@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastssl.batch import ImageBatch, pack_images
-from fastssl.data_prep.images import decode_image
+from fastssl.data_prep.decode import decode_image
 from fastssl.loaders.bad_images import BadImages
 from fastssl.loaders.encoded import open_encoded
 from fastssl.loaders.folder_loader import default_workers

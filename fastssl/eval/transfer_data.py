@@ -8,7 +8,7 @@ import torch
 import torchvision.datasets as tvd
 from torch import Tensor
 
-from fastssl.data_prep.images import find_images, label_by_folder
+from fastssl.data_prep.find import find_images, label_by_folder
 from fastssl.distributed import Ranks
 from fastssl.eval.images import HELD_OUT, ArrayImages, Images, open_splits
 from fastssl.eval.session import Session

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fastssl.data_prep.images import BadImage
+from fastssl.data_prep.decode import BadImage
 from fastssl.plural import counted
 
 MAX_BAD_RUN = 1000  # so many unreadable images in a row mean that the data set is broken

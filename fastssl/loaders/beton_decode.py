@@ -8,7 +8,7 @@ import weakref
 import numpy as np
 
 from fastssl.data_prep.beton_format import RAW
-from fastssl.data_prep.images import BadImage, decode_image
+from fastssl.data_prep.decode import BadImage, decode_image
 from fastssl.loaders.bad_images import BadImages
 from fastssl.loaders.beton_file import BetonFile
 from fastssl.loaders.jpeg_decode import FATAL, decode_stored_images

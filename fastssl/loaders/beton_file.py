@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fastssl.data_prep.beton_format import HEADER, IMAGE_FIELD, INT_FIELD, RAW, read_tables, record_sizes, truncated
-from fastssl.data_prep.images import MAX_PIXELS
+from fastssl.data_prep.decode import MAX_PIXELS
 from fastssl.data_prep.manifest import name_classes, read_manifest
 from fastssl.plural import counted
 

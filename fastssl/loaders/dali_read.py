@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastssl.data_prep.images import MAX_PIXELS, BadImage, decode_image
+from fastssl.data_prep.decode import MAX_PIXELS, BadImage, decode_image
 from fastssl.data_prep.jpeg import NotPlain, read_jpeg_facts
 from fastssl.loaders.bad_images import BadImages
 from fastssl.loaders.encoded import EncodedImages

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fastssl.data_prep.beton_format import RAW
-from fastssl.data_prep.images import find_images, is_image_name, read_file
+from fastssl.data_prep.decode import read_file
+from fastssl.data_prep.find import find_images, is_image_name
 from fastssl.data_prep.manifest import name_classes, read_manifest
 from fastssl.data_prep.sources import Place, read_place
 from fastssl.data_prep.tars import class_number, find_tars

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fastssl.batch import ImageBatch, pack_images
-from fastssl.data_prep.images import ImageFolder, decode_image, find_images
+from fastssl.data_prep.decode import decode_image
+from fastssl.data_prep.find import ImageFolder, find_images
 from fastssl.data_prep.work_pool import ahead, usable_cores
 from fastssl.loaders.bad_images import BadImages
 from fastssl.loaders.memory import folder_pixel_bytes

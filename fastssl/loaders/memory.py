@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastssl.data_prep.images import MAX_PIXELS, ImageFolder, open_file
+from fastssl.data_prep.decode import MAX_PIXELS, open_file
+from fastssl.data_prep.find import ImageFolder
 
 if TYPE_CHECKING:
     from fastssl.loaders.beton_loader import BetonLoader
