@@ -12,8 +12,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fastssl.data_prep.beton_format import IMAGE_FIELD, JPEG, BetonTables, check_records, read_tables, record_sizes
-from fastssl.data_prep.files import file_sum
 from fastssl.data_prep.decode import BadImage, open_image
+from fastssl.data_prep.files import file_sum
 from fastssl.data_prep.manifest import listing_path, manifest_path, read_manifest
 from fastssl.data_prep.sources import Place, read_place
 from fastssl.data_prep.work_pool import Died, Work, WorkPool, ahead

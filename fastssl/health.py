@@ -21,10 +21,14 @@ class NonFiniteLoss(ValueError):
 
 
 class Health:
-    """The first step whose loss was not finite, its values and the last spread, on the device until someone asks."""
+    """The first step whose loss was not finite, its values and the last spread, on the device until someone asks.
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
+    `settled`: the step at which the queue holds keys alone. While it holds random rows, features do come together.
+    """
+
+    def __init__(self, ranks: Ranks, settled: int = 0) -> None:
+        self.ranks, self.settled = ranks, settled
+        self.step = -1
         self.names: list[str] = []
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=ranks.device)
         self.values = torch.zeros((), device=ranks.device)
@@ -33,7 +37,7 @@ class Health:
 
     def update(self, step: int, metrics: dict[str, Tensor]) -> None:
         """metrics: 0-dim tensors, the total under "loss". No host sync."""
-        self.names, self.spread = list(metrics), metrics.get("feature_std")
+        self.step, self.names, self.spread = step, list(metrics), metrics.get("feature_std")
         newly_bad = (self.first_bad < 0) & ~metrics["loss"].isfinite()
         self.values = torch.where(newly_bad, torch.stack(list(metrics.values())).float(), self.values)
         self.first_bad = torch.where(newly_bad, step, self.first_bad)
@@ -48,12 +52,12 @@ class Health:
         if bad:
             raise NonFiniteLoss(self.blame(*min(bad), encoder) + f"; {advice}")
         spread = sum(spread for *_, spread in found) / len(found)
-        if self.told or not spread < COLLAPSED:
+        if self.told or self.step < self.settled or not spread < COLLAPSED:
             return []
         self.told = True
         return [
             f"all images have nearly the same features (feature_std {spread:.2g}, random weights have 0.3 or more): "
-            "lower --lr, or give --uniform-weight or --contrast-weight more"
+            "if they stay so, use a lower --lr or --warmup-epochs; align alone needs uniform or contrast beside it"
         ]
 
     def blame(self, step: int, rank: int, values: str, encoder: nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,10 @@ class Plan(NamedTuple):
         """The momentum of the key encoder at `step`."""
         m = self.config.moco
         return momentum_schedule(step, momentum=m.ema_momentum, total_steps=self.total_steps, schedule=m.ema_schedule)
+
+    def queue_filled(self) -> int:
+        """The step before which the queue still holds some of its first, random rows."""
+        return math.ceil(self.config.moco.queue_size / (self.config.train.batch_size * directions(self.config)))
 
     def ends_epoch(self, done: int, every: int) -> bool:
         """Whether `done` steps are a multiple of `every` epochs (0: never)."""

@@ -156,7 +156,7 @@ def train(config: Config, loader: Loader, folder: Path, ranks: Ranks) -> int:
     trainee = make_trainee(config, ranks)
     first, notes = start_or_resume(config, plan, trainee, folder, loader.num_images, ranks)
     trainee = compile_and_wrap(config, trainee, ranks)
-    encoder, health = trainee.moco.encoder_q, Health(ranks)
+    encoder, health = trainee.moco.encoder_q, Health(ranks, plan.queue_filled())
     inputs = InputStream(ranks.device)
     train_step = make_train_step(config, plan, trainee, policy, ranks, health, inputs)
     probe, note = make_probe(config, loader, ranks)

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from fastssl import train
+from fastssl.config import Config, replace
 from fastssl.distributed import Ranks
 from fastssl.health import Health, NonFiniteLoss
+from fastssl.plan import make_plan
 
 RANKS = Ranks(0, 1, 1, torch.device("cpu"))
 
@@ -31,6 +33,14 @@ def test_collapsed_features_are_named_once():
     health.update(2, {"loss": torch.tensor(torch.nan)})  # a batch of one has no spread
     with pytest.raises(NonFiniteLoss, match=r"not finite at step 3 \(loss nan\); advice"):
         health.check(encoder, "advice")
+
+
+def test_features_may_come_together_while_the_queue_is_random():
+    config = replace(Config(), queue_size=40, batch_size=8, symmetric=True)
+    health, encoder = Health(RANKS, make_plan(config, 9).queue_filled()), nn.Linear(2, 2)
+    for step, lines in ((0, 0), (2, 0), (3, 1)):
+        health.update(step, spread(0.02))
+        assert len(health.check(encoder, "")) == lines
 
 
 def test_a_run_without_anything_that_spreads_says_that_it_collapses(tmp_path, image_folder, capsys):

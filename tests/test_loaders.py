@@ -13,8 +13,8 @@ import torch
 from betons import NO_TURBOJPEG, write_beton
 from PIL import Image
 
-from fastssl.data_prep.decode import decode_image
 from fastssl.data_prep.beton_format import RAW
+from fastssl.data_prep.decode import decode_image
 from fastssl.loaders import bad_images, folder_loader, prefetch
 from fastssl.loaders.make import choose_loader, make_loader
 from fastssl.loaders.synthetic_loader import render_images

@@ -21,8 +21,8 @@ from fastssl.data_prep.beton_format import (
     VERSION,
     read_tables,
 )
-from fastssl.data_prep.describe import describe
 from fastssl.data_prep.decode import decode_image
+from fastssl.data_prep.describe import describe
 from fastssl.data_prep.find import find_images
 from fastssl.data_prep.prepare import Store
 from fastssl.data_prep.sources import Selection

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from prep_images import bad_kinds, jpeg, kinds, write_kinds, write_photos
 
+from fastssl.data_prep.decode import BadImage, decode_image
 from fastssl.data_prep.describe import describe
 from fastssl.data_prep.files import partial_folder
-from fastssl.data_prep.decode import BadImage, decode_image
 from fastssl.data_prep.find import find_images
 from fastssl.data_prep.prepare import Store
 from fastssl.data_prep.sources import Selection, open_source, read_place
