@@ -46,10 +46,14 @@ def find_images(root: str | os.PathLike, class_names: Sequence[str] | None = Non
     except OSError as error:
         raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
     if not paths:
-        raise ValueError(
-            f"{base} holds no images ({_inventory(base)}): give a folder that holds images, <class>/ folders or "
-            f"train/<class>/ folders, with files named {' '.join(EXTENSIONS)}"
+        held = _inventory(base)
+        mend = (
+            "tar shards are read by --loader dali and converted by fastssl prep beton"
+            if ".tar" in held
+            else "give a folder that holds images, <class>/ folders or train/<class>/ folders, with files named "
+            + " ".join(EXTENSIONS)
         )
+        raise ValueError(f"{base} holds no images ({held}): {mend}")
     return label_by_folder(base, paths, class_names)
 
 
