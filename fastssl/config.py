@@ -134,7 +134,7 @@ class OptimConfig:
     lr_drop: float = 0.1
     """Factor of --lr-schedule step."""
     warmup_epochs: float = 0.0
-    """Epochs over which the learning rate rises linearly from 0, step by step."""
+    """Epochs over which the learning rate rises linearly from 0, step by step; keeps features apart at the start."""
     clip_grad: float | None = None
     """Clip the norm of the gradient to this; by default it is not clipped."""
     accumulate: int = 1
