@@ -47,12 +47,10 @@ def find_images(root: str | os.PathLike, class_names: Sequence[str] | None = Non
         raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
     if not paths:
         held = _inventory(base)
-        mend = (
-            "tar shards are read by --loader dali and converted by fastssl prep beton"
-            if ".tar" in held
-            else "give a folder that holds images, <class>/ folders or train/<class>/ folders, with files named "
-            + " ".join(EXTENSIONS)
-        )
+        mend = "give a folder that holds images, <class>/ folders or train/<class>/ folders, with files named "
+        mend += " ".join(EXTENSIONS)
+        if ".tar file" in held:
+            mend = "tar shards are read by --loader dali and converted by fastssl prep beton"
         raise ValueError(f"{base} holds no images ({held}): {mend}")
     return label_by_folder(base, paths, class_names)
 

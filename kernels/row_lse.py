@@ -87,8 +87,8 @@ def row_lse(
     x_ND, y_KD: unit rows, contiguous, float32, float16 or bfloat16. x is rounded to the dtype of y for the tensor
     cores; sums are float32. D must be in DIMS, scales in (0, MAX_SCALE]. positive_N: (N,) float32 or None (then above
     is empty). exclude_self: leaves out j = i, for y = x. Returns lse (C, N) and mean (C, N, D) float32, above (N,)
-    int32, with the same bits every time. The gradient flows to x through lse, never to y. Raises
-    ValueError for tensors that do not fit.
+    int32, with the same bits every time. The gradient flows to x through lse, never to y. Raises ValueError for tensors
+    that do not fit.
     """
     check_rows(x_ND=x_ND, y_KD=y_KD)
     num, dim, count = x_ND.shape[0], int(x_ND.shape[1]), len(scales)

@@ -331,6 +331,9 @@ def test_no_images_is_one_clear_sentence(tmp_path):
     make_tree(tmp_path / "texts", ["a/1.txt", "a/2.txt", "b/3.csv"])
     with pytest.raises(ValueError, match=r"2 \.txt files, 1 \.csv file, 2 folders"):
         find_images(tmp_path / "texts")
+    make_tree(tmp_path / "targets", ["1.target"])
+    with pytest.raises(ValueError, match=r"1 \.target file\): give a folder"):
+        find_images(tmp_path / "targets")
     make_tree(tmp_path / "shards", ["shard-000000.tar", "shard-000000.idx"])
     with pytest.raises(ValueError, match=r"1 \.idx file.*: tar shards are read by --loader dali"):
         find_images(tmp_path / "shards")
