@@ -35,7 +35,8 @@ def _as_operand(weight, dtype: tl.constexpr, PRECISION: tl.constexpr):
     """The weight as the tensor cores round it, so that the sums and the products use the same numbers."""
     if dtype == tl.float32 and PRECISION == "tf32":
         # TF32 drops 13 bits: rounded here, since cut off, all weights and so their sum would be too small
-        weight = ((weight.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+        bits = tl.minimum(weight.to(tl.int32, bitcast=True), 0x7FC00000)  # a GPU's NaN, 0x7FFFFFFF, would round to -0
+        weight = ((bits + 4096) & -8192).to(tl.float32, bitcast=True)
     return weight.to(dtype)
 
 

@@ -118,13 +118,13 @@ def crop_tiles(
     if DRAW:
         image_height, index, view = tl.load(height_ptr + n % B), tl.load(index_ptr + n % B), n // B
         write = tl.program_id(0) == 0
-        box, colours, flip, grey_before, sigma = draw_view(
-            policy_ptr, ints_ptr, floats_ptr, seed, epoch, index, view, image_height, image_width, write
+        top, left, height, width, plan, contrast_at, hue_levels, brightness, saturation, flip, grey_before, sigma = (
+            draw_view(policy_ptr, ints_ptr, floats_ptr, seed, epoch, index, view, image_height, image_width, write)
         )
     else:
-        box, colours, flip, grey_before, sigma = load_view(ints_ptr, floats_ptr)
-    top, left, height, width = box
-    plan, contrast_at, hue_levels, brightness, saturation = colours
+        top, left, height, width, plan, contrast_at, hue_levels, brightness, saturation, flip, grey_before, sigma = (
+            load_view(ints_ptr, floats_ptr)
+        )
     if tl.program_id(0) == 0:
         tl.store(taps_ptr + n * _NUM_TAPS + tl.arange(0, _NUM_TAPS), _blur_taps(sigma))
     row_bytes = image_width.to(tl.int64) * 3

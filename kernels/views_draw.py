@@ -167,8 +167,8 @@ def draw_view(policy_ptr, ints_ptr, floats_ptr, seed, epoch, index, view, height
         tl.store(floats_ptr + table.SATURATION, saturation)
         tl.store(floats_ptr + table.SIGMA, sigma)
         tl.store(floats_ptr + table.HIDE_P, tl.load(policy_ptr + table.HIDE_PROBABILITY).to(tl.float32))
-    box, colours = (top, left, crop_height, crop_width), (plan, contrast_at, hue_levels, brightness, saturation)
-    return box, colours, flip, grey_before, sigma
+    height, width = crop_height, crop_width  # one flat tuple follows: Triton 3.2 cannot return tuples within tuples
+    return top, left, height, width, plan, contrast_at, hue_levels, brightness, saturation, flip, grey_before, sigma
 
 
 @triton.jit
@@ -177,7 +177,7 @@ def load_view(ints_ptr, floats_ptr):
     top, left = tl.load(ints_ptr + table.TOP), tl.load(ints_ptr + table.LEFT)
     height, width = tl.load(ints_ptr + table.CROP_HEIGHT), tl.load(ints_ptr + table.CROP_WIDTH)
     plan, contrast_at = tl.load(ints_ptr + table.PLAN), tl.load(ints_ptr + table.CONTRAST_AT)
-    brightness, saturation = tl.load(floats_ptr + table.BRIGHTNESS), tl.load(floats_ptr + table.SATURATION)
-    colours = (plan, contrast_at, tl.load(ints_ptr + table.HUE_LEVELS), brightness, saturation)
+    hue_levels, brightness = tl.load(ints_ptr + table.HUE_LEVELS), tl.load(floats_ptr + table.BRIGHTNESS)
+    saturation, sigma = tl.load(floats_ptr + table.SATURATION), tl.load(floats_ptr + table.SIGMA)
     flip, grey_before = tl.load(ints_ptr + table.FLIP), tl.load(ints_ptr + table.GREY_BEFORE)
-    return (top, left, height, width), colours, flip, grey_before, tl.load(floats_ptr + table.SIGMA)
+    return top, left, height, width, plan, contrast_at, hue_levels, brightness, saturation, flip, grey_before, sigma

@@ -163,6 +163,24 @@ def test_files_and_functions_are_short():
     assert not [f"{what}: {lines} lines" for what, lines, limit in lengths if lines > LONGER.get(what, limit)]
 
 
+def test_kernels_pass_on_no_tuple_as_one_value():
+    """Triton 3.2, which the oldest torch allowed brings along, compiles no tuple in a tuple and none with a name."""
+    found = []
+    for name in python_files("kernels"):
+        jitted = (node for node in ast.walk(syntax(name)) if "triton.jit" in map(ast.unparse, decorators(node)))
+        for node in (node for function in jitted for node in ast.walk(function)):
+            nested = isinstance(node, ast.Tuple) and any(isinstance(part, ast.Tuple) for part in node.elts)
+            named = isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)
+            if nested or (named and not isinstance(node.targets[0], ast.Tuple)):
+                found.append(f"{name}:{node.lineno}")
+    assert not found
+
+
+def decorators(node: ast.AST) -> list[ast.expr]:
+    """What decorates a function, without arguments; [] for anything else."""
+    return [getattr(found, "func", found) for found in getattr(node, "decorator_list", [])]
+
+
 def calls(name: str) -> list[tuple[str, dict[str, object]]]:
     """Every call in a file as (dotted name, keyword constants)."""
     found = []

@@ -8,12 +8,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import library
 
 from fastssl.bench.loss import published_loss
 from fastssl.kernels.reference import row_lse_reference
 from fastssl.kernels.row_lse import row_lse
 from fastssl.kernels.row_lse_blocks import DIMS, Blocks, find_blocks, table_blocks
+from fastssl.kernels.row_lse_pass import _as_operand
 from fastssl.kernels.row_lse_plan import dot_precision, split_queue, weight_factors, weights_need_float32
 from fastssl.kernels.row_lse_tiled import MAX_SCALE, row_lse_tiled
 from fastssl.losses import LossConfig, moco_loss
@@ -157,6 +160,24 @@ def test_weights_of_16_bits_are_not_all_too_small():
     x = F.normalize(z, dim=1).half()
     error = row_lse(x, queue, [20.0])[0].double() - row_lse_reference(x.double(), queue.double(), [20.0])[0]
     assert abs(error.mean()) < 2e-5
+
+
+@triton.jit
+def _round_to_tf32(bits_ptr, found_ptr, NUM: tl.constexpr):
+    i = tl.arange(0, NUM)
+    weight = tl.load(bits_ptr + i).to(tl.float32, bitcast=True)
+    tl.store(found_ptr + i, _as_operand(weight, tl.float32, "tf32"))
+
+
+def test_rounding_to_tf32_keeps_nan():
+    """Every operation of a GPU makes the NaN 0x7FFFFFFF, to which nothing can be added without passing into -0."""
+    nan, negative_nan, infinity = 0x7FFFFFFF, 0xFFC00000 - 2**32, 0x7F800000
+    one = 0x3F800000
+    bits = torch.tensor([nan, 0x7FC00000, negative_nan, infinity, one, one + 4095, one + 4096, 0], device=DEVICE)
+    found = torch.empty(8, device=DEVICE)
+    _round_to_tf32[(1,)](bits.int(), found, NUM=8)
+    assert found[:3].isnan().all()
+    assert found[3:].tolist() == [float("inf"), 1.0, 1.0, 1 + 2**-10, 0.0]
 
 
 def test_same_bits_every_time():
