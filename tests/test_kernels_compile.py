@@ -11,7 +11,8 @@ import pytest
 
 LOSS = [(80, "bf16", 128), (90, "bf16", 128), (100, "bf16", 128), (90, "fp16", 256), (80, "fp32", 64)]
 VIEWS = [(80, "bf16"), (90, "bf16"), (100, "bf16"), (90, "fp32"), (80, "fp16")]
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
+# bytes a program may have; what is compiled for sm_80 also runs on GPUs with less than its 163 KB (8.6, 8.9, 12.x)
+SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 # the commands' own main, one command line after the other: importing takes longer than compiling
 COMMANDS = """

@@ -8,7 +8,7 @@ import torch
 from photos import photo_batch, render_photo
 
 from fastssl.augment.choose import choose_augment_kernel
-from fastssl.augment.fused import make_tables, make_views_fused, policy_table
+from fastssl.augment.fused import MAX_BATCH, make_tables, make_views_fused, policy_table
 from fastssl.augment.normalise import MEAN, STD
 from fastssl.augment.params import ViewParams, sample_both
 from fastssl.augment.policy import POLICIES, Policy, make_policy
@@ -261,6 +261,12 @@ def test_every_second_image_and_a_narrow_index(kernel: str) -> None:
     some = batch._replace(index=batch.index.int()).to(device).select(slice(None, None, 2))
     for found, view in zip(make_views(some, policy, 4, 0, 0, kernel=kernel), expected):
         assert torch.equal(found.cpu(), view)
+
+
+def test_more_images_than_a_launch_has_programs_for() -> None:
+    batch = photo_batch(((9, 7),)).to(DEVICE).select(torch.zeros(MAX_BATCH + 1, dtype=torch.int64, device=DEVICE))
+    with pytest.raises(ValueError, match="at most 32,767 images, got 32,768: set --accumulate or a smaller"):
+        make_views(batch, make_policy("v2"), 4, 0, 0, kernel="triton")
 
 
 def test_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

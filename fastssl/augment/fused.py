@@ -61,7 +61,8 @@ def _launch(
     from fastssl.kernels.views import Draw, Tables, Windows, empty_tables, views_triton  # Triton may be missing
 
     if batch.size > MAX_BATCH:
-        raise ValueError(f"the triton augmentation kernel takes at most {MAX_BATCH:,} images, got {batch.size:,}")
+        most = f"the triton augmentation kernel takes at most {MAX_BATCH:,} images"
+        raise ValueError(f"{most}, got {batch.size:,}: set --accumulate or a smaller --batch-size")
     fields = batch.pixels, batch.offset, batch.height, batch.width, batch.index.long()
     windows = Windows(*(field.contiguous() for field in fields))  # `select` may have chosen every second image
     draw = None
