@@ -11,7 +11,7 @@ from fastssl import distributed
 from fastssl.bench import loops, peers, step_parts, step_profile
 from fastssl.bench.peer_views import augment_crops, colour_maps
 from fastssl.bench.photos import write_photos
-from fastssl.bench.step import add_step_flags, make_config
+from fastssl.bench.step import add_step_flags, make_config, parse_flags
 from fastssl.bench.step_floor import count_encoder
 from fastssl.bench.step_profile import busy, profile_step
 
@@ -27,7 +27,7 @@ def short_warm_up(monkeypatch):
 def tiny_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_step_flags(parser)
-    return parser.parse_args(TINY)
+    return parse_flags(parser, TINY)
 
 
 def test_step(tmp_path, capsys):
@@ -48,6 +48,27 @@ def test_step(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "with the profiler a step takes " in text and "aten::convolution_backward" in text
     assert "pairs/s" in text and "verdict: mobilenetv3_small: bound by the " in text
+
+
+@pytest.mark.parametrize("stage", ["step", "all"])
+def test_a_recipe_is_measured_as_it_is_but_for_flags(stage, tmp_path, capsys, make_image_folder):
+    output = tmp_path / "step.json"
+    flags = "--config cifar10_resnet18 --batch-size 32 --queue-size 40 --compile off --steps 1 --rounds 1".split()
+    if stage == "all":
+        flags += ["--data", str(make_image_folder(tmp_path / "images", {"train": 32})), "--loader", "resident"]
+    assert main([stage, *flags, "--device", "cpu", "--output", str(output)]) == 0
+    (line,) = json.loads(output.read_text())["lines"]
+    kept = {"arch": "resnet18", "stem": "cifar", "image_size": 32, "symmetric": True, "bn_splits": 16, "lr": 0.06}
+    kept |= {"policy": "v2", "gaussian_blur": 0.0, "contrast_weight": 2.0, "temperature": 0.1, "synthetic_size": 32}
+    assert {name: line["settings"][name] for name in kept} == kept
+    assert line["settings"]["queue_size"] == 40 and line["settings"]["batch_size"] == 32
+    assert ("not measured: its loss goes one way" in capsys.readouterr().out) == (stage == "all")
+
+
+def test_a_symmetric_step_has_twice_the_operations():
+    args = tiny_args()
+    one, two = (count_encoder(make_config(args, "resnet18", symmetric=both)) for both in (False, True))
+    assert two == pytest.approx([2 * one[0], 2 * one[1]])
 
 
 def kernels_of(profile):

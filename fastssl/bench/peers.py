@@ -19,7 +19,7 @@ from fastssl.bench.classical import classical_loop
 from fastssl.bench.loops import Loop, our_loop, time_loops, trainee_of
 from fastssl.bench.peer_loops import dali_loop, ffcv_loop
 from fastssl.bench.photos import SOURCE, open_data
-from fastssl.bench.step import add_step_flags, as_line, make_config, print_line, save
+from fastssl.bench.step import add_step_flags, as_line, make_config, parse_flags, print_line, save
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.distributed import Ranks
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
     add("--loader", nargs="+", choices=OURS, default=OURS, help="loaders of our loop (default all)")
     add("--workers", type=int, default=usable_cores(), help="threads or processes of the others (default all cores)")
     add_step_flags(parser)
-    args = parser.parse_args(list(argv))
+    args = parse_flags(parser, argv)
     ranks = distributed.start(args.device)
     args.device = ranks.device.type
     with tempfile.TemporaryDirectory() as scratch:

@@ -28,9 +28,14 @@ from fastssl.compile_encoders import HOW_NAMES
 from fastssl.config import Config, flat, replace
 from fastssl.environment import environment
 from fastssl.models.cpu_conv import use_plain_convolutions
+from fastssl.recipe import load_recipe
 
 ARCHS = ("resnet18", "mobilenetv3_small", "mobilenetv3_large", "efficientnet_b0", "deit_tiny", "resnet50")
 COMPILE = ("auto", "on", "graphs", "off")
+SHARED = ("image_size", "batch_size", "queue_size", "head", "policy", "precision", "compile", "device")
+# MoCo v2's loss and schedule, which are measured where no recipe is named
+MOCO_V2 = {"contrast_weight": 1.0, "temperature": 0.2, "align_weight": 0.0, "uniform_weight": 0.0}
+MOCO_V2 |= {"lr_schedule": "cosine"}
 HOST = "host alone"  # the name of the loop that only measures how long the host launches kernels
 
 
@@ -53,20 +58,35 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, help="write the result to this JSON file")
 
 
+def add_recipe_flag(parser: argparse.ArgumentParser) -> None:
+    """--config, which step and all share; `parse_flags` understands it."""
+    text = "measure this recipe, by file or name, instead of MoCo v2's loss and schedule; other flags override it"
+    parser.add_argument("--config", metavar="RECIPE", help=text)
+
+
+def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The command line; a recipe's settings stand in for flags that are not given. Adds `base`, a configuration."""
+    args = parser.parse_args(list(argv))
+    base = replace(Config(), **MOCO_V2)
+    if getattr(args, "config", None):
+        base = load_recipe(args.config)
+        settings = flat(base)
+        parser.set_defaults(arch=[base.model.arch], **{name: settings[name] for name in SHARED})
+        args = parser.parse_args(list(argv))
+    args.base = base
+    return args
+
+
 def make_config(args: argparse.Namespace, arch: str, **options: object) -> Config:
-    """MoCo v2's loss and schedule, with the sizes of the command line, on synthetic images unless `options` differ."""
-    shared = ("image_size", "batch_size", "queue_size", "head", "policy", "precision", "compile", "device")
-    settings = {name: getattr(args, name) for name in shared} | {
+    """The base with the sizes of the command line, on synthetic images unless `options` differ."""
+    settings = {name: getattr(args, name) for name in SHARED} | {
         "arch": arch,
         "loader": "synthetic",
         "synthetic_images": max(args.batch_size, min(512, 16 * args.batch_size)),
-        "contrast_weight": 1.0,
-        "temperature": 0.2,
-        "align_weight": 0.0,
-        "uniform_weight": 0.0,
-        "lr_schedule": "cosine",
     }
-    return replace(Config(), **(settings | options))
+    if args.base.model.stem == "cifar":  # such data sets have images of that size
+        settings["synthetic_size"] = args.image_size
+    return replace(args.base, **(settings | options))
 
 
 def print_line(line: dict[str, object], device: torch.device) -> None:
@@ -157,8 +177,9 @@ def main(argv: Sequence[str]) -> None:
         choices=COMPILE,
         help="also time the step with these, in the same rounds",
     )
+    add_recipe_flag(parser)
     add_step_flags(parser)
-    args = parser.parse_args(list(argv))
+    args = parse_flags(parser, argv)
     ranks, lines = distributed.start(args.device), []
     args.device = ranks.device.type
     for arch in while_time_lasts(args.arch):

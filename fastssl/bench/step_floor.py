@@ -18,13 +18,13 @@ from fastssl.bench.loss import make_ceilings
 from fastssl.bench.timing import time_in_turn
 from fastssl.config import Config
 from fastssl.models.encoders import make_encoder
-from fastssl.plan import DTYPES, choose_precision
+from fastssl.plan import DTYPES, choose_precision, directions
 
 
 def step_floor(config: Config, device: torch.device) -> dict[str, float]:
     """The operations and bytes of a step, the rates of the device, and the seconds that follow for either."""
     operations, elements = count_encoder(config)
-    batch, queue, dim = config.train.batch_size, config.moco.queue_size, config.model.dim
+    batch, queue, dim = config.train.batch_size * directions(config), config.moco.queue_size, config.model.dim
     products = 1 + (config.loss.contrast_weight > 0) + (config.loss.uniform_weight > 0)
     operations += 2 * batch * queue * dim * products
     dtype = DTYPES[choose_precision(config.train.precision, device)]
@@ -47,7 +47,7 @@ def count_encoder(config: Config) -> tuple[float, float]:
     m, size = config.model, config.augment.image_size
     with torch.device("meta"):
         encoder = make_encoder(m.arch, head=m.head, dim=m.dim, stem=m.stem).eval()
-        images = torch.empty(config.train.batch_size, 3, size, size)
+        images = torch.empty(config.train.batch_size * directions(config), 3, size, size)
     elements = 0
 
     def count(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:

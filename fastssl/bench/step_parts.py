@@ -19,7 +19,7 @@ from fastssl.config import Config
 from fastssl.distributed import Ranks
 from fastssl.losses import moco_loss
 from fastssl.optim import set_lr
-from fastssl.plan import DTYPES, choose_precision
+from fastssl.plan import DTYPES, choose_precision, directions
 
 PART = "part: "  # the prefix of their names
 REST = "optimiser + EMA + queue"
@@ -29,11 +29,12 @@ def step_parts(config: Config, trainee: Trainee, ranks: Ranks) -> dict[str, Loop
     """{name: a loop of that part alone}."""
     moco, device, seed = trainee.moco, ranks.device, config.train.seed
     dtype = DTYPES[choose_precision(config.train.precision, device)]
-    policy, size = open_policy(config), config.augment.image_size
+    policy, size, ways = open_policy(config), config.augment.image_size, directions(config)
     batch = next(open_loader(config, ranks).batches())
 
     def views() -> tuple[torch.Tensor, torch.Tensor]:
-        return make_views(batch, policy, size, seed, 0, dtype, config.augment.augment_kernel)
+        found = make_views(batch, policy, size, seed, 0, dtype, config.augment.augment_kernel)
+        return (torch.cat(found), torch.cat(found[::-1])) if ways == 2 else found
 
     def begin_step() -> None:
         if trainee.compiled == "graphs":
@@ -56,7 +57,9 @@ def step_parts(config: Config, trainee: Trainee, ranks: Ranks) -> dict[str, Loop
 
     def loss() -> None:
         z.grad = None
-        moco_loss(normalize(z, dim=1), k, moco.queue, config.loss, config.train.loss_kernel).total.backward()
+        pairs = zip(normalize(z, dim=1).chunk(ways), k.chunk(ways))
+        found = [moco_loss(*pair, moco.queue, config.loss, config.train.loss_kernel) for pair in pairs]
+        sum(part.total for part in found).backward()
 
     def rest() -> None:
         set_lr(trainee.optimizer, 0.0)

@@ -17,7 +17,17 @@ from fastssl.arguments import positive
 from fastssl.bench.classical import classical_loop
 from fastssl.bench.loops import loader_alone, our_loops, time_loops, trainee_of
 from fastssl.bench.photos import SOURCE, open_data
-from fastssl.bench.step import add_step_flags, as_line, look_inside, make_config, print_line, save, step_loops
+from fastssl.bench.step import (
+    add_recipe_flag,
+    add_step_flags,
+    as_line,
+    look_inside,
+    make_config,
+    parse_flags,
+    print_line,
+    save,
+    step_loops,
+)
 from fastssl.bench.timing import while_time_lasts
 from fastssl.build import open_loader
 from fastssl.data_prep.work_pool import usable_cores
@@ -40,8 +50,9 @@ def main(argv: Sequence[str]) -> None:
     )
     add("--no-classical", action="store_true", help="leave out the classical loop")
     add("--workers", type=int, default=usable_cores(), help="processes of the classical loop (default all cores)")
+    add_recipe_flag(parser)
     add_step_flags(parser)
-    args = parser.parse_args(list(argv))
+    args = parse_flags(parser, argv)
     ranks, lines = distributed.start(args.device), []
     args.device = ranks.device.type
     with tempfile.TemporaryDirectory() as scratch:
@@ -65,14 +76,14 @@ def compare(args: argparse.Namespace, arch: str, data: str, beton: str, ranks: R
     loops = step_loops(args, arch, trainee, ranks)
     loops |= our_loops(config, {f"all, {name}": loader for name, loader in loaders.items()}, ranks, trainee)
     loops |= {f"loader alone, {name}": loader_alone(loader) for name, loader in loaders.items()}
-    if not args.no_classical:
+    beside, missing = "step" if args.no_eager else "eager step", {}
+    if config.moco.symmetric:
+        missing["classical"] = "its loss goes one way, and the recipe's is symmetric"
+    elif not args.no_classical:
+        beside = "classical"
         for name, amp in (("classical", False), ("classical, AMP", True)):
             loops[name] = classical_loop(data, config, ranks, args.workers, amp)
     seconds = time_loops(loops, args.steps, args.rounds)
-    if args.no_classical:
-        beside = "step" if args.no_eager else "eager step"
-    else:
-        beside = "classical"
-    line = as_line(config, seconds, args.steps, beside)
+    line = as_line(config, seconds, args.steps, beside) | {"not_measured": missing}
     line |= {"loaders": {name: loader.reason for name, loader in loaders.items()}, "images": args.data or SOURCE}
     return line | look_inside(args, config, ranks, trainee)
