@@ -3,12 +3,16 @@
 Worker processes make two augmented float views of each image with torchvision's ImageFolder and Pillow; encoders run in
 NCHW; the key batch is shuffled as float images; the loss stores the N x K matrix (He et al., arXiv 1911.05722,
 Algorithm 1, with the augmentation of arXiv 2003.04297).
+
+A worker makes a whole batch, so batches come in waves, one from each worker at nearly the same time. A turn therefore
+warms up for a wave and times whole waves: a few steps out of one wave would seem to cost the workers nothing. When the
+clock has stopped, what the workers have begun is cut short: they would slow down whoever is timed next.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 
 from fastssl.bench.classical_views import TwoViews
-from fastssl.bench.loops import Loop, time_steps
+from fastssl.bench.loops import WARM_UP, Loop, time_steps
 from fastssl.bench.loss import published_loss
 from fastssl.bench.photos import train_folder
 from fastssl.config import Config
@@ -25,26 +29,67 @@ from fastssl.distributed import Ranks
 from fastssl.models.encoders import make_encoder
 
 
+class Photos(datasets.ImageFolder):
+    """ImageFolder with two views of each image; empty ones, at once, while they are not `wanted`."""
+
+    def __init__(self, folder: str, size: int) -> None:
+        super().__init__(folder, TwoViews(size))
+        self.wanted = torch.ones(1, dtype=torch.bool).share_memory_()  # the workers see the same byte
+        self.empty = torch.zeros(3, size, size)
+
+    def __getitem__(self, index: int) -> tuple[tuple[Tensor, Tensor], int]:
+        """((view_q, view_k), label). Raises ValueError for a file that cannot be decoded."""
+        if not self.wanted:
+            return (self.empty, self.empty), 0
+        try:
+            return super().__getitem__(index)
+        except OSError as error:
+            raise ValueError(f"{self.samples[index][0]} cannot be decoded ({error}): remove it") from None
+
+
 def classical_loop(data: str, config: Config, ranks: Ranks, workers: int, amp: bool) -> Loop:
-    """The loop over data/train/<class>/* or data/<class>/* with the settings of `config`, but always policy v2."""
+    """The loop over data/train/<class>/* or data/<class>/* with the settings of `config`, but always policy v2.
+
+    Raises ValueError for fewer images than a batch.
+    """
+    photos = Photos(train_folder(data), config.augment.image_size)
+    check_fill(len(photos), config)
+    batches: list[list[int]] = []  # of the next turn
     loader = DataLoader(
-        datasets.ImageFolder(train_folder(data), TwoViews(config.augment.image_size)),
-        batch_size=config.train.batch_size,
-        shuffle=True,
+        photos,
+        batch_sampler=batches,
         num_workers=workers,
         persistent_workers=workers > 0,
         multiprocessing_context="spawn" if workers else None,  # fork is unsafe beside the threads of other loops
         pin_memory=ranks.device.type == "cuda",
-        drop_last=True,
     )
     step = make_classical_step(config, ranks.device, amp)
-    return lambda steps: time_steps(endless(loader), lambda batch, number: step(*batch[0]), steps)
+
+    def loop(steps: int) -> float:
+        wave = max(1, workers)
+        warm_up, timed = max(WARM_UP, workers), -(-steps // wave) * wave
+        ahead = 2 * workers  # batches that a DataLoader asks its workers for before they are wanted
+        batches[:] = (shuffled(len(photos), config) for _ in range(warm_up + timed + ahead))
+        photos.wanted.fill_(True)
+        found = iter(loader)
+        seconds = time_steps((views for views, _ in found), lambda views, number: step(*views), timed, warm_up)
+        photos.wanted.fill_(False)
+        for _ in found:
+            pass
+        return seconds * steps / timed
+
+    return loop
 
 
-def endless(loader: Iterable) -> Iterator:
-    """The batches of epoch after epoch."""
-    while True:
-        yield from loader
+def check_fill(num: int, config: Config) -> None:
+    """Raises ValueError if `num` images do not fill a batch, for which a loop would wait for ever."""
+    if num < (size := config.train.batch_size):
+        raise ValueError(f"{num} images do not fill a batch of {size}: use --batch-size {num} or less")
+
+
+def shuffled(num: int, config: Config) -> list[int]:
+    """A batch of distinct random images out of `num`."""
+    return torch.randperm(num)[: config.train.batch_size].tolist()
 
 
 def make_classical_step(config: Config, device: torch.device, amp: bool) -> Callable[[Tensor, Tensor], Tensor]:

@@ -90,14 +90,15 @@ def loader_alone(loader: Loader) -> Loop:
     return lambda steps: time_steps(loader.batches(), lambda batch, number: batch.pixels[-1], steps)
 
 
-def time_steps(batches: Iterable, step: Step, steps: int) -> float:
+def time_steps(batches: Iterable, step: Step, steps: int, warm_up: int | None = None) -> float:
     """Seconds of `steps` steps, after the warm-up and until the last result is there, from a new iterator."""
+    warm_up = warm_up or WARM_UP
     with closing(iter(batches)) as iterator:
-        for number in range(WARM_UP):
+        for number in range(warm_up):
             result = step(next(iterator), number)
         result.item()
         start = time.perf_counter()
-        for number in range(WARM_UP, WARM_UP + steps):
+        for number in range(warm_up, warm_up + steps):
             result = step(next(iterator), number)
         result.item()  # waits for the device
         return time.perf_counter() - start

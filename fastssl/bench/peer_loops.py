@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from fastssl.augment.policy import make_policy
-from fastssl.bench.classical import make_classical_step
+from fastssl.bench.classical import check_fill, make_classical_step
 from fastssl.bench.loops import Loop, time_steps
 from fastssl.bench.photos import train_folder
 from fastssl.config import Config
+from fastssl.data_prep.find import find_images
 from fastssl.distributed import Ranks
 
 
@@ -28,6 +29,7 @@ def dali_loop(data: str, config: Config, ranks: Ranks, workers: int) -> Loop:
 
     from fastssl.bench.augment_dali import dali_view
 
+    check_fill(len(find_images(train_folder(data)).paths), config)
     gpu, size = ranks.device.type == "cuda", config.augment.image_size
     policy = make_policy("v2")
 
@@ -82,6 +84,7 @@ def ffcv_loop(beton: str, config: Config, ranks: Ranks, workers: int) -> Loop:
             "label": None,
         },
     )
+    check_fill(loader.reader.num_samples, config)
     plain, threads = make_classical_step(config, ranks.device, amp=gpu), torch.get_num_threads()
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
