@@ -40,8 +40,11 @@ def main(argv: list[str]) -> int:
         return 0
     if argv and argv[0].startswith("--suite"):
         return import_module("fastssl.bench.suite").main(argv)
+    if argv and argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
     if not argv or argv[0] not in STAGES:
-        sys.exit(USAGE)
+        sys.exit(f"{USAGE}\nthere is no stage {argv[0]!r}" if argv else USAGE)
     if {"-h", "--help"} & set(argv):
         print(USAGE)
         import_module(STAGES[argv[0]]).main(argv[1:])
@@ -49,8 +52,11 @@ def main(argv: list[str]) -> int:
 
 
 def run_stage(stage: str, argv: list[str]) -> int:
-    """Measures, prints the verdicts, writes the report and compares; returns the exit code."""
-    from fastssl.bench import compare, report, results, timing, verdicts
+    """Measures, prints the verdicts, writes the report and compares; returns the exit code.
+
+    What was measured before an error or Ctrl-C is judged and reported as well.
+    """
+    from fastssl.bench import compare, results, timing
 
     shared, own = shared_parser().parse_known_args(argv)
     old = results.read_result(shared.compare) if shared.compare else None
@@ -59,12 +65,14 @@ def run_stage(stage: str, argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         output = shared.output or (shared.report or Path(scratch)) / f"{stage}.json"
         output.parent.mkdir(parents=True, exist_ok=True)
-        import_module(STAGES[stage]).main([*own, "--output", str(output)])
-        result = results.read_result(output)
-        for verdict in verdicts.verdicts(stage, result):
-            print(f"verdict: {verdict}")
-        if shared.report:
-            print(f"written: {', '.join(map(str, [output, *report.write_report(output, stage)]))}")
+        if output.is_dir():
+            raise ValueError(f"{output} is a folder: give --output a file, or use --report {output}")
+        before = written(output)
+        try:
+            import_module(STAGES[stage]).main([*own, "--output", str(output)])
+        finally:
+            if written(output) != before:
+                result = show(stage, output, report=bool(shared.report))
         if old is None:
             return 0
         lines, slower = compare.compare(old_rows, results.rows(stage, result))
@@ -73,9 +81,28 @@ def run_stage(stage: str, argv: list[str]) -> int:
         return int(slower and not warning)
 
 
+def written(path: Path) -> int | None:
+    """When a file was written, in nanoseconds; None if there is none."""
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def show(stage: str, output: Path, report: bool) -> dict[str, object]:
+    """Prints the verdicts of a result and writes its report. Returns the result."""
+    from fastssl.bench.report import write_report
+    from fastssl.bench.results import read_result
+    from fastssl.bench.verdicts import verdicts
+
+    result = read_result(output)
+    for verdict in verdicts(stage, result):
+        print(f"verdict: {verdict}")
+    if report:
+        print(f"written: {', '.join(map(str, [output, *write_report(output, stage)]))}")
+    return result
+
+
 def shared_parser() -> argparse.ArgumentParser:
-    """The options that every stage takes."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    """The options that every stage takes; abbreviated as well, or the stage would take them for its own."""
+    parser = argparse.ArgumentParser(prog="bench_throughput.py", add_help=False)
     places = parser.add_mutually_exclusive_group()
     places.add_argument("--output", type=Path)
     places.add_argument("--report", type=Path)

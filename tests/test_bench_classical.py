@@ -10,7 +10,7 @@ from fastssl import distributed
 from fastssl.bench import classical
 from fastssl.bench.classical import Photos, classical_loop
 from fastssl.bench.peer_loops import dali_loop, ffcv_loop
-from fastssl.bench.step import add_step_flags, make_config
+from fastssl.bench.step_flags import add_step_flags, make_config, parse_flags
 
 SLOW = 0.05  # seconds for an image
 FLAGS = "--image-size 32 --batch-size 4 --queue-size 40 --device cpu".split()
@@ -27,7 +27,7 @@ class SlowPhotos(Photos):
 def tiny_config(*flags):
     parser = argparse.ArgumentParser()
     add_step_flags(parser)
-    return make_config(parser.parse_args([*FLAGS, *flags]), "resnet18")
+    return make_config(parse_flags(parser, [*FLAGS, *flags]), "resnet18")
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores: they only sleep
@@ -54,7 +54,11 @@ def test_a_turn_of_the_classical_loop_pays_for_its_images_and_leaves_no_work_beh
 
 @pytest.mark.parametrize("loop", ["classical", "dali", "ffcv"])
 def test_a_loop_without_a_whole_batch_says_so_instead_of_waiting(tmp_path, loop, make_image_folder):
-    folder, ranks, config = make_image_folder(tmp_path / "images", {"train": 1}), distributed.start("cpu"), tiny_config()
+    folder, ranks, config = (
+        make_image_folder(tmp_path / "images", {"train": 1}),
+        distributed.start("cpu"),
+        tiny_config(),
+    )
     with pytest.raises(ValueError, match="3 images do not fill a batch of 4: use --batch-size 3 or less"):
         if loop == "classical":
             classical_loop(str(folder), config, ranks, 0, amp=False)

@@ -30,6 +30,20 @@ def test_every_loader_of_files_takes_part():
     assert set(OURS) == {f"ours, {name}" for name in LOADERS if name != "synthetic"} <= set(CONTESTANTS)
 
 
+def test_a_peer_that_cannot_read_these_files_is_left_out(tmp_path, make_image_folder, capsys):
+    flat = make_image_folder(tmp_path / "images", {"train": 4}) / "train" / "class0"
+    output, peer = tmp_path / "loader.json", "torchvision, Pillow"
+    flags = ["--only", peer, "ours, folder", "--threads", "1", "--batch-size", "2", "--rounds", "1"]
+    main([str(flat), *flags, "--output", str(output)])
+    result = json.loads(output.read_text())
+    assert set(result["loaders"]) == {"ours, folder"} and "class folder" in result["left_out"][peer]
+    (tmp_path / "images" / "train" / "class0" / "0.jpg").write_bytes(b"no image")
+    main([str(tmp_path / "images"), *flags, "--output", str(output)])
+    result = json.loads(output.read_text())
+    assert set(result["loaders"]) == {"ours, folder"} and "cannot identify image" in result["left_out"][peer]
+    assert f"left out: {peer} (PIL.UnidentifiedImageError: cannot identify" in capsys.readouterr().out
+
+
 def test_a_loader_that_fails_stops_the_bench_with_its_reason(tmp_path):
     with pytest.raises(ValueError, match=r"ours, folder: ValueError: .*(empty|no images)"):
         main([str(tmp_path), "--only", "ours, folder", "--threads", "1"])

@@ -1,17 +1,19 @@
 """The step, whole-loop and peers benchmarks run: every contestant in the result, figures that add up."""
 
 import argparse
+import gc
 import json
+import weakref
 
 import pytest
 import torch
 
 from bench_throughput import main
 from fastssl import distributed
-from fastssl.bench import loops, peers, step_parts, step_profile
+from fastssl.bench import loops, peers, step, step_parts, step_profile
 from fastssl.bench.peer_views import augment_crops, colour_maps
 from fastssl.bench.photos import write_photos
-from fastssl.bench.step import add_step_flags, make_config, parse_flags
+from fastssl.bench.step_flags import add_step_flags, make_config, parse_flags
 from fastssl.bench.step_floor import count_encoder
 from fastssl.bench.step_profile import busy, profile_step
 
@@ -108,6 +110,51 @@ def test_whole_loop_over_a_folder_and_a_beton(tmp_path, capsys, make_image_folde
     assert set(line["seconds_of_rounds"]) == ours | {"classical", "classical, AMP"}
     text = capsys.readouterr().out
     assert "verdict: resnet18, all, folder: bound by" in text and "verdict: resnet18, all, resident: bound by" in text
+
+
+def test_the_whole_loop_does_without_the_classical_one_on_a_flat_folder(tmp_path, capsys):
+    write_photos(tmp_path, 4, sides=(60, 80))
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for file in sorted((tmp_path / "train").rglob("*.jpg")):
+        file.rename(flat / file.name)
+    assert main(["all", "--data", str(flat), *TINY, "--workers", "0", "--output", str(tmp_path / "all.json")]) == 0
+    (line,) = json.loads((tmp_path / "all.json").read_text())["lines"]
+    assert set(line["not_measured"]) == {"classical", "classical, AMP"} and line["beside"] == "eager step"
+    assert "not measured: the classical loop needs images in class folders: Couldn't find" in capsys.readouterr().out
+
+
+def test_an_encoder_that_fails_does_not_stop_the_others_and_none_stays_in_memory(tmp_path, monkeypatch, capsys):
+    args, ranks, alive = argparse.Namespace(**vars(tiny_args()), arch=["resnet18", "deit_tiny", "resnet50"]), None, []
+    args.output, ranks = tmp_path / "step.json", distributed.start("cpu")
+
+    def measure(arch):
+        assert not [reference for reference in alive if reference()]
+        encoder = torch.nn.Linear(2, 2)
+        encoder.itself = [encoder]  # a cycle, as torch.compile leaves
+        alive.append(weakref.ref(encoder))
+        if arch == "deit_tiny":
+            raise torch.OutOfMemoryError("too\nlarge")
+        return {"settings": {"arch": arch}}
+
+    monkeypatch.setattr(step, "print_line", lambda *_: None)
+    gc.disable()
+    try:
+        with pytest.raises(ValueError, match=r"not measured: deit_tiny \(OutOfMemoryError: too large\)"):
+            step.measure_each(args, ranks, measure)
+    finally:
+        gc.enable()
+    lines = json.loads(args.output.read_text())["lines"]
+    assert [line["settings"]["arch"] for line in lines] == ["resnet18", "resnet50"] and len(alive) == 3
+    args.arch = ["resnet18", "nosuch"]
+    with pytest.raises(ValueError, match="unknown architecture 'nosuch'"):
+        step.measure_each(args, ranks, lambda arch: pytest.fail("it measured before it looked at all names"))
+
+
+def test_the_seconds_so_far_are_kept_after_each_round():
+    kept = []
+    loops.time_loops({"a": lambda steps: 1.0, "b": lambda steps: 2.0}, 1, 2, lambda s: kept.append(json.dumps(s)))
+    assert kept == ['{"a": [1.0], "b": [2.0]}', '{"a": [1.0, 1.0], "b": [2.0, 2.0]}']
 
 
 def test_peers_names_what_cannot_run(tmp_path, monkeypatch, capsys, make_image_folder):

@@ -7,17 +7,20 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
 import bench_throughput
 from fastssl.bench import suite, timing
 from fastssl.bench.compare import compare, differing_machines, judge
 from fastssl.bench.eval import take_turns
+from fastssl.bench.report import machine
 from fastssl.bench.results import Row, read_result, rows
 from fastssl.bench.suite_entries import Sizes, cpu_entries, gpu_entries
 from fastssl.bench.timing import Timing
-from fastssl.bench.verdicts import ADVICE, all_verdict, peers_verdicts, shares, step_verdict, verdicts
+from fastssl.bench.verdicts import ADVICE, VERDICTS, all_verdict, peers_verdicts, shares, step_verdict, verdicts
 from fastssl.environment import environment
 
 ENVIRONMENT = {"gpus": [], "threads": 1, "cpu": "Z80", "cpus": 1, "command": ["x.py"], "torch": "2", "commit": "abc",
@@ -155,9 +158,46 @@ def test_every_stage_reports_and_compares(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Stage, "main", lambda *_: pytest.fail("it measured before it looked at the old result"))
     with pytest.raises(ValueError, match=r"other\.json is not a result of the stage 'all': it lacks 'settings'"):
         bench_throughput.main(["all", "--compare", str(tmp_path / "other.json")])
+    with pytest.raises(ValueError, match="old is a folder: give --output a file, or use --report"):
+        bench_throughput.main(["all", "--output", str(old.parent)])
     with pytest.raises(SystemExit):
         bench_throughput.main(["all", "--report", str(tmp_path), "--output", str(tmp_path / "x.json")])
     assert "--output: not allowed with argument --report" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--report", "--rep", "--output", "--out"])
+def test_what_was_measured_before_ctrl_c_is_judged_and_kept(tmp_path, monkeypatch, capsys, option):
+    class Stage:
+        def main(self, argv):
+            write(Path(argv[argv.index("--output") + 1]), loop_result(step=[1.0], **{"eager step": [2.0]}))
+            raise KeyboardInterrupt
+
+    imported = bench_throughput.import_module
+    monkeypatch.setattr(
+        bench_throughput,
+        "import_module",
+        lambda name: Stage() if name == "fastssl.bench.whole_loop" else imported(name),
+    )
+    report = option.startswith("--rep")
+    monkeypatch.setitem(VERDICTS, "all", lambda result: ["a verdict"])
+    with pytest.raises(KeyboardInterrupt):
+        bench_throughput.main(["all", option, str(tmp_path / "new" / ("" if report else "all.json"))])
+    files = ["all.json", "all.md", "all.png"] if report else ["all.json"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == files
+    assert "verdict: a verdict" in capsys.readouterr().out
+
+
+def test_help_is_help_and_a_stage_that_there_is_not_is_named(capsys):
+    assert bench_throughput.main(["--help"]) == 0 and "usage: python bench" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="there is no stage 'stp'"):
+        bench_throughput.main(["stp"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("stage", ["loss", "augment", "step"])
+def test_a_gpu_that_there_is_not_is_one_sentence(stage):
+    with pytest.raises(ValueError, match="--device cuda: torch finds no GPU; run `fastssl doctor`"):
+        bench_throughput.main([stage, "--device", "cuda"])
 
 
 def test_bad_input_of_a_stage_is_one_sentence(tmp_path):
@@ -218,6 +258,20 @@ def test_a_suite_survives_a_stage_that_fails_and_one_that_hangs(tmp_path, monkey
     assert states == [("fails", "failed"), ("hangs", "killed"), ("works", "done")]
     assert "a verdict" in lines[1]["found"] and (tmp_path / "out" / "hangs-cpu.png").exists()
     assert "a verdict" in capsys.readouterr().out.split("== the suite")[1]
+
+
+def test_a_stage_of_a_suite_leaves_the_next_ones_their_shares(tmp_path, monkeypatch):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys, time\ntime.sleep(60 if 'hangs' in sys.argv[sys.argv.index('--output') + 1] else 0)\n"
+    )
+    monkeypatch.setattr(suite, "PROGRAM", program)
+    monkeypatch.setitem(suite.LIMIT, "cpu", 10.0)
+    monkeypatch.setattr(suite, "cpu_entries", lambda *_: [suite.Entry(n, "all", [], 4.0) for n in ("hangs", "works")])
+    monkeypatch.setattr(suite, "open_data", lambda *_: (str(tmp_path), "FILE"))
+    assert suite.main(["--suite", "cpu", "--report", str(tmp_path / "out")]) == 1
+    hangs, works = read_result(tmp_path / "out" / "suite-cpu.json")["lines"]
+    assert (hangs["state"], works["state"]) == ("killed", "done") and 4 <= hangs["seconds"] < 7
 
 
 def test_a_suite_that_is_ended_ends_its_stage(tmp_path, monkeypatch):
@@ -281,3 +335,14 @@ def test_what_there_is_no_time_for_is_named(monkeypatch, capsys):
     monkeypatch.setattr(timing, "_deadline", 0.0)
     assert list(timing.while_time_lasts(["a", "b", "c"])) == ["a"]
     assert "not measured, since the time of --seconds is over: b, c" in capsys.readouterr().out
+
+
+def test_each_name_has_its_share_of_the_time(monkeypatch):
+    monkeypatch.setattr(timing.time, "monotonic", lambda: 100.0)
+    monkeypatch.setattr(timing, "_deadline", 190.0)
+    assert [(name, timing._deadline) for name in timing.while_time_lasts("abc")] == [("a", 130), ("b", 160), ("c", 190)]
+
+
+def test_a_result_of_a_gpu_tells_the_cpu_too():
+    assert machine(ENVIRONMENT) == "1 CPU thread (Z80)"
+    assert machine(ENVIRONMENT | {"gpus": ["H200"], "threads": 16}) == "H200, 16 CPU threads (Z80)"

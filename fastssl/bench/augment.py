@@ -35,7 +35,7 @@ from fastssl.bench.augment_peers import (
     torchvision_chain,
 )
 from fastssl.bench.pil_processes import in_processes
-from fastssl.bench.timing import Function, time_calls
+from fastssl.bench.timing import Function, open_device, time_calls
 from fastssl.data_prep.decode import decode_image
 from fastssl.data_prep.find import find_images
 from fastssl.environment import environment
@@ -150,7 +150,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     """Measures, prints, and writes JSON with device, versions and commit."""
     args = parse(argv)
-    device, dtype = torch.device(args.device), torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    device, dtype = open_device(args.device), torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     policy, count = make_policy(args.policy), args.batch_size
     torch.set_num_threads(args.threads)
     if device.type == "cpu":

@@ -33,7 +33,10 @@ class Photos(datasets.ImageFolder):
     """ImageFolder with two views of each image; empty ones, at once, while they are not `wanted`."""
 
     def __init__(self, folder: str, size: int) -> None:
-        super().__init__(folder, TwoViews(size))
+        try:
+            super().__init__(folder, TwoViews(size))
+        except FileNotFoundError as error:
+            raise ValueError(f"the classical loop needs images in class folders: {error}") from None
         self.wanted = torch.ones(1, dtype=torch.bool).share_memory_()  # the workers see the same byte
         self.empty = torch.zeros(3, size, size)
 
@@ -50,7 +53,7 @@ class Photos(datasets.ImageFolder):
 def classical_loop(data: str, config: Config, ranks: Ranks, workers: int, amp: bool) -> Loop:
     """The loop over data/train/<class>/* or data/<class>/* with the settings of `config`, but always policy v2.
 
-    Raises ValueError for fewer images than a batch.
+    Raises ValueError for a folder without class folders, or with fewer images than a batch.
     """
     photos = Photos(train_folder(data), config.augment.image_size)
     check_fill(len(photos), config)

@@ -23,11 +23,17 @@ from fastssl.environment import environment
 
 
 def convert_bare(paths: list[str]) -> int:
-    """The work that no conversion can avoid: decodes each file, reduces its short side to 256, encodes it."""
+    """The work that no conversion can avoid: decodes each file, reduces its short side to 256, encodes it.
+
+    Raises ValueError for a file that cannot be decoded, which a conversion would leave out.
+    """
     for path in paths:
-        with Image.open(path) as file:
-            file.draft(None, (512, 512))
-            encode_jpeg(shrink(file.convert("RGB"), 256), 90)
+        try:
+            with Image.open(path) as file:
+                file.draft(None, (512, 512))
+                encode_jpeg(shrink(file.convert("RGB"), 256), 90)
+        except OSError as error:
+            raise ValueError(f"{os.path.realpath(path)} cannot be decoded ({error}): remove it") from None
     return len(paths)
 
 

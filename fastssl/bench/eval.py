@@ -141,5 +141,5 @@ def main(argv: Sequence[str]) -> None:
     for what in args.what:
         lines.append(measure[what](args))
         print_line(lines[-1])
-    if args.output:
-        args.output.write_text(json.dumps({"environment": environment(), "lines": lines}, indent=1) + "\n")
+        if args.output:
+            args.output.write_text(json.dumps({"environment": environment(), "lines": lines}, indent=1) + "\n")

@@ -26,8 +26,14 @@ def measure(names: list[str], options: Options, rounds: int) -> tuple[dict[str, 
     processes = {name: LoaderProcess(name, options) for name in names}
     try:
         missing = {name: why for name, process in processes.items() if (why := process.wait_for_import())}
-        running = [name for name in names if name not in missing]
-        first = {name: processes[name].start() for name in running}
+        first = {}
+        for name in (name for name in names if name not in missing):
+            try:
+                first[name] = processes[name].start()
+            except ValueError as error:  # such as a peer that cannot read these files
+                missing[name] = str(error).removeprefix(f"{name}: ").strip().splitlines()[-1]
+        if not (running := list(first)):
+            raise ValueError("; ".join(f"{name}: {why}" for name, why in missing.items()))
         measured: dict[str, list[Round]] = {name: [] for name in running}
         for name in in_turn(running, rounds):
             measured[name].append(processes[name].round())

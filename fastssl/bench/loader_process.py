@@ -81,7 +81,7 @@ def _serve(pipe: Connection, name: str, options: Options) -> None:
     try:
         try:
             build, reason = CONTESTANTS[name](options), None
-        except (ValueError, ImportError) as error:
+        except (ValueError, ImportError, OSError) as error:
             build, reason = None, str(error)
         pipe.send((False, reason))
         before = own_bytes()

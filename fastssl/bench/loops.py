@@ -104,9 +104,16 @@ def time_steps(batches: Iterable, step: Step, steps: int, warm_up: int | None = 
         return time.perf_counter() - start
 
 
-def time_loops(loops: dict[str, Loop], steps: int, rounds: int) -> dict[str, list[float]]:
-    """Runs every loop once per round; each round starts with another one. Returns each round's seconds per step."""
+def time_loops(
+    loops: dict[str, Loop], steps: int, rounds: int, keep: Callable[[dict[str, list[float]]], None] = lambda _: None
+) -> dict[str, list[float]]:
+    """Runs every loop once per round; each round starts with another one. Returns each round's seconds per step.
+
+    keep: called after each round with the seconds so far.
+    """
     seconds = {name: [] for name in loops}
     for name in in_turn(loops, rounds):
         seconds[name].append(loops[name](steps) / steps)
+        if len({len(measured) for measured in seconds.values()}) == 1:
+            keep(seconds)
     return seconds

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.arguments import positive
-from fastssl.bench.timing import Function, peak_extra_bytes, time_in_turn
+from fastssl.bench.timing import Function, open_device, peak_extra_bytes, time_in_turn
 from fastssl.environment import environment
 from fastssl.kernels.reference import align_reference, contrast_reference, uniform_reference
 from fastssl.losses import LossConfig, choose_kernel, moco_loss
@@ -152,7 +152,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    device = open_device(args.device)
     lines = []
     for terms, num, queue_size in product(args.terms, args.num, args.queue_size):
         lines.append(measure(num, queue_size, args.dim, terms, device, args.rounds, not args.no_compiled))

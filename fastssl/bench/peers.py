@@ -19,7 +19,8 @@ from fastssl.bench.classical import classical_loop
 from fastssl.bench.loops import Loop, our_loop, time_loops, trainee_of
 from fastssl.bench.peer_loops import dali_loop, ffcv_loop
 from fastssl.bench.photos import SOURCE, open_data
-from fastssl.bench.step import add_step_flags, as_line, make_config, parse_flags, print_line, save
+from fastssl.bench.step import as_line, print_line, save
+from fastssl.bench.step_flags import add_step_flags, make_config, parse_flags
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.distributed import Ranks
 
@@ -52,8 +53,15 @@ def make_loops(args: argparse.Namespace, data: str, beton: str, ranks: Ranks) ->
             loops[name] = loop
             print(f"{name} is ready after {time.perf_counter() - start:.1f} s", flush=True)
         except Exception as error:  # other libraries may raise anything, and the rest is still to be measured
-            missing[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            missing[name] = f"{type(error).__name__}: {reason(error)}"
+            print(f"{name} cannot run: {missing[name]}", flush=True)
     return loops, missing
+
+
+def reason(error: Exception) -> str:
+    """What an error says, in a line; of what a DataLoader's worker raised, the last line of its traceback."""
+    text = str(error).strip()
+    return text.splitlines()[-1] if "Original Traceback" in text else " ".join(text.split())[:200]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -74,9 +82,11 @@ def main(argv: Sequence[str]) -> None:
         data, beton = open_data(args.data, args.beton, Path(scratch), max(args.photos, args.batch_size))
         loops, missing = make_loops(args, data, beton, ranks)
         if CLASSICAL not in loops:
-            raise SystemExit(f"the classical loop, with which all are compared, cannot run: {missing[CLASSICAL]}")
-        seconds = time_loops(loops, args.steps, args.rounds)
-    line = as_line(make_config(args, args.arch, loader="auto"), seconds, args.steps, CLASSICAL)
-    line |= {"not_measured": missing, "images": args.data or SOURCE}
-    print_line(line, ranks.device)
-    save(args.output, [line])
+            raise ValueError(f"the classical loop, with which all are compared, cannot run: {missing[CLASSICAL]}")
+
+        def line(seconds: dict[str, list[float]]) -> dict[str, object]:
+            found = as_line(make_config(args, args.arch, loader="auto"), seconds, args.steps, CLASSICAL)
+            return found | {"not_measured": missing, "images": args.data or SOURCE}
+
+        seconds = time_loops(loops, args.steps, args.rounds, lambda seconds: save(args.output, [line(seconds)]))
+    print_line(line(seconds), ranks.device)

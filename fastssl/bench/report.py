@@ -63,10 +63,10 @@ def where(environment: dict) -> str:
 
 
 def machine(environment: dict) -> str:
-    """The GPUs, or else how many threads of which CPU."""
+    """The GPUs, and how many threads of which CPU: a result may need either, or both."""
     threads = count(environment["threads"], "CPU thread")
     cpu = f"{threads} ({environment['cpu']})" if "cpu" in environment else threads
-    return ", ".join(environment["gpus"]) or cpu
+    return ", ".join([*environment["gpus"], cpu])
 
 
 def as_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -8,85 +8,30 @@ traffic set.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
 import torch
 
 from fastssl import distributed
-from fastssl.arguments import positive
 from fastssl.bench.loops import Loop, host_alone, our_loop, time_loops, trainee_of
 from fastssl.bench.results import loop_rows, show_row
+from fastssl.bench.step_flags import COMPILE, add_recipe_flag, add_step_flags, make_config, parse_flags
 from fastssl.bench.step_floor import step_floor
 from fastssl.bench.step_parts import PART, step_parts
 from fastssl.bench.step_profile import print_profile, profile_step
 from fastssl.bench.timing import while_time_lasts
-from fastssl.build import Trainee
+from fastssl.build import Trainee, check_parts
 from fastssl.compile_encoders import HOW_NAMES
-from fastssl.config import Config, flat, replace
+from fastssl.config import Config, flat
 from fastssl.environment import environment
 from fastssl.models.cpu_conv import use_plain_convolutions
-from fastssl.recipe import load_recipe
 
 ARCHS = ("resnet18", "mobilenetv3_small", "mobilenetv3_large", "efficientnet_b0", "deit_tiny", "resnet50")
-COMPILE = ("auto", "on", "graphs", "off")
-SHARED = ("image_size", "batch_size", "queue_size", "head", "policy", "precision", "compile", "device")
-# MoCo v2's loss and schedule, which are measured where no recipe is named
-MOCO_V2 = {"contrast_weight": 1.0, "temperature": 0.2, "align_weight": 0.0, "uniform_weight": 0.0}
-MOCO_V2 |= {"lr_schedule": "cosine"}
 HOST = "host alone"  # the name of the loop that only measures how long the host launches kernels
-
-
-def add_step_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that step, all and peers share."""
-    cuda = torch.cuda.is_available()
-    add = parser.add_argument
-    add("--image-size", type=positive, default=224 if cuda else 64, help="side of the views in pixels")
-    add("--batch-size", type=positive, default=256 if cuda else 64, help="images per batch")
-    add("--queue-size", type=positive, default=65536, help="rows of the queue (default 65536)")
-    add("--head", default="simple", help="projection head (default simple)")
-    add("--policy", default="v2", help="augmentation policy (default v2)")
-    add("--precision", default="auto", help="as for fastssl pretrain (default auto)")
-    add("--compile", default="auto", choices=COMPILE, help="as for fastssl pretrain (default auto)")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the GPU if there is one")
-    add("--steps", type=positive, default=50 if cuda else 6, help="steps in a turn")
-    add("--rounds", type=int, default=7, help="turns of each contestant (default 7)")
-    add("--profile", action="store_true", help="step and all: list the kernels that take longest")
-    add("--no-eager", action="store_true", help="step and all: leave out the eager step")
-    add("--output", type=Path, help="write the result to this JSON file")
-
-
-def add_recipe_flag(parser: argparse.ArgumentParser) -> None:
-    """--config, which step and all share; `parse_flags` understands it."""
-    text = "measure this recipe, by file or name, instead of MoCo v2's loss and schedule; other flags override it"
-    parser.add_argument("--config", metavar="RECIPE", help=text)
-
-
-def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """The command line; a recipe's settings stand in for flags that are not given. Adds `base`, a configuration."""
-    args = parser.parse_args(list(argv))
-    base = replace(Config(), **MOCO_V2)
-    if getattr(args, "config", None):
-        base = load_recipe(args.config)
-        settings = flat(base)
-        parser.set_defaults(arch=[base.model.arch], **{name: settings[name] for name in SHARED})
-        args = parser.parse_args(list(argv))
-    args.base = base
-    return args
-
-
-def make_config(args: argparse.Namespace, arch: str, **options: object) -> Config:
-    """The base with the sizes of the command line, on synthetic images unless `options` differ."""
-    settings = {name: getattr(args, name) for name in SHARED} | {
-        "arch": arch,
-        "loader": "synthetic",
-        "synthetic_images": max(args.batch_size, min(512, 16 * args.batch_size)),
-    }
-    if args.base.model.stem == "cifar":  # such data sets have images of that size
-        settings["synthetic_size"] = args.image_size
-    return replace(args.base, **(settings | options))
 
 
 def print_line(line: dict[str, object], device: torch.device) -> None:
@@ -146,7 +91,6 @@ def step_loops(args: argparse.Namespace, arch: str, trainee: Trainee, ranks: dis
 
 def measure(args: argparse.Namespace, arch: str, ranks: distributed.Ranks) -> dict[str, object]:
     """Measures one architecture. Returns a line of the JSON."""
-    torch.compiler.reset()
     config = make_config(args, arch)
     trainee = trainee_of(config, ranks)
     loops = step_loops(args, arch, trainee, ranks)
@@ -166,6 +110,31 @@ def look_inside(args: argparse.Namespace, config: Config, ranks: distributed.Ran
     return line
 
 
+def measure_each(
+    args: argparse.Namespace, ranks: distributed.Ranks, measure: Callable[[str], dict[str, object]]
+) -> None:
+    """Measures the encoders of --arch in turn; prints and saves each line. One that fails does not stop the others.
+
+    Raises ValueError for encoders that cannot be built, before any is measured, and at the end for those that failed.
+    """
+    lines, failed = [], []
+    for arch in args.arch:
+        check_parts(make_config(args, arch))
+    for arch in while_time_lasts(args.arch):
+        torch.compiler.reset()  # frees the CUDA graphs of the last one,
+        gc.collect()  # and this its weights, which compiled code holds in cycles
+        try:
+            lines.append(measure(arch))
+        except RuntimeError as error:  # no memory, or whatever the compiler raises
+            failed.append(f"{arch} ({type(error).__name__}: {' '.join(str(error).split())[:300]})")
+            print(f"not measured: {failed[-1]}", flush=True)
+            continue
+        print_line(lines[-1], ranks.device)
+        save(args.output, lines)
+    if failed:
+        raise ValueError(f"not measured: {'; '.join(failed)}")
+
+
 def main(argv: Sequence[str]) -> None:
     """Measures, prints, and writes JSON."""
     parser = argparse.ArgumentParser(prog="bench_throughput.py step", description=__doc__.splitlines()[0])
@@ -180,9 +149,6 @@ def main(argv: Sequence[str]) -> None:
     add_recipe_flag(parser)
     add_step_flags(parser)
     args = parse_flags(parser, argv)
-    ranks, lines = distributed.start(args.device), []
+    ranks = distributed.start(args.device)
     args.device = ranks.device.type
-    for arch in while_time_lasts(args.arch):
-        lines.append(measure(args, arch, ranks))
-        print_line(lines[-1], ranks.device)
-        save(args.output, lines)
+    measure_each(args, ranks, lambda arch: measure(args, arch, ranks))

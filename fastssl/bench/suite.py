@@ -1,7 +1,8 @@
 """`bench_throughput.py --suite cpu|gpu`: everything worth knowing about a machine, in minutes.
 
 Each stage runs in a process of its own and has its share of the time. When that is over it starts no further round, and
-well after that it is killed; what it has measured until then is on disk, since stages write their JSON line by line.
+well after that, or when it would take the shares of the next stages, it is killed; what it has measured until then is
+on disk, since stages write their JSON line by line.
 `suite-NAME.json` and the reports are written after each stage. The GPU suite first fills the compiler's cache, all
 encoders at the same time, each in a process of its own.
 """
@@ -65,10 +66,11 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(f"--only takes {', '.join(sorted(stages))}, not {', '.join(sorted(unknown))}")
         if args.suite == "gpu":
             compile_all(sizes, finish)
-        for entry in entries:
-            if not args.only or entry.stage in args.only:
-                done.append(run_entry(entry, args.report / f"{entry.name}-{suffix}.json", finish))
-                save(args.report / f"suite-{suffix}.json", done, args.data or SOURCE)
+        entries = [entry for entry in entries if not args.only or entry.stage in args.only]
+        for i, entry in enumerate(entries):
+            others = sum(later.seconds for later in entries[i + 1 :])  # whose shares it must leave
+            done.append(run_entry(entry, args.report / f"{entry.name}-{suffix}.json", finish - others))
+            save(args.report / f"suite-{suffix}.json", done, args.data or SOURCE)
     print_table(done)
     return int(any(one.state in ("killed", "failed") for one in done))
 

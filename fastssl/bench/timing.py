@@ -36,6 +36,14 @@ def in_words(times_faster: Timing) -> str:
     return "slower" if times_faster.high < 1 else "within the noise"
 
 
+def open_device(name: str) -> torch.device:
+    """The device called `name`. Raises ValueError for a GPU where there is none."""
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch finds no GPU; run `fastssl doctor` to learn why, or use --device cpu")
+    return device
+
+
 def stop_after(seconds: float) -> None:
     """After so many seconds, no measurement in this process begins another round; each makes at least three."""
     global _deadline
@@ -43,11 +51,17 @@ def stop_after(seconds: float) -> None:
 
 
 def while_time_lasts(names: Sequence[str]) -> Iterator[str]:
-    """The names in turn, at least the first, until the time of `stop_after` is over; then prints the others."""
+    """The names in turn, at least the first, until the time of `stop_after` is over; then prints the others.
+
+    Each has its share of the time, so that the rounds of the first do not take that of the last.
+    """
+    global _deadline
+    start, end = time.monotonic(), _deadline
     for i, name in enumerate(names):
-        if i and time.monotonic() > _deadline:
+        if i and time.monotonic() > end:
             print(f"not measured, since the time of --seconds is over: {', '.join(names[i:])}", flush=True)
             return
+        _deadline = start + (end - start) * (i + 1) / len(names)
         yield name
 
 

@@ -10,25 +10,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from fastssl import distributed
 from fastssl.arguments import positive
 from fastssl.bench.classical import classical_loop
 from fastssl.bench.loops import loader_alone, our_loops, time_loops, trainee_of
 from fastssl.bench.photos import SOURCE, open_data
-from fastssl.bench.step import (
-    add_recipe_flag,
-    add_step_flags,
-    as_line,
-    look_inside,
-    make_config,
-    parse_flags,
-    print_line,
-    save,
-    step_loops,
-)
-from fastssl.bench.timing import while_time_lasts
+from fastssl.bench.step import as_line, look_inside, measure_each, step_loops
+from fastssl.bench.step_flags import add_recipe_flag, add_step_flags, make_config, parse_flags
 from fastssl.build import open_loader
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.distributed import Ranks
@@ -53,15 +41,11 @@ def main(argv: Sequence[str]) -> None:
     add_recipe_flag(parser)
     add_step_flags(parser)
     args = parse_flags(parser, argv)
-    ranks, lines = distributed.start(args.device), []
+    ranks = distributed.start(args.device)
     args.device = ranks.device.type
     with tempfile.TemporaryDirectory() as scratch:
         data, beton = open_data(args.data, args.beton, Path(scratch), max(args.photos, args.batch_size))
-        for arch in while_time_lasts(args.arch):
-            torch.compiler.reset()
-            lines.append(compare(args, arch, data, beton, ranks))
-            print_line(lines[-1], ranks.device)
-            save(args.output, lines)
+        measure_each(args, ranks, lambda arch: compare(args, arch, data, beton, ranks))
 
 
 def compare(args: argparse.Namespace, arch: str, data: str, beton: str, ranks: Ranks) -> dict[str, object]:
@@ -76,14 +60,17 @@ def compare(args: argparse.Namespace, arch: str, data: str, beton: str, ranks: R
     loops = step_loops(args, arch, trainee, ranks)
     loops |= our_loops(config, {f"all, {name}": loader for name, loader in loaders.items()}, ranks, trainee)
     loops |= {f"loader alone, {name}": loader_alone(loader) for name, loader in loaders.items()}
-    beside, missing = "step" if args.no_eager else "eager step", {}
+    missing = {}
     if config.moco.symmetric:
         missing["classical"] = "its loss goes one way, and the recipe's is symmetric"
     elif not args.no_classical:
-        beside = "classical"
         for name, amp in (("classical", False), ("classical, AMP", True)):
-            loops[name] = classical_loop(data, config, ranks, args.workers, amp)
+            try:
+                loops[name] = classical_loop(data, config, ranks, args.workers, amp)
+            except ValueError as error:
+                missing[name] = str(error)
     seconds = time_loops(loops, args.steps, args.rounds)
+    beside = next(name for name in ("classical", "eager step", "step") if name in loops)
     line = as_line(config, seconds, args.steps, beside) | {"not_measured": missing}
     line |= {"loaders": {name: loader.reason for name, loader in loaders.items()}, "images": args.data or SOURCE}
     return line | look_inside(args, config, ranks, trainee)
