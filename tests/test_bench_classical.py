@@ -83,6 +83,9 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path, make_image_folder):
     open(path, "wb").close()
     with pytest.raises(ValueError, match=f"{path} cannot be decoded .*: remove it"):
         photos[1]
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match=f"^{path} cannot be decoded [^\n]*: remove it$"):
+            classical_loop(str(folder), tiny_config("--batch-size", "12"), distributed.start("cpu"), workers, False)(1)
     (view_q, view_k), _ = photos[0]
     assert view_q.shape == view_k.shape == (3, 32, 32) and view_q.std() > 0
     photos.wanted.fill_(False)

@@ -9,6 +9,9 @@ import sys
 
 import pytest
 
+from fastssl.bench import sweep_loss
+from fastssl.kernels.row_lse_blocks import Blocks
+
 LOSS = [(80, "bf16", 128), (90, "bf16", 128), (100, "bf16", 128), (90, "fp16", 256), (80, "fp32", 64)]
 VIEWS = [(80, "bf16"), (90, "bf16"), (100, "bf16"), (90, "fp32"), (80, "fp16")]
 # bytes a program may have; what is compiled for sm_80 also runs on GPUs with less than its 163 KB (8.6, 8.9, 12.x)
@@ -56,3 +59,11 @@ def test_the_views_compile_ahead_of_time_without_spilling(reports, case):
     launched = ["crop_tiles"] * 2 + ["jitter_rows"] + ["finish_tiles"] * 2 + ["normalise_rows"]
     assert [kernel["kernel"] for kernel in kernels] == launched
     assert all(kernel["spilled"] == 0 and kernel["shared"] <= SHARED[case[0]] for kernel in kernels)
+
+
+def test_a_sweep_that_can_run_nothing_says_so(monkeypatch):
+    monkeypatch.setattr(sweep_loss, "candidates", lambda: iter([Blocks(32, 32, 4, 2, 1)]))
+    monkeypatch.setattr(sweep_loss, "time_blocks", lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["sweep_loss"])
+    with pytest.raises(SystemExit, match="this machine can run none of the candidates"):
+        sweep_loss.main()

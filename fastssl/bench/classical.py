@@ -75,7 +75,10 @@ def classical_loop(data: str, config: Config, ranks: Ranks, workers: int, amp: b
         batches[:] = (shuffled(len(photos), config) for _ in range(warm_up + timed + ahead))
         photos.wanted.fill_(True)
         found = iter(loader)
-        seconds = time_steps((views for views, _ in found), lambda views, number: step(*views), timed, warm_up)
+        try:
+            seconds = time_steps((views for views, _ in found), lambda views, number: step(*views), timed, warm_up)
+        except ValueError as error:  # from a worker it comes with the worker's traceback in its text
+            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
         photos.wanted.fill_(False)
         for _ in found:
             pass

@@ -53,15 +53,9 @@ def make_loops(args: argparse.Namespace, data: str, beton: str, ranks: Ranks) ->
             loops[name] = loop
             print(f"{name} is ready after {time.perf_counter() - start:.1f} s", flush=True)
         except Exception as error:  # other libraries may raise anything, and the rest is still to be measured
-            missing[name] = f"{type(error).__name__}: {reason(error)}"
+            missing[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             print(f"{name} cannot run: {missing[name]}", flush=True)
     return loops, missing
-
-
-def reason(error: Exception) -> str:
-    """What an error says, in a line; of what a DataLoader's worker raised, the last line of its traceback."""
-    text = str(error).strip()
-    return text.splitlines()[-1] if "Original Traceback" in text else " ".join(text.split())[:200]
 
 
 def main(argv: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ parts), by default at N = 1024 and K = 65536; candidates for which the GPU lacks
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from itertools import product
 
@@ -62,6 +63,8 @@ def main() -> None:
         print(f"{dtype}, {scales} scales, D = {dim}")
         timed = [(time_blocks(b, dim, scales, DTYPES[dtype], args.num, args.queue_size), b) for b in candidates()]
         timed = sorted((seconds, blocks) for seconds, blocks in timed if seconds is not None)
+        if not timed:
+            sys.exit("sweep_loss: this machine can run none of the candidates; run `fastssl doctor` to learn why")
         for seconds, blocks in timed:
             print(f"  {seconds * 1e6:9.1f} us  {tuple(blocks)}")
         lines.append(f"{dtype}, {scales} scales: {dim}: Blocks{tuple(timed[0][1])},")
