@@ -173,6 +173,14 @@ def test_a_layer_that_needs_its_number_keeps_counting():
     assert model[0].num_batches_tracked == 1
 
 
+def test_synchronised_layers_count_themselves():
+    """SyncBatchNorm refuses to train without its number; alone it runs on a CPU too."""
+    model = nn.SyncBatchNorm(3)
+    assert take_counters(model) == []
+    model(torch.randn(4, 3))
+    assert model.num_batches_tracked == 1
+
+
 def test_autocast_and_layers_without_affine_or_statistics():
     torch.manual_seed(0)
     x = torch.randn(6, 4, 3, 3)

@@ -147,10 +147,11 @@ def take_counters(module: nn.Module) -> list[Tensor]:
     """Returns the `num_batches_tracked` of all layers and stops the layers from counting: the caller does it instead.
 
     A network of 50 layers would launch 50 kernels to add 1 to 50 numbers, which one `torch._foreach_add_` does as well.
-    The state_dict stays as it is. Layers whose momentum is None still count, since they use the number.
+    The state_dict stays as it is. Layers whose momentum is None still count, since they use the number, and so do those
+    of SyncBatchNorm, which refuse to run without it.
     """
     layers = [m for m in _batchnorm_layers(module).values() if m.momentum is not None]
-    layers = [m for m in layers if m.num_batches_tracked is not None]
+    layers = [m for m in layers if m.num_batches_tracked is not None and not isinstance(m, nn.SyncBatchNorm)]
     counters = [m.num_batches_tracked for m in layers]
     for layer in layers:
         layer.__dict__["num_batches_tracked"] = None  # hides the buffer from forward, not from state_dict
