@@ -94,7 +94,7 @@ class ModelConfig:
     bn_splits: int = 1
     """Batch norm over this many parts of each device's batch, as if they were on that many GPUs."""
     sync_bn: bool = False
-    """Batch norm over all ranks (CUDA only); turns the key shuffle off, which then has no effect."""
+    """Batch norm over all ranks (CUDA only), whose layers wait for the GPU; turns off the key shuffle, then useless."""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def make_train_step(
 
     The order is the paper's: EMA, keys, losses against the old queue, optimiser, enqueue. `batch`: this rank's share of
     step `step` (from 0), drawn by `inputs`. metrics: 0-dim tensors on the device. Only the first call syncs
-    (each with --debug).
+    (each with --debug, or with --sync-bn among several ranks).
     """
     moco, encoder_q, optimizer, scaler = trainee[:4]
     seed, accumulate = config.train.seed, config.optim.accumulate
