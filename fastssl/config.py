@@ -94,7 +94,7 @@ class ModelConfig:
     bn_splits: int = 1
     """Batch norm over this many parts of each device's batch, as if they were on that many GPUs."""
     sync_bn: bool = False
-    """Batch norm over all ranks (CUDA only), whose layers wait for the GPU; turns off the key shuffle, then useless."""
+    """Batch norm over all ranks: CUDA only; the host waits in every layer. Keys need no shuffle then, and get none."""
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,10 @@ class Photos(datasets.ImageFolder):
 def classical_loop(data: str, config: Config, ranks: Ranks, workers: int, amp: bool) -> Loop:
     """The loop over data/train/<class>/* or data/<class>/* with the settings of `config`, but always policy v2.
 
-    Raises ValueError for a folder without class folders, or with fewer images than a batch.
+    Raises ValueError for a symmetric loss, and for a folder without class folders or with fewer images than a batch.
     """
+    if config.moco.symmetric:
+        raise ValueError("its loss goes one way, and the recipe's is symmetric")
     photos = Photos(train_folder(data), config.augment.image_size)
     check_fill(len(photos), config)
     batches: list[list[int]] = []  # of the next turn

@@ -15,8 +15,13 @@ from fastssl.recipe import load_recipe
 COMPILE = ("auto", "on", "graphs", "off")
 SHARED = ("image_size", "batch_size", "queue_size", "head", "policy", "precision", "compile", "device")
 # MoCo v2's loss and schedule, which are measured where no recipe is named
-MOCO_V2 = {"contrast_weight": 1.0, "temperature": 0.2, "align_weight": 0.0, "uniform_weight": 0.0}
-MOCO_V2 |= {"lr_schedule": "cosine"}
+MOCO_V2 = {
+    "contrast_weight": 1.0,
+    "temperature": 0.2,
+    "align_weight": 0.0,
+    "uniform_weight": 0.0,
+    "lr_schedule": "cosine",
+}
 
 
 def add_step_flags(parser: argparse.ArgumentParser) -> None:

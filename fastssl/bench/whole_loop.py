@@ -61,9 +61,7 @@ def compare(args: argparse.Namespace, arch: str, data: str, beton: str, ranks: R
     loops |= our_loops(config, {f"all, {name}": loader for name, loader in loaders.items()}, ranks, trainee)
     loops |= {f"loader alone, {name}": loader_alone(loader) for name, loader in loaders.items()}
     missing = {}
-    if config.moco.symmetric:
-        missing["classical"] = "its loss goes one way, and the recipe's is symmetric"
-    elif not args.no_classical:
+    if not args.no_classical:
         for name, amp in (("classical", False), ("classical, AMP", True)):
             try:
                 loops[name] = classical_loop(data, config, ranks, args.workers, amp)
