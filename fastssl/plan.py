@@ -105,6 +105,9 @@ def choose_precision(precision: str, device: torch.device) -> str:
 def explain_precision(precision: str, device: torch.device) -> tuple[str, str]:
     """`choose_precision`, and why in a few words."""
     if precision != "auto":
+        can_tell = device.type == "cpu" and hasattr(torch.cpu, "get_capabilities")
+        if can_tell and precision == "bf16" and not bf16_unit():
+            return precision, "requested, though slow: this CPU imitates bf16"
         return precision, "requested"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):

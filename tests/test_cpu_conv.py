@@ -9,13 +9,9 @@ from torch import nn
 from fastssl.build import make_trainee
 from fastssl.config import Config, replace
 from fastssl.distributed import Ranks
-from fastssl.models.cpu_conv import (
-    PatchConv2d,
-    _PatchProduct,
-    in_float32,
-    use_cpu_convolutions,
-    use_plain_convolutions,
-)
+from fastssl.models.cpu_conv import SmallConv2d, in_float32, use_cpu_convolutions, use_plain_convolutions
+from fastssl.models.cpu_conv_patches import PatchProducts
+from fastssl.models.cpu_conv_rows import RowProducts
 from fastssl.models.encoders import make_encoder
 
 CPU = Ranks(0, 1, 1, torch.device("cpu"))
@@ -28,7 +24,7 @@ def make_pair(stride=1, bias=False, dtype=torch.float64):
     plain = nn.Conv2d(6, 5, 3, stride=stride, padding=1, bias=bias).to(dtype)
     patched = copy.deepcopy(plain)
     use_cpu_convolutions(patched)
-    assert type(patched) is PatchConv2d
+    assert type(patched) is SmallConv2d
     return plain, patched
 
 
@@ -43,7 +39,7 @@ def run(conv, images, grad):
 
 @pytest.mark.parametrize("layout", [NHWC, torch.contiguous_format])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("stride, height", [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3), (2, 4), (2, 5)])
+@pytest.mark.parametrize("stride, height", [(1, 1), (1, 2), (1, 3), (1, 4), (1, 5), *((2, n) for n in range(1, 10))])
 def test_it_is_the_convolution(stride, height, bias, layout):
     plain, patched = make_pair(stride, bias)
     for batch in (1, 7):
@@ -54,21 +50,28 @@ def test_it_is_the_convolution(stride, height, bias, layout):
 
 def test_only_small_square_maps_take_products(monkeypatch):
     plain, patched = make_pair()
-    monkeypatch.setattr(_PatchProduct, "apply", None)
-    for height, width in ((3, 3), (2, 3), (1, 2)):
+    monkeypatch.setattr(RowProducts, "apply", None)
+    monkeypatch.setattr(PatchProducts, "apply", None)
+    for height, width in ((5, 5), (2, 3), (1, 2)):
         images = torch.randn(2, 6, height, width, dtype=torch.float64)
         assert torch.equal(patched(images), plain(images))
+    plain, patched = plain.bfloat16(), patched.bfloat16()
+    images = torch.randn(2, 6, 3, 3).bfloat16()
+    assert torch.equal(patched(images), plain(images))
 
 
-def test_gradients_are_the_derivatives():
-    images = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("height, stride", [(2, 1), (4, 1), (4, 2), (7, 2)])
+@pytest.mark.parametrize("products", [RowProducts, PatchProducts])
+def test_gradients_are_the_derivatives(products, height, stride):
+    images = torch.randn(2, 3, height, height, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(4, 3, 3, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(_PatchProduct.apply, (images, weight, 2))
+    assert torch.autograd.gradcheck(lambda x, w: products.apply(x, w, stride), (images, weight))
 
 
-def test_second_derivatives_are_refused():
-    _, patched = make_pair()
-    images = torch.randn(2, 6, 2, 2, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_second_derivatives_are_refused(dtype):
+    _, patched = make_pair(dtype=dtype)
+    images = torch.randn(2, 6, 2, 2, dtype=dtype, requires_grad=True)
     for power in (1, 3):
         with pytest.raises(RuntimeError, match="differentiated twice: call use_plain_convolutions"):
             torch.autograd.grad(patched(images).pow(power).sum(), images, create_graph=True)
@@ -130,9 +133,9 @@ def test_which_layers_change_and_that_their_names_do_not():
     encoder = make_encoder("resnet18", dim=8)
     names = list(encoder.state_dict())
     use_cpu_convolutions(encoder)
-    assert sum(type(m) is PatchConv2d for m in encoder.modules()) == 16 and list(encoder.state_dict()) == names
+    assert sum(type(m) is SmallConv2d for m in encoder.modules()) == 16 and list(encoder.state_dict()) == names
     use_plain_convolutions(encoder)
-    assert not any(type(m) is PatchConv2d for m in encoder.modules())
+    assert not any(type(m) is SmallConv2d for m in encoder.modules())
 
 
 @pytest.mark.parametrize("arch", ["efficientnet_b0", "tf_efficientnet_b0"])  # whose convolutions pad in their own way
@@ -155,7 +158,7 @@ def test_training_on_a_cpu_uses_them_and_compilers_do_not():
     config = replace(Config(), arch="resnet18", image_size=32, batch_size=4, queue_size=16, dim=8, device="cpu")
     moco = make_trainee(config, CPU).moco
     for encoder in (moco.encoder_q, moco.encoder_k):
-        assert type(encoder.backbone.layer4[1].conv2) is PatchConv2d
+        assert type(encoder.backbone.layer4[1].conv2) is SmallConv2d
     torch.compiler.reset()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         z = torch.compile(moco.encoder_q, backend="eager", fullgraph=True)(torch.randn(4, 3, 64, 64))

@@ -90,11 +90,14 @@ def test_precision_follows_what_the_cpu_multiplies(monkeypatch, capabilities, ex
     assert precision == expected
     assert (bf16_unit() or "no 16-bit arithmetic on this cpu") in why
     assert explain_precision("fp32", CPU.device) == ("fp32", "requested")
+    slow = ", though slow: this CPU imitates bf16" if expected == "fp32" else ""
+    assert explain_precision("bf16", CPU.device) == ("bf16", f"requested{slow}")
 
 
 def test_a_torch_that_cannot_tell_computes_fp32(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert explain_precision("auto", CPU.device)[0] == "fp32"
+    assert explain_precision("bf16", CPU.device) == ("bf16", "requested")
 
 
 def test_the_queue_stays_fp32_on_a_cpu():

@@ -27,6 +27,7 @@ from fastssl.bench.photos import train_folder
 from fastssl.config import Config
 from fastssl.distributed import Ranks
 from fastssl.models.encoders import make_encoder
+from fastssl.plan import explain_precision
 
 
 class Photos(datasets.ImageFolder):
@@ -53,10 +54,14 @@ class Photos(datasets.ImageFolder):
 def classical_loop(data: str, config: Config, ranks: Ranks, workers: int, amp: bool) -> Loop:
     """The loop over data/train/<class>/* or data/<class>/* with the settings of `config`, but always policy v2.
 
-    Raises ValueError for a symmetric loss, and for a folder without class folders or with fewer images than a batch.
+    Raises ValueError for a symmetric loss, for a folder without class folders or with fewer images than a batch, and
+    for AMP where the device computes in 32 bits alone: a CPU without bf16 imitates it, many times slower.
     """
     if config.moco.symmetric:
         raise ValueError("its loss goes one way, and the recipe's is symmetric")
+    precision, why = explain_precision("auto", ranks.device)
+    if amp and precision == "fp32":
+        raise ValueError(f"AMP would only slow it down: {why}")
     photos = Photos(train_folder(data), config.augment.image_size)
     check_fill(len(photos), config)
     batches: list[list[int]] = []  # of the next turn

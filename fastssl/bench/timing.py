@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 Function = Callable[[], object]
 FEWEST_ROUNDS = 3  # for a median and a spread
@@ -76,11 +77,15 @@ def turns(rounds: int) -> Iterator[int]:
 
 
 def in_turn(names: Iterable[str], rounds: int) -> Iterator[str]:
-    """All names once per round; each round starts with another one."""
+    """All names once per round; each round starts with another one. On a terminal a bar says whose turn it is."""
     order = deque(names)
-    for _ in turns(rounds):
-        yield from order
-        order.rotate(-1)
+    with tqdm(total=rounds * len(order), unit="turn", dynamic_ncols=True, disable=None, leave=False) as bar:
+        for _ in turns(rounds):
+            for name in order:
+                bar.set_description(name)
+                yield name
+                bar.update()
+            order.rotate(-1)
 
 
 def time_in_turn(functions: dict[str, Function], device: torch.device, rounds: int) -> dict[str, Timing]:
