@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from fastssl.plan import bf16_unit
+
 
 def environment() -> dict[str, object]:
     """The machine and the software of this process, as plain values."""
@@ -23,6 +25,7 @@ def environment() -> dict[str, object]:
         "cuda": torch.version.cuda,
         "gpus": gpus,
         "cpu": cpu_name(),
+        "cpu_instructions": cpu_instructions(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
@@ -55,3 +58,8 @@ def cpu_name() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.machine()
+
+
+def cpu_instructions() -> str:
+    """Those that torch computes with, such as AVX2, or AVX512 and AVX512-BF16: one name may stand for many CPUs."""
+    return " and ".join(filter(None, (torch.backends.cpu.get_cpu_capability(), bf16_unit())))

@@ -161,10 +161,11 @@ def test_the_seconds_so_far_are_kept_after_each_round():
     assert kept == ['{"a": [1.0], "b": [2.0]}', '{"a": [1.0, 1.0], "b": [2.0, 2.0]}']
 
 
-def test_peers_names_what_cannot_run(tmp_path, monkeypatch, capsys, make_image_folder):
-    def broken(*_):
-        raise ImportError("no module named nvidia")
+def broken(*_, **__):
+    raise ImportError("no module named nvidia")
 
+
+def test_peers_names_what_cannot_run(tmp_path, monkeypatch, capsys, make_image_folder):
     monkeypatch.setattr(peers, "dali_loop", broken)
     data = make_image_folder(tmp_path / "images", {"train": 8})
     flags = [str(data), *TINY, "--workers", "0", "--loader", "folder", "--output", str(tmp_path / "peers.json")]
@@ -176,6 +177,22 @@ def test_peers_names_what_cannot_run(tmp_path, monkeypatch, capsys, make_image_f
     text = capsys.readouterr().out
     assert "FFCV, a decoder per view" in text and "not measured: ImportError" in text
     assert "not measured: DALI, as solo-learn, FFCV, a decoder per view" in text
+
+
+def test_peers_go_on_without_the_classical_loop(tmp_path, monkeypatch, capsys, make_image_folder):
+    for peer in ("dali_loop", "classical_loop"):
+        monkeypatch.setattr(peers, peer, broken)
+    data, output = make_image_folder(tmp_path / "images", {"train": 8}), tmp_path / "peers.json"
+    monkeypatch.setattr(peers, "ffcv_loop", lambda *_: lambda steps: 1.0 * steps)
+    flags = [str(data), *TINY, "--loader", "folder", "--output", str(output)]
+    assert main(["peers", *flags]) == 0
+    line = json.loads(output.read_text())["lines"][0]
+    assert line["beside"] == "FFCV, a decoder per view" and "classical" in line["not_measured"]
+    assert "times the rate of the fastest other, 'FFCV, a decoder per view'" in capsys.readouterr().out
+    monkeypatch.setattr(peers, "ffcv_loop", broken)
+    assert main(["peers", *flags]) == 0
+    assert json.loads(output.read_text())["lines"][0]["beside"] == "ours, folder"
+    assert "none of the others ran; not measured: DALI" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("peer, library", [("dali_loop", "nvidia.dali"), ("ffcv_loop", "ffcv")])

@@ -16,12 +16,14 @@ import bench_throughput
 from fastssl.bench import suite, timing
 from fastssl.bench.compare import compare, differing_machines, judge
 from fastssl.bench.eval import take_turns
+from fastssl.bench.loop_verdicts import ADVICE, all_verdict, peers_verdicts, shares, step_verdict
 from fastssl.bench.report import machine
 from fastssl.bench.results import Row, read_result, rows
 from fastssl.bench.suite_entries import Sizes, cpu_entries, gpu_entries
 from fastssl.bench.timing import Timing
-from fastssl.bench.verdicts import ADVICE, VERDICTS, all_verdict, peers_verdicts, shares, step_verdict, verdicts
+from fastssl.bench.verdicts import VERDICTS, verdicts
 from fastssl.environment import environment
+from fastssl.plan import bf16_unit
 
 ENVIRONMENT = {"gpus": [], "threads": 1, "cpu": "Z80", "cpus": 1, "command": ["x.py"], "torch": "2", "commit": "abc",
                "started": "2026-01-02T03"}  # fmt: skip
@@ -124,7 +126,18 @@ def test_rows_that_only_one_result_has_are_named():
     row = Row("g", "n", Timing(1, 1, 1, 1), "ms", False)
     lines, slower = compare([row, row._replace(name="gone")], [row, row._replace(name="new")])
     assert lines[1:] == ["only in the old result: g: gone", "only in the new result: g: new"] and not slower
+    with pytest.raises(ValueError, match="no row to compare: the old result has g; the new one has other"):
+        compare([row], [row._replace(group="other")])
     assert "cpu Z80 -> 6502" in differing_machines(ENVIRONMENT, ENVIRONMENT | {"cpu": "6502"})
+
+
+def test_cpus_of_one_name_and_other_instructions_are_other_machines():
+    narrow, wide = (ENVIRONMENT | {"cpu_instructions": found} for found in ("AVX2", "AVX512 and AVX512-BF16"))
+    assert "cpu_instructions AVX2 -> AVX512 and AVX512-BF16" in differing_machines(narrow, wide)
+    assert differing_machines(ENVIRONMENT, wide) is None  # results of before they were recorded
+    assert machine(narrow) == "1 CPU thread (Z80, AVX2)" and machine(ENVIRONMENT) == "1 CPU thread (Z80)"
+    found = environment()["cpu_instructions"]
+    assert found.startswith(torch.backends.cpu.get_cpu_capability()) and found.endswith(bf16_unit())
 
 
 def test_every_stage_reports_and_compares(tmp_path, monkeypatch, capsys):

@@ -95,7 +95,8 @@ def test_closed_forms_when_all_features_are_equal(n, k, kernel):
     row = F.normalize(torch.arange(1.0, 65, device=device_of(kernel))[None], dim=1)
     q = row.expand(n, -1).contiguous().requires_grad_()
     loss = moco_loss(q, row.expand(n, -1).contiguous(), row.expand(k, -1).contiguous(), LossConfig(**ALL_ON), kernel)
-    assert loss.contrast.item() == pytest.approx(math.log(k + 1), rel=1e-6)
+    # q.k and q.queue may be rounded in other orders, and the temperature magnifies that
+    assert loss.contrast.item() == pytest.approx(math.log(k + 1), rel=1e-6, abs=1e-6)
     assert loss.align.item() == pytest.approx(0, abs=1e-6)
     assert loss.uniform.item() == pytest.approx(0, abs=2e-6)
     assert loss.top1.item() == loss.top5.item() == 100  # no queue row is nearer than the key

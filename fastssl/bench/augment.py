@@ -157,6 +157,9 @@ def main(argv: list[str]) -> None:
         keep_freed_memory()  # as training does
     batch = read_batch(args, device)
     speed, lines = copy_speed(device, args.rounds), []
+    sources = {"photos": bool(args.photos), "short_side": args.short_side, "max_side": batch.max_side}
+    settings = {"policy": args.policy, "batch_size": count, **sources}
+    result = {"environment": environment() | {"device": str(device)}, **settings, "copy": speed, "lines": lines}
     for size in args.size:
         contestants, missing = make_contestants(batch, policy, size, dtype)
         timings = time_calls(contestants, device, args.rounds)
@@ -170,11 +173,8 @@ def main(argv: list[str]) -> None:
             print(f"  {name:28} {reason}")
         seconds = {name: timing._asdict() for name, timing in timings.items()}
         lines.append({"size": size, "seconds": seconds, "not_measured": missing, "bytes": work})
-    if args.output:
-        sources = {"photos": bool(args.photos), "short_side": args.short_side, "max_side": batch.max_side}
-        settings = {"policy": args.policy, "batch_size": count, **sources}
-        result = {"environment": environment() | {"device": str(device)}, **settings, "copy": speed, "lines": lines}
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        if args.output:
+            args.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def read_batch(args: argparse.Namespace, device: torch.device) -> ImageBatch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastssl.bench.results import Row
 from fastssl.bench.timing import FEWEST_ROUNDS
 
-MACHINE = ("gpus", "cpu", "cpus", "threads")
+MACHINE = ("gpus", "cpu", "cpu_instructions", "cpus", "threads")
 
 
 def judge(old: Row, new: Row) -> tuple[float, str]:
@@ -24,9 +24,15 @@ def judge(old: Row, new: Row) -> tuple[float, str]:
 
 
 def compare(old: list[Row], new: list[Row]) -> tuple[list[str], bool]:
-    """(a line for each row that both have, and notes that name the other rows; whether any is slower)."""
+    """(a line for each row that both have, and notes that name the other rows; whether any is slower).
+
+    Raises ValueError if they have no row in common.
+    """
     before = {(row.group, row.name): row for row in old}
     after = {(row.group, row.name): row for row in new}
+    if not before.keys() & after.keys():
+        theirs, ours = ("; ".join(sorted({group for group, _ in found})) for found in (before, after))
+        raise ValueError(f"no row to compare: the old result has {theirs}; the new one has {ours}")
     lines, slower = [], False
     for key in after:
         if key in before:
@@ -41,5 +47,6 @@ def compare(old: list[Row], new: list[Row]) -> tuple[list[str], bool]:
 
 def differing_machines(old: dict, new: dict) -> str | None:
     """A warning, if the two results are from different hardware or thread counts."""
-    changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in MACHINE if old.get(name) != new.get(name)]
+    known = [name for name in MACHINE if name in old and name in new]
+    changed = [f"{name} {old[name]} -> {new[name]}" for name in known if old[name] != new[name]]
     return f"measured on another machine, so slower need not be a regression: {', '.join(changed)}" if changed else None

@@ -11,9 +11,10 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fastssl.bench.loop_verdicts import shares
 from fastssl.bench.plot import plot
 from fastssl.bench.results import Row, count, loop_rows, read_result, rows, spread, stage_of
-from fastssl.bench.verdicts import shares, verdicts
+from fastssl.bench.verdicts import verdicts
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "kernels/README.md", "benchmarks/README.md")
@@ -65,8 +66,8 @@ def where(environment: dict) -> str:
 def machine(environment: dict) -> str:
     """The GPUs, and how many threads of which CPU: a result may need either, or both."""
     threads = count(environment["threads"], "CPU thread")
-    cpu = f"{threads} ({environment['cpu']})" if "cpu" in environment else threads
-    return ", ".join([*environment["gpus"], cpu])
+    names = [environment[name] for name in ("cpu", "cpu_instructions") if name in environment]
+    return ", ".join([*environment["gpus"], f"{threads} ({', '.join(names)})" if names else threads])
 
 
 def as_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -102,8 +103,7 @@ def step_table(lines: Sequence[dict]) -> str:
     rows = []
     for line in lines:
         found, settings, floor = {row.name: row for row in loop_rows(line)}, line["settings"], line["floor"]
-        step, eager = found["step"], found.get("eager step")
-        parts = shares(line["parts"])
+        step, eager, parts = found["step"], found.get("eager step"), shares(line["parts"])
         seconds = settings["batch_size"] / step.value.median
         rows.append(
             [

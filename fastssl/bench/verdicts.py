@@ -5,108 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from statistics import median
 
-from fastssl.bench.results import Row, count, loader_rows, loop_rows, seconds_rows, split_ours, spread
-from fastssl.bench.timing import in_words, times_faster
+from fastssl.bench.loop_verdicts import ADVICE, all_verdicts, peers_verdicts, step_verdicts
+from fastssl.bench.results import Row, count, loader_rows, seconds_rows, split_ours
 
-BOUND = 0.95  # share of the step's rate above which the loader does not matter
 RAW = "libjpeg-turbo alone"
-HOST_BOUND = 0.85  # share of the step's time above which the device waits for the host's launches
 NEAR = 60  # percent of the floor above which there is little left to gain
-
-ADVICE = {  # part of the step -> what makes it faster
-    "augmentation": "a GPU, where Triton makes the views, or smaller images (fastssl prep beton --short-side)",
-    "encoders": "a larger --batch-size or a smaller --image-size",
-    "loss": "a smaller --queue-size, or on a GPU --queue-dtype bf16",
-    "optimiser + EMA + queue": "a larger --batch-size, since its cost does not grow with the batch",
-}
 
 
 def verdicts(stage: str, result: dict[str, object]) -> list[str]:
     """The sentences for the lines of a result; none for a stage without verdicts."""
     return list(VERDICTS[stage](result)) if stage in VERDICTS else []
-
-
-def shares(parts: dict[str, float]) -> dict[str, float]:
-    """Each part's share of their sum, largest first; the two encoders count as one part."""
-    total, merged = sum(parts.values()), {}
-    for name, seconds in parts.items():
-        key = "encoders" if name.startswith("encoder_") else name
-        merged[key] = merged.get(key, 0.0) + seconds / total
-    return dict(sorted(merged.items(), key=lambda item: -item[1]))
-
-
-def step_verdict(line: dict[str, object]) -> str:
-    """Which part of the step takes longest, or that it waits for the host."""
-    seconds = median(line["seconds_of_rounds"]["step"])
-    host, compiled = line.get("host_seconds", 0.0), line["settings"]["compile"]
-    if host >= HOST_BOUND * seconds:
-        graphs = "" if "graphs" in (compiled, line.get("compiled")) else "--compile graphs, "
-        verdict = f"bound by the host, which takes {host / seconds:.0%} of the step to launch its kernels: "
-        verdict += f"try {graphs}a larger --batch-size or a faster core"
-    else:
-        part_shares = shares(line["parts"])
-        first, *rest = part_shares
-        others = ", ".join(f"{name} {part_shares[name]:.0%}" for name in rest)
-        compiling = (
-            "--compile on, " if first == "encoders" and compiled == "off" else ""
-        )  # auto compiles where it helps
-        verdict = f"bound by the {first}, {part_shares[first]:.0%} of the step ({others}): "
-        verdict += f"try {compiling}{ADVICE[first]}"
-    if floor := line.get("floor"):
-        kind = "arithmetic" if floor["arithmetic_seconds"] >= floor["memory_seconds"] else "memory traffic"
-        share = max(floor["arithmetic_seconds"], floor["memory_seconds"]) / seconds
-        verdict += f"; the floor, set by {kind}, is {share:.0%} of its time"
-    return verdict
-
-
-def step_verdicts(result: dict[str, object]) -> Iterator[str]:
-    for line in result["lines"]:
-        yield f"{line['settings']['arch']}: {step_verdict(line)}"
-
-
-def all_verdict(share: float, spare: float) -> str:
-    """What binds the loop, which runs at `share` of the step's rate, its loader alone at `spare` times that rate."""
-    runs = f"the loop runs at {share:.0%} of the step's rate"
-    if share >= BOUND:
-        return f"bound by the step: {runs}, and the loader alone could feed {spare:.1f} such steps"
-    if spare < 1:
-        mend = "convert the images (fastssl prep beton), or try --loader resident or more cores"
-        return f"bound by the loader, which even alone reaches only {spare:.0%} of the step's rate: {mend}"
-    if spare > 1 / (1 - BOUND):
-        mend = "measure again with more --steps, or on a quieter machine"
-        return f"bound by the step: {runs}, although the loader alone needs only {1 / spare:.1%} of its time; {mend}"
-    mend = "try --loader resident, or smaller images (fastssl prep beton)"
-    feeds = f"although the loader alone could feed {spare:.1f} such steps"
-    return f"bound by the cores, which loader and step share: {runs}, {feeds}; {mend}"
-
-
-def all_verdicts(result: dict[str, object]) -> Iterator[str]:
-    for line in result["lines"]:
-        rounds, arch = line["seconds_of_rounds"], line["settings"]["arch"]
-        for name in rounds:
-            if name.startswith("all, "):
-                share = times_faster(rounds, name, "step").median
-                spare = times_faster(rounds, name.replace("all", "loader alone", 1), "step").median
-                yield f"{arch}, {name}: {all_verdict(share, spare)}"
-        if line.get("parts"):
-            yield f"{arch}, its step: {step_verdict(line)}"
-
-
-def peers_verdicts(result: dict[str, object]) -> Iterator[str]:
-    """Our fastest loop beside the fastest of the others."""
-    for line in result["lines"]:
-        missing = f"; not measured: {', '.join(line['not_measured'])}" if line["not_measured"] else ""
-        ours, others = split_ours(sorted(loop_rows(line), key=lambda row: -row.value.median))
-        if not ours:
-            yield f"none of our loaders ran{missing}"
-            continue
-        ratio = times_faster(line["seconds_of_rounds"], ours[0].name, others[0].name)
-        change = "" if ratio.low > 1 else "; `bench_throughput.py all` says what binds our loop"
-        yield (
-            f"{line['settings']['arch']}: {ours[0].name!r} runs at {spread(ratio)} times the rate of the fastest "
-            f"other, {others[0].name!r} ({in_words(ratio)}), and at {spread(ours[0].times)} times that of "
-            f"{line['beside']!r}{change}{missing}"
-        )
 
 
 def loader_verdicts(result: dict[str, object]) -> Iterator[str]:
