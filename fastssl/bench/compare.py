@@ -32,7 +32,9 @@ def compare(old: list[Row], new: list[Row]) -> tuple[list[str], bool]:
     after = {(row.group, row.name): row for row in new}
     if not before.keys() & after.keys():
         theirs, ours = ("; ".join(sorted({group for group, _ in found})) for found in (before, after))
-        raise ValueError(f"no row to compare: the old result has {theirs}; the new one has {ours}")
+        raise ValueError(
+            f"no row to compare: the old result has {theirs}; the new one has {ours}: use the same options"
+        )
     lines, slower = [], False
     for key in after:
         if key in before:

@@ -40,9 +40,7 @@ def step_verdict(line: dict[str, object]) -> str:
         part_shares = shares(line["parts"])
         first, *rest = part_shares
         others = ", ".join(f"{name} {part_shares[name]:.0%}" for name in rest)
-        compiling = (
-            "--compile on, " if first == "encoders" and compiled == "off" else ""
-        )  # auto compiles where it helps
+        compiling = "--compile on, " if first == "encoders" and compiled == "off" else ""  # auto: where it helps
         verdict = f"bound by the {first}, {part_shares[first]:.0%} of the step ({others}): "
         verdict += f"try {compiling}{ADVICE[first]}"
     if floor := line.get("floor"):

@@ -76,7 +76,9 @@ def main(argv: Sequence[str]) -> None:
         data, beton = open_data(args.data, args.beton, Path(scratch), max(args.photos, args.batch_size))
         loops, missing = make_loops(args, data, beton, ranks)
         if not loops:
-            raise ValueError("no loop can run here: see above")
+            raise ValueError(
+                "no loop can run here, for the reasons above: `fastssl doctor` says how to mend what is missing"
+            )
         beside = CLASSICAL if CLASSICAL in loops else list(loops)[-1]
 
         def line(seconds: dict[str, list[float]]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""3x3 convolutions of small images as one product with patches: for 16-bit types, which a product sums in float32.
+"""3x3 convolutions of small images as one product with patches: for 16 bits, where it rounds each output once.
 
 Tensors are NHWC inside. N images, H rows of the input, O rows of the output, C channels in, D channels out.
 """

@@ -1,9 +1,11 @@
 """3x3 convolutions of small images as products of matrices that leave the padding out.
 
 At the edge of an image a kernel sees padding: of the 9 products for each output pixel 4 remain where the image has
-2 x 2 pixels, 6.25 of 4 x 4. oneDNN's gradient of the weights does all of them, and several times as slowly as a large
-product. Here each kernel row and output column is one product, of matrices that lie in the images and weights as they
-are, with the images' rows in front.
+2 x 2 pixels, 6.25 of 4 x 4. Here each kernel row and output column is one product, of matrices that lie in the images
+and weights as they are, with the images' rows in front.
+
+On two cores with AVX2, 64 images of 512 channels, milliseconds of oneDNN and here: the gradient of the weights 49 to 71
+and 5 at 2 x 2 pixels, 72 and 30 at 4 x 4; the forward 10 to 12 and 5 to 7 at 2 x 2, about the same (31, 30) at 4 x 4.
 
 H rows of the input, N images, W columns, O rows and columns of the output, C channels in, D channels out.
 """
