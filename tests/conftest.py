@@ -37,6 +37,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Synchronization debug mode is a prototype")
     # a bug of the interpreter that the compiler works round
     config.addinivalue_line("filterwarnings", "default:Guards may run slower on Python 3.13.0")
+    # numba's finalizer of a function that FFCV compiled fails if the garbage collector clears its dictionary first: it
+    # is shown, but not as a failure of the test that happens to run then
+    finalizer = "default:Exception ignored in. <finalize object:pytest.PytestUnraisableExceptionWarning"
+    config.addinivalue_line("filterwarnings", finalizer)
     torch.set_num_threads(1)
 
 
