@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 _BROKEN = (BrokenProcessPool, EOFError, ConnectionError)  # a worker died, or the server that starts workers
+_UNTIL_GONE_S = (0, 0.01, 0.1, 1)  # pauses while a dead server goes: its files close before its parent is told
 _MOST_DEATHS = 8  # so many items in a row that kill their process mean that the machine is at fault
 
 
@@ -99,11 +101,8 @@ class WorkPool(Generic[Item, Result]):
         It gets two tries, because the kernel may also kill a process for want of memory.
         """
         for _ in range(2):
-            self._lone = self._lone or make_pool(1)
             try:
-                with _signals_later():
-                    future = self._lone.submit(self._work, [item])
-                (result,) = future.result()
+                (result,) = self._start_alone(item).result()
                 self._deaths = 0
                 return result
             except _BROKEN:
@@ -115,6 +114,22 @@ class WorkPool(Generic[Item, Result]):
                 "memory may be short, so try --workers 1"
             )
         return Died()
+
+    def _start_alone(self, item: Item) -> Future:
+        """Hands one item to the single process. Raises BrokenProcessPool if no process can be started.
+
+        No process has seen the item when this fails, so it counts for no try of the item's: the server that starts
+        processes has died, and for a moment the system calls it alive although nobody can reach it any more.
+        """
+        for pause in _UNTIL_GONE_S:
+            self._lone = self._lone or make_pool(1)
+            try:
+                with _signals_later():
+                    return self._lone.submit(self._work, [item])
+            except _BROKEN:
+                self._lone = _end(self._lone)
+                time.sleep(pause)
+        raise BrokenProcessPool("no process can be started")
 
 
 def make_pool(workers: int) -> ProcessPoolExecutor:

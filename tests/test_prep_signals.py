@@ -146,3 +146,21 @@ def test_the_death_of_the_server_that_starts_processes_costs_nothing():
             assert pool.results(pool.submit([-3, 4])) == [3, 4]
     finally:
         pool.close()
+
+
+def test_a_server_that_is_slow_to_be_gone_costs_nothing(monkeypatch):
+    """A killed process closes its files before its parent is told, and a busy machine can stop it in between."""
+    pool, wait_pid = WorkPool(abs, 1), os.waitpid
+    try:
+        assert pool.results(pool.submit([-1])) == [1]
+        server = forkserver._forkserver._forkserver_pid
+        os.kill(server, signal.SIGKILL)
+        os.waitid(os.P_PID, server, os.WEXITED | os.WNOWAIT)
+        told = time.monotonic() + 0.3
+        monkeypatch.setattr(
+            os, "waitpid", lambda pid, how: (0, 0) if pid == server and time.monotonic() < told else wait_pid(pid, how)
+        )
+        assert pool.results(pool.submit([-3, 4])) == [3, 4]
+        assert time.monotonic() > told
+    finally:
+        pool.close()
