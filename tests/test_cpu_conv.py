@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import conv2d
 
 from fastssl.build import make_trainee
 from fastssl.config import Config, replace
@@ -12,6 +13,7 @@ from fastssl.distributed import Ranks
 from fastssl.models.cpu_conv import SmallConv2d, in_float32, use_cpu_convolutions, use_plain_convolutions
 from fastssl.models.cpu_conv_patches import PatchProducts
 from fastssl.models.cpu_conv_rows import RowProducts
+from fastssl.models.cpu_conv_winograd import WinogradProducts
 from fastssl.models.encoders import make_encoder
 
 CPU = Ranks(0, 1, 1, torch.device("cpu"))
@@ -68,6 +70,66 @@ def test_gradients_are_the_derivatives(products, height, stride):
     assert torch.autograd.gradcheck(lambda x, w: products.apply(x, w, stride), (images, weight))
 
 
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 4), (2, 3), (4, 4), (4, 6), (7, 7), (5, 9)])
+def test_gradients_of_winograds_way_are_the_derivatives(height, width):
+    images = torch.randn(2, 3, height, width, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w: WinogradProducts.apply(x, w, 1), (images, weight))
+
+
+def by_winograd(images, weight, grad):
+    return [maps := WinogradProducts.apply(images, weight, 1), *torch.autograd.grad(maps, (images, weight), grad)]
+
+
+def directly(images, weight, grad):
+    return [maps := conv2d(images, weight, padding=1), *torch.autograd.grad(maps, (images, weight), grad)]
+
+
+@pytest.mark.parametrize("layout", [NHWC, torch.contiguous_format])
+@pytest.mark.parametrize("height", [1, 2, 4, 5, 7, 8, 14])
+def test_winograds_way_is_the_convolution(height, layout, nan_poisoned_empty):
+    torch.manual_seed(0)
+    weight = torch.randn(5, 6, 3, 3, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    for batch, width in [(1, 1), (3, 3), (2, 4), (7, 6), (1, 7), (2, 8), (3, 13)]:
+        images = torch.randn(batch, 6, height, width, dtype=torch.float64).contiguous(memory_format=layout)
+        images, grad = images.requires_grad_(), torch.randn(batch, 5, height, width, dtype=torch.float64)
+        expected = directly(images, weight, grad)
+        for found, exact in zip(by_winograd(images, weight, grad), expected):
+            torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
+        assert found.is_contiguous(memory_format=NHWC)  # as the weights of an encoder lie, so nothing copies it
+
+
+@pytest.mark.parametrize("channels, height", [(64, 16), (128, 8), (256, 4), (64, 7)])
+def test_winograds_way_rounds_as_the_convolution_does(channels, height):
+    torch.manual_seed(0)
+    images, grad = torch.randn(2, 16, channels, height, height)
+    weight = torch.randn(channels, channels, 3, 3) * 0.02
+    tensors = images.requires_grad_(), weight.requires_grad_(), grad
+    exact = directly(*(t.double() for t in tensors))
+    for found, plain, truth in zip(by_winograd(*tensors), directly(*tensors), exact):
+        assert (found - truth).norm() < 1.5 * (plain - truth).norm() + 1e-6 * truth.norm()
+
+
+def test_where_winograds_way_is_taken(monkeypatch):
+    """Where it pays: in float32, at stride 1, from 64 channels on, for images of 4 to 28 rows."""
+    taken = []
+
+    def apply(images, weight, stride):
+        taken.append(images.shape[-1])
+        return conv2d(images, weight, padding=1)
+
+    monkeypatch.setattr(WinogradProducts, "apply", apply)
+    narrow, wide, stride = nn.Conv2d(64, 63, 3, 1, 1), nn.Conv2d(64, 65, 3, 1, 1), nn.Conv2d(64, 64, 3, 2, 1)
+    for conv in (narrow, wide, stride):
+        use_cpu_convolutions(conv)
+        for height in (3, 4, 9, 28, 29):
+            conv(torch.randn(1, 64, height, height))
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                conv(torch.randn(1, 64, height, height))
+    wide(torch.randn(1, 64, 4, 8))
+    assert taken == [4, 9, 28]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_second_derivatives_are_refused(dtype):
     _, patched = make_pair(dtype=dtype)
@@ -75,6 +137,9 @@ def test_second_derivatives_are_refused(dtype):
     for power in (1, 3):
         with pytest.raises(RuntimeError, match="differentiated twice: call use_plain_convolutions"):
             torch.autograd.grad(patched(images).pow(power).sum(), images, create_graph=True)
+    weight = torch.randn(3, 6, 3, 3, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        torch.autograd.grad(WinogradProducts.apply(images.double(), weight, 1).sum(), images, create_graph=True)
 
 
 @pytest.mark.parametrize("height", [1, 2])
