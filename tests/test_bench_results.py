@@ -88,6 +88,17 @@ def test_the_verdict_of_a_step_says_when_the_host_is_what_it_waits_for():
     assert "graphs" not in step_verdict(line | {"host_seconds": 1.8, "settings": {"compile": "graphs"}})
 
 
+@pytest.mark.parametrize(
+    "arithmetic, memory, said",
+    [(1.0, 0.5, "arithmetic, is 50%"), (3.0, 0.5, "arithmetic, is 150%"), (1.0, 3.0, "memory traffic, is 150%")],
+)
+def test_the_verdict_of_a_step_names_its_floor_and_how_it_can_be_beaten(arithmetic, memory, said):
+    line = {"settings": {"compile": "auto"}, "parts": {"encoder_q": 1.0}, "seconds_of_rounds": {"step": [2.0]}}
+    line["floor"] = {"arithmetic_seconds": arithmetic, "memory_seconds": memory}
+    verdict = step_verdict(line)
+    assert f"the floor, set by {said} of its time" in verdict and ("by Winograd" in verdict) == (arithmetic > 2)
+
+
 @pytest.mark.parametrize("ours, word", [(0.5, "faster"), (2.0, "slower"), (1.0, "within the noise")])
 def test_the_verdict_of_peers_looks_at_the_fastest_other_within_each_round(ours, word):
     others = {"DALI": [1.0, 5.0, 2.0], "classical": [3.0, 15.0, 6.0]}

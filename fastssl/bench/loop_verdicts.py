@@ -47,6 +47,8 @@ def step_verdict(line: dict[str, object]) -> str:
         kind = "arithmetic" if floor["arithmetic_seconds"] >= floor["memory_seconds"] else "memory traffic"
         share = max(floor["arithmetic_seconds"], floor["memory_seconds"]) / seconds
         verdict += f"; the floor, set by {kind}, is {share:.0%} of its time"
+        if share > 1 and kind == "arithmetic":
+            verdict += " (convolutions by Winograd, or without padding, take less than the operations it counts)"
     return verdict
 
 

@@ -1,9 +1,12 @@
-"""The floor of a training step: a time that no implementation can beat, by rates measured on the device.
+"""The floor of a training step: the least time that its operations can take, by rates measured on the device.
 
 Arithmetic: the encoders' operations as torch's FlopCounterMode counts them (a forward for q and for k, twice a forward
 for the gradients of q) and the loss's matrix products, at the rate of a large matrix product. Memory: in a forward,
 each convolution and linear layer reads its input and writes its output once; in the backward it reads its input and the
 gradient of its output and writes the gradient of its input; everything else is fused; at the rate of a large copy.
+
+Operations are those of direct convolutions. A step can beat the floor with fewer: by Winograd's way
+(`cpu_conv_winograd.py`, and cuDNN's) or by leaving the padding out (`cpu_conv_rows.py`).
 """
 
 from __future__ import annotations
