@@ -6,6 +6,7 @@ import pytest
 
 from fastssl.bench.loader import main
 from fastssl.bench.loader_peers import CONTESTANTS, OURS, Options
+from fastssl.bench.loader_process import LoaderProcess
 from fastssl.loaders.make import LOADERS
 
 
@@ -24,6 +25,25 @@ def test_figures_table_and_json(image_folder, tmp_path, capsys):
         assert figures["pairs"] == pairs and figures["pairs_per_second"]["rounds"] == 3
         assert 0 < figures["first_batch_seconds"] < 60 and figures["cpu_ms_per_pair"]["median"] > 0
         assert any(line.startswith(name) for line in text.splitlines())
+
+
+def test_a_run_that_is_cut_short_keeps_its_whole_rounds(image_folder, tmp_path, monkeypatch):
+    made, one_round = [], LoaderProcess.round
+
+    def interrupted(process):
+        made.append(process.name)
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        return one_round(process)
+
+    monkeypatch.setattr(LoaderProcess, "round", interrupted)
+    output, names = tmp_path / "loader.json", ["ours, folder", "libjpeg-turbo alone"]
+    sizes = ["--batch-size", "5", "--output", str(output)]
+    with pytest.raises(KeyboardInterrupt):
+        main([str(image_folder / "train"), "--only", *names, "--threads", "1", *sizes])
+    loaders = json.loads(output.read_text())["loaders"]
+    assert {name: figures["pairs_per_second"]["rounds"] for name, figures in loaders.items()} == dict.fromkeys(names, 1)
+    assert len(made) == 4
 
 
 def test_every_loader_of_files_takes_part():

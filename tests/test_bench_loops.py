@@ -13,9 +13,10 @@ from fastssl import distributed
 from fastssl.bench import loops, peers, step, step_parts, step_profile
 from fastssl.bench.peer_views import augment_crops, colour_maps
 from fastssl.bench.photos import write_photos
-from fastssl.bench.step_flags import add_step_flags, make_config, parse_flags
+from fastssl.bench.step_flags import add_recipe_flag, add_step_flags, make_config, parse_flags
 from fastssl.bench.step_floor import count_encoder
 from fastssl.bench.step_profile import busy, profile_step
+from fastssl.config import flat
 from fastssl.plan import bf16_unit
 
 # only a CPU with instructions for bf16 gains from AMP
@@ -58,17 +59,28 @@ def test_step(tmp_path, capsys):
 @pytest.mark.parametrize("stage", ["step", "all"])
 def test_a_recipe_is_measured_as_it_is_but_for_flags(stage, tmp_path, capsys, make_image_folder):
     output = tmp_path / "step.json"
-    flags = "--config cifar10_resnet18 --batch-size 16 --queue-size 40 --compile off --steps 1 --rounds 1".split()
+    flags = "--config cifar10_resnet18 --image-size 16 --batch-size 16 --queue-size 40 --compile off".split()
+    flags += ["--steps", "1", "--rounds", "1"]
     if stage == "all":
         images = make_image_folder(tmp_path / "images", {"train": 16})
         flags += ["--data", str(images), "--loader", "resident", "--no-eager"]
     assert main([stage, *flags, "--device", "cpu", "--output", str(output)]) == 0
     (line,) = json.loads(output.read_text())["lines"]
-    kept = {"arch": "resnet18", "stem": "cifar", "image_size": 32, "symmetric": True, "bn_splits": 16, "lr": 0.06}
-    kept |= {"policy": "v2", "gaussian_blur": 0.0, "contrast_weight": 2.0, "temperature": 0.1, "synthetic_size": 32}
+    kept = {"arch": "resnet18", "stem": "cifar", "symmetric": True, "bn_splits": 16, "lr": 0.06}
+    kept |= {"policy": "v2", "gaussian_blur": 0.0, "contrast_weight": 2.0, "temperature": 0.1}
     assert {name: line["settings"][name] for name in kept} == kept
-    assert line["settings"]["queue_size"] == 40 and line["settings"]["batch_size"] == 16
+    given = {"image_size": 16, "synthetic_size": 16, "queue_size": 40, "batch_size": 16}
+    assert {name: line["settings"][name] for name in given} == given
     assert ("not measured: its loss goes one way" in capsys.readouterr().out) == (stage == "all")
+
+
+@pytest.mark.parametrize("flags, size", [([], 32), (["--image-size", "48"], 48)])
+def test_the_image_size_is_the_recipes_unless_a_flag_gives_one(flags, size):
+    parser = argparse.ArgumentParser()
+    add_recipe_flag(parser)
+    add_step_flags(parser)
+    settings = flat(make_config(parse_flags(parser, ["--config", "cifar10_resnet18", *flags]), "resnet18"))
+    assert (settings["image_size"], settings["synthetic_size"]) == (size, size)
 
 
 def test_a_symmetric_step_has_twice_the_operations():

@@ -22,6 +22,7 @@ from fastssl.bench.results import Row, read_result, rows
 from fastssl.bench.suite_entries import Sizes, cpu_entries, gpu_entries
 from fastssl.bench.timing import Timing
 from fastssl.bench.verdicts import VERDICTS, verdicts
+from fastssl.command import FAILED, run_command
 from fastssl.environment import environment
 from fastssl.plan import bf16_unit
 
@@ -224,17 +225,23 @@ def test_a_gpu_that_there_is_not_is_one_sentence(stage):
         bench_throughput.main([stage, "--device", "cuda"])
 
 
-def test_bad_input_of_a_stage_is_one_sentence(tmp_path):
+def test_bad_input_of_a_stage_is_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     for words, sentence in [
-        (["loader", "nowhere"], "nowhere is not a folder: give one with JPEGs in <class>/ or train/<class>/"),
         (["loss", "--compare", "nowhere.json"], "nowhere.json is not a result of bench_throughput.py"),
         (["loss", "--rounds", "0", "--num", "2", "--queue-size", "4"], "--rounds must be at least 1, got 0"),
         (["eval", "--bank", "9", "-k", "11"], "-k 11 must not exceed the number of training features, --bank 9"),
         (["step", "--arch", "resnet18", "--batch-size", "1", "--image-size", "32"], "resnet18 cannot train on 1 x 3 x"),
     ]:
-        command = [sys.executable, str(suite.PROGRAM), *words]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-        assert done.returncode == 1 and f"fastssl: error: {sentence}" in done.stderr and "Traceback" not in done.stderr
+        assert run_command(bench_throughput.main, words) == FAILED
+        assert f"fastssl: error: {sentence}" in capsys.readouterr().err
+
+
+def test_the_program_says_what_is_wrong_in_one_sentence(tmp_path):
+    command = [sys.executable, str(suite.PROGRAM), "loader", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    sentence = "fastssl: error: nowhere is not a folder: give one with JPEGs in <class>/ or train/<class>/"
+    assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("words", ["step --steps 0", "loss --num 4 0", "augment --size 0", "convert DATA --copies 0"])

@@ -7,6 +7,7 @@ that whatever else the machine does affects all of them. A pair is an image of w
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -21,8 +22,11 @@ from fastssl.environment import environment
 PACKAGES = ("torch", "torchvision", "pillow", "llvmlite", "ffcv", "numba", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 
 
-def measure(names: list[str], options: Options, rounds: int) -> tuple[dict[str, dict], dict[str, str]]:
-    """({name: figures}, {name: why it was left out})."""
+Result = tuple[dict[str, dict], dict[str, str]]  # {name: figures}, {name: why it was left out}
+
+
+def measure(names: list[str], options: Options, rounds: int) -> Iterator[Result]:
+    """Yields the result so far after each round, so that a run that is cut short keeps it."""
     processes = {name: LoaderProcess(name, options) for name in names}
     try:
         missing = {name: why for name, process in processes.items() if (why := process.wait_for_import())}
@@ -35,13 +39,13 @@ def measure(names: list[str], options: Options, rounds: int) -> tuple[dict[str, 
         if not (running := list(first)):
             raise ValueError("; ".join(f"{name}: {why}" for name, why in missing.items()))
         measured: dict[str, list[Round]] = {name: [] for name in running}
-        for name in in_turn(running, rounds):
+        for turn, name in enumerate(in_turn(running, rounds), 1):
             measured[name].append(processes[name].round())
-        memory = {name: processes[name].memory() for name in running}
+            if turn % len(running) == 0:
+                yield {n: figures(n, measured[n], first[n], processes[n].memory()) for n in running}, missing
     finally:
         for process in processes.values():
             process.end()
-    return {name: figures(name, measured[name], first[name], memory[name]) for name in running}, missing
 
 
 def figures(name: str, rounds: list[Round], first_batch: float, memory: int) -> dict[str, object]:
@@ -97,15 +101,15 @@ def main(argv: list[str]) -> None:
     add("--output", type=Path, help="write the result to this JSON file")
     args = parser.parse_args(argv)
     options = Options(train_folder(args.data), args.beton, args.batch_size, args.threads)
-    results, missing = measure(args.only, options, args.rounds)
+    versions = {package: metadata.version(package) for package in PACKAGES if _installed(package)}
+    machine = environment() | {"packages": versions, "cores": usable_cores()}
+    for results, missing in measure(args.only, options, args.rounds):
+        if args.output:
+            content = {"environment": machine, "options": options._asdict(), "loaders": results, "left_out": missing}
+            args.output.write_text(json.dumps(content, indent=1) + "\n")
     print_table(results, args.threads)
     for name, why in missing.items():
         print(f"left out: {name} ({why})")
-    if args.output:
-        versions = {package: metadata.version(package) for package in PACKAGES if _installed(package)}
-        machine = environment() | {"packages": versions, "cores": usable_cores()}
-        content = {"environment": machine, "options": options._asdict(), "loaders": results, "left_out": missing}
-        args.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _installed(package: str) -> bool:

@@ -36,7 +36,7 @@ class Sizes(NamedTuple):
 
     @classmethod
     def cpu(cls) -> Sizes:
-        return cls("cpu", 64, 32, 65536, 3, 5, 512, ARCHS[:-1], 0.0)
+        return cls("cpu", 64, 32, 65536, 3, 5, 256, ARCHS[:-1], 0.0)
 
     @classmethod
     def tiny(cls) -> Sizes:
@@ -72,7 +72,7 @@ def shared_entries(sizes: Sizes, data: str, beton: str, seconds: dict[str, float
 
 def cpu_entries(sizes: Sizes, data: str, beton: str) -> list[Entry]:
     """The stages of the CPU suite; the shares sum to 450 seconds."""
-    bank, queries = str(40 * sizes.photos), str(8 * sizes.photos)
+    bank, queries = str(80 * sizes.photos), str(16 * sizes.photos)
     evaluation = ["--rounds", str(sizes.rounds), "--bank", bank, "--queries", queries, "--epochs", "1"]
     files, flags = ["--beton", beton], step_flags(sizes)
     loops = [
