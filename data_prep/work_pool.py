@@ -25,7 +25,7 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 _BROKEN = (BrokenProcessPool, EOFError, ConnectionError)  # a worker died, or the server that starts workers
-_UNTIL_GONE_S = (0, 0.01, 0.1, 1)  # pauses while a dead server goes: its files close before its parent is told
+_UNTIL_GONE_S = (0, 0.01, 0.1, 1)  # pauses, to let a dead server go: its files close before its parent is told
 _MOST_DEATHS = 8  # so many items in a row that kill their process mean that the machine is at fault
 
 
@@ -122,13 +122,13 @@ class WorkPool(Generic[Item, Result]):
         processes has died, and for a moment the system calls it alive although nobody can reach it any more.
         """
         for pause in _UNTIL_GONE_S:
+            time.sleep(pause)
             self._lone = self._lone or make_pool(1)
             try:
                 with _signals_later():
                     return self._lone.submit(self._work, [item])
             except _BROKEN:
                 self._lone = _end(self._lone)
-                time.sleep(pause)
         raise BrokenProcessPool("no process can be started")
 
 
