@@ -66,7 +66,7 @@ def pass_image(data: bytes) -> Prepared:
     facts = read_jpeg_facts(data)
     if facts.width * facts.height > MAX_PIXELS:
         raise NotPlain("too many pixels")
-    notes = ("greyscale",) if facts.components == 1 else ()
+    notes = ("greyscale",) if len(facts.sampling) == 1 else ()
     return Prepared(JPEG, facts.width, facts.height, data, passed=True, notes=notes)
 
 

@@ -78,7 +78,7 @@ def optional_rows(facts: dict[str, dict[str, str]]) -> list[Row]:
     apex = "build it from source, see https://github.com/NVIDIA/apex (PyPI's apex is another project)"
     extras = [
         ("triton", "triton", "for the fused GPU kernels", f"{PIP} triton"),
-        ("libjpeg-turbo", BETON_DECODER, "for the beton loader", "sudo apt-get install -y libturbojpeg0"),
+        ("libjpeg-turbo", BETON_DECODER, "for .beton files, and for speed", "sudo apt-get install -y libturbojpeg0"),
         ("FFCV", "ffcv", "only for comparing speeds with it", f"{_apt_for_ffcv()}{PIP} ffcv"),
         ("numba", "numba", "for fast views and k-NN on a CPU", f"{PIP} --upgrade numba"),
         ("DALI", "nvidia.dali", "for decoding on the GPU", f"{PIP} nvidia-dali-cuda{dali}"),

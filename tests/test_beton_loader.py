@@ -204,14 +204,15 @@ def test_each_image_is_decoded_exactly_once(good, monkeypatch):
     decoded = []
     original = beton_decode.decode_stored_images
 
-    def count(data, pointer, *rest):
-        decoded.extend(pointer.tolist())
-        return original(data, pointer, *rest)
+    def count(source, *rest):
+        decoded.extend(source.tolist())
+        return original(source, *rest)
 
     monkeypatch.setattr(beton_decode, "decode_stored_images", count)
     loader = open_loader(good)
     list(loader.eval_batches(4))
-    assert sorted(decoded) == sorted(loader.beton.pointer.tolist()) and loader.decoded == N
+    stored = loader.beton.data.ctypes.data + loader.beton.pointer
+    assert sorted(decoded) == sorted(stored.tolist()) and loader.decoded == N
 
 
 def wait_until_idle(loader):

@@ -11,7 +11,7 @@ from torch import distributed
 from fastssl.check_loader import main
 from fastssl.conformance import faults, images, samples
 from fastssl.conformance.case import Case
-from fastssl.loaders import folder_loader, order
+from fastssl.loaders import file_decode, folder_loader, order
 from fastssl.loaders.make import LOADERS, make_loader
 from fastssl.loaders.prefetch import Prefetcher
 
@@ -80,9 +80,10 @@ def test_the_checks_can_fail(tmp_path, monkeypatch):
         Case("folder", samples.make_good("folder", tmp_path)),
         Case("folder", samples.make_bad("folder", tmp_path)),
     )
-    decode, train_shares = folder_loader.decode_image, folder_loader.train_shares
-    with monkeypatch.context() as patch:  # decodes twice, and not what is in the file
-        patch.setattr(folder_loader, "decode_image", lambda path: decode(path) // 2)
+    decode, train_shares = file_decode.decode_image, folder_loader.train_shares
+    with monkeypatch.context() as patch:  # not what is in the file
+        patch.setattr(file_decode, "decode_stored_images", None)
+        patch.setattr(file_decode, "decode_image", lambda data, name: decode(data, name) // 2)
         with pytest.raises(AssertionError, match="grey levels"):
             images.check_pixels(good)
     with monkeypatch.context() as patch:  # every rank takes the first rank's share
@@ -104,7 +105,7 @@ def test_the_checks_can_fail(tmp_path, monkeypatch):
         with pytest.raises(AssertionError, match="0 of 3 unreadable images were reported"):
             faults.check_bad(bad)
     with monkeypatch.context() as patch:
-        patch.setattr(folder_loader.FolderLoader, "decoded", property(lambda self: 2 * self._images.decoded))
+        patch.setattr(folder_loader.FolderLoader, "decoded", property(lambda self: 2 * self._files.images.decoded))
         with pytest.raises(AssertionError, match="decodes for"):
             faults.check_decoded_once(good)
 
@@ -118,12 +119,12 @@ def test_leaks_are_seen(tmp_path, monkeypatch):
             faults.check_breaks(good)
     for arguments in not_ended:
         end(*arguments)
-    load, hoard = folder_loader.FolderLoader._load_replacing, []
+    read, hoard = file_decode.FileDecoder._read, []
     with monkeypatch.context() as patch:
         patch.setattr(
-            folder_loader.FolderLoader,
-            "_load_replacing",
-            lambda self, i: hoard.append(np.ones(200_000, np.uint8)) or load(self, i),
+            file_decode.FileDecoder,
+            "_read",
+            lambda *file: hoard.append(np.ones(200_000, np.uint8)) or read(*file),
         )
         with pytest.raises(AssertionError, match="grew the process by"):
             faults.check_memory(good)

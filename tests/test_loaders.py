@@ -15,7 +15,7 @@ from PIL import Image
 
 from fastssl.data_prep.beton_format import RAW
 from fastssl.data_prep.decode import decode_image
-from fastssl.loaders import bad_images, folder_loader, prefetch
+from fastssl.loaders import bad_images, file_decode, folder_loader, prefetch
 from fastssl.loaders.make import choose_loader, make_loader
 from fastssl.loaders.synthetic_loader import render_images
 from fastssl.random_key import permutation
@@ -210,7 +210,7 @@ def test_folder_pixels_and_labels_are_the_files(good_folder):
 def test_each_image_is_decoded_once_per_epoch(good_folder, monkeypatch):
     decoded = []
     original = decode_image
-    monkeypatch.setattr(folder_loader, "decode_image", lambda path: decoded.append(path) or original(path))
+    monkeypatch.setattr(file_decode, "decode_image", lambda data, name: decoded.append(name) or original(data))
     loader = make_loader("folder", good_folder, batch_size=4, seed=0, device="cpu", workers=4, read_ahead=2)
     batches = loader.batches()
     take(batches, 9)
@@ -225,7 +225,7 @@ def test_each_image_is_decoded_once_per_epoch(good_folder, monkeypatch):
 def test_reading_ahead_is_bounded(good_folder, monkeypatch, read_ahead, batches_decoded):
     decoded = []
     original = decode_image
-    monkeypatch.setattr(folder_loader, "decode_image", lambda path: decoded.append(path) or original(path))
+    monkeypatch.setattr(file_decode, "decode_image", lambda data, name: decoded.append(name) or original(data))
     loader = make_loader("folder", good_folder, batch_size=2, seed=0, device="cpu", workers=4, read_ahead=read_ahead)
     batches = loader.batches()
     next(batches)
@@ -295,12 +295,12 @@ def test_nothing_readable_is_an_error_not_a_loop(tmp_path, monkeypatch):
 
 
 def test_a_failure_in_a_worker_reaches_the_reader_at_once(good_folder, monkeypatch):
-    def fail(path):
-        if path.endswith("020.png"):
+    def fail(data, name):
+        if name.endswith("020.png"):
             raise MemoryError("no room for 020")
-        return decode_image(path)
+        return decode_image(data)
 
-    monkeypatch.setattr(folder_loader, "decode_image", fail)
+    monkeypatch.setattr(file_decode, "decode_image", fail)
     loader = make_loader("folder", good_folder, batch_size=4, seed=0, device="cpu")
     start = time.monotonic()
     with pytest.raises(MemoryError, match="no room for 020"):

@@ -81,8 +81,8 @@ class BetonDecoder:
         data, pointer, size = beton.data, beton.pointer[record], beton.size[record]
         if self.cache == "process":
             data, pointer = self._read(pointer, size), np.cumsum(size) - size
-        stored = (data, pointer, size, beton.mode[record] == RAW, beton.height[record], beton.width[record])
-        return decode_stored_images(*stored, pixels, offset)
+        height, width, raw = beton.height[record], beton.width[record], beton.mode[record] == RAW
+        return decode_stored_images(data.ctypes.data + pointer, size, raw, height, width, pixels, offset)
 
     def _read(self, pointer: np.ndarray, size: np.ndarray) -> np.ndarray:
         """The stored bytes of some images, back to back."""

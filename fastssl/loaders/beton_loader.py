@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -22,21 +21,10 @@ from fastssl.loaders.beton_decode import BetonDecoder
 from fastssl.loaders.beton_file import open_beton
 from fastssl.loaders.folder_loader import default_workers
 from fastssl.loaders.order import FULL, Order, count_batches, eval_shares, train_shares
+from fastssl.loaders.pending import PendingBatch, finish_batch, start_batch
 from fastssl.loaders.prefetch import Prefetcher
 from fastssl.loaders.recycle import RecycledBuffers
 from fastssl.threads import reader_threads
-
-_CHUNK = 32  # images per task at most
-
-
-class _Pending(NamedTuple):
-    """A batch that threads are decoding."""
-
-    index: np.ndarray  # (B,) int64, the images wanted
-    record: np.ndarray  # (B,) int64, the images decoded: the same, except for replacements of known bad ones
-    offset: np.ndarray  # (B,) int64
-    pixels: Tensor  # (P,) uint8
-    tasks: list[Future]  # each returns the rows that could not be decoded
 
 
 class BetonLoader:
@@ -114,50 +102,26 @@ class BetonLoader:
             started = (self._start(pool, share.numpy().copy(), replace) for share in shares)
             # so many batches are started ahead that the threads need not wait for the slowest image of a batch
             for pending in ahead(started, self._prefetcher.read_ahead):
-                batch = self._finish(pending, replace)
+                batch = finish_batch(pending, self._images, self.beton.label, replace)
                 if batch.size:
                     yield batch
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _start(self, pool: ThreadPoolExecutor, index: np.ndarray, replace: bool) -> _Pending:
-        """Lays a batch out, starts to read its bytes from the disk, and gives it to the threads in small tasks."""
+    def _start(self, pool: ThreadPoolExecutor, index: np.ndarray, replace: bool) -> PendingBatch:
+        """Starts to read the bytes of a batch from the disk, and to decode them."""
         record = index
         if self._images.messages:
             if not replace:
                 index = index[[i not in self._images for i in index.tolist()]]
             record = np.array([self._images.next_readable(i) for i in index.tolist()], np.int64)
-        end = np.cumsum(self._decoder.pixel_bytes(record))
-        offset = np.concatenate([[0], end])[:-1]
-        pixels = self._make_room(int(end[-1]) if len(end) else 0)
         self._decoder.read_ahead(record)
-        step = max(1, min(_CHUNK, len(record) // (2 * self.workers)))
 
-        def decode(row: int) -> list[int]:
-            rows = slice(row, row + step)
-            return [row + i for i in self._decoder.decode(record[rows], pixels.numpy(), offset[rows], self._images)]
+        def decode(rows: slice, pixels: np.ndarray, offset: np.ndarray) -> list[int]:
+            return self._decoder.decode(record[rows], pixels, offset, self._images)
 
-        tasks = [pool.submit(decode, row) for row in range(0, len(record), step)]
-        return _Pending(index, record, offset, pixels, tasks)
+        def allocate(num_bytes: int) -> Tensor:
+            return self._buffers.take_for(self._prefetcher.device, num_bytes)
 
-    def _make_room(self, size: int) -> Tensor:
-        """(size,) uint8 that nobody else uses; for a GPU in pinned memory, whose reuse torch's events guard."""
-        if self._prefetcher.device.type == "cuda":
-            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        return torch.from_numpy(self._buffers.take(size))
-
-    def _finish(self, batch: _Pending, replace: bool) -> ImageBatch:
-        """Waits for the threads; replaces, or leaves out, the images that they could not decode."""
-        index, record, offset, pixels = batch[:4]
-        bad = [row for task in batch.tasks for row in task.result()]
-        if bad and replace:
-            record = record.copy()
-            for row in bad:
-                image, record[row] = self._images.load_replacing(int(record[row]))
-                offset[row] = len(pixels)  # the replacement goes behind all others
-                pixels = torch.cat([pixels, torch.from_numpy(image.reshape(-1))])
-        elif bad:
-            index, record, offset = (np.delete(array, bad) for array in (index, record, offset))
         height, width = self.beton.height[record], self.beton.width[record]
-        tensors = map(torch.from_numpy, (offset, height, width, index, self.beton.label[record]))
-        return ImageBatch(pixels, *tensors, max_side=int(max(height.max(initial=1), width.max(initial=1))))
+        return start_batch(index, record, height, width, allocate, decode, pool, self.workers)

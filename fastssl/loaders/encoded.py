@@ -12,7 +12,7 @@ import numpy as np
 
 from fastssl.data_prep.beton_format import RAW
 from fastssl.data_prep.decode import read_file
-from fastssl.data_prep.find import find_images, is_image_name
+from fastssl.data_prep.find import ImageFolder, find_images, is_image_name
 from fastssl.data_prep.manifest import name_classes, read_manifest
 from fastssl.data_prep.sources import Place, read_place
 from fastssl.data_prep.tars import class_number, find_tars
@@ -44,11 +44,11 @@ def open_encoded(data: str | os.PathLike, class_names: Sequence[str] | None = No
         return _from_shards(data, data, list(map(str, tars)), class_names)
     if os.path.isfile(data):
         return _from_beton(data, class_names)
-    return _from_folder(data, class_names)
+    return from_folder(find_images(data, class_names))
 
 
-def _from_folder(data: str, class_names: Sequence[str] | None) -> EncodedImages:
-    folder = find_images(data, class_names)
+def from_folder(folder: ImageFolder) -> EncodedImages:
+    """The files of an image folder."""
     return EncodedImages(
         read=lambda i: read_file(folder.path(i), folder.path(i)),
         name=folder.path,

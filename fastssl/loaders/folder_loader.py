@@ -1,34 +1,26 @@
 """Images from a folder of files, each decoded once, whole and at its own size, by threads.
 
-Threads, not processes, because Pillow decodes without the GIL, and sending decoded images between processes costs more
-than it gains (two DataLoader workers took 1.3 times the CPU time of two threads at 0.85 times the rate, on 500-pixel
-JPEGs).
+Threads, not processes, because images are decoded without the GIL, and sending them between processes costs more than
+it gains (with Pillow two DataLoader workers took 1.3 times the CPU time of two threads at 0.85 times the rate, on
+500-pixel JPEGs).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl.batch import ImageBatch, pack_images
-from fastssl.data_prep.decode import decode_image
+from fastssl.batch import ImageBatch
 from fastssl.data_prep.find import ImageFolder, find_images
-from fastssl.data_prep.work_pool import ahead, usable_cores
-from fastssl.loaders.bad_images import BadImages
+from fastssl.data_prep.work_pool import usable_cores
+from fastssl.loaders.encoded import from_folder
+from fastssl.loaders.file_decode import FileDecoder
 from fastssl.loaders.memory import folder_pixel_bytes
 from fastssl.loaders.order import FULL, Order, count_batches, eval_shares, train_shares
 from fastssl.loaders.prefetch import Prefetcher
-from fastssl.loaders.recycle import RecycledBuffers
-from fastssl.threads import reader_threads
-
-_CHUNK = 16  # images per task at most, enough to make the cost of handing out tasks negligible
-
-Decoded = tuple[np.ndarray, int, int]  # pixels (H, W, 3) uint8, index, label
 
 
 class FolderLoader:
@@ -62,20 +54,18 @@ class FolderLoader:
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.workers = workers or default_workers()
         self.order = order
-        path = self.folder.path  # a lambda with self would make a cycle, which keeps buffers until garbage collection
-        self._images = BadImages(on_bad_image, self.num_images, lambda i: decode_image(path(i)))
         self._prefetcher = Prefetcher(device, read_ahead)
-        self._buffers = RecycledBuffers()
+        self._files = FileDecoder(from_folder(self.folder), on_bad_image, self.workers, self._prefetcher)
 
     @property
     def bad_images(self) -> list[str]:
         """The unreadable images met so far, "path: reason", in the order in which they were met."""
-        return self._images.messages
+        return self._files.images.messages
 
     @property
     def decoded(self) -> int:
         """Images decoded so far."""
-        return self._images.decoded
+        return self._files.images.decoded
 
     def pixel_bytes(self, chosen: Iterable[int]) -> int:
         """The decoded size of the chosen images in bytes, from their headers."""
@@ -86,7 +76,7 @@ class FolderLoader:
         shares = train_shares(
             self.num_images, self.batch_size, self.seed, self.rank, self.world_size, first, order=self.order
         )
-        return self._prefetcher.iterate(self._decode_batches(shares, self._load_replacing))
+        return self._prefetcher.iterate(self._files.batches(shares, replace=True))
 
     def eval_batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1, limit: int | None = None
@@ -99,44 +89,11 @@ class FolderLoader:
 
         Unreadable images are left out (as is a batch that would be empty) or, with replace_bad, replaced.
         """
-        load = self._load_replacing if replace_bad else self._load_or_leave_out
-        return self._prefetcher.iterate(self._decode_batches(shares, load))
+        return self._prefetcher.iterate(self._files.batches(shares, replace_bad))
 
     def close(self) -> None:
         """Ends all threads; iterators in use raise RuntimeError."""
         self._prefetcher.close()
-
-    def _decode_batches(self, shares: Iterator[Tensor], load: Callable[[int], Decoded | None]) -> Iterator[ImageBatch]:
-        """Packed CPU batches in the order of `shares`, whichever thread finishes first; `load` decodes an index."""
-
-        def load_chunk(chunk: list[int]) -> list[Decoded]:
-            images = [load(i) for i in chunk]
-            return [image for image in images if image is not None]
-
-        def start(share: Tensor) -> list[Future]:
-            return [pool.submit(load_chunk, chunk) for chunk in self._chunks(share)]
-
-        pool = reader_threads(self.workers, "fastssl-decode", self._prefetcher.device)
-        try:
-            # so many batches are started ahead that the threads need not wait for the slowest image of a batch
-            for futures in ahead(map(start, shares), self._prefetcher.read_ahead):
-                decoded = [image for future in futures for image in future.result()]
-                if decoded:
-                    yield pack_images(*zip(*decoded), allocate=self._buffers.take)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _chunks(self, share: Tensor) -> list[list[int]]:
-        size = max(1, min(_CHUNK, len(share) // (2 * self.workers)))
-        return [chunk.tolist() for chunk in share.split(size)]
-
-    def _load_or_leave_out(self, index: int) -> Decoded | None:
-        pixels = self._images.load(index)
-        return None if pixels is None else (pixels, index, int(self.folder.labels[index]))
-
-    def _load_replacing(self, index: int) -> Decoded:
-        pixels, used = self._images.load_replacing(index)
-        return pixels, index, int(self.folder.labels[used])
 
 
 def default_workers() -> int:

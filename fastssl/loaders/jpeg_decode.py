@@ -1,4 +1,4 @@
-"""Decodes JPEGs and raw pixels of a .beton file with libjpeg-turbo: many images per call, without the GIL.
+"""Decodes JPEGs, and copies raw pixels, with libjpeg-turbo: many images per call, without the GIL.
 
 There must be no Python between two images: a thread that needs the GIL while the training loop holds it waits up to
 5 ms, ten times the time an image takes. So the loop is machine code, which llvmlite generates at import in 5 ms; the
@@ -143,8 +143,7 @@ _engine, _decode = _compile_loop()
 
 
 def decode_stored_images(
-    data: np.ndarray,
-    pointer: np.ndarray,
+    source: np.ndarray,
     size: np.ndarray,
     raw: np.ndarray,
     height: np.ndarray,
@@ -154,13 +153,14 @@ def decode_stored_images(
 ) -> dict[int, tuple[int, str]]:
     """Decodes n >= 1 stored images into `pixels` at `offset`, and returns those that cannot be used.
 
-    data, pixels: (bytes,) uint8, contiguous. pointer, size, offset: (n,) int64; raw: (n,) bool; height, width: (n,)
-    int32. The caller must have checked that all of them stay within `data` and `pixels`.
+    source, size: (n,) int64, where the stored bytes of each image are in memory, and how many; raw: (n,) bool; height,
+    width: (n,) int32. pixels: (bytes,) uint8, contiguous; offset: (n,) int64. The caller must keep that memory, and
+    must have checked that the images stay within it and within `pixels`.
     Returns {i: (WARNING, FATAL or WRONG_SIZE, reason)}; the content of those windows is undefined. A warning of
     libjpeg-turbo counts, since pixels are then missing or wrong, except for padding before the end of an image.
     """
-    images = np.zeros(len(pointer), _STORED)
-    images["source"], images["target"] = data.ctypes.data + pointer, pixels.ctypes.data + offset
+    images = np.zeros(len(source), _STORED)
+    images["source"], images["target"] = source, pixels.ctypes.data + offset
     images["size"], images["width"], images["height"], images["raw"] = size, width, height, raw
     _decode(images.ctypes.data, images.ctypes.data + images.nbytes)
     status = images["status"]

@@ -11,6 +11,7 @@ import torch
 
 from fastssl.batch import ImageBatch
 from fastssl.data_prep.tars import find_tars
+from fastssl.loaders.file_decode import decode_stored_images
 from fastssl.loaders.folder_loader import FolderLoader
 from fastssl.loaders.order import Order
 from fastssl.loaders.synthetic_loader import SyntheticLoader
@@ -69,16 +70,10 @@ def make_loader(
     trains (`Prefetcher`). on_bad_image: "skip" or "error" (`FolderLoader`). shuffle: "full", or "blocks" of
     `block_size` images for data sets larger than memory (`order.Order`). beton_cache: "page" or "process"
     (`BetonDecoder`). resident_shard: each rank holds only its share (`ResidentLoader`).
-    Raises ValueError for an unknown name or option, for data that the loader cannot read, and when the data set is
-    smaller than one global batch.
+    Raises ValueError for an unknown name or option, data that the loader cannot read, and less than one global batch.
     """
     name, reason = choose_loader(name, data)
-    if on_bad_image not in ("skip", "error"):
-        raise ValueError(f"on_bad_image must be 'skip' or 'error', got {on_bad_image!r}")
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
-    if read_ahead is not None and read_ahead < 0:
-        raise ValueError(f"read_ahead must be 0 or more batches, got {read_ahead}")
+    _check_options(on_bad_image, workers, read_ahead)
     order = Order(shuffle, block_size).check()
     shared = dict(batch_size=batch_size, seed=seed, device=device, rank=rank, world_size=world_size, order=order)
     files = dict(workers=workers, on_bad_image=on_bad_image, class_names=class_names)
@@ -90,8 +85,19 @@ def make_loader(
     else:
         cache = {"cache": beton_cache} if name == "beton" else {}
         loader = _find_class(name)(data, read_ahead=read_ahead, **cache, **files, **shared)
+    if name == "folder" and decode_stored_images is None:
+        reason += "; slower without libturbojpeg: 'fastssl doctor' says how to install it"
     loader.name, loader.reason = name, reason
     return loader
+
+
+def _check_options(on_bad_image: str, workers: int | None, read_ahead: int | None) -> None:
+    if on_bad_image not in ("skip", "error"):
+        raise ValueError(f"on_bad_image must be 'skip' or 'error', got {on_bad_image!r}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    if read_ahead is not None and read_ahead < 0:
+        raise ValueError(f"read_ahead must be 0 or more batches, got {read_ahead}")
 
 
 def _find_class(name: str) -> type[Loader]:

@@ -6,6 +6,8 @@ import threading
 import weakref
 
 import numpy as np
+import torch
+from torch import Tensor
 
 _KEPT = 4  # buffers kept for reuse: a reader rarely holds more batches at once
 _ROOM = 1.125  # buffers are larger than requested by this factor, as the next batch is rarely of exactly that size
@@ -29,6 +31,12 @@ class RecycledBuffers:
         view = np.frombuffer(memoryview(buffer), dtype=np.uint8, count=num_bytes)
         weakref.finalize(view, self._give_back, buffer).atexit = False
         return view
+
+    def take_for(self, device: torch.device, num_bytes: int) -> Tensor:
+        """The same as a tensor; for a GPU in pinned memory, whose reuse torch's events guard."""
+        if device.type == "cuda":
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        return torch.from_numpy(self.take(num_bytes))
 
     def _give_back(self, buffer: np.ndarray) -> None:
         with self._lock:
