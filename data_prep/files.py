@@ -71,6 +71,16 @@ def _tell_where(error: BaseException, folder: Path) -> None:
         raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all; but through a link, or to a device or pipe, just as the text comes."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):  # renaming would replace /dev/stdout itself
+        path.write_text(text)
+        return
+    partial = partial_path(path)
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
 def publish(*paths: Path) -> None:
     """Gives partial files their names, in order: if the last one exists, all others exist and belong to it."""
     paths[-1].unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from fastssl.command import run_command
 from fastssl.data_prep.decode import BadImage, decode_image
+from fastssl.data_prep.files import write_text
 from fastssl.data_prep.find import ImageFolder, find_images
 from fastssl.data_prep.view_pairs import AUGS, count_views, make_view_pair
 from fastssl.data_prep.work_pool import Died, WorkPool, ahead, usable_cores
@@ -104,9 +105,7 @@ def _claim(out: Path, options: dict) -> None:
         return
     if any(out.iterdir()):
         raise ValueError(f"{out} is not empty and there is no {manifest.name} beside it: choose an empty folder")
-    partial = manifest.with_name(manifest.name + ".partial")
-    partial.write_text(json.dumps(options, indent=1) + "\n")
-    os.replace(partial, manifest)
+    write_text(manifest, json.dumps(options, indent=1) + "\n")
 
 
 def _jobs(folder: ImageFolder, out: str, options: dict) -> dict[str, list[Job]]:

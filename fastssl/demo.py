@@ -22,12 +22,12 @@ from fastssl import checkpoint, distributed
 from fastssl.build import make_trainee, open_loader
 from fastssl.command import run_command
 from fastssl.config import Config, replace
+from fastssl.data_prep.files import write_text
 from fastssl.demo_images import write_demo_images
 from fastssl.eval.online import make_probe
 from fastssl.loaders.make import make_loader
 from fastssl.plural import counted
 from fastssl.recipe import load_recipe
-from fastssl.run import write_text
 from fastssl.train import pretrain
 
 IMAGES = 3000, 500  # images to draw, for training and held out

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from fastssl.augment.policy import Policy
 from fastssl.augment.preview import save_preview
 from fastssl.config import Config
 from fastssl.curves import draw_curves
+from fastssl.data_prep.files import write_text
 from fastssl.distributed import Ranks, broadcast_object, gather_objects
 from fastssl.environment import environment
 from fastssl.loaders.make import Loader
@@ -179,13 +179,6 @@ def lock_file(path: Path) -> TextIO:
         cannot = f"cannot lock {path.parent} against a second run ({error.strerror}): start only one there"
         tqdm.write(cannot, file=sys.stderr)
     return file
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def trim_metrics(path: Path, first: int) -> None:

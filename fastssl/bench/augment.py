@@ -11,7 +11,6 @@ resizing, hue or blur, so it is compared with ours restricted to its operations.
 from __future__ import annotations
 
 import argparse
-import json
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +34,7 @@ from fastssl.bench.augment_peers import (
     torchvision_chain,
 )
 from fastssl.bench.pil_processes import in_processes
+from fastssl.bench.results import write_result
 from fastssl.bench.timing import Function, open_device, time_calls
 from fastssl.data_prep.decode import decode_image
 from fastssl.data_prep.find import find_images
@@ -174,7 +174,7 @@ def main(argv: list[str]) -> None:
         seconds = {name: timing._asdict() for name, timing in timings.items()}
         lines.append({"size": size, "seconds": seconds, "not_measured": missing, "bytes": work})
         if args.output:
-            args.output.write_text(json.dumps(result, indent=1) + "\n")
+            write_result(args.output, result)
 
 
 def read_batch(args: argparse.Namespace, device: torch.device) -> ImageBatch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -13,6 +12,7 @@ import torch
 from PIL import Image
 
 from fastssl.arguments import positive
+from fastssl.bench.results import write_result
 from fastssl.bench.timing import time_in_turn
 from fastssl.data_prep.find import find_images
 from fastssl.data_prep.prepare import Store, encode_jpeg, shrink
@@ -82,4 +82,4 @@ def main(argv: list[str]) -> None:
         print(f"{name:32} {rate:8.0f} images/s ({low:.0f} to {high:.0f})  {share:6.2f} x alone")
     if args.output:
         settings = {"images": count, "workers": args.workers, "rounds": timing.rounds, "ended": time.ctime()}
-        args.output.write_text(json.dumps({"environment": environment(), **settings, "lines": lines}, indent=1) + "\n")
+        write_result(args.output, {"environment": environment(), **settings, "lines": lines})

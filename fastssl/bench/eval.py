@@ -6,7 +6,6 @@ The features are drawn at random around cluster centres; all contestants take tu
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from torch.nn.functional import normalize
 
 from fastssl.arguments import positive
 from fastssl.bench.knn_peer import knn_the_reference_way, nearest_by_cdist
+from fastssl.bench.results import write_result
 from fastssl.bench.timing import Function, Timing, in_turn, summarise, time_calls
 from fastssl.distributed import Ranks
 from fastssl.environment import environment
@@ -142,4 +142,4 @@ def main(argv: Sequence[str]) -> None:
         lines.append(measure[what](args))
         print_line(lines[-1])
         if args.output:
-            args.output.write_text(json.dumps({"environment": environment(), "lines": lines}, indent=1) + "\n")
+            write_result(args.output, {"environment": environment(), "lines": lines})

@@ -6,7 +6,6 @@ that whatever else the machine does affects all of them. A pair is an image of w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +14,7 @@ from fastssl.arguments import ListParser, positive
 from fastssl.bench.loader_peers import CONTESTANTS, DECODES, RAW, Options
 from fastssl.bench.loader_process import LoaderProcess, Round
 from fastssl.bench.photos import train_folder
+from fastssl.bench.results import write_result
 from fastssl.bench.timing import in_turn, summarise
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.environment import environment
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
     for results, missing in measure(args.only, options, args.rounds):
         if args.output:
             content = {"environment": machine, "options": options._asdict(), "loaders": results, "left_out": missing}
-            args.output.write_text(json.dumps(content, indent=1) + "\n")
+            write_result(args.output, content)
     print_table(results, args.threads)
     for name, why in missing.items():
         print(f"left out: {name} ({why})")

@@ -7,7 +7,6 @@ of the matrix products, or of reading the queue, at the rates of a large product
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.arguments import positive
+from fastssl.bench.results import write_result
 from fastssl.bench.timing import Function, open_device, peak_extra_bytes, time_in_turn
 from fastssl.environment import environment
 from fastssl.kernels.reference import align_reference, contrast_reference, uniform_reference
@@ -161,4 +161,4 @@ def main(argv: list[str]) -> None:
             kernel = choose_kernel(device, torch.bfloat16 if device.type == "cuda" else torch.float32, args.dim)
             result = {"environment": environment() | {"device": str(device)}, "kernel": kernel, "lines": lines}
             settings = {name: asdict(TERMS[name]) for name in args.terms}
-            args.output.write_text(json.dumps(result | {"terms": settings}, indent=1) + "\n")
+            write_result(args.output, result | {"terms": settings})

@@ -15,6 +15,7 @@ from fastssl.bench.loop_verdicts import shares
 from fastssl.bench.plot import plot
 from fastssl.bench.results import Row, count, loop_rows, read_result, rows, spread, stage_of
 from fastssl.bench.verdicts import verdicts
+from fastssl.data_prep.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "kernels/README.md", "benchmarks/README.md")
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
         if fresh != text:
             stale.append(str(page.relative_to(ROOT)))
             if not args.check:
-                page.write_text(fresh)
+                write_text(page, fresh)
     print(f"{'out of date' if args.check else 'rewritten'}: {', '.join(stale) or 'none'}")
     if args.check and stale:
         raise SystemExit(1)
@@ -182,12 +183,11 @@ def write_report(path: Path, stage: str) -> list[Path]:
     page, picture, result = path.with_suffix(".md"), path.with_suffix(".png"), read_result(path)
     text = f"# {path.stem}\n\n{result_table(path, stage)}\n"
     found = rows(stage, result) if stage != "suite" else []
-    if not found:  # nothing to draw
-        page.write_text(text)
-        return [page]
-    plot(found, where(result["environment"]).replace("`", ""), picture)
-    page.write_text(f"{text}\n![{path.stem}]({picture.name})\n")
-    return [page, picture]
+    if found:
+        plot(found, where(result["environment"]).replace("`", ""), picture)
+        text += f"\n![{path.stem}]({picture.name})\n"
+    write_text(page, text)
+    return [page, picture] if found else [page]
 
 
 def index_table() -> str:

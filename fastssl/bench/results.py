@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastssl.bench.timing import Timing, summarise, times_faster
+from fastssl.data_prep.files import write_text
 
 
 class Row(NamedTuple):
@@ -31,6 +32,11 @@ def read_result(path: Path) -> dict[str, object]:
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is not a result of bench_throughput.py: {error!r}") from None
     return result
+
+
+def write_result(path: Path, result: dict[str, object]) -> None:
+    """Writes a result file whole or not at all."""
+    write_text(path, json.dumps(result, indent=1) + "\n")
 
 
 def stage_of(path: Path) -> str:

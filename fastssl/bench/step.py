@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -18,7 +17,7 @@ import torch
 
 from fastssl import distributed
 from fastssl.bench.loops import Loop, host_alone, our_loop, time_loops, trainee_of
-from fastssl.bench.results import loop_rows, show_row
+from fastssl.bench.results import loop_rows, show_row, write_result
 from fastssl.bench.step_flags import COMPILE, add_recipe_flag, add_step_flags, make_config, parse_flags
 from fastssl.bench.step_floor import step_floor
 from fastssl.bench.step_parts import PART, step_parts
@@ -58,7 +57,7 @@ def print_line(line: dict[str, object], device: torch.device) -> None:
 def save(path: Path | None, lines: Sequence[dict[str, object]]) -> None:
     """Writes the lines as JSON, with the machine and the command."""
     if path:
-        path.write_text(json.dumps({"environment": environment(), "lines": list(lines)}, indent=1) + "\n")
+        write_result(path, {"environment": environment(), "lines": list(lines)})
 
 
 def as_line(config: Config, seconds: dict[str, list[float]], steps: int, beside: str) -> dict[str, object]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -26,7 +25,7 @@ import torch
 
 from fastssl.bench.photos import SOURCE, open_data, train_folder
 from fastssl.bench.report import write_report
-from fastssl.bench.results import read_result
+from fastssl.bench.results import read_result, write_result
 from fastssl.bench.suite_entries import Entry, Sizes, compile_ahead, cpu_entries, gpu_entries
 from fastssl.bench.verdicts import verdicts
 from fastssl.command import tidy_on_signals
@@ -145,7 +144,7 @@ def end_group(process: subprocess.Popen) -> None:
 def save(path: Path, done: Sequence[Done], images: str) -> None:
     """Writes the result of the suite and its page."""
     result = {"environment": environment(), "images": images, "lines": [one._asdict() for one in done]}
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(path, result)
     write_report(path, "suite")
 
 

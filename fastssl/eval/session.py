@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fastssl import checkpoint, distributed
+from fastssl.data_prep.files import write_text
 from fastssl.distributed import Ranks, broadcast_object, gather_objects
 from fastssl.environment import environment
 from fastssl.eval.images import Images
@@ -92,10 +93,8 @@ class Session:
             "peak_memory_gb": [round(peak, 3) for peak in peaks],
             "environment": environment(),
         }
-        partial = Path(f"{o.json}.partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(finite_or_null(record), indent=1, allow_nan=False) + "\n")
-        partial.replace(o.json)
+        Path(o.json).parent.mkdir(parents=True, exist_ok=True)
+        write_text(Path(o.json), json.dumps(finite_or_null(record), indent=1, allow_nan=False) + "\n")
 
 
 def run_session(command: str, options: argparse.Namespace, evaluate: Callable[[Session], dict]) -> int:
