@@ -8,6 +8,7 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
+from fastssl.arguments import positive_float
 from fastssl.command import run_command
 
 STAGES = {  # stage: the module whose main(argv) measures it and writes JSON to --output
@@ -107,7 +108,7 @@ def shared_parser() -> argparse.ArgumentParser:
     places.add_argument("--output", type=Path)
     places.add_argument("--report", type=Path)
     parser.add_argument("--compare", type=Path)
-    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--seconds", type=positive_float)
     return parser
 
 

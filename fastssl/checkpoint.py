@@ -133,8 +133,12 @@ def find(source: str | Path) -> Path:
     return newest
 
 
-def prune(folder: Path, keep_last: int, keep_multiple: int) -> None:
-    """Deletes all but the newest `keep_last` checkpoints and those at multiples of `keep_multiple` steps (0: none)."""
-    for step, path in list(saved_steps(folder).items())[keep_last:]:
+def prune(folder: Path, newest: int, keep_last: int, keep_multiple: int) -> None:
+    """Deletes all but `keep_last` of the checkpoints up to step `newest`, and the multiples of `keep_multiple` steps.
+
+    keep_multiple: 0 for none. Checkpoints after `newest` are damaged, or the run would not have gone back so far.
+    """
+    saved = [(step, path) for step, path in saved_steps(folder).items() if step <= newest]
+    for step, path in saved[keep_last:]:
         if not keep_multiple or step % keep_multiple:
             path.unlink(missing_ok=True)

@@ -178,7 +178,7 @@ class TrainConfig:
     log_every: Annotated[int, flag("-p", "--print-freq")] = 20
     """Steps between log lines; only these steps wait for the GPU."""
     save_every_epochs: int = 1
-    """Epochs between checkpoints."""
+    """Epochs between checkpoints; one is also saved before each k-NN probe."""
     save_every_steps: int | None = None
     """Steps between checkpoints, in addition to --save-every-epochs."""
     keep_last: int = 3

@@ -47,6 +47,8 @@ def check_values(options: dict[str, object]) -> None:
         raise ValueError(f"--clip-grad must be greater than 0, got {options['clip_grad']}")
     if not -(2**63) <= options["seed"] < 2**63:
         raise ValueError(f"--seed must fit into 64 bits, got {options['seed']}")
+    if min(options["milestones"], default=1) < 1:
+        raise ValueError(f"--milestones must be epochs from 1 on, got {min(options['milestones'])}")
     smallest, largest = options["crop_scale"]
     if not 0 < smallest <= largest <= 1:
         raise ValueError(f"--crop-scale needs 0 < smallest <= largest <= 1, got {options['crop_scale']}")
@@ -77,6 +79,13 @@ def check_combinations(config: Config) -> None:
         raise ValueError(f"--start-epoch {t.start_epoch} must be less than --epochs {t.epochs}")
     if config.eval.eval_resize is not None and config.eval.eval_resize < a.image_size:
         raise ValueError(f"--eval-resize {config.eval.eval_resize} must be at least --image-size {a.image_size}")
+
+
+def spell(name: str, value: object) -> str:
+    """The option called `name` with its value, as on a command line."""
+    if isinstance(value, bool):
+        return flag_of(name) if value else flag_of(f"no_{name}")
+    return f"{flag_of(name)} {value}"
 
 
 def flag_of(name: str) -> str:

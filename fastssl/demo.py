@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
 def demo(options: DemoOptions) -> int:
     """The whole demo. Returns the exit code."""
     folder = Path(options.output) if options.output else free_folder(Path("runs"))
-    check_seed(folder, options.seed)
+    check_folder(folder, options.seed)
     data = options.data or draw_images(folder / f"images-{options.seed}", options.seed)
     config = make_demo_config(options, folder, data)
     before, _ = measure(config, saved=None)
@@ -100,10 +100,12 @@ def free_folder(parent: Path) -> Path:
         path = parent / f"demo-{number}"
 
 
-def check_seed(folder: Path, seed: int) -> None:
-    """Raises ValueError when `folder` holds a run with another seed, whose result would be taken for this one's."""
+def check_folder(folder: Path, seed: int) -> None:
+    """Raises ValueError when `folder` holds a run with another seed, or anything else that is not a demo's."""
     path = folder / "config.yaml"
     if not path.exists():
+        if folder.is_dir() and any(not file.name.startswith("images-") for file in folder.iterdir()):
+            raise ValueError(f"{folder} holds something else than a demo: choose another --output")
         return
     earlier = load_recipe(str(path)).train.seed
     if earlier != seed:

@@ -9,6 +9,7 @@ from fastssl.build import Trainee
 from fastssl.compile_encoders import HOW_NAMES
 from fastssl.config import Config
 from fastssl.distributed import Ranks
+from fastssl.idle_options import idle_options
 from fastssl.layout import LAYOUT_NAMES
 from fastssl.loaders.make import Loader
 from fastssl.losses import LossConfig, choose_kernel
@@ -47,6 +48,8 @@ def warn(config: Config, loader: Loader, trainee: Trainee, precision: str) -> li
     optimizer, queue, ways = config.optim.optimizer, len(trainee.moco.queue), directions(config)
     of_an_epoch = ways * loader.num_images
     lines = []
+    if idle := idle_options(config):
+        lines.append(f"without effect: {', '.join(idle)}")
     if precision == "fp16" and not supports_scaler_without_sync(trainee.optimizer):
         lines.append(f"fp16 with {optimizer} makes every step wait for the GPU; bf16 and fp32 do not")
     if queue > of_an_epoch:

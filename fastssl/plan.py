@@ -54,6 +54,10 @@ class Plan(NamedTuple):
         """Whether `done` steps are a multiple of `every` epochs (0: never)."""
         return every > 0 and done % (every * self.steps_per_epoch) == 0
 
+    def probes_after(self, done: int) -> bool:
+        """Whether the k-NN probe is due after `done` steps."""
+        return done == self.stop or self.ends_epoch(done, self.config.eval.knn_every)
+
     def saves_after(self, done: int) -> bool:
         """Whether a checkpoint is due after `done` steps."""
         t = self.config.train

@@ -1,4 +1,4 @@
-"""Between a run and its checkpoints: what is saved, where a run begins, and which settings must stay the same."""
+"""Between a run and its checkpoints: what is saved, and where a run begins."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from fastssl import checkpoint
 from fastssl.build import Trainee
 from fastssl.checkpoint import CheckpointError
 from fastssl.config import Config, flat
-from fastssl.config_checks import flag_of
 from fastssl.distributed import Ranks, broadcast_object
 from fastssl.foreign import find_moco_run, load_into, read_moco_run
 from fastssl.foreign.read import Contents
@@ -17,15 +16,7 @@ from fastssl.moco import MoCo
 from fastssl.optim import load_optimizer_state
 from fastssl.plan import Plan
 from fastssl.plural import counted
-
-# If one of these changes, the saved state no longer fits. If any other setting changes that is not in HARMLESS, the run
-# continues, but differs from one that was never stopped.
-SHAPES = ("arch", "head", "dim", "stem", "queue_size", "optimizer")
-HARMLESS = {  # these do not influence the weights
-    "data", "loader", "workers", "output", "resume", "log_every", "save_every_epochs", "save_every_steps", "keep_last",
-    "keep_every_epochs", "knn_every", "knn_k", "knn_images", "eval_resize", "val", "steps", "start_epoch", "restart",
-    "on_bad_image", "read_ahead", "beton_cache", "debug",
-}  # fmt: skip
+from fastssl.resume_checks import check_fits, check_same, describe_changes, keep_epoch, plain
 
 
 def state_of(trainee: Trainee, step: int, config: Config, num_images: int, world_size: int) -> dict:
@@ -33,7 +24,7 @@ def state_of(trainee: Trainee, step: int, config: Config, num_images: int, world
     return {
         "format": checkpoint.FORMAT,
         "step": step,
-        "config": {name: _plain(value) for name, value in flat(config).items()},
+        "config": {name: plain(value) for name, value in flat(config).items()},
         "num_images": num_images,
         "world_size": world_size,
         "layout": LAYOUT_NAMES[trainee.moco.memory_format],
@@ -65,7 +56,7 @@ def start_or_resume(
     if config.train.restart:
         return 0, start_from_weights(path, trainee, config)
     try:
-        first, changed = restore(path, trainee, config, num_images, ranks.world_size)
+        first, changed = restore(path, trainee, config, plan, num_images, ranks.world_size)
     except CheckpointError:
         if (contents := find_moco_run(path)) is None:
             raise
@@ -106,33 +97,26 @@ def find_checkpoint(resume: str, folder: Path, ranks: Ranks) -> tuple[Path | Non
     return path, [f"{note}; using the one before it" for note in notes]
 
 
-def restore(path: Path, trainee: Trainee, config: Config, num_images: int, world_size: int) -> tuple[int, list[str]]:
+def restore(
+    path: Path, trainee: Trainee, config: Config, plan: Plan, num_images: int, world_size: int
+) -> tuple[int, list[str]]:
     """Loads a checkpoint into the run. Returns the steps already done and notes on settings that have changed.
 
     Raises CheckpointError when it belongs to another model.
     """
     state = checkpoint.load(path)
-    then, now = state["config"], flat(config)
-    for key in SHAPES:
-        check_same(path, key, then[key], now[key])
+    check_fits(path, state["config"], config)
     try:
         trainee.moco.load_state_dict(state["model"])
         notes = keep_layout(trainee.moco, state, config)  # before the optimiser, whose buffers follow the weights
         load_optimizer_state(trainee.optimizer, state["optimizer"])
-        trainee.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # a run without fp16 has none; this one's begins anew
+            trainee.scaler.load_state_dict(state["scaler"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} does not fit this model: {str(error).splitlines()[0]}") from error
-    for key, value in now.items():
-        if key not in HARMLESS and key in then and then[key] != _plain(value):
-            change = f"{key} is now {value} and was {then[key]}"
-            notes.append(f"{change}: the run continues, but differs from one that was never stopped")
-    if world_size != state.get("world_size", world_size):  # early checkpoints do not have it
-        change = f"the world size is now {world_size} and was {state['world_size']}"
-        notes.append(f"{change}: batch norm sees other parts of a batch")
-    if num_images != state["num_images"]:
-        change = f"the data set now has {counted(num_images, 'image')} and had {state['num_images']:,}"
-        notes.append(f"{change}: the order of the images differs")
-    return state["step"], notes
+    notes += describe_changes(state, config, num_images, world_size)
+    first, moved = keep_epoch(state, config, plan)
+    return first, notes + moved
 
 
 def restore_moco_run(contents: Contents, trainee: Trainee, config: Config, plan: Plan) -> tuple[int, list[str]]:
@@ -143,7 +127,7 @@ def restore_moco_run(contents: Contents, trainee: Trainee, config: Config, plan:
     moco, m = trainee.moco, config.model
     run = read_moco_run(contents, m.arch, m.stem)
     dim, queue_size = run.model["queue"].shape[1], run.model["queue"].shape[0]
-    then = {"head": run.head, "dim": dim, "queue_size": queue_size, "optimizer": "sgd"}
+    then = {"head": run.head, "dim": dim, "queue_size": queue_size, "optimizer": "sgd", "exclude_norm_bias": False}
     for key, value in then.items():
         check_same(contents.path, key, value, flat(config)[key])
     try:
@@ -157,16 +141,6 @@ def restore_moco_run(contents: Contents, trainee: Trainee, config: Config, plan:
     ]
 
 
-def check_same(path: Path, option: str, then: object, now: object) -> None:
-    """Raises CheckpointError where an option that the shapes depend on has changed."""
-    flag = flag_of(option)
-    if then != now:
-        raise CheckpointError(
-            f"{path} was trained with {flag} {then} but this run has {now}: "
-            f"use {flag} {then}, or start in another --output"
-        )
-
-
 def keep_layout(moco: MoCo, state: dict, config: Config) -> list[str]:
     """Keeps the memory format of the checkpoint unless one was requested, so that the run continues bit for bit."""
     layouts = {name: layout for layout, name in LAYOUT_NAMES.items()}
@@ -175,7 +149,3 @@ def keep_layout(moco: MoCo, state: dict, config: Config) -> list[str]:
         return []
     moco.set_memory_format(saved)
     return [f"the encoders stay {LAYOUT_NAMES[saved]}, as in the checkpoint"]
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value

@@ -8,15 +8,14 @@ Rank 0 writes; on other ranks every call is a no-op.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
 
 import torch
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -31,28 +30,10 @@ from fastssl.environment import environment
 from fastssl.loaders.make import Loader
 from fastssl.plan import Plan
 from fastssl.recipe import to_yaml
+from fastssl.run_folder import lock_file, says_where, trim_metrics
 
 TIMING = ("images_per_second", "seconds")  # the fields of metrics.jsonl that differ between equal runs
 SHOWN = ("loss", "contrast", "align", "uniform", "top1", "lr")  # beside the progress bar
-
-
-def choose_folder(config: Config, ranks: Ranks) -> Path:
-    """The run folder, the same on every rank: --output, or runs/<arch>-<date>-<time>.
-
-    Raises ValueError when a new run would be mixed into the folder of an old one.
-    """
-    t = config.train
-    if not t.output and t.resume == "auto":
-        raise ValueError("--resume auto needs --output, the folder of the run to resume")
-    default = f"runs/{config.model.arch}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(broadcast_object(t.output or default, ranks))
-    saved = checkpoint.saved_steps(folder / "checkpoints")
-    if t.resume != "auto" and saved:
-        raise ValueError(
-            f"{folder} already holds a run, saved after step {max(saved)}: "
-            "add --resume auto to continue it, or choose another --output"
-        )
-    return folder
 
 
 class Clock:
@@ -82,15 +63,17 @@ class Run:
         self.clock = Clock(ranks.device)
         self.logged = (first, 0.0)  # step and seconds of the last record
         self.num_seen, self.unreadable = 0, list[str]()  # images of this rank's list; of all ranks
-        self.writes = ranks.rank == 0
+        self.writes, self.probed = ranks.rank == 0, False
         if not self.writes:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        self.lock = lock_file(folder / "lock")
-        write_text(folder / "config.yaml", to_yaml(config))
-        write_text(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
-        trim_metrics(folder / "metrics.jsonl", first)
-        self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (open as long as the run)
+        with says_where(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock_file(folder / "lock")
+            if first < plan.stop or not (folder / "config.yaml").exists():  # not of a run to which nothing is added
+                write_text(folder / "config.yaml", to_yaml(config))
+                write_text(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+            self.probed = "knn" in trim_metrics(folder / "metrics.jsonl", first)
+            self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (open as long as the run)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
         self.bar = tqdm(total=plan.stop, initial=first, unit="step", dynamic_ncols=True, disable=None, smoothing=0.1)
 
@@ -149,14 +132,30 @@ class Run:
             if key != "step":
                 self.board.add_scalar(key, value, step)
 
+    def owes_probe(self, first: int) -> bool:
+        """Whether the run was stopped between the checkpoint after `first` steps and its probe. Call on all ranks."""
+        due = self.config.train.resume == "auto" and first > 0 and self.plan.probes_after(first)
+        return due and not broadcast_object(self.probed, self.ranks)
+
+    def probe(self, step: int, probe: Callable[[nn.Module], float], backbone: nn.Module) -> None:
+        """Asks the k-NN probe after `step` steps, and records its answer."""
+        with self.clock.paused():
+            self.record(step, {"knn": probe(backbone)})
+            self.draw()
+
+    def draw(self) -> None:
+        """Draws the curves."""
+        if self.writes:
+            draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+
     def save(self, step: int, state: dict) -> None:
         """Saves a checkpoint after `step` steps, deletes old ones and draws the curves."""
         if not self.writes:
             return
         folder, t = self.folder / "checkpoints", self.config.train
         checkpoint.save(state, folder / checkpoint.name(step))
-        checkpoint.prune(folder, t.keep_last, t.keep_every_epochs * self.plan.steps_per_epoch)
-        draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+        checkpoint.prune(folder, step, t.keep_last, t.keep_every_epochs * self.plan.steps_per_epoch)
+        self.draw()
 
     def close(self) -> None:
         """Flushes and closes everything."""
@@ -165,29 +164,3 @@ class Run:
             self.metrics.close()
             self.board.close()
             self.lock.close()
-
-
-def lock_file(path: Path) -> TextIO:
-    """The open file, locked until it is closed or the process ends. Raises ValueError when another run locks it."""
-    file = open(path, "w")  # noqa: SIM115 (open as long as the run)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(f"another run is writing to {path.parent}: wait, or choose another --output") from None
-    except OSError as error:
-        cannot = f"cannot lock {path.parent} against a second run ({error.strerror}): start only one there"
-        tqdm.write(cannot, file=sys.stderr)
-    return file
-
-
-def trim_metrics(path: Path, first: int) -> None:
-    """Drops the lines after step `first`, which a resumed run writes again, and an incomplete last line."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= first:
-                kept.append(line + "\n")
-    write_text(path, "".join(kept))

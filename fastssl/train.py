@@ -43,7 +43,8 @@ from fastssl.optim import set_lr
 from fastssl.plan import DTYPES, Plan, choose_precision, directions, make_plan
 from fastssl.random_key import STREAM_SHUFFLE, STREAM_STEP, derive_seed, permutation
 from fastssl.resume import start_or_resume, state_of
-from fastssl.run import Run, choose_folder
+from fastssl.run import Run
+from fastssl.run_folder import choose_folder
 
 ADVICE = "use a lower --lr, --warmup-epochs or --clip-grad; earlier checkpoints are good"
 TrainStep = Callable[[ImageBatch, int], dict[str, Tensor]]
@@ -164,6 +165,8 @@ def train(config: Config, loader: Loader, folder: Path, ranks: Ranks) -> int:
     with stop_on_signals(stop), closing(Run(folder, config, plan, first, ranks)) as run:
         run.say(*describe(config, plan, loader, trainee, ranks), note, *notes)
         run.preview(loader, policy)
+        if probe and run.owes_probe(first):
+            run.probe(first, probe, encoder.backbone)
         for step, batch in zip(range(first, plan.stop), inputs.draw(loader.batches(first))):
             metrics = train_step(batch, step)
             done, last, asked = step + 1, step + 1 == plan.stop, stop()
@@ -173,10 +176,8 @@ def train(config: Config, loader: Loader, folder: Path, ranks: Ranks) -> int:
                 run.log(done, {**mean_over_ranks(metrics, ranks), "lr": plan.learning_rate(step)})
                 run.say_bad_images(loader.bad_images)
                 run.say(*(inputs.news() if t.log_every > 1 else []))  # a log line itself makes the GPU idle
-            if probe and (plan.ends_epoch(done, config.eval.knn_every) or last):
-                with run.clock.paused():
-                    run.record(done, {"knn": probe(encoder.backbone)})
-            if asked or last or plan.saves_after(done):
+            asks = probe and plan.probes_after(done)
+            if asked or last or asks or plan.saves_after(done):  # first: a probe may outlast a signal's patience
                 with run.clock.paused():
                     run.say(*health.check(encoder, ADVICE))
                     check_weights(encoder, ranks, done, ADVICE)
@@ -184,6 +185,8 @@ def train(config: Config, loader: Loader, folder: Path, ranks: Ranks) -> int:
             if asked and not last:
                 run.say(f"stopped by a signal, saved after step {done}; continue with --resume auto --output {folder}")
                 return PREEMPTED
+            if asks:
+                run.probe(done, probe, encoder.backbone)
     return 0
 
 

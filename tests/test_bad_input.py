@@ -14,7 +14,7 @@ from PIL import Image
 
 from fastssl import checkpoint, train
 from fastssl.command import FAILED, NOT_FINITE, USAGE, run_command
-from fastssl.run import lock_file
+from fastssl.run_folder import lock_file
 
 FLAGS = (
     "-a resnet18 --image-size 32 -b 4 --queue-size 16 --dim 8 --epochs 1 --knn-every 0 --device cpu --log-every 1 "

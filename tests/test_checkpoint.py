@@ -109,7 +109,9 @@ def test_foreign_files_are_named_as_such(tmp_path):
 def test_pruning_keeps_the_newest_and_the_periodic(tmp_path):
     for step in range(10, 101, 10):
         save(tmp_path, step)
-    checkpoint.prune(tmp_path, keep_last=2, keep_multiple=40)
+    checkpoint.prune(tmp_path, 100, keep_last=2, keep_multiple=40)
     assert list(checkpoint.saved_steps(tmp_path)) == [100, 90, 80, 40]
-    checkpoint.prune(tmp_path, keep_last=1, keep_multiple=0)
+    checkpoint.prune(tmp_path, 90, keep_last=1, keep_multiple=0)  # the run went back to 80: 100 is damaged
+    assert list(checkpoint.saved_steps(tmp_path)) == [100, 90]
+    checkpoint.prune(tmp_path, 100, keep_last=1, keep_multiple=0)
     assert list(checkpoint.saved_steps(tmp_path)) == [100]

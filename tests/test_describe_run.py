@@ -30,7 +30,7 @@ def lines_of(num_images, **options):
 
 
 def test_the_loss_the_policy_and_the_optimiser_are_named():
-    images, model, machine, loss, how = lines_of(16, policy="v2", cj=None, align_weight=2, temperature=0.2)
+    images, model, machine, loss, how = lines_of(16, policy="v2", cj=None, align_weight=2)
     assert images == "16 images in 2 classes; loader folder (asked for)"
     assert model.startswith("resnet18, linear head, 11.2 M weights; batch size 4, 1 step per epoch, 200 in all")
     assert machine.startswith("1 x cpu, ") and "channels_last (requested)" in machine

@@ -1,0 +1,90 @@
+"""The folder of a run: chosen before anything is read, locked, and cut to where the run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
+
+from fastssl import checkpoint
+from fastssl.config import Config
+from fastssl.data_prep.files import write_text
+from fastssl.distributed import Ranks, broadcast_object
+
+
+def choose_folder(config: Config, ranks: Ranks) -> Path:
+    """The run folder, the same on every rank: --output, or runs/<arch>-<date>-<time>.
+
+    Raises ValueError when a new run would be mixed into the folder of an old one.
+    """
+    t = config.train
+    if not t.output and t.resume == "auto":
+        raise ValueError("--resume auto needs --output, the folder of the run to resume")
+    default = f"runs/{config.model.arch}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(broadcast_object(t.output or default, ranks))
+    if not writable(folder):
+        raise ValueError(f"--output {folder} is not a folder that can be written: choose another place")
+    saved = checkpoint.saved_steps(folder / "checkpoints")
+    if t.resume != "auto" and saved:
+        raise ValueError(
+            f"{folder} already holds a run, saved after step {max(saved)}: "
+            "add --resume auto to continue it, or choose another --output"
+        )
+    return folder
+
+
+def writable(folder: Path) -> bool:
+    """Whether this is a folder, or can become one, in which we may write."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
+@contextlib.contextmanager
+def says_where(folder: Path) -> Iterator[None]:
+    """Turns an OSError inside the block into a ValueError that names the folder and its option."""
+    try:
+        yield
+    except OSError as error:
+        mend = "free some space or choose another place"
+        raise ValueError(f"--output {folder} cannot be written ({error.strerror or error}): {mend}") from error
+
+
+def lock_file(path: Path) -> TextIO:
+    """The open file, locked until it is closed or the process ends. Raises ValueError when another run locks it."""
+    file = open(path, "w")  # noqa: SIM115 (open as long as the run)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"another run is writing to {path.parent}: wait, or choose another --output") from None
+    except OSError as error:
+        cannot = f"cannot lock {path.parent} against a second run ({error.strerror}): start only one there"
+        tqdm.write(cannot, file=sys.stderr)
+    return file
+
+
+def trim_metrics(path: Path, first: int) -> set[str]:
+    """Drops the lines after step `first`, which a resumed run writes again, and an incomplete last line.
+
+    Returns the names of what the remaining lines record of that step.
+    """
+    if not path.exists():
+        return set()
+    kept, names = [], set()
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if record["step"] <= first:
+                kept.append(line + "\n")
+            if record["step"] == first:
+                names |= record.keys()
+    write_text(path, "".join(kept))
+    return names
