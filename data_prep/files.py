@@ -71,9 +71,14 @@ def _tell_where(error: BaseException, folder: Path) -> None:
         raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
+def written_in_place(path: Path) -> bool:
+    """Whether this is a link, a device or a pipe, such as /dev/stdout, which renaming a file would replace."""
+    return path.is_symlink() or (path.exists() and not path.is_file())
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a small file whole or not at all; but through a link, or to a device or pipe, just as the text comes."""
-    if path.is_symlink() or (path.exists() and not path.is_file()):  # renaming would replace /dev/stdout itself
+    if written_in_place(path):
         path.write_text(text)
         return
     partial = partial_path(path)

@@ -73,8 +73,8 @@ def make_static_views(
     if Path(out).resolve().is_relative_to(Path(folder.root).resolve()):
         raise ValueError(f"{out} is inside {folder.root}, and the views would become images of it: choose another")
     options = {"aug": aug, "seed": seed, "quality": quality}  # not the number of images: more may be added later
-    _claim(Path(out), options)
     queues = {name: iter(jobs) for name, jobs in _jobs(folder, out, options).items()}
+    _claim(Path(out), options)
     wanted = dict.fromkeys(queues, images_per_class)
     notes: list[str] = []
     out_of_band = 0

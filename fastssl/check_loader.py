@@ -7,6 +7,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +42,10 @@ def list_checks(
     ranks = math.lcm(*world_sizes)
     batch_size = ranks * math.ceil(8 / ranks)  # at least 8, and a multiple of every world size
     given = Case(loader, data if samples.reads_files(loader) else None, device, batch_size, steps)
+    with closing(given.open(batch_size=1)) as opened:
+        if opened.num_images < batch_size:
+            images_there = counted(opened.num_images, "image")
+            raise ValueError(f"{data} has {images_there}, and the checks need {batch_size} for these --world-sizes")
     for world_size in world_sizes:
         given.open(0, world_size).close()
         for name, check in RANK_CHECKS.items():
@@ -72,6 +77,8 @@ def run_check(name: str, check: Callable[[], str]) -> bool:
 
 def check_loaders(args: argparse.Namespace) -> int:
     """Checks the loaders one after another; returns the number of failed checks."""
+    for loader in args.loader or []:  # raises errors before the first check
+        next(list_checks(loader, args.data, args.world_sizes, args.steps, args.device, Path()))
     failed, checked = 0, 0
     for loader in args.loader or FILE_LOADERS:
         with tempfile.TemporaryDirectory() as scratch:
@@ -79,8 +86,6 @@ def check_loaders(args: argparse.Namespace) -> int:
             try:
                 first = next(checks)
             except ValueError as error:
-                if args.loader:
-                    raise
                 print(f"{loader}: skipped ({error})")
                 continue
             print(f"{loader}:", flush=True)

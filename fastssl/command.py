@@ -26,6 +26,9 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
 
     Returns the exit code.
     """
+    for name in ("stdout", "stderr"):  # Python has None for one that was closed when it started
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open as long as the process)
     if sys.stderr is sys.__stderr__:
         faulthandler.enable()  # a crash in compiled code, or kill -ABRT of a hung run, prints every thread's traceback
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -39,7 +42,7 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
             raise
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 128 + signal.SIGPIPE
-        message = str(error) or "there is not enough memory"  # Python's own MemoryError has no message
+        message = _sentence(error)
         rank = os.environ.get("RANK", "0")
         where = f" (rank {rank})" if rank != "0" else ""  # every rank prints: an error may be one rank's alone
         print(f"fastssl: error: {message}{where}", file=sys.stderr)
@@ -48,6 +51,12 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
         (number,) = interrupt.args or (signal.SIGINT,)
         print("fastssl: interrupted" if number == signal.SIGINT else "fastssl: terminated", file=sys.stderr)
         return 128 + number
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"  # without Python's number of the error
+    return str(error) or "there is not enough memory"  # Python's own MemoryError has no message
 
 
 def _nobody_reads() -> bool:

@@ -2,7 +2,8 @@
 
 fastssl convert seed DISTILLED.pth.tar [OUT]   a SEED checkpoint: its student becomes the query encoder, and its teacher
                                                is dropped, as the small-model project's distill_ckpt2moco_ckpt intends
-fastssl convert moco CHECKPOINT OUT            any checkpoint, written as main_moco.py would have saved it
+fastssl convert moco CHECKPOINT OUT            any checkpoint, written as main_moco.py would have saved it; for
+                                               moco_align_uniform's with --moco-contr-w alone add --scalar-label
 
 fastssl itself reads SEED checkpoints as they are, both in pretrain --resume PATH --restart and in every evaluation.
 """
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastssl.checkpoint import CheckpointError
-from fastssl.export import export
+from fastssl.export import add_scalar_label, export
 from fastssl.foreign import load_pretrained
 
 
@@ -27,6 +28,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("source", help="the checkpoint to read")
     parser.add_argument("out", nargs="?", help="the file to write (default with seed: converted_NAME beside it)")
     parser.add_argument("-a", "--arch", help="the architecture, if the file does not tell")
+    add_scalar_label(parser)
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     o = parser.parse_args(list(argv))
     source = Path(o.source)
@@ -37,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         if not kind.startswith("SEED"):
             raise CheckpointError(f"{source} is not a SEED checkpoint ({kind}): use fastssl convert moco")
     out = o.out or str(source.with_name(f"converted_{source.name}"))
-    report, name = export(str(source), out, "moco", arch=o.arch, force=o.force)
+    report, name = export(str(source), out, "moco", arch=o.arch, force=o.force, scalar_label=o.scalar_label)
     print(report)
     print(f"{out}: MoCo's layout, {name}")
     return 0

@@ -34,12 +34,14 @@ _SUFFIXES = ("", ".safetensors", ".pth", ".pt", ".tar", ".ckpt", ".bin")  # all 
 
 
 def export(source: str, out: str, to: str = "plain", *, arch: str | None = None, stem: str | None = None,
-           key: str = "q", head: bool = False, force: bool = False) -> tuple[Report, str]:  # fmt: skip
+           key: str = "q", head: bool = False, force: bool = False,
+           scalar_label: bool = False) -> tuple[Report, str]:  # fmt: skip
     """Writes the encoder of `source` (a file or a run folder) to `out`. Returns what was read, and its name in `to`.
 
     `out` becomes a .safetensors file, or a torch.save file of a plain state dict or, with "moco", of MoCo's checkpoint;
-    written whole or not at all. Raises ValueError when the format cannot hold this encoder exactly, and when `out`
-    exists without `force`.
+    written whole or not at all. scalar_label: see `moco_checkpoint`; unasked it is written for files that have it, and
+    for our runs with the contrastive term beside others. Raises ValueError when the format cannot hold this encoder
+    exactly, and when `out` exists without `force`.
     """
     path = checkpoint.find(source)
     if Path(out).is_dir():
@@ -58,7 +60,7 @@ def export(source: str, out: str, to: str = "plain", *, arch: str | None = None,
     module, report = load_pretrained(path, arch, key=key, with_head=head, stem=stem)
     name = counterpart(report.arch, report.stem, to)
     if to == "moco":
-        checkpoint.save(_to_moco(contents, report, module, path, key), Path(out))
+        checkpoint.save(_to_moco(contents, report, module, path, key, scalar_label), Path(out))
     else:
         backbone, projection = _parts(module)
         tensors = OrderedDict(name_tensors(report.arch, to, backbone, projection))
@@ -90,7 +92,7 @@ def _parts(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return module.state_dict(), {}
 
 
-def _to_moco(contents: Contents, report: Report, module: nn.Module, path: Path, key: str) -> dict:
+def _to_moco(contents: Contents, report: Report, module: nn.Module, path: Path, key: str, scalar_label: bool) -> dict:
     """MoCo's checkpoint: the query encoder and, where the file has all of them, key encoder, queue and optimizer."""
     query, head = _parts(module)
     named = name_tensors(report.arch, "moco", query, head)
@@ -106,7 +108,15 @@ def _to_moco(contents: Contents, report: Report, module: nn.Module, path: Path, 
         queue = old_queue(queue)
         if isinstance(optimizer, dict):
             optimizer = moco_optimizer(report.arch, head, optimizer)
-    return moco_checkpoint(report.arch, named, key_tensors, queue, tensors["queue_ptr"], epoch, optimizer)
+    scalar_label = scalar_label or "scalar_label" in tensors or _mixes_contrast(contents.entries.get("config"))
+    return moco_checkpoint(report.arch, named, key_tensors, queue, tensors["queue_ptr"], epoch, optimizer, scalar_label)
+
+
+def _mixes_contrast(config: object) -> bool:
+    """Whether these are the options of a run of ours that only moco_align_uniform's script could go on with."""
+    weights = config if isinstance(config, dict) else {}
+    others = weights.get("align_weight", 0) or weights.get("uniform_weight", 0)
+    return bool(weights.get("contrast_weight", 0) and others)
 
 
 def _epoch(contents: Contents, report: Report) -> int:
@@ -116,6 +126,16 @@ def _epoch(contents: Contents, report: Report) -> int:
         return report.epoch or 0
     steps_per_epoch = max(1, int(entries["num_images"]) // int(entries["config"]["batch_size"]))
     return int(entries["step"]) // steps_per_epoch
+
+
+def add_scalar_label(parser: argparse.ArgumentParser) -> None:
+    """The flag for what MoCo's layout lacks and moco_align_uniform's has."""
+    parser.add_argument(
+        "--scalar-label",
+        action="store_true",
+        help="add the constant that moco_align_uniform's script demands when its contrastive term is on; MoCo's and "
+        "ssl-small's refuse it (unasked only when the run had it, or the contrastive term beside others)",
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -130,10 +150,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--stem", choices=("imagenet", "cifar"), help="the stem, if the file does not tell")
     parser.add_argument("--key", choices=("q", "k"), default="q", help="the query or the key encoder (default: q)")
     parser.add_argument("--head", action="store_true", help="keep the projection head or the linear classifier")
+    add_scalar_label(parser)
     parser.add_argument("--verify", action="store_true", help="load OUT in a new process and compare the features")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     o = parser.parse_args(list(argv))
-    report, name = export(o.source, o.out, o.to, arch=o.arch, stem=o.stem, key=o.key, head=o.head, force=o.force)
+    options = dict(arch=o.arch, stem=o.stem, key=o.key, head=o.head, force=o.force, scalar_label=o.scalar_label)
+    report, name = export(o.source, o.out, o.to, **options)
     print(report)
     print(f"{o.out}: {o.to} names, {name}")
     if o.verify:

@@ -33,10 +33,9 @@ def check_fits(path: Path, then: dict[str, object], config: Config) -> None:
 def check_same(path: Path, option: str, then: object, now: object) -> None:
     """Raises CheckpointError when an option has changed that must not."""
     if then != now:
-        used = spell(option, then)
+        used, has = spell(option, then), spell(option, now) if isinstance(now, bool) else now
         raise CheckpointError(
-            f"{path} was trained with {used} but this run has {spell(option, now)}: use {used}, or start in another "
-            "--output"
+            f"{path} was trained with {used} but this run has {has}: use {used}, or start in another --output"
         )
 
 

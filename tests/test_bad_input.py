@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -242,3 +243,15 @@ def test_a_queue_of_16_bits_trains_and_resumes(run, data, tmp_path):
     assert code == 0 and "resuming from" in text
     newest = next(iter(checkpoint.saved_steps(tmp_path / "run" / "checkpoints").values()))
     assert checkpoint.load(newest)["model"]["queue"].dtype == torch.bfloat16
+
+
+def test_a_closed_output_is_no_traceback():
+    program = "import sys; from fastssl.command import run_command; run = lambda argv: print('x') or 0; "
+    line = [sys.executable, "-c", program + "sys.exit(run_command(run, []))"]
+    done = subprocess.run(line, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_file_error_is_told_without_pythons_number(tmp_path, capsys):
+    assert run_command(lambda argv: (tmp_path / "none").read_text(), []) == FAILED
+    assert capsys.readouterr().err == f"fastssl: error: {tmp_path / 'none'}: No such file or directory\n"

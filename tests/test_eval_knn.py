@@ -1,5 +1,6 @@
 """`fastssl eval knn`: ranks, disk, chunks and one pass change nothing; its lines, its JSON, its refusals."""
 
+import argparse
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from test_knn import accuracy_slowly, make_clusters, make_grid
 from fastssl.command import run_command
 from fastssl.distributed import Ranks
 from fastssl.eval import knn, nearest
+from fastssl.eval.all import find_neighbours
 from fastssl.eval.features import collect_features, eval_view
 from fastssl.eval.images import open_splits, rank_batches
 from fastssl.eval.memory import GB, DiskRows, Memory, peak_memory
@@ -154,6 +156,21 @@ def test_unreadable_images_are_left_out_and_counted(run, make_image_folder, tmp_
     result = json.loads((tmp_path / "a.json").read_text())
     assert code == 0 and "left out" in err and "3.jpg" in err
     assert (result["bank"], result["bad_images"]) == (23, 1)
+
+
+def test_too_large_a_k_is_found_before_anything_is_computed(run, image_folder, monkeypatch):
+    monkeypatch.setattr(Session, "open_backbone", None)
+    code, _, err = run(image_folder, "-a", "resnet18", "--image-size", 32, "-k", 25)
+    assert code == 1 and "choose -k from 1 to 24" in err
+
+
+def test_all_evaluations_take_the_ks_that_there_are(capsys):
+    options = argparse.Namespace(k=101, rep_space="norm", batch_size=4, max_mem_gb=None, precision="fp32")
+    session = Session(options, ALONE)
+    features, labels = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 2
+    found = find_neighbours(session, (features, labels), (features, labels))
+    assert list(found["accuracy"]) == [1, 3, 5] and found["accuracy"][1] == 100
+    assert "k up to 6, as there are fewer than -k 101 training images" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_sentence(run, image_folder, tmp_path):

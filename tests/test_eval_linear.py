@@ -182,8 +182,10 @@ def test_the_classifier_begins_as_the_reference():
     state = copy.deepcopy(again.export_state())
     other.import_state(state)
     assert torch.equal(other.fc[1].weight, again.fc[1].weight)
-    with pytest.raises(ValueError, match="a checkpoint of the same encoder and classes"):
+    with pytest.raises(ValueError, match=r"of the same encoder and classes: its fc\.weight differs"):
         model.import_state(state)
+    with pytest.raises(ValueError, match=r"of the same encoder: it also has module\.more"):
+        other.import_state({**state, "module.more": torch.zeros(1)})
 
 
 @pytest.fixture
@@ -215,11 +217,26 @@ def test_the_commands(run, image_folder, tmp_path):
     assert out.splitlines()[-1] == f" * Acc1 {max(s['acc1'] for s in result['settings']):.3f} Acc5 100.000"
 
 
-def test_unreadable_first_images_are_left_out(run, image_folder, tmp_path):
-    for path in sorted((image_folder / "val").rglob("*.*"))[:8]:
+def test_a_classifier_goes_on_with_its_own_encoder_and_optimiser(run, image_folder, tmp_path):
+    flags = [image_folder, "--image-size", 32, "-b", 16, "--lr", 0.1]
+    assert run(*flags, "-a", "resnet18", "--epochs", 1, "--output", "lin", "--json", "a.json")[0] == 0
+    code, _, err = run(*flags, "-e", "--resume", "lin/checkpoint_0000.pth.tar", "--json", "b.json")
+    first, again = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
+    assert code == 0 and again["acc1"] == first["acc1"] and again["options"]["arch"] == "resnet18"
+    assert "random weights" not in err
+    more = ["--epochs", 2, "--wd", 0.1, "--momentum", 0.5, "--output", "lin", "--json", "c.json"]
+    code, _, err = run(*flags, "--resume", "lin/checkpoint_0000.pth.tar", *more)
+    options = json.loads((tmp_path / "c.json").read_text())["options"]
+    assert code == 0 and (options["weight_decay"], options["momentum"]) == (0.0, 0.9)
+    assert "--wd is 0, as in lin/checkpoint_0000.pth.tar, and not 0.1" in err and "--momentum is 0.9, as in" in err
+
+
+def test_unreadable_first_images_are_left_out(run, make_image_folder, tmp_path):
+    data = make_image_folder(tmp_path / "data")
+    for path in sorted((data / "val").rglob("*.*"))[:8]:
         path.write_bytes(b"no image")
     flags = ["-a", "resnet18", "--image-size", 32, "-b", 16, "--epochs", 1, "--lr", 0.1]
-    code, _, err = run(image_folder, *flags, "--json", "a.json")
+    code, _, err = run(data, *flags, "--json", "a.json")
     assert code == 0 and err.count("left out: ") == 8
     assert json.loads((tmp_path / "a.json").read_text())["bad_images"] == 8
 

@@ -163,7 +163,7 @@ def test_frozen_transfer_equals_sgd_in_numpy_on_unit_features(image_folder, tmp_
         more = ["--output", tmp_path] if protocol == "reference" else []
         session = session_of(image_folder, *flags, "--protocol", protocol, *more)
         session.options.arch = "tiny"
-        session.open_backbone = lambda: Backbone().eval()
+        session.open_backbone = lambda *_: Backbone().eval()
         results[protocol] = transfer.evaluate(session)
     train, test = transfer_data.open_transfer_data(session)
     whole, held_out = (next(s.read(iter([torch.arange(s.num_images)]))) for s in (train, test))

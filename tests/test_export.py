@@ -103,7 +103,7 @@ def test_the_old_scripts_can_resume_our_runs(tmp_path, arch):
     saved = torch.load(tmp_path / "old.pth.tar", weights_only=True)
     assert (saved["epoch"], saved["arch"]) == (2, arch)  # 7 steps of 3 an epoch
     old = nn.ModuleDict({"module": OldMoCo(arch)})
-    old.load_state_dict(saved["state_dict"], strict=True)
+    old.load_state_dict(saved["state_dict"], strict=True)  # of align + uniform alone: without scalar_label
     images = torch.randn(2, 3, 224, 224) if arch == "vit_tiny" else IMAGES
     assert_same(outputs(old.module.encoder_q, images), outputs(moco.encoder_q, images))
     assert_same(outputs(old.module.encoder_k, images), outputs(moco.encoder_k, images))
@@ -290,3 +290,22 @@ def test_an_evaluation_takes_the_run_folder_itself(tmp_path, capsys):
     options.pretrained = str(tmp_path)
     with pytest.raises(CheckpointError, match="holds no usable checkpoint"):
         Session(options, RANKS).open_backbone()
+
+
+@pytest.mark.parametrize(
+    ("weights", "flags", "has"),
+    [
+        ((0, 3, 1), [], False),
+        ((1, 3, 1), [], True),
+        ((1, 0, 0), [], False),  # MoCo's own script refuses it
+        ((1, 0, 0), ["--scalar-label"], True),
+    ],
+)
+def test_the_constant_of_the_align_uniform_script(tmp_path, weights, flags, has):
+    terms = dict(zip(("contrast_weight", "align_weight", "uniform_weight"), weights))
+    save_run(tmp_path / "run", **terms)
+    for name, source in (("old", tmp_path / "run"), ("again", tmp_path / "old.pth.tar")):
+        assert run_command(convert.main, ["moco", str(source), str(tmp_path / f"{name}.pth.tar"), *flags]) == 0
+        state = torch.load(tmp_path / f"{name}.pth.tar", weights_only=True)["state_dict"]
+        assert ("module.scalar_label" in state) is has
+        assert not has or (state["module.scalar_label"].dtype, state["module.scalar_label"].shape) == (torch.long, ())

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fastssl.data_prep.files import write_text
+from fastssl.eval.session import check_writable
 
 
 def test_a_failed_write_leaves_the_old_text(tmp_path, monkeypatch):
@@ -34,3 +35,17 @@ def test_a_link_and_a_pipe_are_written_to_and_not_replaced(tmp_path):
     write_text(tmp_path / "pipe", "text")
     assert os.read(reader, 9) == b"text" and (tmp_path / "pipe").is_fifo()
     os.close(reader)
+
+
+def test_what_can_be_written_is_found_before_and_nothing_is_left(tmp_path):
+    (tmp_path / "a.json.partial").write_text("of somebody else")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("a.json", "pipe", "link", "new/b.json"):
+        check_writable(tmp_path / name, "--json")
+    assert sorted(os.listdir(tmp_path)) == ["a.json.partial", "link", "new", "pipe"]
+    assert (tmp_path / "a.json.partial").read_text() == "of somebody else"
+    with pytest.raises(ValueError, match=r"--json \S+/x\.json cannot be written"):
+        check_writable(tmp_path / "a.json.partial" / "x.json", "--json")
+    with pytest.raises(ValueError, match="is a folder"):
+        check_writable(tmp_path, "--json")

@@ -93,7 +93,7 @@ def test_a_run_that_is_converted_there_and_back_is_the_same(tmp_path, image_fold
         ({"queue_size": 128}, "was trained with --queue-size 64 but this run has 128"),
         ({"dim": 64}, "was trained with --dim 128 but this run has 64"),
         ({"optimizer": "adamw"}, "was trained with --optimizer sgd but this run has adamw"),
-        ({"exclude_norm_bias": True}, "does not fit this model: the saved optimizer state belongs to another"),
+        ({"exclude_norm_bias": True}, "this run has --exclude-norm-bias: use --no-exclude-norm-bias"),
         ({"arch": "resnet50"}, "does not fit resnet50"),
     ],
 )

@@ -148,7 +148,7 @@ def test_another_batch_size_keeps_the_epoch_in_a_new_folder_and_is_refused_in_th
     assert step == 12 and "was saved after step 6, 2.00 epochs, and goes on after step 12, 2.00 epochs" in notes[-1]
     step, notes = go_on({}, {"batch_size": 4}, step=5)  # in the middle of an epoch
     assert step == 10 and "1.67 epochs" in notes[-1]
-    with pytest.raises(ValueError, match=r"--batch-size 8 but this run has --batch-size 4: use --batch-size 8, or"):
+    with pytest.raises(ValueError, match=r"--batch-size 8 but this run has 4: use --batch-size 8, or"):
         go_on({}, {"batch_size": 4, "resume": "auto"})
     step, notes = go_on({}, {"resume": "auto"}, images=32)  # the data set has grown
     assert step == 6 and "6, 2.00 epochs, and goes on after step 6, 1.50 epochs" in notes[-1]

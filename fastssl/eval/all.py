@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastssl.arguments import numbers, positive, positive_float
 from fastssl.command import run_command
+from fastssl.distributed import gather_objects
 from fastssl.eval import instdisc, knn, stats, tsne
 from fastssl.eval.all_figure import draw_page
 from fastssl.eval.features import collect_features, eval_view, put_rows
@@ -95,7 +96,10 @@ def find_neighbours(session: Session, bank: tuple[Rows, Tensor], queries: tuple[
     o = session.options
     bank = transform_rows(session, bank[0], o.rep_space), bank[1]
     queries = transform_rows(session, queries[0], o.rep_space), queries[1]
-    answers = knn_over_ranks(*bank, *queries, odd_ks(o.k), session.ranks, session.memory, session.bar)
+    most = sum(gather_objects(len(bank[0]), session.ranks))
+    if o.k > most:
+        session.note(f"k-NN: k up to {most}, as there are fewer than -k {o.k} training images")
+    answers = knn_over_ranks(*bank, *queries, odd_ks(min(o.k, most)), session.ranks, session.memory, session.bar)
     return {"rep_space": o.rep_space, **knn.describe(session, answers)}
 
 

@@ -16,6 +16,7 @@ from fastssl.distributed import Ranks, gather_objects
 from fastssl.eval.features import View
 from fastssl.eval.images import Images, rank_batches
 from fastssl.eval.session import Session
+from fastssl.foreign.read import Contents, read_weights
 
 
 class Normalize(nn.Module):
@@ -49,11 +50,33 @@ class Classifier(nn.Module):
         own |= {f"module.fc.{name}": f"fc.{name}" for name in self.fc.state_dict()}
         named = OrderedDict((own.get(name, name), tensor) for name, tensor in state.items())
         named._metadata = self.state_dict()._metadata  # MNASNet refuses a state dict without its version
-        try:
-            self.load_state_dict(named)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"--resume must name a checkpoint of the same encoder and classes: {reason}") from error
+        expected = self.state_dict()
+        shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
+        for name, tensor in expected.items():
+            if shapes.pop(name, None) != tuple(tensor.shape):
+                raise ValueError(f"--resume must name a checkpoint of the same encoder and classes: its {name} differs")
+        if shapes:
+            raise ValueError(f"--resume must name a checkpoint of the same encoder: it also has {next(iter(shapes))}")
+        self.load_state_dict(named)
+
+
+def read_classifier(path: str) -> Contents:
+    """The content of a checkpoint of a classifier. Raises ValueError when it is something else."""
+    contents = read_weights(path)
+    if lacking := [name for name in ("epoch", "best_acc1", "optimizer") if name not in contents.entries]:
+        raise ValueError(
+            f"{path} is not a checkpoint of a linear evaluation (it lacks {', '.join(lacking)}): give one that this "
+            "command wrote"
+        )
+    return contents
+
+
+def open_encoder(session: Session) -> nn.Module:
+    """The encoder of --pretrained or, without one, that of the classifier which --resume goes on with."""
+    o = session.options
+    if o.resume:
+        read_classifier(o.resume)  # raises errors
+    return session.open_backbone(o.pretrained or o.resume)
 
 
 def initial_weights(feature_dim: int, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:

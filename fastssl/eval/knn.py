@@ -16,7 +16,7 @@ from fastssl.eval.features import collect_features, eval_view
 from fastssl.eval.images import open_splits
 from fastssl.eval.nearest import TORCH
 from fastssl.eval.options import finish_options, launch, make_parser
-from fastssl.eval.search import Answers, knn_over_ranks
+from fastssl.eval.search import Answers, check_ks, knn_over_ranks
 from fastssl.eval.session import Session, run_session
 from fastssl.eval.vote import REP_SPACES, TEMPERATURE, odd_ks, to_rep_space
 
@@ -46,6 +46,7 @@ def evaluate(session: Session) -> dict:
     """Computes the features of both splits, then the accuracy for every k."""
     o = session.options
     train, val = open_splits(o, session.ranks)
+    check_ks(odd_ks(o.k), train.num_images, val.num_images)  # before anything is computed
     backbone, view = session.open_backbone(), eval_view(session)
     to_space = partial(to_rep_space, rep_space=o.rep_space)
     bank = collect_features(session, backbone, train, view, transform=to_space, what="train")

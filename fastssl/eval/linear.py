@@ -19,7 +19,7 @@ from fastssl.augment.policy import make_policy
 from fastssl.augment.views import make_view
 from fastssl.batch import ImageBatch
 from fastssl.command import run_command
-from fastssl.eval.classifier import Classifier
+from fastssl.eval.classifier import Classifier, open_encoder
 from fastssl.eval.features import View, collect_features, encode, eval_view
 from fastssl.eval.images import Images, open_splits
 from fastssl.eval.linear_sweep import CACHED, run_sweep
@@ -49,7 +49,7 @@ def evaluate(session: Session) -> dict:
     with closing(train), closing(val):
         if session.options.protocol == "cached":
             return evaluate_cached(session, train, val, eval_view(session))
-        backbone = session.open_backbone()
+        backbone = open_encoder(session)
         model = make_classifier(session, backbone, val, eval_view(session), len(train.class_names))
         protocol = Protocol(make_train_view(session, (0.08, 1.0)), eval_view(session), LINE)
         result = train_classifier(session, model, train, val, protocol, output_folder(session.options))

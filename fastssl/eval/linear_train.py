@@ -17,11 +17,10 @@ from torch.nn.functional import cross_entropy
 
 from fastssl.batch import ImageBatch
 from fastssl.distributed import Ranks, gather_objects
-from fastssl.eval.classifier import Classifier, Keeper, count_hits, predict, validate
+from fastssl.eval.classifier import Classifier, Keeper, count_hits, predict, read_classifier, validate
 from fastssl.eval.features import View
 from fastssl.eval.images import Images
 from fastssl.eval.session import Session, check_writable
-from fastssl.foreign.read import read_weights
 from fastssl.loaders.order import epoch_order
 from fastssl.schedules import learning_rate
 
@@ -51,7 +50,7 @@ def train_classifier(
     for p in model.parameters():
         p.requires_grad_(any(p is q for q in trained))
     optimizer = torch.optim.SGD(trained, o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
-    first, best = resume(o.resume, model, optimizer, o.start_epoch)
+    first, best = resume(session, model, optimizer)
     frozen = None if protocol.finetune else copy_state(model.backbone)
     if o.evaluate:
         return report(session, model, val, protocol, {"epochs_trained": first})
@@ -149,21 +148,23 @@ def sum_over_ranks(value: Tensor, ranks: Ranks) -> float:
     return sum(gather_objects(float(value), ranks))
 
 
-def resume(path: str, model: Classifier, optimizer: torch.optim.Optimizer, start_epoch: int) -> tuple[int, float]:
+def resume(session: Session, model: Classifier, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
     """Loads the checkpoint of --resume, if there is one. Returns (first epoch, best Acc1 so far).
 
+    Momentum and weight decay stay the checkpoint's, as in the reference; a note says so where the options differ.
     Raises ValueError when it is not a checkpoint of this classifier.
     """
+    o, path = session.options, session.options.resume
     if not path:
-        return start_epoch, 0.0
-    _, weights, entries = read_weights(path)
-    if lacking := [name for name in ("epoch", "best_acc1", "optimizer") if name not in entries]:
-        raise ValueError(
-            f"{path} is not a checkpoint of a linear evaluation (it lacks {', '.join(lacking)}): give one that this "
-            "command wrote"
-        )
+        return o.start_epoch, 0.0
+    _, weights, entries = read_classifier(path)
     model.import_state(weights)
     optimizer.load_state_dict(entries["optimizer"])
+    for flag, name in (("--wd", "weight_decay"), ("--momentum", "momentum")):
+        saved = optimizer.param_groups[0][name]
+        if saved != getattr(o, name):
+            session.note(f"{flag} is {saved:g}, as in {path}, and not {getattr(o, name):g}")
+            setattr(o, name, saved)
     return entries["epoch"], float(entries["best_acc1"])
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fastssl import checkpoint, distributed
-from fastssl.data_prep.files import write_text
+from fastssl.data_prep.files import write_text, written_in_place
 from fastssl.distributed import Ranks, broadcast_object, gather_objects
 from fastssl.environment import environment
 from fastssl.eval.images import Images
@@ -50,18 +53,21 @@ class Session:
         disable = True if self.ranks.rank else None  # None: tqdm asks whether it is a terminal
         return tqdm(items, total=total, desc=what, dynamic_ncols=True, disable=disable, leave=False)
 
-    def open_backbone(self) -> nn.Module:
-        """The encoder on its device, frozen and in eval mode. Sets `options.arch` to the architecture it found."""
+    def open_backbone(self, source: str = "") -> nn.Module:
+        """The encoder of `source`, or of --pretrained, on its device, frozen and in eval mode.
+
+        Sets `options.arch` to the architecture it found.
+        """
         o = self.options
-        if o.pretrained:
+        if source := source or o.pretrained:
             self.say(f"=> creating model '{o.arch or 'of the checkpoint'}'")
-            self.say(f"=> loading checkpoint '{o.pretrained}'")
-            path = broadcast_object(checkpoint.find(o.pretrained), self.ranks)  # a run may be writing newer ones
+            self.say(f"=> loading checkpoint '{source}'")
+            path = broadcast_object(checkpoint.find(source), self.ranks)  # a run may be writing newer ones
             backbone, report = load_pretrained(path, o.arch)
             o.arch, self.report = report.arch, str(report).splitlines()
             for line in self.report:
                 self.note(line)
-            self.say(f"=> loaded pre-trained model '{o.pretrained}'")
+            self.say(f"=> loaded pre-trained model '{source}'")
         else:
             o.arch = o.arch or "resnet50"
             self.say(f"=> creating model '{o.arch}'")
@@ -129,10 +135,13 @@ def check_writable(path: str | Path, flag: str) -> None:
     """Raises ValueError if the file named by `flag` cannot be written: better before an evaluation than after it."""
     if Path(path).is_dir():
         raise ValueError(f"{flag} {path} is a folder: give the name of a file")
-    partial = Path(f"{path}.partial")
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-        partial.unlink()
+        if written_in_place(Path(path)):
+            if not os.access(path, os.W_OK):
+                raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=Path(path).parent):
+            pass
     except OSError as error:
         raise ValueError(f"{flag} {path} cannot be written ({error.strerror}): choose another place") from None

@@ -12,6 +12,7 @@ from contextlib import closing
 
 from fastssl.command import run_command
 from fastssl.eval.bicubic import bicubic_crop_view, bicubic_eval_view
+from fastssl.eval.classifier import open_encoder
 from fastssl.eval.features import View
 from fastssl.eval.linear import evaluate_cached, make_classifier, make_train_view, output_folder
 from fastssl.eval.linear_train import Protocol, train_classifier
@@ -54,7 +55,7 @@ def evaluate(session: Session) -> dict:
         if o.protocol == "cached":
             result = evaluate_cached(session, train, test, view, unit_length=True, line=LINE)
             return {"dataset": o.dataset, **result}
-        backbone = session.open_backbone()
+        backbone = open_encoder(session)
         model = make_classifier(session, backbone, test, view, len(train.class_names), unit_length=True)
         protocol = Protocol(
             make_train_view(session, (0.2, 1.0) if o.finetune else (0.6, 1.0), bicubic_crop_view),

@@ -59,14 +59,19 @@ def name_tensors(arch: str, to: str, backbone: dict[str, Tensor], head: dict[str
 
 def moco_checkpoint(
     arch: str, query: dict[str, Tensor], key: dict[str, Tensor] | None, queue: Tensor | None, pointer: Tensor | None,
-    epoch: int, optimizer: dict | None,
+    epoch: int, optimizer: dict | None, scalar_label: bool = False,
 ) -> dict:  # fmt: skip
-    """The dict that main_moco.py saves. query, key: named like a classifier's tensors; queue (D, K), pointer (1,)."""
+    """The dict that main_moco.py saves. query, key: named like a classifier's tensors; queue (D, K), pointer (1,).
+
+    scalar_label: with the constant that moco_align_uniform's script has, and demands, when its contrastive term is on.
+    """
     state = {f"module.encoder_q.{name}": tensor for name, tensor in query.items()}
     if key is not None:
         state.update({f"module.encoder_k.{name}": tensor for name, tensor in key.items()})
     if queue is not None and pointer is not None:
         state.update({"module.queue": queue, "module.queue_ptr": pointer})
+        if scalar_label:
+            state["module.scalar_label"] = torch.zeros((), dtype=torch.long)
     saved = {"epoch": epoch, "arch": arch, "state_dict": state}
     return saved if optimizer is None else {**saved, "optimizer": optimizer}
 
