@@ -65,7 +65,12 @@ def test_a_peer_that_cannot_read_these_files_is_left_out(tmp_path, make_image_fo
 
 
 def test_a_loader_that_fails_stops_the_bench_with_its_reason(tmp_path):
-    with pytest.raises(ValueError, match=r"ours, folder: ValueError: .*(empty|no images)"):
-        main([str(tmp_path), "--only", "ours, folder", "--threads", "1"])
+    flags = ["--only", "ours, folder", "--threads", "1", "--batch-size", "2"]
+    (tmp_path / "0.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"has 1 image: use a --batch-size of at most 1"):
+        main([str(tmp_path), *flags])
+    (tmp_path / "1.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"ours, folder: ValueError: 2 images in a row cannot be decoded"):
+        main([str(tmp_path), *flags])
     with pytest.raises(ValueError, match="give one with --beton"):
         CONTESTANTS["FFCV, two decoders"](Options("x", None, 4, 1))

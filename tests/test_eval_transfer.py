@@ -1,5 +1,6 @@
 """Transfer: bicubic views as torchvision makes them, data sets as they lie on disk, fine-tuning; command lines."""
 
+import argparse
 import hashlib
 import json
 import pickle
@@ -24,7 +25,7 @@ from fastssl.distributed import Ranks
 from fastssl.eval import __main__ as evaluations
 from fastssl.eval import transfer, transfer_data
 from fastssl.eval.bicubic import bicubic_crop_view, bicubic_eval_view
-from fastssl.eval.classifier import Classifier
+from fastssl.eval.classifier import Classifier, check_single_images
 from fastssl.eval.linear import make_train_view
 from fastssl.eval.linear_train import Protocol, train_classifier
 from fastssl.eval.options import finish_options
@@ -149,10 +150,10 @@ def test_an_unreadable_training_image_of_caltech_is_replaced_by_one_of_them(make
 class Backbone(nn.Module):
     def __init__(self):
         super().__init__()
-        self.norm = nn.BatchNorm2d(3)
+        self.norm, self.dropout = nn.BatchNorm2d(3), nn.Dropout(0.2)
 
     def forward(self, images):
-        return self.norm(images).mean((2, 3))
+        return self.dropout(self.norm(images)).mean((2, 3))
 
 
 def test_frozen_transfer_equals_sgd_in_numpy_on_unit_features(image_folder, tmp_path, monkeypatch):
@@ -183,7 +184,7 @@ def test_frozen_transfer_equals_sgd_in_numpy_on_unit_features(image_folder, tmp_
 
 
 def finetune(data, output, mode, ranks=None):
-    torch.manual_seed(0)
+    torch.manual_seed(int(output.name == "a"))  # which is not what its draws depend on
     flags = ["--finetune", "--finetune-mode", mode, "--image-size", 16, "--epochs", 3, "--lr", 0.1, "-b", 8]
     session = session_of(data, "--dataset", "caltech101", *flags)
     session.options.arch, session.ranks = "tiny", ranks or session.ranks
@@ -200,6 +201,24 @@ def test_finetuning_trains_the_backbone_in_train_mode(image_folder, tmp_path):
     norm = finetune(image_folder, tmp_path / "a", "train")
     assert norm.num_batches_tracked == 9 and not torch.equal(norm.weight, torch.ones(3))
     assert finetune(image_folder, tmp_path / "b", "reference").num_batches_tracked == 3  # of the first epoch only
+
+
+def test_fine_tuning_draws_by_the_seed_and_the_epoch(image_folder, tmp_path):
+    first, again = (finetune(image_folder, tmp_path / name, "train").state_dict() for name in "ab")  # with dropout
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_single_image_is_refused_only_where_batch_norm_cannot_take_it():
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3))
+    options, two = argparse.Namespace(batch_size=4, image_size=8, arch="pooled"), Ranks(0, 2, 2, torch.device("cpu"))
+    small, whole = (Classifier(backbone, 3, 2, 0, False) for backbone in (pooled, nn.BatchNorm2d(3)))
+    for num, ranks in ((9, ALONE), (10, two), (11, two)):
+        with pytest.raises(ValueError, match="leaves a rank a single one, on which pooled cannot be fine-tuned at 8"):
+            check_single_images(small, num, options, ranks)
+        check_single_images(whole, num, options, ranks)
+    for num, ranks in ((8, ALONE), (10, ALONE), (8, two)):
+        check_single_images(small, num, options, ranks)
+    assert pooled[1].num_batches_tracked == 0
 
 
 def finetune_on_rank(rank, world_size, data, output):

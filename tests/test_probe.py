@@ -146,11 +146,12 @@ class CountRows(nn.Module):
 
 def probe_all(rank, world_size, folders):
     ranks = Ranks(rank, world_size, world_size, torch.device("cpu"))
-    configs = [config_of(folder) for folder in folders]
-    return [make_probe(config, open_loader(config, ranks), ranks)[0](ColourBackbone()) for config in configs]
+    configs, backbone = [config_of(folder) for folder in folders], ColourBackbone()
+    backbone.norm.running_mean += torch.tensor([3.0, -2.0, 1.0]) * rank  # its own, as every rank's are in training
+    return [make_probe(config, open_loader(config, ranks), ranks)[0](backbone) for config in configs]
 
 
-def test_two_ranks_get_the_number_of_one(make_image_folder, tmp_path):
+def test_two_ranks_get_the_number_of_one_by_the_statistics_of_the_first(make_image_folder, tmp_path):
     with_val = make_image_folder(tmp_path / "a", {"train": 8, "val": 3})
     without = make_image_folder(tmp_path / "b", {"train": 25})
     truth = probe_all(0, 1, [with_val, without])

@@ -16,8 +16,10 @@ from fastssl.bench.loader_process import LoaderProcess, Round
 from fastssl.bench.photos import train_folder
 from fastssl.bench.results import write_result
 from fastssl.bench.timing import in_turn, summarise
+from fastssl.data_prep.find import find_images
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.environment import environment
+from fastssl.plural import counted
 
 PACKAGES = ("torch", "torchvision", "pillow", "llvmlite", "ffcv", "numba", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 
@@ -101,6 +103,8 @@ def main(argv: list[str]) -> None:
     add("--output", type=Path, help="write the result to this JSON file")
     args = parser.parse_args(argv)
     options = Options(train_folder(args.data), args.beton, args.batch_size, args.threads)
+    if (images := len(find_images(options.folder).paths)) < args.batch_size:
+        raise ValueError(f"{options.folder} has {counted(images, 'image')}: use a --batch-size of at most {images}")
     versions = {package: metadata.version(package) for package in PACKAGES if _installed(package)}
     machine = environment() | {"packages": versions, "cores": usable_cores()}
     for results, missing in measure(args.only, options, args.rounds):

@@ -41,5 +41,5 @@ def _work(pipe: Connection, images: Sequence[Image.Image], chain: Callable) -> N
                 chain(image)
                 chain(image)
             pipe.send(True)
-    except EOFError:  # the parent has ended
+    except (EOFError, KeyboardInterrupt):  # the parent has ended, or is about to
         return

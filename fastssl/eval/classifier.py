@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import copy
 import shutil
 from collections import OrderedDict
 from pathlib import Path
@@ -77,6 +79,22 @@ def open_encoder(session: Session) -> nn.Module:
     if o.resume:
         read_classifier(o.resume)  # raises errors
     return session.open_backbone(o.pretrained or o.resume)
+
+
+def check_single_images(model: Classifier, num_images: int, o: argparse.Namespace, ranks: Ranks) -> None:
+    """Raises ValueError if an epoch's last batch leaves a rank one image, and the encoder cannot train on one."""
+    rest = num_images % o.batch_size or o.batch_size
+    if 1 not in [len(part) for part in torch.arange(rest).tensor_split(ranks.world_size)]:
+        return
+    encoder = copy.deepcopy(model.backbone).train()
+    one = torch.zeros(1, 3, o.image_size, o.image_size, device=ranks.device)
+    try:
+        encoder(one)
+    except ValueError:  # batch norm's, when its maps have shrunk to a pixel
+        raise ValueError(
+            f"the last batch of {num_images:,} images leaves a rank a single one, on which {o.arch} cannot be "
+            f"fine-tuned at {o.image_size} pixels: choose another --batch-size"
+        ) from None
 
 
 def initial_weights(feature_dim: int, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -52,6 +53,13 @@ def encode(backbone: nn.Module, view: Tensor, dtype: torch.dtype = torch.float32
     """Features (B, C) float32 of a view (B, 3, S, S), without gradients. dtype: autocast to it, unless float32."""
     with torch.autocast(view.device.type, dtype=dtype, enabled=dtype != torch.float32):
         return backbone(view).float()
+
+
+def share_buffers(model: nn.Module, ranks: Ranks) -> None:
+    """Gives all ranks the batch norm statistics of rank 0, as DDP does: each rank has computed its own."""
+    if ranks.world_size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def eval_view(session: Session) -> View:

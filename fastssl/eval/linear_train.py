@@ -18,10 +18,11 @@ from torch.nn.functional import cross_entropy
 from fastssl.batch import ImageBatch
 from fastssl.distributed import Ranks, gather_objects
 from fastssl.eval.classifier import Classifier, Keeper, count_hits, predict, read_classifier, validate
-from fastssl.eval.features import View
+from fastssl.eval.features import View, share_buffers
 from fastssl.eval.images import Images
 from fastssl.eval.session import Session, check_writable
 from fastssl.loaders.order import epoch_order
+from fastssl.random_key import STREAM_STEP, derive_seed
 from fastssl.schedules import learning_rate
 
 TrainView = Callable[[ImageBatch, int], Tensor]  # (batch, epoch) -> (B, 3, S, S)
@@ -101,6 +102,7 @@ def train_epoch(
 ) -> None:
     """One pass over all images. Raises ValueError when the loss is not finite."""
     o, ranks = session.options, session.ranks
+    torch.manual_seed(derive_seed(o.seed, epoch, STREAM_STEP, ranks.rank))  # for the dropout of a fine-tuned encoder
     steps = epoch_order(images.num_images, o.seed, epoch).split(o.batch_size)
     shares = [step.tensor_split(ranks.world_size)[ranks.rank] for step in steps]
     batches = images.read(iter(shares), replace_bad=True)
@@ -134,13 +136,6 @@ def sum_gradients(optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
     dist.all_reduce(flat)
     for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.grad = part.view_as(p)
-
-
-def share_buffers(model: nn.Module, ranks: Ranks) -> None:
-    """Gives all ranks the batch norm statistics of rank 0, as DDP does: each rank has computed its own."""
-    if ranks.world_size > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
 
 
 def sum_over_ranks(value: Tensor, ranks: Ranks) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastssl.batch import ImageBatch
 from fastssl.config import Config
 from fastssl.distributed import Ranks, gather_objects
-from fastssl.eval.features import extract_features, gather_features
+from fastssl.eval.features import extract_features, gather_features, share_buffers
 from fastssl.eval.images import HELD_OUT, find_held_out
 from fastssl.eval.vote import knn_hits, to_rep_space
 from fastssl.loaders.make import Loader, make_loader
@@ -43,6 +43,7 @@ def make_probe(config: Config, loader: Loader, ranks: Ranks) -> tuple[Probe | No
         return keep_labelled(part.eval_batches(_BATCH, ranks.rank, ranks.world_size, config.eval.knn_images))
 
     def probe(backbone: nn.Module) -> float:
+        share_buffers(backbone, ranks)  # a checkpoint holds rank 0's; in training no rank uses any
         if held_out is not None:
             return knn_percent(backbone, share(loader), share(held_out), config, ranks)
         bank, queries = (keep_asked(share(loader), asked) for asked in (False, True))

@@ -12,7 +12,7 @@ from contextlib import closing
 
 from fastssl.command import run_command
 from fastssl.eval.bicubic import bicubic_crop_view, bicubic_eval_view
-from fastssl.eval.classifier import open_encoder
+from fastssl.eval.classifier import check_single_images, open_encoder
 from fastssl.eval.features import View
 from fastssl.eval.linear import evaluate_cached, make_classifier, make_train_view, output_folder
 from fastssl.eval.linear_train import Protocol, train_classifier
@@ -65,6 +65,8 @@ def evaluate(session: Session) -> dict:
             finetune=o.finetune,
             eval_after_first=o.finetune_mode == "reference",
         )
+        if o.finetune and not o.evaluate:
+            check_single_images(model, train.num_images, o, session.ranks)
         folder = output_folder(o, "transfer", o.dataset + ("-finetune" if o.finetune else ""))
         result = train_classifier(session, model, train, test, protocol, folder)
         name = f"{FINETUNED} ({o.finetune_mode} mode)" if o.finetune else FROZEN
