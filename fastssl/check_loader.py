@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import tempfile
 import time
@@ -77,19 +78,20 @@ def run_check(name: str, check: Callable[[], str]) -> bool:
 
 def check_loaders(args: argparse.Namespace) -> int:
     """Checks the loaders one after another; returns the number of failed checks."""
-    for loader in args.loader or []:  # raises errors before the first check
-        next(list_checks(loader, args.data, args.world_sizes, args.steps, args.device, Path()))
-    failed, checked = 0, 0
-    for loader in args.loader or FILE_LOADERS:
-        with tempfile.TemporaryDirectory() as scratch:
-            checks = list_checks(loader, args.data, args.world_sizes, args.steps, args.device, Path(scratch))
+    failed, checked, all_checks = 0, 0, {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for loader in args.loader or FILE_LOADERS:  # all are opened before the first check
+            (place := Path(scratch, loader)).mkdir(exist_ok=True)
+            checks = list_checks(loader, args.data, args.world_sizes, args.steps, args.device, place)
             try:
-                first = next(checks)
+                all_checks[loader] = itertools.chain([next(checks)], checks)
             except ValueError as error:
+                if args.loader:
+                    raise
                 print(f"{loader}: skipped ({error})")
-                continue
+        for loader, checks in all_checks.items():
             print(f"{loader}:", flush=True)
-            results = [run_check(*first), *(run_check(*check) for check in checks)]
+            results = [run_check(*check) for check in checks]
             failed, checked = failed + results.count(False), checked + len(results)
     if not checked:
         raise ValueError(f"no loader can read {args.data}; the lines above say why")

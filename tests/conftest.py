@@ -11,7 +11,7 @@ import sys
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the suite runs one process per core
 os.environ.setdefault("MPLBACKEND", "agg")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +104,26 @@ def make_image_folder() -> Callable[..., Path]:
         return root
 
     return make
+
+
+@pytest.fixture
+def pretrain_argv(capsys) -> Iterator[Callable[..., tuple[int | str | None, str]]]:
+    """`pretrain_argv(argv)` -> (exit code, what was said), in this process, with its signal handlers put back."""
+    from fastssl import train
+    from fastssl.command import run_command
+
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def pretrain(argv: list[str]) -> tuple[int | str | None, str]:
+        try:
+            code = run_command(train.main, argv)
+        except SystemExit as stop:  # the command line itself is wrong
+            code = stop.code
+        return code, capsys.readouterr().err
+
+    yield pretrain
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture(scope="session")

@@ -24,22 +24,10 @@ FLAGS = (
 
 
 @pytest.fixture
-def run(capsys, tmp_path, monkeypatch):
-    """`run(data, *flags)` -> (exit code, what was said), in this process, with its signal handlers put back."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1)}
+def run(pretrain_argv, tmp_path, monkeypatch):
+    """`run(data, *flags)` -> (exit code, what was said)."""
     monkeypatch.chdir(tmp_path)
-
-    def pretrain(data, *flags):
-        argv = [str(data), *FLAGS.split(), "--output", str(tmp_path / "run"), *flags]
-        try:
-            code = run_command(train.main, argv)
-        except SystemExit as stop:  # the command line itself is wrong
-            code = stop.code
-        return code, capsys.readouterr().err
-
-    yield pretrain
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
+    return lambda data, *flags: pretrain_argv([str(data), *FLAGS.split(), "--output", str(tmp_path / "run"), *flags])
 
 
 @pytest.fixture

@@ -378,3 +378,10 @@ def test_each_name_has_its_share_of_the_time(monkeypatch):
 def test_a_result_of_a_gpu_tells_the_cpu_too():
     assert machine(ENVIRONMENT) == "1 CPU thread (Z80)"
     assert machine(ENVIRONMENT | {"gpus": ["H200"], "threads": 16}) == "H200, 16 CPU threads (Z80)"
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1"])
+def test_a_limit_of_no_time_is_refused(seconds, capsys):
+    with pytest.raises(SystemExit):
+        bench_throughput.main(["step", f"--seconds={seconds}"])
+    assert "must be greater than 0" in capsys.readouterr().err

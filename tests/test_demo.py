@@ -105,6 +105,13 @@ def test_an_image_folder_of_ones_own(tmp_path, image_folder, monkeypatch, capsys
     assert "holds only 2 images: the demo needs at least" in capsys.readouterr().err
 
 
+def test_a_folder_of_something_else_is_left_alone(image_folder, monkeypatch, capsys):
+    before = sorted(image_folder.rglob("*"))
+    assert small_demo(monkeypatch, "--output", image_folder) == 1
+    assert "holds something else than a demo: choose another --output" in capsys.readouterr().err
+    assert sorted(image_folder.rglob("*")) == before
+
+
 def test_a_new_folder_each_time(tmp_path):
     names = []
     for _ in range(3):

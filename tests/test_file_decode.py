@@ -104,7 +104,6 @@ def test_every_other_file_is_pillow_s(tmp_path, monkeypatch):
 def test_without_libturbojpeg_pillow_decodes_all_and_the_run_says_so(tmp_path, monkeypatch):
     folder = samples.make_good("folder", tmp_path)
     monkeypatch.setattr(file_decode, "decode_stored_images", None)
-    monkeypatch.setattr("fastssl.loaders.make.decode_stored_images", None)
     truth, given = by_pillow(folder), spy_on_pillow(monkeypatch)
     assert_same(read_all(folder), truth)
     assert len(given) == 26 and "slower without libturbojpeg: 'fastssl doctor'" in open_folder(folder).reason

@@ -41,9 +41,10 @@ def test_what_can_be_written_is_found_before_and_nothing_is_left(tmp_path):
     (tmp_path / "a.json.partial").write_text("of somebody else")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
-    for name in ("a.json", "pipe", "link", "new/b.json"):
+    (tmp_path / "ahead").symlink_to(tmp_path / "not there yet")
+    for name in ("a.json", "pipe", "link", "ahead", "new/b.json"):
         check_writable(tmp_path / name, "--json")
-    assert sorted(os.listdir(tmp_path)) == ["a.json.partial", "link", "new", "pipe"]
+    assert sorted(os.listdir(tmp_path)) == ["a.json.partial", "ahead", "link", "new", "pipe"]
     assert (tmp_path / "a.json.partial").read_text() == "of somebody else"
     with pytest.raises(ValueError, match=r"--json \S+/x\.json cannot be written"):
         check_writable(tmp_path / "a.json.partial" / "x.json", "--json")

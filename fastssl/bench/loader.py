@@ -22,8 +22,6 @@ from fastssl.environment import environment
 from fastssl.plural import counted
 
 PACKAGES = ("torch", "torchvision", "pillow", "llvmlite", "ffcv", "numba", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
-
-
 Result = tuple[dict[str, dict], dict[str, str]]  # {name: figures}, {name: why it was left out}
 
 

@@ -52,9 +52,8 @@ class Classifier(nn.Module):
         own |= {f"module.fc.{name}": f"fc.{name}" for name in self.fc.state_dict()}
         named = OrderedDict((own.get(name, name), tensor) for name, tensor in state.items())
         named._metadata = self.state_dict()._metadata  # MNASNet refuses a state dict without its version
-        expected = self.state_dict()
         shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
-        for name, tensor in expected.items():
+        for name, tensor in self.state_dict().items():
             if shapes.pop(name, None) != tuple(tensor.shape):
                 raise ValueError(f"--resume must name a checkpoint of the same encoder and classes: its {name} differs")
         if shapes:

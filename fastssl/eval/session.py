@@ -136,12 +136,13 @@ def check_writable(path: str | Path, flag: str) -> None:
     if Path(path).is_dir():
         raise ValueError(f"{flag} {path} is a folder: give the name of a file")
     try:
-        if written_in_place(Path(path)):
+        if written_in_place(Path(path)) and Path(path).exists():
             if not os.access(path, os.W_OK):
                 raise OSError(errno.EACCES, os.strerror(errno.EACCES))
             return
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=Path(path).parent):
+        folder = Path(os.path.realpath(path)).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise ValueError(f"{flag} {path} cannot be written ({error.strerror}): choose another place") from None

@@ -29,7 +29,7 @@ try:
 except ImportError:  # no libturbojpeg: Pillow decodes all files, and `make_loader` says so
     decode_stored_images = None
 
-# Grey, 4:4:4, 4:2:2, 4:2:0: of these all versions of libjpeg-turbo make the same pixels.
+# Grey, 4:4:4, 4:2:2, 4:2:0: of these libjpeg-turbo 2.1 and Pillow's own 3.2 made the same pixels in every test.
 _SAMPLINGS = {(0x11,), (0x11, 0x11, 0x11), (0x21, 0x11, 0x11), (0x22, 0x11, 0x11)}
 
 

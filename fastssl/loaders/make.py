@@ -11,7 +11,7 @@ import torch
 
 from fastssl.batch import ImageBatch
 from fastssl.data_prep.tars import find_tars
-from fastssl.loaders.file_decode import decode_stored_images
+from fastssl.loaders import file_decode
 from fastssl.loaders.folder_loader import FolderLoader
 from fastssl.loaders.order import Order
 from fastssl.loaders.synthetic_loader import SyntheticLoader
@@ -85,7 +85,7 @@ def make_loader(
     else:
         cache = {"cache": beton_cache} if name == "beton" else {}
         loader = _find_class(name)(data, read_ahead=read_ahead, **cache, **files, **shared)
-    if name == "folder" and decode_stored_images is None:
+    if name == "folder" and file_decode.decode_stored_images is None:
         reason += "; slower without libturbojpeg: 'fastssl doctor' says how to install it"
     loader.name, loader.reason = name, reason
     return loader
