@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import io
 import os
+import re
 import select
 import signal
 import sys
@@ -37,8 +38,9 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
         code = command(argv)
         sys.stdout.flush()  # here, where what it raises is answered
         return code
-    except (ValueError, OSError, MemoryError) as error:
-        if os.environ.get("FASTSSL_TRACEBACK"):
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        unexpected = isinstance(error, RuntimeError) and not _refusal_of_torch(error)
+        if unexpected or os.environ.get("FASTSSL_TRACEBACK"):
             raise
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 128 + signal.SIGPIPE
@@ -56,7 +58,20 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"  # without Python's number of the error
+    if isinstance(error, RuntimeError):
+        return _refusal_of_torch(error)
     return str(error) or "there is not enough memory"  # Python's own MemoryError has no message
+
+
+def _refusal_of_torch(error: RuntimeError) -> str:
+    """A sentence for what torch raises when another rank is gone, or memory is full; "" for any other RuntimeError."""
+    text, kind = str(error), type(error).__name__
+    reason = re.sub(r"^(\[[^]]*\] )+", "", text).split(". ")  # without the place in torch's source
+    if "gloo/transport" in text or kind in ("DistBackendError", "DistNetworkError"):
+        return f"another rank has ended, or does not answer ({reason[0]}): its own error says why"
+    if "DefaultCPUAllocator: can't allocate memory" in text or kind == "OutOfMemoryError":
+        return f"there is not enough memory ({'. '.join(reason[:2])}): a smaller batch size needs less"
+    return ""
 
 
 def _nobody_reads() -> bool:

@@ -151,9 +151,22 @@ def test_a_full_disk_stops_the_run_and_the_previous_checkpoint_survives(run, dat
     assert code == 0 and max(checkpoint.saved_steps(tmp_path / "run" / "checkpoints")) == 4
 
 
-@pytest.mark.parametrize(("error", "said"), [(MemoryError(), "there is not enough"), (MemoryError("17 GiB"), "17 GiB")])
+GPU_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "there is not enough"),
+        (MemoryError("17 GiB"), "17 GiB"),
+        (None, "there is not enough memory (err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"),
+        (GPU_FULL, "there is not enough memory (CUDA out of memory. Tried to allocate 2.00 GiB): a smaller batch"),
+    ],
+)
 def test_want_of_memory_is_one_sentence(error, said, capsys):
     def fail(argv):
+        if error is None:
+            torch.empty(1 << 50)
         raise error
 
     assert run_command(fail, []) == FAILED

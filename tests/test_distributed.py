@@ -1,12 +1,17 @@
 """What ranks say to each other: rows in rank order, the key shuffle and its undoing, one decision to stop."""
 
+import contextlib
+import io
+import re
 from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import free_port, run_ranks
 
 from fastssl import distributed
+from fastssl.command import FAILED, run_command
 from fastssl.distributed import Ranks, StopSignal, gather_rows, shuffle_rows, unshuffle_keys
 from fastssl.random_key import STREAM_SHUFFLE, permutation
 
@@ -50,6 +55,28 @@ def talk(rank, world_size):
 
 def test_over_ranks_shuffle_then_unshuffle_is_the_identity_and_all_stop_at_the_same_step():
     assert run_ranks(talk, 3) == [3, 3, 3]
+
+
+def lose_a_rank(rank, world_size):
+    """(exit code, what is said) where rank 1 leaves while rank 0 waits for it."""
+    pair = dist.new_group()
+
+    def command(argv):
+        if rank == 1:
+            dist.destroy_process_group(pair)
+            raise ValueError("mend it")
+        dist.barrier(pair)
+
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = run_command(command, [])
+    return code, said.getvalue()
+
+
+def test_a_rank_that_waits_for_one_that_is_gone_says_so_in_one_sentence():
+    (code, said), other = run_ranks(lose_a_rank, 2)
+    assert code == FAILED and said.count("\n") == 1
+    assert re.match(r"fastssl: error: another rank has ended, or does not answer \(.*(closed|reset) by peer", said)
+    assert other == (FAILED, "fastssl: error: mend it (rank 1)\n")
 
 
 def test_on_one_process_shuffle_then_unshuffle_is_the_identity():
