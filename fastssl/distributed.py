@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-TIMEOUT = timedelta(minutes=10)  # for a collective, and for the ranks to meet
+TIMEOUT = timedelta(minutes=10)  # for a collective of training, and for the ranks to meet
 
 
 class Ranks(NamedTuple):
@@ -28,9 +28,10 @@ class Ranks(NamedTuple):
     device: torch.device
 
 
-def start(device: str = "auto") -> Ranks:
+def start(device: str = "auto", patience: timedelta | None = None) -> Ranks:
     """Joins the process group if torchrun's variables are set (NCCL on GPUs, gloo on CPUs) and picks the device.
 
+    patience: how long a rank waits for another that works on, by default TIMEOUT; one that ended is noticed at once.
     Raises ValueError when CUDA is requested but not available, and for variables that torchrun cannot have set.
     """
     if device == "cuda" and not torch.cuda.is_available():
@@ -50,7 +51,7 @@ def start(device: str = "auto") -> Ranks:
             store=open_store(),
             rank=rank,
             world_size=world_size,
-            timeout=TIMEOUT,
+            timeout=patience or TIMEOUT,
         )
     return Ranks(rank, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), target)
 

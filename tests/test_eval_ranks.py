@@ -1,18 +1,23 @@
 """Transfer, cached linear, t-SNE and `all` on two processes: what one process finds."""
 
+import time
+from datetime import timedelta
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from test_eval_views import make_view_set
 
+from fastssl import distributed
 from fastssl.distributed import Ranks
 from fastssl.eval import all as everything
 from fastssl.eval import linear, transfer, tsne
 from fastssl.eval.linear_sweep import gather_all
 from fastssl.eval.memory import DiskRows, Memory
 from fastssl.eval.options import finish_options
-from fastssl.eval.session import Session
+from fastssl.eval.session import Session, run_session
 
 CPU = torch.device("cpu")
 SHARED = ["-a", "resnet18", "--image-size", "32", "-b", "5", "-j", "1"]
@@ -86,3 +91,22 @@ def test_features_of_all_ranks_wherever_there_is_room(on_disk):
     for kind, rows, labels in run_ranks(gather_on_rank, 2, on_disk):
         assert kind == ("DiskRows" if on_disk else "Tensor")
         assert torch.equal(rows, torch.arange(50.0).view(10, 5)) and torch.equal(labels, torch.arange(10))
+
+
+def wait_for_rank_0(rank, world_size, folder):
+    """An evaluation in which rank 0 works longer than a collective of training may take."""
+    distributed.TIMEOUT = timedelta(seconds=2)
+    dist.destroy_process_group()
+
+    def evaluate(session):
+        time.sleep(5 * (rank == 0))
+        return {}
+
+    options = finish_options(linear.make_linear_parser().parse_args(["x", "--device", "cpu"]))
+    code = run_session("tsne", options, evaluate)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    return code
+
+
+def test_ranks_wait_for_the_one_that_draws(tmp_path):
+    assert run_ranks(wait_for_rank_0, 2, tmp_path) == [0, 0]

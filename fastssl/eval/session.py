@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ from fastssl.foreign import load_pretrained
 from fastssl.models.encoders import make_encoder
 from fastssl.models.tryout import why_refused
 from fastssl.plan import DTYPES
+
+PATIENCE = timedelta(days=7)  # t-SNE is rank 0's alone, and a sweep may have fewer settings than there are ranks
 
 
 class Session:
@@ -105,7 +108,7 @@ class Session:
 
 def run_session(command: str, options: argparse.Namespace, evaluate: Callable[[Session], dict]) -> int:
     """Joins the other ranks, evaluates and writes the JSON. Returns the exit code."""
-    ranks = distributed.start(options.device)
+    ranks = distributed.start(options.device, PATIENCE)
     try:
         if options.json and ranks.rank == 0:
             check_writable(options.json, "--json")
