@@ -134,6 +134,14 @@ def test_the_many_node_script_in_two_network_namespaces(one_agent, tmp_path, two
     assert weights(tmp_path / "slurm") == weights(one_agent)
 
 
+@pytest.mark.parametrize("script", ["one_node", "many_nodes"])
+def test_a_job_whose_program_is_missing_ends_with_that_code(script, tmp_path):
+    """It may have ended before the script looks, hence several times."""
+    for _ in range(8):
+        job = sbatch(script, tmp_path, {}, {"PATH": "/usr/bin:/bin"})
+        assert "numeric argument" not in finish(job, 127)
+
+
 def fake_cluster(tmp_path: Path, first: str, nodes: tuple[str, str]) -> dict[str, str]:
     """srun and scontrol of a cluster of two; `nodes` are the commands that run another one on a node."""
     return {
@@ -150,10 +158,8 @@ def sbatch(script: str, tmp_path: Path, tools: dict[str, str], environment: dict
         path = tmp_path / "bin" / name
         path.write_text(f"#!/bin/bash\n{text}\n")
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    environment = os.environ | (environment or {}) | {
-        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
-        "SLURM_JOB_ID": "7", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+    environment = os.environ | {"SLURM_JOB_ID": "7", "OMP_NUM_THREADS": "1"} | (environment or {})
+    environment["PATH"] = f"{tmp_path}/bin:{environment['PATH']}"
     command = ["bash", str(RECIPES / "slurm" / f"{script}.sbatch"), *FLAGS, "--output", str(tmp_path / "slurm")]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
