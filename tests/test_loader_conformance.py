@@ -19,6 +19,8 @@ from fastssl.loaders.prefetch import Prefetcher
 @pytest.fixture(scope="module", params=LOADERS)
 def sets(request, tmp_path_factory):
     """The loader's name and the small sets it can read."""
+    if request.param == "dali":
+        pytest.importorskip("nvidia.dali", reason="needs DALI")
     root = tmp_path_factory.mktemp(request.param)
     make = {"good": samples.make_good, "odd": samples.make_odd, "bad": samples.make_bad}
     return {name: Case(request.param, make_set(request.param, root)) for name, make_set in make.items()}
