@@ -98,10 +98,10 @@ def test_compile_switches():
     ],
 )
 def test_a_wrong_flag_is_an_error_that_names_the_mend(argv, words, capsys):
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises((SystemExit, ValueError)) as stop:  # an older tyro leaves our own errors to `run_command`
         parse(argv)
-    assert stop.value.code != 0
-    assert words in " ".join(capsys.readouterr().err.split())
+    assert getattr(stop.value, "code", 1) != 0
+    assert words in " ".join(f"{capsys.readouterr().err} {stop.value}".split())
 
 
 def test_help_names_every_option(capsys):
