@@ -2,6 +2,7 @@
 
     python -m fastssl.bench.compile_loss --arch 90 --dim 128 --scales 2 --dtype bf16
 
+Needs Triton 3.3 or later (torch 2.7): 3.2 is asked for a compilation in another way, and does not know sm_100.
 Registers, spilled bytes and shared memory limit how many programs fit on a multiprocessor; the number of tensor-core
 instructions shows whether the fast path was taken. Prints one JSON object per kernel.
 """
@@ -18,13 +19,17 @@ from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from fastssl.kernels.queue_loss_finish import finish_rows, finish_scalars
 from fastssl.kernels.row_lse import _add_parts
 from fastssl.kernels.row_lse_blocks import DIMS, Blocks, table_blocks
 from fastssl.kernels.row_lse_pass import _pass_over_queue
+
+try:
+    from triton.backends.nvidia.compiler import get_ptxas
+except ImportError as error:
+    raise ImportError(f"compiling without a GPU needs Triton 3.3 (torch 2.7), not {triton.__version__}") from error
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
