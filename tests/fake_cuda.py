@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from unittest import mock
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -23,6 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 COPIES = ("aten::_to_copy", "aten::copy_")
+# An older torch, as 2.6, asks the driver which device is current when a fake tensor is indexed, and without one aborts.
+needs_fake_cuda = pytest.mark.skipif(
+    not hasattr(torch._C, "_ensureCUDADeviceGuardSet"), reason="needs a torch that can fake a CUDA device"
+)
 
 
 class HostWaits(AssertionError):

@@ -5,7 +5,7 @@ from functools import partialmethod
 
 import pytest
 import torch
-from fake_cuda import fake_cuda
+from fake_cuda import fake_cuda, needs_fake_cuda
 from ranks import run_ranks
 from torch._dynamo.utils import counters
 
@@ -171,6 +171,7 @@ def test_the_host_is_timed_with_few_images_and_the_device_with_all(monkeypatch, 
     assert time_eager(replace(TINY, batch_size=4), moco, CUDA) == (4.0, 4.0)
 
 
+@needs_fake_cuda
 def test_the_iterations_run_on_the_device():
     with fake_cuda() as fake:
         moco = make_trainee(replace(TINY, device="cuda", batch_size=16), CUDA._replace(device=fake.device)).moco

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from fake_cuda import FakeCuda, HostWaits, fake_cuda
+from fake_cuda import FakeCuda, HostWaits, fake_cuda, needs_fake_cuda
 
 from fastssl.augment.policy import make_policy
 from fastssl.augment.views import make_views
@@ -30,6 +30,7 @@ from fastssl.models.encoders import make_encoder
 from fastssl.plan import make_plan
 from fastssl.train import make_train_step
 
+pytestmark = needs_fake_cuda
 TINY = {
     **{"device": "cuda", "arch": "resnet18", "image_size": 32, "batch_size": 4, "queue_size": 6, "dim": 32},
     **{"policy": "none", "augment_kernel": "reference", "loss_kernel": "tiled", "compile": "off", "epochs": 4},
