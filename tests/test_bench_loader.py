@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from PIL import Image
 
 from fastssl.bench.loader import main
-from fastssl.bench.loader_peers import CONTESTANTS, OURS, Options
+from fastssl.bench.loader_peers import CONTESTANTS, OURS, RAW, Options
 from fastssl.bench.loader_process import LoaderProcess
 from fastssl.loaders.make import LOADERS
 
@@ -74,3 +75,21 @@ def test_a_loader_that_fails_stops_the_bench_with_its_reason(tmp_path):
         main([str(tmp_path), *flags])
     with pytest.raises(ValueError, match="give one with --beton"):
         CONTESTANTS["FFCV, two decoders"](Options("x", None, 4, 1))
+
+
+def save_as(folder, suffix, mode):
+    folder.mkdir()
+    for i in range(4):
+        Image.new(mode, (40, 30), i).save(folder / f"{i}{suffix}")
+    return Options(str(folder), None, 2, 1)
+
+
+@pytest.mark.parametrize("suffix, mode", [(".png", "RGB"), (".jpg", "CMYK")])
+def test_the_bare_decoder_counts_no_file_that_it_cannot_decode(tmp_path, suffix, mode):
+    options = save_as(tmp_path / "images", suffix, mode)
+    with pytest.raises(ValueError, match="only 0 of the 4 files are JPEGs that it turns into RGB"):
+        CONTESTANTS[RAW](options)
+
+
+def test_the_bare_decoder_takes_grey_files(tmp_path):
+    assert sum(CONTESTANTS[RAW](save_as(tmp_path / "images", ".jpg", "L"))()()) == 4

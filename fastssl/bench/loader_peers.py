@@ -21,6 +21,7 @@ SIZE = 224
 RAW, FFCV = "libjpeg-turbo alone", "FFCV, two decoders"
 READ_AHEAD = 2  # batches
 _TJPF_RGB = 0
+_TO_RGB = (0, 1, 2)  # the colour spaces that it converts: RGB, YCbCr and grey, but not CMYK
 
 Epoch = Callable[[], Iterator[int]]  # runs over all images once and yields the number of pairs of each batch
 
@@ -52,7 +53,11 @@ def start_ours(name: str, options: Options) -> Callable[[], Epoch]:
 
 
 def start_raw_decoding(options: Options) -> Callable[[], Epoch]:
-    """libjpeg-turbo's decompressor, called in a loop on files in memory: the most that any loader can get out of it."""
+    """libjpeg-turbo's decompressor, called in a loop on files in memory: the most that any loader can get out of it.
+
+    Raises ValueError if it can decode less than all but a hundredth of the files, such as PNGs or CMYK: a file that it
+    turns down takes it no time.
+    """
     name = ctypes.util.find_library("turbojpeg")
     if name is None:
         raise ValueError("libturbojpeg is not installed: apt-get install libturbojpeg0")
@@ -61,18 +66,17 @@ def start_raw_decoding(options: Options) -> Callable[[], Epoch]:
     from fastssl.loaders.encoded import open_encoded
 
     encoded = open_encoded(options.folder)
-    files = [encoded.read(i) for i in range(len(encoded.label))]
+    files = [data for i in range(len(encoded.label)) if _sides(turbo, data := encoded.read(i))]
+    if len(files) < 0.99 * len(encoded.label):
+        raise ValueError(f"only {len(files)} of the {len(encoded.label)} files are JPEGs that it turns into RGB")
 
     def decode(part: list[bytes]) -> int:
         handle, pixels = ctypes.c_void_p(turbo.tjInitDecompress()), ctypes.create_string_buffer(1 << 20)
-        width, height, subsampling, colours = (ctypes.c_int() for _ in range(4))
-        facts = [ctypes.byref(value) for value in (width, height, subsampling, colours)]
         for data in part:
-            size = ctypes.c_ulong(len(data))
-            turbo.tjDecompressHeader3(handle, data, size, *facts)
-            if (need := width.value * height.value * 3) > len(pixels):
+            width, height = _sides(turbo, data, handle)
+            if (need := width * height * 3) > len(pixels):
                 pixels = ctypes.create_string_buffer(need)
-            turbo.tjDecompress2(handle, data, size, pixels, width, 0, height, _TJPF_RGB, 0)
+            turbo.tjDecompress2(handle, data, ctypes.c_ulong(len(data)), pixels, width, 0, height, _TJPF_RGB, 0)
         turbo.tjDestroy(handle)
         return len(part)
 
@@ -82,6 +86,16 @@ def start_raw_decoding(options: Options) -> Callable[[], Epoch]:
         return lambda: pool.map(decode, parts)
 
     return start
+
+
+def _sides(turbo: ctypes.CDLL, data: bytes, handle: ctypes.c_void_p | None = None) -> tuple[int, int] | None:
+    """The width and height of a JPEG, from its header; None if libjpeg-turbo cannot turn it into RGB."""
+    own = handle or ctypes.c_void_p(turbo.tjInitDecompress())
+    width, height, _, colours = facts = [ctypes.c_int() for _ in range(4)]
+    refused = turbo.tjDecompressHeader3(own, data, ctypes.c_ulong(len(data)), *map(ctypes.byref, facts))
+    if handle is None:
+        turbo.tjDestroy(own)
+    return None if refused or colours.value not in _TO_RGB else (width.value, height.value)
 
 
 def start_torchvision(kind: str, options: Options) -> Callable[[], Epoch]:
