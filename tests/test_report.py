@@ -57,6 +57,13 @@ def test_the_step_table_says_what_was_not_measured():
     assert "| 2.5 (2.5 to 2.5) | 2 (2 to 2) |" in report.step_table([line])
 
 
+def test_the_loader_table_does_without_the_bare_decoder():
+    timing = {"median": 2.0, "low": 1.0, "high": 3.0, "rounds": 3}
+    line = {"cpu_ms_per_pair": timing, "pairs_per_second": timing, "first_batch_seconds": 0.5}
+    row = report.loader_table({"loaders": {"ours, beton": line}}).splitlines()[-1]
+    assert row == "| ours, beton | 2.000 (1.000 to 3.000) | 2 | not measured | 0.50 |"
+
+
 def test_the_index_lists_every_result():
     index = report.index_table()
     assert all(f"[{path.name}]" in index for path in (report.ROOT / "benchmarks").glob("*.json"))

@@ -14,7 +14,7 @@ from pathlib import Path
 from fastssl.bench.loop_verdicts import shares
 from fastssl.bench.plot import plot
 from fastssl.bench.results import Row, count, loop_rows, read_result, rows, spread, stage_of
-from fastssl.bench.verdicts import verdicts
+from fastssl.bench.verdicts import RAW, verdicts
 from fastssl.data_prep.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,14 +145,14 @@ def rows_table(found: Sequence[Row]) -> str:
 
 
 def loader_table(result: dict) -> str:
-    """One row for each loader, the least CPU time first."""
+    """One row for each loader, the least CPU time first; without shares if the bare decoder was left out."""
     loaders = result["loaders"]
-    bare = loaders["libjpeg-turbo alone"]["cpu_ms_per_pair"]["median"]
+    bare = loaders[RAW]["cpu_ms_per_pair"]["median"] if RAW in loaders else None
     rows = []
     for name, line in sorted(loaders.items(), key=lambda item: item[1]["cpu_ms_per_pair"]["median"]):
-        cpu = line["cpu_ms_per_pair"]
+        cpu, rate = line["cpu_ms_per_pair"], f"{line['pairs_per_second']['median']:,.0f}"
         time = f"{cpu['median']:.3f} ({cpu['low']:.3f} to {cpu['high']:.3f})"
-        rate, share = f"{line['pairs_per_second']['median']:,.0f}", f"{100 * bare / cpu['median']:,.0f} %"
+        share = f"{100 * bare / cpu['median']:,.0f} %" if bare else "not measured"
         rows.append([name, time, rate, share, f"{line['first_batch_seconds']:.2f}"])
     return as_table(["loader", "CPU ms a pair", "pairs/s", "of the bare decoder's rate", "first batch, s"], rows)
 
