@@ -21,7 +21,7 @@ from fastssl.bench.report import machine
 from fastssl.bench.results import Row, read_result, rows
 from fastssl.bench.suite_entries import Sizes, cpu_entries, gpu_entries
 from fastssl.bench.timing import Timing
-from fastssl.bench.verdicts import VERDICTS, verdicts
+from fastssl.bench.verdicts import RAW, VERDICTS, verdicts
 from fastssl.command import FAILED, run_command
 from fastssl.environment import environment
 from fastssl.plan import bf16_unit
@@ -63,6 +63,21 @@ def test_the_verdicts_of_all_compare_within_rounds():
     rounds = {"step": [1.0, 2.0, 3.0], "all, folder": [1.25, 2.5, 3.75], "loader alone, folder": [0.5, 1.0, 1.5]}
     (verdict,) = verdicts("all", loop_result(**rounds))
     assert "all, folder: bound by the cores" in verdict and "at 80% of the step" in verdict and "feed 2.0" in verdict
+
+
+@pytest.mark.parametrize(
+    "ms, said",
+    [
+        (0.14, "not bound by decoding these JPEGs: 'ours, beton' takes only 0.14 times"),  # a .beton of pixels
+        (1.1, "bound by JPEG decoding: 'ours, beton' takes 1.10 times"),
+        (2.0, "bound by the loader itself: 'ours, beton' reaches 50% of"),
+    ],
+)
+def test_the_verdict_of_loader_compares_with_the_bare_decoder(ms, said):
+    timings = {name: Timing(cpu, cpu, cpu, 3)._asdict() for name, cpu in {"ours, beton": ms, RAW: 1.0}.items()}
+    loaders = {name: {"cpu_ms_per_pair": timing, "pairs_per_second": timing} for name, timing in timings.items()}
+    (verdict,) = verdicts("loader", {"loaders": loaders, "options": {"threads": 2}})
+    assert verdict.startswith(said)
 
 
 @pytest.mark.parametrize("slow", ["augmentation", "encoder_q", "loss", "optimiser + EMA + queue"])

@@ -28,7 +28,12 @@ def loader_verdicts(result: dict[str, object]) -> Iterator[str]:
     share, rate = cpu[RAW] / best, max(row.value.median for row in loader_rows(result) if row.name == name)
     threads = count(result["options"]["threads"], "thread")
     rates = f"{rate:,.0f} pairs/s on {threads}, {1e3 / best:,.0f} per core"
-    if share >= 0.8:
+    if share > 1.25:
+        yield (
+            f"not bound by decoding these JPEGs: {name!r} takes only {1 / share:.2f} times the CPU time of the bare "
+            f"decoder ({rates}), since it reads smaller images or pixels; more cores or --loader resident give more"
+        )
+    elif share >= 0.8:
         yield (
             f"bound by JPEG decoding: {name!r} takes {1 / share:.2f} times the CPU time of the bare decoder ({rates}); "
             "only more cores, smaller images (fastssl prep beton) or --loader resident give more"
