@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bench_throughput import main
-from fastssl import distributed
-from fastssl.bench import loops, peers, step, step_parts, step_profile
+from fastssl import distributed, plan
+from fastssl.bench import loops, peer_loops, peers, step, step_parts, step_profile
 from fastssl.bench.peer_views import augment_crops, colour_maps
 from fastssl.bench.photos import write_photos
 from fastssl.bench.step_flags import add_recipe_flag, add_step_flags, make_config, parse_flags
@@ -216,6 +216,20 @@ def test_a_peers_loop_trains(tmp_path, peer, library):
     loop = getattr(peers, peer)(data if peer == "dali_loop" else beton, make_config(tiny_args(), "resnet18"), ranks, 1)
     assert loop(2) > 0
     assert loop(1) > 0  # a second turn goes on
+
+
+@pytest.mark.parametrize("unit, amp", [("AVX512-BF16", True), ("", False)])
+@pytest.mark.parametrize("peer, library", [("dali_loop", "nvidia.dali"), ("ffcv_loop", "ffcv")])
+def test_a_peer_trains_in_16_bits_where_our_loop_does(tmp_path, monkeypatch, peer, library, unit, amp):
+    pytest.importorskip(library)
+    asked = []
+    monkeypatch.setattr(plan, "bf16_unit", lambda: unit)
+    monkeypatch.setattr(peer_loops, "make_classical_step", lambda config, device, amp: asked.append(amp))
+    write_photos(tmp_path / "photos", 4, sides=(60, 80))
+    data, beton = peers.open_data(str(tmp_path / "photos"), None, tmp_path, 4)
+    source = data if peer == "dali_loop" else beton
+    getattr(peer_loops, peer)(source, make_config(tiny_args(), "resnet18"), distributed.start("cpu"), 1)
+    assert asked == [amp]
 
 
 def test_photos_differ_and_have_the_sides_asked_for(tmp_path):

@@ -1,7 +1,8 @@
 """Loops that feed the plain MoCo step of `classical.py` with DALI and FFCV, as users of these libraries write them.
 
 DALI, after solo-learn: each image is decoded once and cropped twice, and DALI does all augmentation. FFCV, after
-FFCV-SSL: a random-resized-crop decoder for each view, and the rest on the training device.
+FFCV-SSL: a random-resized-crop decoder for each view, and the rest on the training device. Both train with AMP where
+the device multiplies 16-bit numbers, as our loop does.
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ from fastssl.bench.photos import train_folder
 from fastssl.config import Config
 from fastssl.data_prep.find import find_images
 from fastssl.distributed import Ranks
+from fastssl.plan import choose_precision
+
+
+def gains_from_amp(ranks: Ranks) -> bool:
+    """Whether our own loop computes in 16 bits on this device; where it does, the peers may too."""
+    return choose_precision("auto", ranks.device) != "fp32"
 
 
 def dali_loop(data: str, config: Config, ranks: Ranks, workers: int) -> Loop:
@@ -45,7 +52,7 @@ def dali_loop(data: str, config: Config, ranks: Ranks, workers: int) -> Loop:
     iterator = DALIGenericIterator(
         two_views(), names, reader_name="files", auto_reset=True, last_batch_policy=LastBatchPolicy.DROP
     )
-    step = make_classical_step(config, ranks.device, amp=gpu)
+    step = make_classical_step(config, ranks.device, amp=gains_from_amp(ranks))
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         while True:
@@ -85,7 +92,7 @@ def ffcv_loop(beton: str, config: Config, ranks: Ranks, workers: int) -> Loop:
         },
     )
     check_fill(loader.reader.num_samples, config)
-    plain, threads = make_classical_step(config, ranks.device, amp=gpu), torch.get_num_threads()
+    plain, threads = make_classical_step(config, ranks.device, amp=gains_from_amp(ranks)), torch.get_num_threads()
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         while True:
