@@ -48,8 +48,9 @@ def rows(stage: str, result: dict[str, object], name: str = "this") -> list[Row]
     """Every contestant in every setting. Raises ValueError if the result, called `name`, is not one of the stage."""
     try:
         return list(READERS.get(stage, seconds_rows)(result))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{name} is not a result of the stage {stage!r}: it lacks {error}") from None
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError) as error:
+        why = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{name} is not a result of the stage {stage!r}: {why}") from None
 
 
 def invert(seconds: Timing, work: float) -> Timing:
