@@ -77,9 +77,13 @@ def run_stage(stage: str, argv: list[str]) -> int:
         if old is None:
             return 0
         lines, slower = compare.compare(old_rows, results.rows(stage, result))
-        warning = compare.differing_machines(old["environment"], result["environment"])
-        print("\n".join([*lines, warning] if warning else lines))
-        return int(slower and not warning)
+        found = (
+            compare.differing_machines(old["environment"], result["environment"]),
+            compare.differing_options(old, result),
+        )
+        warnings = [warning for warning in found if warning]
+        print("\n".join(lines + warnings))
+        return int(slower and not warnings)
 
 
 def written(path: Path) -> int | None:

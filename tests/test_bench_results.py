@@ -14,7 +14,7 @@ import torch
 
 import bench_throughput
 from fastssl.bench import suite, timing
-from fastssl.bench.compare import compare, differing_machines, judge
+from fastssl.bench.compare import compare, differing_machines, differing_options, judge
 from fastssl.bench.eval import take_turns
 from fastssl.bench.loop_verdicts import ADVICE, all_verdict, peers_verdicts, shares, step_verdict
 from fastssl.bench.report import machine
@@ -158,6 +158,26 @@ def test_rows_that_only_one_result_has_are_named():
     assert "cpu Z80 -> 6502" in differing_machines(ENVIRONMENT, ENVIRONMENT | {"cpu": "6502"})
 
 
+def test_results_of_other_options_are_no_regression():
+    old, new = loop_result(step=[1.0]), loop_result(step=[1.0])
+    assert differing_options(old, new) is None
+    old["lines"][0] |= {"images": "somewhere/PHOTOS"}
+    new["lines"][0] |= {"images": "elsewhere/PHOTOS", "settings": old["lines"][0]["settings"] | {"precision": "fp32"}}
+    assert differing_options(old, new).endswith(": resnet18 precision default -> fp32")
+    sizes = {"environment": ENVIRONMENT, "options": {"folder": "a/x", "threads": 1}, "loaders": {}}
+    changed = differing_options(sizes, sizes | {"options": {"folder": "b/y", "threads": 2}})
+    assert changed.endswith(": folder x -> y, threads 1 -> 2")
+    batch = {"environment": ENVIRONMENT, "policy": "v2", "batch_size": 32, "copy": 1.5, "lines": []}
+    assert differing_options(batch, batch | {"copy": 2.5, "short_side": 256}) is None  # of before that was recorded
+    assert differing_options(batch, batch | {"batch_size": 8}).endswith(": batch_size 32 -> 8")
+
+
+@pytest.mark.parametrize("seconds", [[], [0.0], ["1"], None])
+def test_a_damaged_result_is_one_sentence(seconds):
+    with pytest.raises(ValueError, match="old is not a result of the stage 'all'"):
+        rows("all", loop_result(step=seconds), "old")
+
+
 def test_cpus_of_one_name_and_other_instructions_are_other_machines():
     narrow, wide = (ENVIRONMENT | {"cpu_instructions": found} for found in ("AVX2", "AVX512 and AVX512-BF16"))
     assert "cpu_instructions AVX2 -> AVX512 and AVX512-BF16" in differing_machines(narrow, wide)
@@ -190,6 +210,10 @@ def test_every_stage_reports_and_compares(tmp_path, monkeypatch, capsys):
     stage.seconds = 3.0
     assert bench_throughput.main(["all", "--compare", str(old)]) == 1
     assert "step: 0.33 times as fast, slower" in capsys.readouterr().out
+    written = json.loads(old.read_text())
+    written["lines"][0]["settings"]["queue_size"] = 1
+    assert bench_throughput.main(["all", "--compare", write(tmp_path / "small.json", written)]) == 0
+    assert "measured with other options" in capsys.readouterr().out
     stage.seconds = 0.5
     assert bench_throughput.main(["all", "--compare", str(old)]) == 0
     with pytest.raises(ValueError, match=r"missing\.json is not a result"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from fastssl.bench.results import Row
 from fastssl.bench.timing import FEWEST_ROUNDS
 
-MACHINE = ("gpus", "cpu", "cpu_instructions", "cpus", "threads")
+MACHINE = ("device", "gpus", "cpu", "cpu_instructions", "cpus", "threads")
 
 
 def judge(old: Row, new: Row) -> tuple[float, str]:
@@ -52,3 +54,29 @@ def differing_machines(old: dict, new: dict) -> str | None:
     known = [name for name in MACHINE if name in old and name in new]
     changed = [f"{name} {old[name]} -> {new[name]}" for name in known if old[name] != new[name]]
     return f"measured on another machine, so slower need not be a regression: {', '.join(changed)}" if changed else None
+
+
+def options(result: dict) -> dict[str, dict[str, object]]:
+    """What was measured: {encoder: its settings}, and for "" the options of all lines; of paths the names alone."""
+    plain = {k: v for k, v in result.items() if isinstance(v, (str, int, type(None))) and k not in ("rounds", "ended")}
+    found = {"": plain | result.get("options", {})}
+    for line in result.get("lines", []):
+        if "settings" in line:
+            found[line["settings"]["arch"]] = line["settings"]
+            found[""]["images"] = line.get("images", "")
+    return {
+        arch: {name: Path(value).name if isinstance(value, str) else value for name, value in settings.items()}
+        for arch, settings in found.items()
+    }
+
+
+def differing_options(old: dict, new: dict) -> str | None:
+    """A warning, if the two results were measured with different options, such as sizes, images or threads."""
+    before, after, changed = options(old), options(new), []
+    for arch in [arch for arch in before if arch in after]:
+        names = before[arch] | after[arch] if arch else before[arch].keys() & after[arch].keys()
+        for name in sorted(names):  # a setting that is not listed has its default
+            theirs, ours = (found[arch].get(name, "default") for found in (before, after))
+            if theirs != ours:
+                changed.append(f"{arch} {name} {theirs} -> {ours}".strip())
+    return f"measured with other options, so slower need not be a regression: {', '.join(changed)}" if changed else None
