@@ -144,7 +144,7 @@ def test_an_encoder_that_fails_does_not_stop_the_others_and_none_stays_in_memory
     args, ranks, alive = argparse.Namespace(**vars(tiny_args()), arch=["resnet18", "deit_tiny", "resnet50"]), None, []
     args.output, ranks = tmp_path / "step.json", distributed.start("cpu")
 
-    def measure(arch):
+    def measure(arch, keep):
         assert not [reference for reference in alive if reference()]
         encoder = torch.nn.Linear(2, 2)
         encoder.itself = [encoder]  # a cycle, as torch.compile leaves
@@ -164,13 +164,46 @@ def test_an_encoder_that_fails_does_not_stop_the_others_and_none_stays_in_memory
     assert [line["settings"]["arch"] for line in lines] == ["resnet18", "resnet50"] and len(alive) == 3
     args.arch = ["resnet18", "nosuch"]
     with pytest.raises(ValueError, match="unknown architecture 'nosuch'"):
-        step.measure_each(args, ranks, lambda arch: pytest.fail("it measured before it looked at all names"))
+        step.measure_each(args, ranks, lambda *_: pytest.fail("it measured before it looked at all names"))
 
 
 def test_the_seconds_so_far_are_kept_after_each_round():
     kept = []
     loops.time_loops({"a": lambda steps: 1.0, "b": lambda steps: 2.0}, 1, 2, lambda s: kept.append(json.dumps(s)))
     assert kept == ['{"a": [1.0], "b": [2.0]}', '{"a": [1.0, 1.0], "b": [2.0, 2.0]}']
+
+
+@pytest.mark.parametrize("stage", ["step", "all"])
+def test_ctrl_c_in_the_second_round_keeps_the_first(stage, tmp_path, monkeypatch, capsys, make_image_folder):
+    begun, part = [], step_parts.repeat
+
+    def interrupted(*given):
+        loop = part(*given)
+
+        def turn(steps):
+            begun.append(steps)
+            if len(begun) > 5:
+                raise KeyboardInterrupt
+            return loop(steps)
+
+        return turn
+
+    monkeypatch.setattr(step_parts, "repeat", interrupted)
+    output = tmp_path / "out" / f"{stage}.json"
+    images = ["--data", str(make_image_folder(tmp_path / "images", {"train": 4})), "--no-classical"]
+    flags = ["--arch", "resnet18", *TINY, "--no-eager", *(images if stage == "all" else [])]
+    with pytest.raises(KeyboardInterrupt):
+        main([stage, *flags, "--report", str(output.parent)])
+    (line,) = json.loads(output.read_text())["lines"]
+    assert {len(seconds) for seconds in line["seconds_of_rounds"].values()} == {1} and len(line["parts"]) == 5
+    assert "step: bound by" in capsys.readouterr().out.replace("resnet18:", "step:")
+    assert output.with_suffix(".md").exists()
+
+
+def test_the_seconds_of_a_part_are_its_median():
+    config = make_config(tiny_args(), "resnet18")
+    line = step.as_line(config, {"step": [1.0, 1.0], f"{step_parts.PART}loss": [1.0, 2.0]}, 1, "step")
+    assert line["parts"] == {"loss": 1.5}
 
 
 def broken(*_, **__):

@@ -30,6 +30,7 @@ from fastssl.environment import environment
 from fastssl.models.cpu_conv import use_plain_convolutions
 
 ARCHS = ("resnet18", "mobilenetv3_small", "mobilenetv3_large", "efficientnet_b0", "deit_tiny", "resnet50")
+Keep = Callable[[dict[str, object]], None]
 HOST = "host alone"  # the name of the loop that only measures how long the host launches kernels
 
 
@@ -64,7 +65,7 @@ def as_line(config: Config, seconds: dict[str, list[float]], steps: int, beside:
     """A line of the JSON: the seconds of all loops, to be compared with the loop `beside`, and the step's parts."""
     defaults, named = flat(Config()), ("arch", "image_size", "batch_size", "queue_size", "compile", "device")
     settings = {name: value for name, value in flat(config).items() if value != defaults[name] or name in named}
-    parts = {name.removeprefix(PART): sorted(s)[len(s) // 2] for name, s in seconds.items() if name.startswith(PART)}
+    parts = {name.removeprefix(PART): median(s) for name, s in seconds.items() if name.startswith(PART)}
     loops = {name: s for name, s in seconds.items() if name != HOST and not name.startswith(PART)}
     line = {"settings": settings, "steps_a_turn": steps, "beside": beside, "seconds_of_rounds": loops}
     if parts:
@@ -88,31 +89,39 @@ def step_loops(args: argparse.Namespace, arch: str, trainee: Trainee, ranks: dis
     return loops | step_parts(config, trainee, ranks)
 
 
-def measure(args: argparse.Namespace, arch: str, ranks: distributed.Ranks) -> dict[str, object]:
-    """Measures one architecture. Returns a line of the JSON."""
+def measure(args: argparse.Namespace, arch: str, ranks: distributed.Ranks, keep: Keep) -> dict[str, object]:
+    """Measures one architecture, and gives `keep` the line so far after each round. Returns a line of the JSON."""
     config = make_config(args, arch)
     trainee = trainee_of(config, ranks)
     loops = step_loops(args, arch, trainee, ranks)
     for how in args.also_compile:
         loops[f"step, --compile {how}"] = our_loop(make_config(args, arch, compile=how), ranks)
-    seconds = time_loops(loops, args.steps, args.rounds)
-    line = as_line(config, seconds, args.steps, "step" if args.no_eager else "eager step")
-    return line | look_inside(args, config, ranks, trainee)
+    inside = look_inside(config, ranks, trainee)
+
+    def line(seconds: dict[str, list[float]]) -> dict[str, object]:
+        return as_line(config, seconds, args.steps, "step" if args.no_eager else "eager step") | inside
+
+    seconds = time_loops(loops, args.steps, args.rounds, lambda seconds: keep(line(seconds)))
+    return line(seconds) | profile_of(args, config, ranks, trainee)
 
 
-def look_inside(args: argparse.Namespace, config: Config, ranks: distributed.Ranks, trainee: Trainee) -> dict:
-    """The rest of a line: the floor of the step, how its encoders are compiled, and with --profile its kernels."""
+def look_inside(config: Config, ranks: distributed.Ranks, trainee: Trainee) -> dict[str, object]:
+    """What a line says of the step without timing it: its floor, and how its encoders are compiled."""
     floor = step_floor(config, ranks.device)
-    line = {"floor": floor, "compiled": trainee.compiled, "why_compiled": trainee.why_compiled}
-    if args.profile:
-        line["profile"] = profile_step(config, ranks, trainee)
-    return line
+    return {"floor": floor, "compiled": trainee.compiled, "why_compiled": trainee.why_compiled}
+
+
+def profile_of(args: argparse.Namespace, config: Config, ranks: distributed.Ranks, trainee: Trainee) -> dict:
+    """With --profile, the kernels of the step, as the last part of a line."""
+    return {"profile": profile_step(config, ranks, trainee)} if args.profile else {}
 
 
 def measure_each(
-    args: argparse.Namespace, ranks: distributed.Ranks, measure: Callable[[str], dict[str, object]]
+    args: argparse.Namespace, ranks: distributed.Ranks, measure: Callable[[str, Keep], dict[str, object]]
 ) -> None:
     """Measures the encoders of --arch in turn; prints and saves each line. One that fails does not stop the others.
+
+    measure: is given an encoder, and a function that saves its line so far, which stands if it is cut short.
 
     Raises ValueError for encoders that cannot be built, before any is measured, and at the end for those that failed.
     """
@@ -123,7 +132,7 @@ def measure_each(
         torch.compiler.reset()  # frees the CUDA graphs of the last one,
         gc.collect()  # and this its weights, which compiled code holds in cycles
         try:
-            lines.append(measure(arch))
+            lines.append(measure(arch, lambda line: save(args.output, [*lines, line])))
         except RuntimeError as error:  # no memory, or whatever the compiler raises
             failed.append(f"{arch} ({type(error).__name__}: {' '.join(str(error).split())[:300]})")
             print(f"not measured: {failed[-1]}", flush=True)
@@ -150,4 +159,4 @@ def main(argv: Sequence[str]) -> None:
     args = parse_flags(parser, argv)
     ranks = distributed.start(args.device)
     args.device = ranks.device.type
-    measure_each(args, ranks, lambda arch: measure(args, arch, ranks))
+    measure_each(args, ranks, lambda arch, keep: measure(args, arch, ranks, keep))

@@ -15,7 +15,7 @@ from fastssl.arguments import positive
 from fastssl.bench.classical import classical_loop
 from fastssl.bench.loops import loader_alone, our_loops, time_loops, trainee_of
 from fastssl.bench.photos import SOURCE, open_data
-from fastssl.bench.step import as_line, look_inside, measure_each, step_loops
+from fastssl.bench.step import Keep, as_line, look_inside, measure_each, profile_of, step_loops
 from fastssl.bench.step_flags import add_recipe_flag, add_step_flags, make_config, parse_flags
 from fastssl.build import open_loader
 from fastssl.data_prep.work_pool import usable_cores
@@ -45,12 +45,15 @@ def main(argv: Sequence[str]) -> None:
     args.device = ranks.device.type
     with tempfile.TemporaryDirectory() as scratch:
         data, beton = open_data(args.data, args.beton, Path(scratch), max(args.photos, args.batch_size))
-        measure_each(args, ranks, lambda arch: compare(args, arch, data, beton, ranks))
+        measure_each(args, ranks, lambda arch, keep: compare(args, arch, (data, beton), ranks, keep))
 
 
-def compare(args: argparse.Namespace, arch: str, data: str, beton: str, ranks: Ranks) -> dict[str, object]:
-    """Measures all loops of one architecture. Returns a line of the JSON."""
-    config = make_config(args, arch)
+def compare(args: argparse.Namespace, arch: str, files: tuple[str, str], ranks: Ranks, keep: Keep) -> dict[str, object]:
+    """Measures all loops of one architecture, and gives `keep` the line so far after each round.
+
+    files: (folder, .beton). Returns a line of the JSON.
+    """
+    (data, beton), config = files, make_config(args, arch)
     loaders = {}
     for name in dict.fromkeys(args.loader):
         path = data if name in ("auto", "folder") else beton
@@ -67,8 +70,13 @@ def compare(args: argparse.Namespace, arch: str, data: str, beton: str, ranks: R
                 loops[name] = classical_loop(data, config, ranks, args.workers, amp)
             except ValueError as error:
                 missing[name] = str(error)
-    seconds = time_loops(loops, args.steps, args.rounds)
     beside = next(name for name in ("classical", "eager step", "step") if name in loops)
-    line = as_line(config, seconds, args.steps, beside) | {"not_measured": missing}
-    line |= {"loaders": {name: loader.reason for name, loader in loaders.items()}, "images": args.data or SOURCE}
-    return line | look_inside(args, config, ranks, trainee)
+    reasons = {name: loader.reason for name, loader in loaders.items()}
+    about = {"not_measured": missing, "loaders": reasons, "images": args.data or SOURCE}
+    about |= look_inside(config, ranks, trainee)
+
+    def line(seconds: dict[str, list[float]]) -> dict[str, object]:
+        return as_line(config, seconds, args.steps, beside) | about
+
+    seconds = time_loops(loops, args.steps, args.rounds, lambda seconds: keep(line(seconds)))
+    return line(seconds) | profile_of(args, config, ranks, trainee)
