@@ -8,18 +8,19 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from fastssl.arguments import positive
 from fastssl.bench.results import write_result
-from fastssl.bench.timing import time_in_turn
+from fastssl.bench.timing import in_turn, summarise
 from fastssl.data_prep.find import find_images
 from fastssl.data_prep.prepare import Store, encode_jpeg, shrink
 from fastssl.data_prep.sources import Selection
 from fastssl.data_prep.work_pool import Work, make_pool, usable_cores
 from fastssl.data_prep.write_beton import write_beton
 from fastssl.environment import environment
+
+ALONE = "decode + resize + encode alone"
 
 
 def convert_bare(paths: list[str]) -> int:
@@ -69,17 +70,31 @@ def main(argv: list[str]) -> None:
             return write_beton(folder, out, store, Selection(), Work(args.workers), force=True)
 
         stages = {
-            "decode + resize + encode alone": lambda: sum(pool.map(convert_bare, parts)),
+            ALONE: lambda: sum(pool.map(convert_bare, parts)),
             "short side 256": lambda: beton(Store()),
             "originals": lambda: beton(Store(originals=True)),
         }
-        timings = time_in_turn(stages, torch.device("cpu"), args.rounds)
-    lines = []
+        settings = {"images": count, "workers": args.workers}
+        measured: dict[str, list[float]] = {name: [] for name in stages}
+        for convert in stages.values():
+            convert()  # the first time is longer
+        for turn, name in enumerate(in_turn(stages, args.rounds), 1):
+            start = time.perf_counter()
+            stages[name]()
+            measured[name].append(time.perf_counter() - start)
+            if turn % len(stages) == 0 and args.output:
+                write_result(args.output, as_result(measured, settings))
+    for line in as_result(measured, settings)["lines"]:
+        spread = f"({line['low']:.0f} to {line['high']:.0f})"
+        print(f"{line['what']:32} {line['images_per_s']:8.0f} images/s {spread}  {line['share_of_alone']:6.2f} x alone")
+
+
+def as_result(seconds: dict[str, list[float]], settings: dict[str, int]) -> dict[str, object]:
+    """The JSON of the rounds so far: images/s of each contestant, and their share of the rate of the work alone."""
+    timings, lines = {name: summarise(measured) for name, measured in seconds.items()}, []
     for name, timing in timings.items():
-        rate, low, high = (count / seconds for seconds in (timing.median, timing.high, timing.low))
-        share = timings["decode + resize + encode alone"].median / timing.median
+        rate, low, high = (settings["images"] / each for each in (timing.median, timing.high, timing.low))
+        share = timings[ALONE].median / timing.median
         lines.append({"what": name, "images_per_s": rate, "low": low, "high": high, "share_of_alone": share})
-        print(f"{name:32} {rate:8.0f} images/s ({low:.0f} to {high:.0f})  {share:6.2f} x alone")
-    if args.output:
-        settings = {"images": count, "workers": args.workers, "rounds": timing.rounds, "ended": time.ctime()}
-        write_result(args.output, {"environment": environment(), **settings, "lines": lines})
+    about = {"environment": environment(), **settings, "rounds": timing.rounds, "ended": time.ctime()}
+    return about | {"lines": lines}
