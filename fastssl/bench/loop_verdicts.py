@@ -9,6 +9,7 @@ from fastssl.bench.results import loop_rows, split_ours, spread
 from fastssl.bench.timing import in_words, times_faster
 
 BOUND = 0.95  # share of the step's rate above which the loader does not matter
+ALONE = 0.5  # share of the step's time below which its parts, each by itself, do not explain it
 HOST_BOUND = 0.85  # share of the step's time above which the device waits for the host's launches
 
 ADVICE = {  # part of the step -> what makes it faster
@@ -43,6 +44,10 @@ def step_verdict(line: dict[str, object]) -> str:
         compiling = "--compile on, " if first == "encoders" and compiled == "off" else ""  # auto: where it helps
         verdict = f"bound by the {first}, {part_shares[first]:.0%} of the step ({others}): "
         verdict += f"try {compiling}{ADVICE[first]}"
+        if (explained := sum(line["parts"].values()) / seconds) < ALONE:
+            verdict = (
+                f"bound by the time between its parts, which take {explained:.0%} of it by themselves: try --profile"
+            )
     if floor := line.get("floor"):
         kind = "arithmetic" if floor["arithmetic_seconds"] >= floor["memory_seconds"] else "memory traffic"
         share = max(floor["arithmetic_seconds"], floor["memory_seconds"]) / seconds
