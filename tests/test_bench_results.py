@@ -92,6 +92,13 @@ def test_the_verdict_of_a_step_names_its_largest_part(slow):
     assert sum(shares(parts).values()) == pytest.approx(1) and shares(parts)["encoders"] == pytest.approx(0.4)
 
 
+def test_the_verdict_of_a_step_says_when_its_parts_do_not_explain_it():
+    line = {"settings": {"compile": "auto"}, "parts": {"encoder_q": 0.8, "loss": 0.2}}
+    short, long = (step_verdict(line | {"seconds_of_rounds": {"step": [seconds]}}) for seconds in (1.5, 10.0))
+    assert short.startswith("bound by the encoders, 80% of the step")
+    assert long == "bound by the time between its parts, which take 10% of it by themselves: try --profile"
+
+
 def test_the_verdict_of_a_step_says_when_the_host_is_what_it_waits_for():
     line = {
         "settings": {"compile": "auto"},
@@ -113,6 +120,12 @@ def test_the_verdict_of_a_step_names_its_floor_and_how_it_can_be_beaten(arithmet
     line["floor"] = {"arithmetic_seconds": arithmetic, "memory_seconds": memory}
     verdict = step_verdict(line)
     assert f"the floor, set by {said} of its time" in verdict and ("by Winograd" in verdict) == (arithmetic > 2)
+
+
+def test_the_verdict_of_a_sweep_is_of_twelve_settings_beside_one():
+    timings = {"one setting": Timing(2.0, 2.0, 2.0, 3)._asdict(), "12 settings": Timing(1.0, 1.0, 1.0, 3)._asdict()}
+    (verdict,) = verdicts("eval", {"lines": [{"what": "sweep", "seconds": timings}]})
+    assert verdict.startswith("sweep: 12 settings take 0.5 times as long as one setting")
 
 
 @pytest.mark.parametrize("ours, word", [(0.5, "faster"), (2.0, "slower"), (1.0, "within the noise")])

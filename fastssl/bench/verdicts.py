@@ -92,9 +92,9 @@ def convert_verdicts(result: dict[str, object]) -> Iterator[str]:
 def eval_verdicts(result: dict[str, object]) -> Iterator[str]:
     """The k-NN search beside the others, and what a sweep costs beside one setting."""
     for line in result["lines"]:
-        found = sorted(seconds_rows({"lines": [line]}), key=lambda row: row.value.median)
+        found = list(seconds_rows({"lines": [line]}))
         if line["what"] == "knn":
-            ours, others = split_ours(found)
+            ours, others = split_ours(sorted(found, key=lambda row: row.value.median))
             yield f"k-NN: {ours[0].name!r} {beside(ours[0], others)}; try more cores, or fewer images"
         else:
             ratio = found[1].value.median / found[0].value.median
