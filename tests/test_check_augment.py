@@ -162,3 +162,10 @@ def test_dali_makes_views_of_the_same_shape() -> None:
     loader = SyntheticLoader(num_images=4, size=40, batch_size=4, seed=0, device="cpu")
     views = augment_dali.make_dali(next(loader.batches()), make_policy("v2"), 32)()
     assert [view.at(3).shape for view in views] == [(32, 32, 3)] * 2
+
+
+@pytest.mark.parametrize("size", [1, 8, 9, 224])
+def test_torchvision_blurs_views_smaller_than_its_kernel(size: int) -> None:
+    chain = augment_peers.torchvision_chain(make_policy("v2", gaussian_blur=1.0), size, on_pil=False)
+    assert chain(torch.zeros(3, 30, 40, dtype=torch.uint8)).shape == (3, size, size)
+    assert augment_peers.blur_side(size) == {1: 1, 8: 15}.get(size, 17)

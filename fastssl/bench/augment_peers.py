@@ -22,10 +22,15 @@ def torchvision_chain(policy: Policy, size: int, on_pil: bool) -> T.Compose:
     jitter = T.ColorJitter(policy.brightness, policy.contrast, policy.saturation, policy.hue)
     jitter = T.RandomApply([jitter], policy.jitter_p)
     colours = [grey, jitter] if policy.grey_first else [jitter, grey]
-    blur = T.Lambda(pillow_blur) if on_pil else T.GaussianBlur(17, policy.blur_sigma)
+    blur = T.Lambda(pillow_blur) if on_pil else T.GaussianBlur(blur_side(size), policy.blur_sigma)
     blurs = [T.RandomApply([blur], policy.blur_p)] if policy.blur_p > 0 else []
     normalise = [T.ToImage(), T.ToDtype(torch.float32, scale=True), T.Normalize(MEAN, STD)]
     return T.Compose([crop, *colours, *blurs, T.RandomHorizontalFlip(policy.flip_p), *normalise])
+
+
+def blur_side(size: int) -> int:
+    """The side of the blur's kernel for views of `size` pixels, which are reflected at their edges: 17 if they can."""
+    return min(17, 2 * size - 1)
 
 
 def per_image(images: list, chain: Callable, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -42,7 +47,9 @@ def make_kornia(batch: ImageBatch, policy: Policy, size: int, dtype: torch.dtype
     colours = [K.ColorJitter(*jitter, p=policy.jitter_p), K.RandomGrayscale(p=policy.grey_p)]
     if policy.grey_first:
         colours.reverse()
-    blurs = [K.RandomGaussianBlur((17, 17), policy.blur_sigma, p=policy.blur_p)] if policy.blur_p > 0 else []
+    blurs = (
+        [K.RandomGaussianBlur((blur_side(size),) * 2, policy.blur_sigma, p=policy.blur_p)] if policy.blur_p > 0 else []
+    )
     chain = torch.nn.Sequential(
         K.RandomResizedCrop((size, size), scale=policy.crop_scale),
         *colours,
