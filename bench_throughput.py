@@ -68,6 +68,7 @@ def run_stage(stage: str, argv: list[str]) -> int:
         output.parent.mkdir(parents=True, exist_ok=True)
         if output.is_dir():
             raise ValueError(f"{output} is a folder: give --output a file, or use --report {output}")
+        check_writable(output.parent)
         before = written(output)
         try:
             import_module(STAGES[stage]).main([*own, "--output", str(output)])
@@ -84,6 +85,14 @@ def run_stage(stage: str, argv: list[str]) -> int:
         warnings = [warning for warning in found if warning]
         print("\n".join(lines + warnings))
         return int(slower and not warnings)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ValueError if no file can be made in a folder, before anything is measured for it."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{folder} takes no file for the result ({error.strerror}): give another --output") from None
 
 
 def written(path: Path) -> int | None:

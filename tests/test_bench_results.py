@@ -242,6 +242,14 @@ def test_every_stage_reports_and_compares(tmp_path, monkeypatch, capsys):
     assert "--output: not allowed with argument --report" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that takes no files")
+@pytest.mark.parametrize("option", ["--output=/proc/self/x.json", "--report=/proc/self"])
+def test_a_place_that_takes_no_result_is_refused_before_anything_is_measured(monkeypatch, option):
+    monkeypatch.setitem(bench_throughput.STAGES, "all", "not imported, since nothing is measured")
+    with pytest.raises(ValueError, match=r"/proc/self takes no file for the result \(.*\): give another --output"):
+        bench_throughput.main(["all", option])
+
+
 @pytest.mark.parametrize("option", ["--report", "--rep", "--output", "--out"])
 def test_what_was_measured_before_ctrl_c_is_judged_and_kept(tmp_path, monkeypatch, capsys, option):
     class Stage:
