@@ -285,6 +285,21 @@ def test_a_gpu_that_there_is_not_is_one_sentence(stage):
         bench_throughput.main([stage, "--device", "cuda"])
 
 
+def test_the_gpu_that_is_measured_is_the_current_one(monkeypatch):
+    """Graphs are captured on the current device: on another one they would be empty, and their replays take no time."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert [str(timing.open_device(name)) for name in ("cuda:1", "cuda", "cpu")] == ["cuda:1", "cuda", "cpu"]
+    assert chosen == [1, 0]
+    with pytest.raises(ValueError, match="--device cuda:2: torch finds 2 GPUs, the last of them cuda:1"):
+        timing.open_device("cuda:2")
+    for name in ("gpu", "meta"):
+        with pytest.raises(ValueError, match=f"--device {name}: .*use cpu, cuda or cuda:N"):
+            timing.open_device(name)
+
+
 def test_bad_input_of_a_stage_is_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for words, sentence in [

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from fastssl.plural import counted
+
 Function = Callable[[], object]
 FEWEST_ROUNDS = 3  # for a median and a spread
 _deadline = float("inf")
@@ -38,10 +40,24 @@ def in_words(times_faster: Timing) -> str:
 
 
 def open_device(name: str) -> torch.device:
-    """The device called `name`. Raises ValueError for a GPU where there is none."""
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch finds no GPU; run `fastssl doctor` to learn why, or use --device cpu")
+    """The device called `name`, and makes it the current one, on which streams are made and graphs are captured.
+
+    Raises ValueError for a device that is no CPU or GPU, and for a GPU that is not there.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: there is no such device: use cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: use cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(
+                f"--device {name}: torch finds no GPU; run `fastssl doctor` to learn why, or use --device cpu"
+            )
+        if (device.index or 0) >= (gpus := torch.cuda.device_count()):
+            raise ValueError(f"--device {name}: torch finds {counted(gpus, 'GPU')}, the last of them cuda:{gpus - 1}")
+        torch.cuda.set_device(device.index or 0)
     return device
 
 
