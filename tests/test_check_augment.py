@@ -169,3 +169,9 @@ def test_torchvision_blurs_views_smaller_than_its_kernel(size: int) -> None:
     chain = augment_peers.torchvision_chain(make_policy("v2", gaussian_blur=1.0), size, on_pil=False)
     assert chain(torch.zeros(3, 30, 40, dtype=torch.uint8)).shape == (3, size, size)
     assert augment_peers.blur_side(size) == {1: 1, 8: 15}.get(size, 17)
+
+
+def test_views_of_single_images_end_on_the_device() -> None:
+    chain = augment_peers.torchvision_chain(make_policy("v2"), 8, on_pil=True)
+    views = augment_peers.per_image([Image.new("RGB", (9, 9))] * 3, chain, torch.float32, torch.device("meta"))
+    assert all(view.is_meta and view.shape == (3, 3, 8, 8) for view in views)

@@ -64,11 +64,11 @@ def make_contestants(
         missing["ours, compiled"] = why
     else:
         contestants[f"ours, {chosen}"] = partial(make_views, batch, policy, size, 0, 0, dtype, chosen)
-    contestants["torchvision, PIL images"] = partial(per_image, pictures, on_pil, torch.float32)
+    contestants["torchvision, PIL images"] = partial(per_image, pictures, on_pil, torch.float32, device)
     if device.type == "cpu":
         threads = torch.get_num_threads()
         contestants[f"torchvision, PIL, {threads} workers"] = in_processes(pictures, on_pil, threads)
-    contestants[f"torchvision, {device.type} tensors"] = partial(per_image, tensors, on_tensors, dtype)
+    contestants[f"torchvision, {device.type} tensors"] = partial(per_image, tensors, on_tensors, dtype, device)
     missing |= obstacles(batch, size)
     if KORNIA not in missing:
         contestants[KORNIA] = make_kornia(batch, policy, size, dtype)

@@ -33,10 +33,10 @@ def blur_side(size: int) -> int:
     return min(17, 2 * size - 1)
 
 
-def per_image(images: list, chain: Callable, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both views of every image, made one by one and stacked into batches, as a DataLoader does."""
+def per_image(images: list, chain: Callable, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Both views of every image, made one by one, stacked into batches as a DataLoader does, and put on the device."""
     view_q, view_k = zip(*[(chain(image), chain(image)) for image in images])
-    return torch.stack(view_q).to(dtype), torch.stack(view_k).to(dtype)
+    return torch.stack(view_q).to(device, dtype), torch.stack(view_k).to(device, dtype)
 
 
 def make_kornia(batch: ImageBatch, policy: Policy, size: int, dtype: torch.dtype) -> Function:
