@@ -221,7 +221,7 @@ def test_refusals(tmp_path, capsys):
         ([source, str(tmp_path / "x.npz")], "name a .safetensors file or one of .pth .pt .tar .ckpt .bin"),
         ([source, str(tmp_path / "there.pth" / "x.pth")], "or choose another place"),
         ([source, str(tmp_path / "there.pth" / "x.safetensors")], "or choose another place"),
-        ([source, str(tmp_path / "x.pth"), "--to", "timm"], "--to timm has no cifar stem: use --to plain"),
+        ([source, str(tmp_path / "x.pth"), "--to", "timm"], "timm has no networks with the cifar stem"),
         ([source, str(tmp_path / "x.safetensors"), "--to", "moco"], "name a .pth.tar file"),
         ([str(tmp_path / "empty"), str(tmp_path / "x.pth")], "holds no usable checkpoint"),
         ([str(tmp_path / "tv.pth"), str(tmp_path / "x.pth"), "--to", "moco"], "expect a classifier called fc"),
@@ -233,6 +233,9 @@ def test_refusals(tmp_path, capsys):
     assert "is not a SEED checkpoint (state dict): use fastssl convert moco" in capsys.readouterr().err
     assert run_command(convert.main, ["moco", str(tmp_path / "tv.pth")]) == 1
     assert "needs a second path: the file to write" in capsys.readouterr().err
+    for unfit in (source, str(tmp_path / "tv.pth")):  # convert itself has no --to
+        assert run_command(convert.main, ["moco", unfit, str(tmp_path / "x.pth.tar")]) == 1
+        assert ": use fastssl export --to plain" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def counterpart(arch: str, stem: str, to: str) -> str:
     Raises ValueError when they have none that computes exactly the same.
     """
     if stem != "imagenet" and to != "plain":
-        raise ValueError(f"--to {to} has no {stem} stem: use --to plain")
+        raise ValueError(f"{to} has no networks with the {stem} stem: use fastssl export --to plain")
     if to == "torchvision":
         name = _AS_RESNET50.get(arch, arch)
         if name.startswith("timm:") or source_of(name) != "torchvision":
@@ -43,7 +43,8 @@ def counterpart(arch: str, stem: str, to: str) -> str:
             raise ValueError(f"timm has no network that computes the same as {arch}: use --to plain")
         return name
     if to == "moco" and classifier_name(arch) != "fc":
-        raise ValueError(f"MoCo's scripts expect a classifier called fc, which {arch} lacks: use --to plain")
+        lacks = f"MoCo's scripts expect a classifier called fc, which {arch} lacks"
+        raise ValueError(f"{lacks}: use fastssl export --to plain")
     return arch
 
 
