@@ -138,10 +138,12 @@ class Run:
         return due and not broadcast_object(self.probed, self.ranks)
 
     def probe(self, step: int, probe: Callable[[nn.Module], float], backbone: nn.Module) -> None:
-        """Asks the k-NN probe after `step` steps, and records its answer."""
+        """Asks the k-NN probe after `step` steps, and records and shows its answer."""
         with self.clock.paused():
-            self.record(step, {"knn": probe(backbone)})
+            percent = probe(backbone)
+            self.record(step, {"knn": percent})
             self.draw()
+        self.say(f"step {step}/{self.plan.stop}  knn {percent:.2f} %")
 
     def draw(self) -> None:
         """Draws the curves."""
