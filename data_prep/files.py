@@ -71,6 +71,22 @@ def _tell_where(error: BaseException, folder: Path) -> None:
         raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """`partial_path(path)`, to be written inside the block; it is renamed when that ends, and deleted when that fails.
+
+    For small files that can be made again: nothing is synced or locked.
+    """
+    partial = partial_path(path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        _tell_where(error, path.parent)
+        raise
+
+
 def written_in_place(path: Path) -> bool:
     """Whether this is a link, a device or a pipe, such as /dev/stdout, which renaming a file would replace."""
     return path.is_symlink() or (path.exists() and not path.is_file())
@@ -81,9 +97,8 @@ def write_text(path: Path, text: str) -> None:
     if written_in_place(path):
         path.write_text(text)
         return
-    partial = partial_path(path)
-    partial.write_text(text)
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        partial.write_text(text)
 
 
 def publish(*paths: Path) -> None:

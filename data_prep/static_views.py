@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from fastssl.command import run_command
 from fastssl.data_prep.decode import BadImage, decode_image
-from fastssl.data_prep.files import write_text
+from fastssl.data_prep.files import write_text, written_whole
 from fastssl.data_prep.find import ImageFolder, find_images
 from fastssl.data_prep.view_pairs import AUGS, count_views, make_view_pair
 from fastssl.data_prep.work_pool import Died, WorkPool, ahead, usable_cores
@@ -153,9 +153,8 @@ def draw(job: Job) -> Outcome:
         return Outcome(f"{job.source}: {error}", True)
     os.makedirs(os.path.dirname(job.target), exist_ok=True)
     for number, view in enumerate([image, *views]):
-        path = f"{job.target}-{number}.jpeg"
-        view.save(path + ".partial", format="JPEG", quality=job.quality)
-        os.replace(path + ".partial", path)
+        with written_whole(Path(f"{job.target}-{number}.jpeg")) as partial:
+            view.save(partial, format="JPEG", quality=job.quality)
     return Outcome("", in_band)
 
 

@@ -1,6 +1,7 @@
 """Static view sets: names, geometry read back from the pixels, statistics, resuming, every refusal."""
 
 import argparse
+import errno
 import os
 
 import numpy as np
@@ -213,6 +214,20 @@ def test_the_set_of_odd_names_is_read_again(tmp_path):
     assert make_static_views(str(tmp_path / "data"), str(tmp_path / "set"), "moco", 1, workers=1) == []
     found = open_view_set(argparse.Namespace(data=tmp_path / "set", workers=1), Ranks(0, 1, 1, torch.device("cpu")))
     assert found.class_names == ["-x", "two\nlines", "☃"] and found.files.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+
+
+def test_a_full_disk_is_named_and_leaves_no_part_of_a_file(image_folder, tmp_path, monkeypatch, capsys):
+    save = Image.Image.save
+
+    def run_out(image, path, **options):
+        save(image, path, **options)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", run_out)
+    data, out = str(image_folder / "train"), str(tmp_path / "set")
+    assert run_command(static_views.main, [data, out, "--workers", "1"]) == 1
+    assert capsys.readouterr().err == f"fastssl: error: {out}/class0: No space left on device\n"
+    assert files(tmp_path / "set") == set()
 
 
 def test_refusals_are_one_sentence(image_folder, tmp_path, capsys):

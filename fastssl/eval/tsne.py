@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from sklearn.manifold import TSNE
 
 from fastssl.arguments import positive, positive_float
 from fastssl.command import run_command
+from fastssl.data_prep.files import written_whole
 from fastssl.eval.options import finish_options, launch, make_parser
 from fastssl.eval.session import Session, check_writable, run_session
 from fastssl.eval.tsne_figures import draw_class, draw_space, save_figure
@@ -96,9 +96,8 @@ def embed(session: Session, features: list[torch.Tensor], labels: torch.Tensor) 
         np.save(buffer, array)
         path = Path(f"{o.pic_name}.{name}.npy")
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(buffer.getvalue())
-        os.replace(partial, path)
+        with written_whole(path) as partial:
+            partial.write_bytes(buffer.getvalue())
     return coordinates
 
 

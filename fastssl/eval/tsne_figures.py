@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from fastssl.data_prep.files import written_whole
 
 SIDE = 10  # inches
 BACKGROUND, INSET = "lavender", "lightsteelblue"
@@ -80,8 +81,7 @@ def save_figure(figure: Figure, name: str) -> list[str]:
     for kind in ("pdf", "png"):
         path = Path(f"{name}.{kind}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        figure.savefig(partial, format=kind)
-        os.replace(partial, path)
+        with written_whole(path) as partial:
+            figure.savefig(partial, format=kind)
         names.append(str(path))
     return names
