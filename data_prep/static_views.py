@@ -60,8 +60,8 @@ def make_static_views(
 
     An unfinished set with the same options is completed. An image that cannot be read is named in the notes, and the
     next one of its class takes its place.
-    Raises ValueError for a flat folder, for two images in a class with the same stem, and for an `out` that was made
-    with other options or is inside `data`.
+    Raises ValueError for a flat folder, when no image can be read, for two images in a class with the same stem, and
+    for an `out` that was made with other options or is inside `data`.
     """
     if images_per_class < 1 or (workers is not None and workers < 1):
         raise ValueError("--images-per-class and --workers must be at least 1")
@@ -77,7 +77,7 @@ def make_static_views(
     _claim(Path(out), options)
     wanted = dict.fromkeys(queues, images_per_class)
     notes: list[str] = []
-    out_of_band = 0
+    written = out_of_band = 0
     while jobs := [(name, job) for name, count in wanted.items() for job in itertools.islice(queues[name], count)]:
         wanted = dict.fromkeys(queues, 0)
         outcomes = _run([job for _, job in jobs], workers)
@@ -85,8 +85,13 @@ def make_static_views(
             if outcome.error:
                 notes.append(f"left out: {outcome.error}")
                 wanted[name] += 1
+            else:
+                written += 1
             if not outcome.in_band:
                 out_of_band += 1
+    if not written:
+        first = notes[0].removeprefix("left out: ")
+        raise ValueError(f"no image can be used ({len(notes):,} tried), the first is {first}")
     if out_of_band:
         images = counted(out_of_band, "image")
         notes.append(f"{images}: no two crops found with the overlap of --aug {aug}, so the last two tried were used")

@@ -248,6 +248,10 @@ def test_refusals_are_one_sentence(image_folder, tmp_path, capsys):
         assert run_command(static_views.main, arguments) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("fastssl: error: ") and message in line
+    (tmp_path / "bad/a").mkdir(parents=True)
+    (tmp_path / "bad/a/0.jpg").write_text("not an image")
+    with pytest.raises(ValueError, match=r"no image can be used \(1 tried\), the first is .*bad/a/0.jpg"):
+        make_static_views(str(tmp_path / "bad"), str(tmp_path / "w"), workers=1)
     (tmp_path / "two/a").mkdir(parents=True)
     for name in ("same.png", "same.bmp"):
         Image.new("RGB", (8, 8)).save(tmp_path / "two/a" / name)
