@@ -175,3 +175,17 @@ def test_views_of_single_images_end_on_the_device() -> None:
     chain = augment_peers.torchvision_chain(make_policy("v2"), 8, on_pil=True)
     views = augment_peers.per_image([Image.new("RGB", (9, 9))] * 3, chain, torch.float32, torch.device("meta"))
     assert all(view.is_meta and view.shape == (3, 3, 8, 8) for view in views)
+
+
+@pytest.mark.parametrize("when", ["it is made", "it is called"])
+def test_a_peer_that_is_broken_is_named(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    def broken() -> None:
+        raise ImportError("libcuda\n is missing")
+
+    batch = next(SyntheticLoader(num_images=2, size=8, batch_size=2, seed=0, device="cpu").batches())
+    monkeypatch.setattr(
+        bench_augment, "obstacles", lambda *_: {bench_augment.KORNIA: "x", bench_augment.TRITON_AUGMENT: "x"}
+    )
+    monkeypatch.setattr(bench_augment, "make_dali", lambda *_: broken() if when == "it is made" else broken)
+    found, missing = bench_augment.make_contestants(batch, make_policy("v2"), 8, torch.float32)
+    assert missing["DALI"] == "ImportError: libcuda is missing" and "DALI" not in found and "ours, reference" in found

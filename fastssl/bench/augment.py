@@ -25,6 +25,7 @@ from fastssl.augment.params import sample_both
 from fastssl.augment.policy import POLICIES, Policy, make_policy
 from fastssl.augment.views import make_views
 from fastssl.batch import ImageBatch, pack_images
+from fastssl.bench.augment_dali import make_dali
 from fastssl.bench.augment_peers import (
     equal_sizes,
     make_kornia,
@@ -70,16 +71,18 @@ def make_contestants(
         contestants[f"torchvision, PIL, {threads} workers"] = in_processes(pictures, on_pil, threads)
     contestants[f"torchvision, {device.type} tensors"] = partial(per_image, tensors, on_tensors, dtype, device)
     missing |= obstacles(batch, size)
-    if KORNIA not in missing:
-        contestants[KORNIA] = make_kornia(batch, policy, size, dtype)
-    if DALI not in missing:
-        from fastssl.bench.augment_dali import make_dali
-
-        contestants[DALI] = make_dali(batch, policy, size)
+    peers = {KORNIA: partial(make_kornia, batch, policy, size, dtype), DALI: partial(make_dali, batch, policy, size)}
     if TRITON_AUGMENT not in missing:
         part = part_policy(batch, policy, size)
         contestants[OUR_PART] = partial(make_views, batch, part, size, 0, 0, dtype)
-        contestants[TRITON_AUGMENT] = make_triton_augment(batch, part, size, dtype)
+        peers[TRITON_AUGMENT] = partial(make_triton_augment, batch, part, size, dtype)
+    for name in (name for name in peers if name not in missing):
+        try:
+            contestants[name] = peers[name]()
+            contestants[name]()
+        except Exception as error:  # other libraries may raise anything, and the rest is still to be measured
+            contestants.pop(name, None)
+            missing[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return contestants, missing
 
 
