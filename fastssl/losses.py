@@ -103,7 +103,7 @@ def _reference_terms(q_ND: Tensor, k_ND: Tensor, queue_KD: Tensor, config: LossC
     terms = {}
     if config.contrast_weight:
         terms["contrast"], above_N = contrast_reference(q_ND, k_ND, queue_KD, config.temperature)
-        terms |= _accuracy(above_N)
+        terms.update(_accuracy(above_N))  # torch 2.6 cannot compile |=
     if config.align_weight:
         terms["align"] = align_reference(q_ND, k_ND, config.align_alpha)
     if config.uniform_weight:
@@ -124,7 +124,7 @@ def _tiled_terms(q_ND: Tensor, k_ND: Tensor, queue_KD: Tensor, config: LossConfi
     if config.contrast_weight:
         # logaddexp(lse, s) - s, where s is the positive logit; both are relative to the logit 1 / temperature
         terms["contrast"] = F.softplus(lse_CN[0].double() - (positive_N.double() - 1) / config.temperature).mean()
-        terms |= _accuracy(above_N)
+        terms.update(_accuracy(above_N))  # torch 2.6 cannot compile |=
     if config.uniform_weight:
         terms["uniform"] = _pool_pairs(lse_CN[-1], q_ND, queue_KD.shape[0], config)
     return terms
