@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import signal
@@ -23,6 +24,23 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run in Python on the CPU
 
 NO_GPU = "needs a CUDA GPU"
+
+
+def mend_interpreter() -> None:
+    """Makes sums of int32 in Triton's interpreter int32: 3.2 makes them int64, and a store then writes too far."""
+    from triton.runtime import interpreter
+
+    to_tensor = interpreter.ReduceOps.to_tensor
+
+    def keep_dtype(self: object, result: np.ndarray, dtype: object) -> object:
+        return to_tensor(self, result.astype(interpreter._get_np_dtype(dtype)), dtype)
+
+    interpreter.ReduceOps.to_tensor = keep_dtype
+
+
+interpreted = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton")
+if interpreted and importlib.metadata.version("triton").startswith("3.2."):
+    mend_interpreter()
 
 
 def pytest_configure(config: pytest.Config) -> None:
