@@ -66,8 +66,8 @@ def _lock(handle: int, partial: Path) -> None:
 
 
 def _tell_where(error: BaseException, folder: Path) -> None:
-    """Adds the folder to an OSError without a file name, such as "no space left on device", and raises it again."""
-    if isinstance(error, OSError) and error.filename is None:
+    """Adds the folder to an error of the system without a file name, such as a full disk, and raises it again."""
+    if isinstance(error, OSError) and error.strerror and error.filename is None:  # Pillow has OSErrors of its own
         raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
