@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from triton.backends.nvidia import compiler
+import triton
 
 from fastssl.bench import sweep_loss
 from fastssl.kernels.row_lse_blocks import Blocks
@@ -32,8 +32,8 @@ for name, flags in json.loads(sys.argv[1]):
 @pytest.fixture(scope="module")
 def reports() -> dict[tuple, list[dict]]:
     """(arch, dtype) or (arch, dtype, dim) -> what the command said of each kernel, in a process that may compile."""
-    if not hasattr(compiler, "get_ptxas"):
-        pytest.skip("needs Triton 3.3, which knows sm_100")
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+        pytest.skip("needs Triton 3.6: 3.2 and 3.3 spill registers for sm_80, and 3.2 does not know sm_100")
     lines = [("loss", ["--arch", str(a), "--dtype", dtype, "--dim", str(dim)]) for a, dtype, dim in LOSS]
     lines += [("views", ["--arch", str(a), "--dtype", dtype]) for a, dtype in VIEWS]
     command = [sys.executable, "-c", COMMANDS, json.dumps(lines)]
