@@ -58,6 +58,7 @@ def run_stage(stage: str, argv: list[str]) -> int:
     What was measured before an error or Ctrl-C is judged and reported as well.
     """
     from fastssl.bench import compare, results, timing
+    from fastssl.data_prep.files import check_writable
 
     shared, own = shared_parser().parse_known_args(argv)
     old = results.read_result(shared.compare) if shared.compare else None
@@ -65,10 +66,9 @@ def run_stage(stage: str, argv: list[str]) -> int:
     timing.stop_after(shared.seconds or float("inf"))
     with tempfile.TemporaryDirectory() as scratch:
         output = shared.output or (shared.report or Path(scratch)) / f"{stage}.json"
-        output.parent.mkdir(parents=True, exist_ok=True)
         if output.is_dir():
             raise ValueError(f"{output} is a folder: give --output a file, or use --report {output}")
-        check_writable(output.parent)
+        check_writable(output, "--report" if shared.report else "--output")
         before = written(output)
         try:
             import_module(STAGES[stage]).main([*own, "--output", str(output)])
@@ -85,14 +85,6 @@ def run_stage(stage: str, argv: list[str]) -> int:
         warnings = [warning for warning in found if warning]
         print("\n".join(lines + warnings))
         return int(slower and not warnings)
-
-
-def check_writable(folder: Path) -> None:
-    """Raises ValueError if no file can be made in a folder, before anything is measured for it."""
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"{folder} takes no file for the result ({error.strerror}): give another --output") from None
 
 
 def written(path: Path) -> int | None:

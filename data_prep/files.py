@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -99,6 +101,23 @@ def write_text(path: Path, text: str) -> None:
         return
     with written_whole(path) as partial:
         partial.write_text(text)
+
+
+def check_writable(path: str | Path, flag: str) -> None:
+    """Raises ValueError if the file named by `flag` cannot be written: better before the work than after it."""
+    if Path(path).is_dir():
+        raise ValueError(f"{flag} {path} is a folder: give the name of a file")
+    try:
+        if written_in_place(Path(path)) and Path(path).exists():
+            if not os.access(path, os.W_OK):
+                raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        folder = Path(os.path.realpath(path)).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{flag} {path} cannot be written ({error.strerror}): choose another place") from None
 
 
 def publish(*paths: Path) -> None:

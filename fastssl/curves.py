@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from fastssl.data_prep.files import written_whole
 
 PANELS = (("loss",), ("contrast", "align", "uniform"), ("knn",), ("top1", "top5"), ("lr",), ("feature_std",))
 MOST_COLUMNS = 3
@@ -32,6 +33,5 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         axis.legend(frameon=False)
     for unused in axes[len(panels) :]:
         unused.set_visible(False)
-    partial = picture.with_name(picture.name + ".partial")
-    figure.savefig(partial, dpi=110, format="png")
-    os.replace(partial, picture)
+    with written_whole(picture) as partial:
+        figure.savefig(partial, dpi=110, format="png")

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastssl.data_prep.files import write_text
-from fastssl.eval.session import check_writable
+from fastssl.data_prep.files import check_writable, write_text
 
 
 def test_a_failed_write_leaves_the_old_text(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastssl.bench.timing import peak_extra_bytes
+from fastssl.bench.loss import peak_extra_bytes
 from fastssl.losses import LossConfig, check_loss_inputs, choose_kernel, moco_loss
 
 ALL_ON = {"contrast_weight": 0.7, "align_weight": 1.3, "uniform_weight": 0.9}

@@ -76,12 +76,12 @@ def make_contestants(
         part = part_policy(batch, policy, size)
         contestants[OUR_PART] = partial(make_views, batch, part, size, 0, 0, dtype)
         peers[TRITON_AUGMENT] = partial(make_triton_augment, batch, part, size, dtype)
-    for name in (name for name in peers if name not in missing):
+    for name in [name for name in peers if name not in missing]:
         try:
-            contestants[name] = peers[name]()
-            contestants[name]()
+            peer = peers[name]()
+            peer()
+            contestants[name] = peer
         except Exception as error:  # other libraries may raise anything, and the rest is still to be measured
-            contestants.pop(name, None)
             missing[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return contestants, missing
 

@@ -47,9 +47,8 @@ def make_kornia(batch: ImageBatch, policy: Policy, size: int, dtype: torch.dtype
     colours = [K.ColorJitter(*jitter, p=policy.jitter_p), K.RandomGrayscale(p=policy.grey_p)]
     if policy.grey_first:
         colours.reverse()
-    blurs = (
-        [K.RandomGaussianBlur((blur_side(size),) * 2, policy.blur_sigma, p=policy.blur_p)] if policy.blur_p > 0 else []
-    )
+    blur = K.RandomGaussianBlur((blur_side(size), blur_side(size)), policy.blur_sigma, p=policy.blur_p)
+    blurs = [blur] if policy.blur_p > 0 else []
     chain = torch.nn.Sequential(
         K.RandomResizedCrop((size, size), scale=policy.crop_scale),
         *colours,

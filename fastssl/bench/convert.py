@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastssl.arguments import positive
 from fastssl.bench.results import write_result
-from fastssl.bench.timing import in_turn, summarise
+from fastssl.bench.timing import read_in_turn, summarise, wall_clock
 from fastssl.data_prep.find import find_images
 from fastssl.data_prep.prepare import Store, encode_jpeg, shrink
 from fastssl.data_prep.sources import Selection
@@ -75,16 +75,13 @@ def main(argv: list[str]) -> None:
             "originals": lambda: beton(Store(originals=True)),
         }
         settings = {"images": count, "workers": args.workers}
-        measured: dict[str, list[float]] = {name: [] for name in stages}
-        for convert in stages.values():
-            convert()  # the first time is longer
-        for turn, name in enumerate(in_turn(stages, args.rounds), 1):
-            start = time.perf_counter()
-            stages[name]()
-            measured[name].append(time.perf_counter() - start)
-            if turn % len(stages) == 0 and args.output:
-                write_result(args.output, as_result(measured, settings))
-    for line in as_result(measured, settings)["lines"]:
+
+        def keep(seconds: dict[str, list[float]]) -> None:
+            if args.output:
+                write_result(args.output, as_result(seconds, settings))
+
+        seconds = read_in_turn({name: wall_clock(convert) for name, convert in stages.items()}, args.rounds, keep)
+    for line in as_result(seconds, settings)["lines"]:
         spread = f"({line['low']:.0f} to {line['high']:.0f})"
         print(f"{line['what']:32} {line['images_per_s']:8.0f} images/s {spread}  {line['share_of_alone']:6.2f} x alone")
 

@@ -66,14 +66,16 @@ def start_raw_decoding(options: Options) -> Callable[[], Epoch]:
     from fastssl.loaders.encoded import open_encoded
 
     encoded = open_encoded(options.folder)
-    files = [data for i in range(len(encoded.label)) if _sides(turbo, data := encoded.read(i))]
+    handle = ctypes.c_void_p(turbo.tjInitDecompress())
+    files = [data for i in range(len(encoded.label)) if _sides(turbo, handle, data := encoded.read(i))]
+    turbo.tjDestroy(handle)
     if len(files) < 0.99 * len(encoded.label):
         raise ValueError(f"only {len(files)} of the {len(encoded.label)} files are JPEGs that it turns into RGB")
 
     def decode(part: list[bytes]) -> int:
         handle, pixels = ctypes.c_void_p(turbo.tjInitDecompress()), ctypes.create_string_buffer(1 << 20)
         for data in part:
-            width, height = _sides(turbo, data, handle)
+            width, height = _sides(turbo, handle, data)
             if (need := width * height * 3) > len(pixels):
                 pixels = ctypes.create_string_buffer(need)
             turbo.tjDecompress2(handle, data, ctypes.c_ulong(len(data)), pixels, width, 0, height, _TJPF_RGB, 0)
@@ -88,13 +90,10 @@ def start_raw_decoding(options: Options) -> Callable[[], Epoch]:
     return start
 
 
-def _sides(turbo: ctypes.CDLL, data: bytes, handle: ctypes.c_void_p | None = None) -> tuple[int, int] | None:
+def _sides(turbo: ctypes.CDLL, handle: ctypes.c_void_p, data: bytes) -> tuple[int, int] | None:
     """The width and height of a JPEG, from its header; None if libjpeg-turbo cannot turn it into RGB."""
-    own = handle or ctypes.c_void_p(turbo.tjInitDecompress())
     width, height, _, colours = facts = [ctypes.c_int() for _ in range(4)]
-    refused = turbo.tjDecompressHeader3(own, data, ctypes.c_ulong(len(data)), *map(ctypes.byref, facts))
-    if handle is None:
-        turbo.tjDestroy(own)
+    refused = turbo.tjDecompressHeader3(handle, data, ctypes.c_ulong(len(data)), *map(ctypes.byref, facts))
     return None if refused or colours.value not in _TO_RGB else (width.value, height.value)
 
 

@@ -12,7 +12,7 @@ from contextlib import closing
 import torch
 
 from fastssl.batch import ImageBatch
-from fastssl.bench.timing import in_turn
+from fastssl.bench.timing import read_in_turn
 from fastssl.build import (
     Trainee,
     check_parts,
@@ -107,13 +107,5 @@ def time_steps(batches: Iterable, step: Step, steps: int, warm_up: int | None = 
 def time_loops(
     loops: dict[str, Loop], steps: int, rounds: int, keep: Callable[[dict[str, list[float]]], None] = lambda _: None
 ) -> dict[str, list[float]]:
-    """Runs every loop once per round; each round starts with another one. Returns each round's seconds per step.
-
-    keep: called after each round with the seconds so far.
-    """
-    seconds = {name: [] for name in loops}
-    for name in in_turn(loops, rounds):
-        seconds[name].append(loops[name](steps) / steps)
-        if len({len(measured) for measured in seconds.values()}) == 1:
-            keep(seconds)
-    return seconds
+    """As `read_in_turn`, the seconds per step of loops."""
+    return read_in_turn({name: lambda loop=loop: loop(steps) / steps for name, loop in loops.items()}, rounds, keep)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastssl.arguments import positive
 from fastssl.bench.results import write_result
-from fastssl.bench.timing import Function, open_device, peak_extra_bytes, time_in_turn
+from fastssl.bench.timing import Function, open_device, time_in_turn
 from fastssl.environment import environment
 from fastssl.kernels.reference import align_reference, contrast_reference, uniform_reference
 from fastssl.losses import LossConfig, choose_kernel, moco_loss
@@ -41,6 +41,28 @@ def published_loss(q: Tensor, k: Tensor, queue: Tensor, config: LossConfig) -> T
     if config.uniform_weight:
         total += config.uniform_weight * uniform_reference(q, queue, config.uniform_t, config.intra_batch)
     return total
+
+
+def peak_extra_bytes(function: Function, device: torch.device) -> int:
+    """The peak memory of tensors during one call, beyond what they held before it."""
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
+        function()
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held, peak = 0, 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
 def our_loss(q: Tensor, k: Tensor, queue: Tensor, config: LossConfig) -> Tensor:

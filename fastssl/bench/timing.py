@@ -47,8 +47,8 @@ def open_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name}: there is no such device: use cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {name}: use cpu, cuda or cuda:N")
     if device.type == "cuda":
         if not torch.cuda.is_available():
@@ -106,11 +106,23 @@ def in_turn(names: Iterable[str], rounds: int) -> Iterator[str]:
 
 def time_in_turn(functions: dict[str, Function], device: torch.device, rounds: int) -> dict[str, Timing]:
     """Times every function once per round; each round starts with another one."""
-    clocks = {name: _gpu_clock(f) if device.type == "cuda" else _cpu_clock(f) for name, f in functions.items()}
+    clocks = {name: _gpu_clock(f) if device.type == "cuda" else wall_clock(f) for name, f in functions.items()}
+    return {name: summarise(measured) for name, measured in read_in_turn(clocks, rounds).items()}
+
+
+def read_in_turn(
+    clocks: dict[str, Callable[[], float]], rounds: int, keep: Callable[[dict[str, list[float]]], None] = lambda _: None
+) -> dict[str, list[float]]:
+    """Reads every clock once per round; each round starts with another one. Returns the seconds of all rounds.
+
+    keep: called after each round with the seconds so far.
+    """
     seconds = {name: [] for name in clocks}
     for name in in_turn(clocks, rounds):
         seconds[name].append(clocks[name]())
-    return {name: summarise(measured) for name, measured in seconds.items()}
+        if len({len(measured) for measured in seconds.values()}) == 1:
+            keep(seconds)
+    return seconds
 
 
 def time_calls(functions: dict[str, Function], device: torch.device, rounds: int) -> dict[str, Timing]:
@@ -127,28 +139,6 @@ def time_calls(functions: dict[str, Function], device: torch.device, rounds: int
     return time_in_turn({name: finished(f) for name, f in functions.items()}, torch.device("cpu"), rounds)
 
 
-def peak_extra_bytes(function: Function, device: torch.device) -> int:
-    """The peak memory of tensors during one call, beyond what they held before it."""
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        function()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profile:
-        function()
-    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held, peak = 0, 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 def summarise(seconds: list[float]) -> Timing:
     """The median and the tenth and ninetieth percentiles."""
     low, median, high = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.1, 0.5, 0.9]).double())
@@ -160,7 +150,9 @@ def times_faster(seconds: dict[str, list[float]], name: str, beside: str) -> Tim
     return summarise([theirs / ours for theirs, ours in zip(seconds[beside], seconds[name])])
 
 
-def _cpu_clock(function: Function) -> Callable[[], float]:
+def wall_clock(function: Function) -> Callable[[], float]:
+    """Calls the function once, and returns a clock: the seconds of another call."""
+
     def read() -> float:
         start = time.perf_counter()
         function()

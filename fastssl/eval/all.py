@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastssl.arguments import numbers, positive, positive_float
 from fastssl.command import run_command
+from fastssl.data_prep.files import check_writable
 from fastssl.distributed import gather_objects
 from fastssl.eval import instdisc, knn, stats, tsne
 from fastssl.eval.all_figure import draw_page
@@ -24,7 +25,7 @@ from fastssl.eval.linear_sweep import CACHED, run_sweep
 from fastssl.eval.memory import Rows
 from fastssl.eval.options import finish_options, launch, make_parser
 from fastssl.eval.search import knn_over_ranks
-from fastssl.eval.session import Session, check_writable, run_session
+from fastssl.eval.session import Session, run_session
 from fastssl.eval.tsne_figures import save_figure
 from fastssl.eval.view_set import check_per_class, collect_views, first_rows, open_view_set
 from fastssl.eval.vote import REP_SPACES, odd_ks, to_rep_space

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastssl.batch import ImageBatch
+from fastssl.data_prep.files import check_writable
 from fastssl.distributed import Ranks, gather_objects
 from fastssl.eval.classifier import Classifier, Keeper, count_hits, predict, read_classifier, validate
 from fastssl.eval.features import View, share_buffers
 from fastssl.eval.images import Images
-from fastssl.eval.session import Session, check_writable
+from fastssl.eval.session import Session
 from fastssl.loaders.order import epoch_order
 from fastssl.random_key import STREAM_STEP, derive_seed
 from fastssl.schedules import learning_rate

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fastssl import checkpoint, distributed
-from fastssl.data_prep.files import write_text, written_in_place
+from fastssl.data_prep.files import check_writable, write_text
 from fastssl.distributed import Ranks, broadcast_object, gather_objects
 from fastssl.environment import environment
 from fastssl.eval.images import Images
@@ -132,20 +129,3 @@ def finite_or_null(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return [finite_or_null(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def check_writable(path: str | Path, flag: str) -> None:
-    """Raises ValueError if the file named by `flag` cannot be written: better before an evaluation than after it."""
-    if Path(path).is_dir():
-        raise ValueError(f"{flag} {path} is a folder: give the name of a file")
-    try:
-        if written_in_place(Path(path)) and Path(path).exists():
-            if not os.access(path, os.W_OK):
-                raise OSError(errno.EACCES, os.strerror(errno.EACCES))
-            return
-        folder = Path(os.path.realpath(path)).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"{flag} {path} cannot be written ({error.strerror}): choose another place") from None

@@ -17,9 +17,9 @@ from sklearn.manifold import TSNE
 
 from fastssl.arguments import positive, positive_float
 from fastssl.command import run_command
-from fastssl.data_prep.files import written_whole
+from fastssl.data_prep.files import check_writable, written_whole
 from fastssl.eval.options import finish_options, launch, make_parser
-from fastssl.eval.session import Session, check_writable, run_session
+from fastssl.eval.session import Session, run_session
 from fastssl.eval.tsne_figures import draw_class, draw_space, save_figure
 from fastssl.eval.view_set import collect_views, first_rows, open_view_set, samples_per_class
 
