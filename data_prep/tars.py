@@ -12,6 +12,8 @@ import numpy as np
 from fastssl.data_prep.find import ImageFolder, is_image_name, label_by_folder, walk_images
 from fastssl.data_prep.manifest import name_classes, read_manifest
 
+WANTED = "give an image folder, a tar file of images, or a folder of those"
+
 
 class Member(NamedTuple):
     """Where a file is in a tar file."""
@@ -46,13 +48,13 @@ def read_tars(path: Path, tars: list[Path]) -> tuple[ImageFolder, list[Member]]:
                 images |= {(tar, name): m for name, m in members.items() if is_image_name(os.path.basename(name))}
                 texts = {name: _bytes(archive, m) for name, m in members.items() if name.endswith(".cls")}
         except (tarfile.TarError, OSError, ValueError) as error:
-            raise ValueError(f"cannot read {tar} as an uncompressed tar file: {error}") from error
+            raise ValueError(f"{tar} is no whole, uncompressed tar file ({error}): {WANTED}") from error
         for name, text in texts.items():
             if (tar, _key(name)) in classes:
                 raise ValueError(f"{tar}/{name}: another sample has the same name up to the first dot, rename one")
             classes[tar, _key(name)] = class_number(text, f"{tar}/{name}")
     if not images:
-        raise ValueError(f"{path} holds no images: give an image folder, a tar file of images, or a folder of those")
+        raise ValueError(f"{path} holds no images: {WANTED}")
     return _samples(path, images, classes) if classes else _packed_folder(path, images)
 
 

@@ -170,7 +170,7 @@ def _gpu_clock(function: Function) -> Callable[[], float]:
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, such as DALI's, may allocate
         function()
 
     def read(replays: int) -> float:
