@@ -72,14 +72,14 @@ def shared_entries(sizes: Sizes, data: str, beton: str, seconds: dict[str, float
 
 def cpu_entries(sizes: Sizes, data: str, beton: str) -> list[Entry]:
     """The stages of the CPU suite; the shares sum to 450 seconds."""
-    bank, queries = str(80 * sizes.photos), str(16 * sizes.photos)
+    bank, queries = str(80 * sizes.photos), str(8 * sizes.photos)
     evaluation = ["--rounds", str(sizes.rounds), "--bank", bank, "--queries", queries, "--epochs", "1"]
     files, flags = ["--beton", beton], step_flags(sizes)
     loops = [
         Entry("peers", "peers", [data, *files, *flags], 90),
         Entry("all", "all", ["--data", data, *files, *flags, "--loader", "folder", "beton", "resident"], 90),
-        Entry("step", "step", ["--arch", *sizes.archs, *flags], 110),
-        Entry("eval", "eval", evaluation, 40),
+        Entry("step", "step", ["--arch", *sizes.archs, *flags], 125),
+        Entry("eval", "eval", evaluation, 25),
     ]
     return [*loops, *shared_entries(sizes, data, beton, {"loss": 40, "augment": 25, "loader": 55})]
 
