@@ -189,6 +189,17 @@ def test_the_prediction_is_what_the_images_take(folder):
     assert 1 << 20 < free < 1 << 50
 
 
+def test_a_jpeg_whose_header_only_pillow_refuses_is_an_unreadable_image(tmp_path):
+    for i in range(6):
+        Image.fromarray(render_photo(20, 30, seed=i)).save(tmp_path / f"{i}.jpg")
+    whole = (tmp_path / "3.jpg").read_bytes()
+    table = whole.index(b"\xff\xdb") + 4  # a quantization table's precision and number
+    (tmp_path / "3.jpg").write_bytes(whole[:table] + b"\x14" + whole[table + 1 :])
+    resident, folder = open_loader(tmp_path), open_loader(tmp_path, "folder")
+    assert contents(take(resident.batches(), 3)) == contents(take(folder.batches(), 3))
+    assert resident.bad_images == folder.bad_images and "3.jpg" in folder.bad_images[0]
+
+
 def test_memory_that_the_process_may_not_have_is_not_free():
     """As `ulimit -v` sets it."""
     limits, room = resource.getrlimit(resource.RLIMIT_AS), 100_000_000
