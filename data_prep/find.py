@@ -12,7 +12,7 @@ import numpy as np
 from fastssl.plural import counted
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-_SPLITS = ("train", "val", "valid", "validation", "test", "dev", "eval")
+SPLITS = ("train", "val", "valid", "validation", "test", "dev", "eval")
 
 
 class ImageFolder(NamedTuple):
@@ -74,7 +74,7 @@ def has_train_split(root: str) -> bool:
         return False
     if not _holds_images(os.path.join(root, "train")):
         return True
-    others = [os.path.join(root, name) for name in os.listdir(root) if name not in _SPLITS]
+    others = [os.path.join(root, name) for name in os.listdir(root) if name not in SPLITS]
     return not any(os.path.isdir(path) and _holds_images(path) for path in others)
 
 

@@ -6,9 +6,7 @@ import os
 from pathlib import Path
 
 from fastssl.data_prep.class_list import read_classes
-from fastssl.data_prep.find import has_train_split
-
-_SPLITS = ("train", "val", "valid", "validation", "test")
+from fastssl.data_prep.find import SPLITS, has_train_split
 
 
 def make_subset(data: str | os.PathLike, out: str | os.PathLike, classes: str, force: bool = False) -> dict[str, int]:
@@ -21,7 +19,7 @@ def make_subset(data: str | os.PathLike, out: str | os.PathLike, classes: str, f
     data, out = Path(data).absolute(), Path(out)
     if not data.is_dir():
         raise ValueError(f"{data} is not a folder: give one with train/<class>/ or <class>/ folders")
-    splits = [name for name in _SPLITS if (data / name).is_dir()] if has_train_split(str(data)) else [""]
+    splits = [name for name in SPLITS if (data / name).is_dir()] if has_train_split(str(data)) else [""]
     wanted = {split: read_classes(classes, _folders(data / split), str(data / split)) for split in splits}
     if out.absolute() == data or data in out.absolute().parents:
         raise ValueError(f"{out} is inside {data}, and would become part of that data set: choose another folder")
@@ -55,4 +53,4 @@ def _old_links(out: Path, force: bool) -> list[Path]:
 
 
 def _is_split(entry: Path) -> bool:
-    return entry.name in _SPLITS and entry.is_dir() and not entry.is_symlink()
+    return entry.name in SPLITS and entry.is_dir() and not entry.is_symlink()

@@ -7,7 +7,7 @@ from prep_images import jpeg, write_photos
 
 from fastssl.cli import main
 from fastssl.data_prep.class_list import IMAGENET100, read_classes
-from fastssl.data_prep.find import find_images
+from fastssl.data_prep.find import SPLITS, find_images
 from fastssl.data_prep.subset import make_subset
 
 IDS = ["n01440764", "n01443537", "n02869837"]
@@ -39,6 +39,13 @@ def test_links_in_every_split(imagenet, tmp_path, capsys):
         assert (out / split / IDS[0]).readlink() == imagenet / split / IDS[0]
     assert find_images(out).paths == [f"{IDS[0]}/0.jpg", f"{IDS[2]}/0.jpg"]
     assert make_subset(imagenet / "train", tmp_path / "flat", IDS[1]) == {"": 1}
+
+
+def test_every_name_of_a_split_is_linked(tmp_path):
+    for split in SPLITS:
+        write_photos(tmp_path / "data" / split, {"apple": [(8, 8)], "pear": [(8, 8)]})
+    assert make_subset(tmp_path / "data", tmp_path / "out", "pear") == dict.fromkeys(SPLITS, 1)
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(SPLITS)
 
 
 def test_a_class_may_be_called_train(tmp_path):
