@@ -13,7 +13,7 @@ def make_subset(data: str | os.PathLike, out: str | os.PathLike, classes: str, f
     """Links the class folders of `data` into `out`; returns the number of classes of each split.
 
     `data` has train/<class>/ (and val/<class>/ ...), or <class>/ folders (of split ""). classes: see `read_classes`.
-    force: removes the links of an earlier subset from `out`, and never anything else.
+    force: removes the links of an earlier subset, and its split folders, from `out`, and never anything else.
     Raises ValueError, before anything is changed, for a wrong class list or an `out` that cannot be used.
     """
     data, out = Path(data).absolute(), Path(out)
@@ -23,8 +23,11 @@ def make_subset(data: str | os.PathLike, out: str | os.PathLike, classes: str, f
     wanted = {split: read_classes(classes, _folders(data / split), str(data / split)) for split in splits}
     if out.absolute() == data or data in out.absolute().parents:
         raise ValueError(f"{out} is inside {data}, and would become part of that data set: choose another folder")
-    for link in _old_links(out, force):
+    old_links = _old_links(out, force)
+    for link in old_links:
         link.unlink()
+    for folder in {link.parent for link in old_links} - {out}:  # an empty train/ would hide all other classes
+        folder.rmdir()
     for split, names in wanted.items():
         (out / split).mkdir(parents=True, exist_ok=True)
         for name in names:

@@ -54,6 +54,13 @@ def test_a_class_may_be_called_train(tmp_path):
     assert find_images(tmp_path / "out").class_names == ["apple", "train"]
 
 
+def test_force_replaces_a_subset_of_splits_by_one_without(imagenet, tmp_path):
+    make_subset(imagenet, tmp_path / "out", IDS[0])
+    make_subset(imagenet / "train", tmp_path / "out", IDS[1], force=True)
+    assert os.listdir(tmp_path / "out") == [IDS[1]]
+    assert find_images(tmp_path / "out").class_names == [IDS[1]]
+
+
 def test_force_replaces_links_and_nothing_else(imagenet, tmp_path):
     out = tmp_path / "out"
     make_subset(imagenet, out, IDS[0])
