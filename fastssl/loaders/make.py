@@ -77,14 +77,20 @@ def make_loader(
     order = Order(shuffle, block_size).check()
     shared = dict(batch_size=batch_size, seed=seed, device=device, rank=rank, world_size=world_size, order=order)
     files = dict(workers=workers, on_bad_image=on_bad_image, class_names=class_names)
-    if name == "synthetic":
-        loader = SyntheticLoader(num_images=synthetic_images, size=synthetic_size, **shared)
-    elif name == "resident":
-        loader = _find_class(name)(data, cache=beton_cache, shard=resident_shard, **files, **shared)
-        reason = f"{reason}; holds {loader.held}"
-    else:
-        cache = {"cache": beton_cache} if name == "beton" else {}
-        loader = _find_class(name)(data, read_ahead=read_ahead, **cache, **files, **shared)
+    try:
+        if name == "synthetic":
+            loader = SyntheticLoader(num_images=synthetic_images, size=synthetic_size, **shared)
+        elif name == "resident":
+            loader = _find_class(name)(data, cache=beton_cache, shard=resident_shard, **files, **shared)
+            reason = f"{reason}; holds {loader.held}"
+        else:
+            cache = {"cache": beton_cache} if name == "beton" else {}
+            loader = _find_class(name)(data, read_ahead=read_ahead, **cache, **files, **shared)
+    except ImportError as error:
+        raise ValueError(
+            f"the loader {name!r} needs a library that is missing ({error}): run 'fastssl doctor' for the command that "
+            "installs it"
+        ) from error
     if name == "folder" and file_decode.decode_stored_images is None:
         reason += "; slower without libturbojpeg: 'fastssl doctor' says how to install it"
     loader.name, loader.reason = name, reason
@@ -102,24 +108,18 @@ def _check_options(on_bad_image: str, workers: int | None, read_ahead: int | Non
 
 def _find_class(name: str) -> type[Loader]:
     """The class of a file loader, imported only when needed, because its libraries may be missing."""
-    try:
-        if name == "beton":
-            from fastssl.loaders.beton_loader import BetonLoader
+    if name == "beton":
+        from fastssl.loaders.beton_loader import BetonLoader
 
-            return BetonLoader
-        if name == "dali":
-            from fastssl.loaders.dali_loader import DaliLoader
+        return BetonLoader
+    if name == "dali":
+        from fastssl.loaders.dali_loader import DaliLoader
 
-            return DaliLoader
-        if name == "resident":
-            from fastssl.loaders.resident_loader import ResidentLoader
+        return DaliLoader
+    if name == "resident":
+        from fastssl.loaders.resident_loader import ResidentLoader
 
-            return ResidentLoader
-    except ImportError as error:
-        raise ValueError(
-            f"the loader {name!r} needs a library that is missing ({error}): run 'fastssl doctor' for the command that "
-            "installs it"
-        ) from error
+        return ResidentLoader
     return FolderLoader
 
 
