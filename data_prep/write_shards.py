@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import tarfile
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def write_shards(
     return tally
 
 
-def _write(folder: Path, images, most_bytes: int) -> list[dict[str, object]]:
+def _write(folder: Path, images: Iterator[tuple[Prepared, int]], most_bytes: int) -> list[dict[str, object]]:
     """Writes the shards; returns their entries for the manifest."""
     entries, shard = [], None
     with closing(images):
