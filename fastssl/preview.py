@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     if not output.parent.is_dir():
         raise ValueError(f"--output {output}: the folder {output.parent} does not exist; create it first")
     few = replace(config, batch_size=1, accumulate=1, bn_splits=1)  # a picture can be drawn of a single image too
-    with closing(make_config_loader(few, config.input.loader, Ranks(0, 1, 1, torch.device("cpu")))) as loader:
+    with closing(make_config_loader(few, config.input.loader, Ranks(0, 1, torch.device("cpu")))) as loader:
         batch = read_pictures(loader, COUNT, config.data)
         save_preview(batch, open_policy(config), config.augment.image_size, config.train.seed, 0, output)
     print(f"{output}: {counted(batch.size, 'image')} with their views, policy {config.augment.policy}")

@@ -124,7 +124,7 @@ def go_on(tmp_path):
     def resume(then, now, step=6, images=24):
         basic = {"arch": "resnet18", "queue_size": 8, "dim": 8, "batch_size": 8, "device": "cpu", "channels_last": "on"}
         old, new = (replace(Config(), **(basic | options)) for options in (then, now))
-        ranks = Ranks(0, 1, 1, torch.device("cpu"))
+        ranks = Ranks(0, 1, torch.device("cpu"))
         path = tmp_path / "run" / "checkpoints" / checkpoint.name(step)
         checkpoint.save(state_of(make_trainee(old, ranks), step, old, 24, 1), path)
         if new.train.resume != "auto":

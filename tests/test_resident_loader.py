@@ -137,7 +137,7 @@ def test_one_rank_that_shards_holds_everything(folder):
 
 def open_for_training(data, **changes):
     config = replace(Config(), data=str(data), batch_size=4, device="cpu", **changes)
-    return build.open_loader(config, Ranks(0, 1, 1, torch.device("cpu")))
+    return build.open_loader(config, Ranks(0, 1, torch.device("cpu")))
 
 
 def test_training_holds_what_is_small_unless_told_how_to_read(data, monkeypatch):

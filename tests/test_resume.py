@@ -159,7 +159,7 @@ def test_a_finished_run_resumes_to_nothing_and_an_old_folder_is_not_overwritten(
 def small(tmp_path):
     """`small(saved_by, **changed)`: what is told when a tiny run of so many processes goes on, options changed."""
     config = replace(Config(), arch="resnet18", queue_size=8, dim=8, batch_size=8, device="cpu", channels_last="on")
-    ranks = Ranks(0, 1, 1, torch.device("cpu"))
+    ranks = Ranks(0, 1, torch.device("cpu"))
     trainee = make_trainee(config, ranks)
 
     def go_on(saved_by=1, **changed):
