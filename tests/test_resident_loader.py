@@ -168,7 +168,7 @@ def test_small_is_a_part_of_the_memory_that_is_free_for_each_rank(data, monkeypa
 def test_too_many_bytes_are_refused_before_anything_is_decoded(data, monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda _: 60_000)
     monkeypatch.setattr(folder_loader.FolderLoader, "eval_batches", None)
-    message = r"do not fit into memory \(0\.00 GB of 0\.0 GB free on cpu\): use smaller images"
+    message = r"do not fit into memory \(0\.00 GB of 0\.0 GB free on cpu\): use smaller images .*, or --loader auto"
     with pytest.raises(ValueError, match=message):
         open_loader(data)
     with pytest.raises(ValueError, match="use --resident-shard, smaller images"):

@@ -74,7 +74,7 @@ def check_room(needed: int, device: torch.device, data: str, can_shard: bool) ->
         shard = "--resident-shard, " if can_shard else ""
         raise ValueError(
             f"the decoded images of {data} do not fit into memory ({numbers}): use {shard}smaller images (fastssl prep "
-            "beton --short-side), or --loader beton"
+            "beton --short-side), or --loader auto"
         )
     return numbers
 
