@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 
@@ -74,11 +74,11 @@ def convert(source: Source, store: Store, workers: int) -> Iterator[tuple[Place,
     pool = WorkPool(partial(prepare_place, store=store), workers)
     with closing(pool), ThreadPoolExecutor(workers, thread_name_prefix="fastssl-read") as readers:
 
-        def begin(places: list[Place]) -> Iterator[tuple]:
+        def begin(places: list[Place]) -> tuple[list[Place], Future | None]:
             read = readers.submit(lambda: [pass_place(place) for place in places]) if store.passes else None
             return places, read
 
-        def decode(places: list[Place], read) -> tuple[list[Place], list[Outcome | None], Ticket]:
+        def decode(places: list[Place], read: Future | None) -> tuple[list[Place], list[Outcome | None], Ticket]:
             passed = read.result() if read else [None] * len(places)
             return places, passed, pool.submit([place for place, outcome in zip(places, passed) if outcome is None])
 

@@ -12,7 +12,7 @@ import numpy as np
 from fastssl.plural import counted
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-_SPLITS = ("train", "val", "valid", "validation", "test", "dev", "eval")
+SPLITS = ("train", "val", "valid", "validation", "test", "dev", "eval")
 
 
 class ImageFolder(NamedTuple):
@@ -60,12 +60,28 @@ def label_by_folder(base: str, paths: list[str], class_names: Sequence[str] | No
     tops = [path.split("/", 1)[0] if "/" in path else None for path in paths]
     if None in tops:
         return ImageFolder(base, paths, np.full(len(paths), -1, dtype=np.int64), [])
-    names = list(class_names) if class_names else sorted(set(tops))
+    names = sorted(set(tops))
     number = {name: i for i, name in enumerate(names)}
-    if unknown := sorted(set(tops) - set(names)):
-        known = counted(len(names), "class", "classes")
-        raise ValueError(f"{base} has a class {unknown[0]!r} that is not among the {known} of the other split")
-    return ImageFolder(base, paths, np.array([number[top] for top in tops], dtype=np.int64), names)
+    labels = np.array([number[top] for top in tops], dtype=np.int64)
+    return ImageFolder(base, paths, *number_labels(base, labels, names, class_names))
+
+
+def number_labels(
+    data: str, label: np.ndarray, names: list[str], class_names: Sequence[str] | None
+) -> tuple[np.ndarray, list[str]]:
+    """Labels (n,) of the classes `names` renumbered by the list `class_names` of another split, and that list.
+
+    Without `class_names` they stay as they are. Raises ValueError, with the name `data`, for a class not on the list.
+    """
+    label = np.maximum(label, -1)  # every negative label means: no class
+    if not class_names or not names:
+        return label, names
+    number = {name: i for i, name in enumerate(class_names)}
+    if unknown := [name for name in names if name not in number]:
+        known = counted(len(number), "class", "classes")
+        raise ValueError(f"{data} has a class {unknown[0]!r} that is not among the {known} of the other split")
+    renumber = np.array([number[name] for name in names], np.int64)
+    return np.where(label < 0, -1, renumber[label]), list(class_names)
 
 
 def has_train_split(root: str) -> bool:
@@ -74,7 +90,7 @@ def has_train_split(root: str) -> bool:
         return False
     if not _holds_images(os.path.join(root, "train")):
         return True
-    others = [os.path.join(root, name) for name in os.listdir(root) if name not in _SPLITS]
+    others = [os.path.join(root, name) for name in os.listdir(root) if name not in SPLITS]
     return not any(os.path.isdir(path) and _holds_images(path) for path in others)
 
 

@@ -6,27 +6,28 @@ import os
 from pathlib import Path
 
 from fastssl.data_prep.class_list import read_classes
-from fastssl.data_prep.find import has_train_split
-
-_SPLITS = ("train", "val", "valid", "validation", "test")
+from fastssl.data_prep.find import SPLITS, has_train_split
 
 
 def make_subset(data: str | os.PathLike, out: str | os.PathLike, classes: str, force: bool = False) -> dict[str, int]:
     """Links the class folders of `data` into `out`; returns the number of classes of each split.
 
     `data` has train/<class>/ (and val/<class>/ ...), or <class>/ folders (of split ""). classes: see `read_classes`.
-    force: removes the links of an earlier subset from `out`, and never anything else.
+    force: removes the links of an earlier subset, and its split folders, from `out`, and never anything else.
     Raises ValueError, before anything is changed, for a wrong class list or an `out` that cannot be used.
     """
     data, out = Path(data).absolute(), Path(out)
     if not data.is_dir():
         raise ValueError(f"{data} is not a folder: give one with train/<class>/ or <class>/ folders")
-    splits = [name for name in _SPLITS if (data / name).is_dir()] if has_train_split(str(data)) else [""]
+    splits = [name for name in SPLITS if (data / name).is_dir()] if has_train_split(str(data)) else [""]
     wanted = {split: read_classes(classes, _folders(data / split), str(data / split)) for split in splits}
     if out.absolute() == data or data in out.absolute().parents:
         raise ValueError(f"{out} is inside {data}, and would become part of that data set: choose another folder")
-    for link in _old_links(out, force):
+    old_links = _old_links(out, force)
+    for link in old_links:
         link.unlink()
+    for folder in {link.parent for link in old_links} - {out}:  # an empty train/ would hide all other classes
+        folder.rmdir()
     for split, names in wanted.items():
         (out / split).mkdir(parents=True, exist_ok=True)
         for name in names:
@@ -55,4 +56,4 @@ def _old_links(out: Path, force: bool) -> list[Path]:
 
 
 def _is_split(entry: Path) -> bool:
-    return entry.name in _SPLITS and entry.is_dir() and not entry.is_symlink()
+    return entry.name in SPLITS and entry.is_dir() and not entry.is_symlink()

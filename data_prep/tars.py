@@ -12,6 +12,7 @@ import numpy as np
 from fastssl.data_prep.find import ImageFolder, is_image_name, label_by_folder, walk_images
 from fastssl.data_prep.manifest import name_classes, read_manifest
 
+_MOST_LINKS = 40  # that lead to one another, as in Linux; a circle ends at one of its links, an empty file
 WANTED = "give an image folder, a tar file of images, or a folder of those"
 
 
@@ -92,7 +93,7 @@ def _packed_folder(path: Path, images: Members) -> tuple[ImageFolder, list[Membe
 
 
 def _members(archive: tarfile.TarFile) -> dict[str, Member]:
-    """The files that are not hidden, in the order of the archive; a link is where its target is.
+    """The files that are not hidden, in the order of the archive; a link is where the file that it leads to is.
 
     A link to something outside the archive counts as an empty file, so that it is reported.
     """
@@ -107,8 +108,14 @@ def _members(archive: tarfile.TarFile) -> dict[str, Member]:
             links[name] = os.path.normpath(member.linkname)
         elif member.issym():
             links[name] = os.path.normpath(os.path.join(os.path.dirname(name), member.linkname))
+
+    def end_of(link: str) -> str:
+        for _ in range(_MOST_LINKS):
+            link = links.get(link, link)
+        return link
+
     nothing = Member(archive.name, 0, 0)
-    return members | {name: members.get(target, nothing) for name, target in links.items()}
+    return members | {name: members.get(end_of(name), nothing) for name in links}
 
 
 def _bytes(archive: tarfile.TarFile, member: Member) -> bytes:

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import tarfile
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -29,10 +30,12 @@ class Shard:
         self._index: list[str] = []
         self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (closed in `close`)
 
-    @property
-    def bytes(self) -> int:
-        """The size of the tar file so far."""
-        return self._tar.offset
+    def size_with(self, image: Prepared) -> int:
+        """The size of the finished tar file if this image is the last one added."""
+        # blocks of the image, of two headers, of its class and of a PPM's first line, and two at the end of the file
+        blocks = math.ceil(len(image.data) / tarfile.BLOCKSIZE) + 6
+        size = self._tar.offset + blocks * tarfile.BLOCKSIZE
+        return math.ceil(size / tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
     def add(self, number: int, image: Prepared, label: int) -> None:
         """Appends sample `number`: its image, then its class."""
@@ -101,12 +104,12 @@ def write_shards(
     return tally
 
 
-def _write(folder: Path, images, most_bytes: int) -> list[dict[str, object]]:
+def _write(folder: Path, images: Iterator[tuple[Prepared, int]], most_bytes: int) -> list[dict[str, object]]:
     """Writes the shards; returns their entries for the manifest."""
     entries, shard = [], None
     with closing(images):
         for number, (image, label) in enumerate(images):
-            if shard is not None and shard.bytes + len(image.data) > most_bytes:
+            if shard is not None and shard.size_with(image) > most_bytes:
                 entries += shard.close()
                 shard = None
             shard = shard or Shard(folder / f"shard-{len(entries) // 2:06d}.tar")

@@ -52,19 +52,9 @@ class ImageBatch(NamedTuple):
         return self.pixels[start : start + height * width * 3].view(height, width, 3)
 
 
-def _allocate(num_bytes: int) -> np.ndarray:
-    return np.empty(num_bytes, dtype=np.uint8)
-
-
-def pack_images(
-    images: Sequence[np.ndarray],
-    index: Sequence[int],
-    label: Sequence[int],
-    allocate: Callable[[int], np.ndarray] = _allocate,
-) -> ImageBatch:
+def pack_images(images: Sequence[np.ndarray], index: Sequence[int], label: Sequence[int]) -> ImageBatch:
     """Packs (H, W, 3) uint8 arrays of any sizes into one CPU batch, back to back in the given order.
 
-    `allocate(n)` returns the (n,) uint8 array that becomes the batch's `pixels`.
     Raises ValueError when an array is not (H, W, 3) uint8 or is empty.
     """
     for i, image in zip(index, images):
@@ -72,7 +62,7 @@ def pack_images(
             raise ValueError(f"image {i} must be (H, W, 3) uint8 with H, W >= 1, got {image.shape} {image.dtype}")
     sizes = np.array([image.size for image in images], dtype=np.int64)
     offset = np.concatenate([[0], np.cumsum(sizes)])
-    pixels = allocate(int(offset[-1]))
+    pixels = np.empty(offset[-1], dtype=np.uint8)
     for start, image in zip(offset, images):
         pixels[start : start + image.size] = image.reshape(-1)
     return ImageBatch(

@@ -85,7 +85,7 @@ def check_parts(config: Config) -> None:
     """
     open_policy(config)
     m, size, world_size = config.model, config.augment.image_size, read_ranks()[1]
-    per_rank = encoder_batch_size(config, Ranks(0, world_size, 1, torch.device("meta")))
+    per_rank = encoder_batch_size(config, Ranks(0, world_size, torch.device("meta")))
     images = per_rank * world_size if m.sync_bn else per_rank // m.bn_splits  # normalised together by batch norm
     build = partial(make_encoder, m.arch, head=m.head, dim=m.dim, stem=m.stem)
     if not why_refused(build_without_memory(build).to("meta"), images, size, "meta"):

@@ -15,7 +15,7 @@ from fastssl.arguments import ListParser, positive
 from fastssl.augment.parity import Row, chain_rows, operation_rows
 from fastssl.augment.policy import POLICIES, make_policy
 from fastssl.augment.preview import read_pictures
-from fastssl.augment.rates import anchor_check, count_checks
+from fastssl.augment.rates import DRAWS, anchor_check, count_checks
 from fastssl.batch import ImageBatch, pack_images
 from fastssl.command import FAILED
 from fastssl.demo_images import CLASSES, draw_picture
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     good = [print_row(row) for row in operation_rows(batch, args.size)]
     good += [print_row(row) for row in chain_rows(batch, args.size, args.policy)]
     for name in args.policy:
-        print(f"\npolicy {name}, 20,000 draws")
+        print(f"\npolicy {name}, {DRAWS:,} draws")
         good += [print_check(*check) for check in count_checks(make_policy(name))]
     print()
     good.append(print_check(*anchor_check()))

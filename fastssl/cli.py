@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 
-from fastssl.command import USAGE, run_command
+from fastssl.command import USAGE, refuse_word, run_command
 
 COMMANDS = {  # in the order a newcomer needs them
     "demo": ("fastssl.demo", "draw images, pretrain an encoder on them and evaluate it; takes minutes, needs no data"),
@@ -50,10 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if argv else USAGE
     if argv[0] not in COMMANDS:
-        close = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(COMMANDS)}"
-        print(f"fastssl: error: unknown command {argv[0]!r}; {hint}", file=sys.stderr)
-        return USAGE
+        return refuse_word("command", argv[0], COMMANDS)
     module = COMMANDS[argv[0]][0]  # imported inside run_command, which handles a Ctrl-C in those seconds too
     return run_command(lambda flags: importlib.import_module(module).main(flags), argv[1:])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import faulthandler
 import io
 import os
@@ -9,7 +10,7 @@ import re
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,14 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
         (number,) = interrupt.args or (signal.SIGINT,)
         print("fastssl: interrupted" if number == signal.SIGINT else "fastssl: terminated", file=sys.stderr)
         return 128 + number
+
+
+def refuse_word(what: str, word: str, known: Collection[str]) -> int:
+    """Prints that there is no `what` called `word`, and the nearest one that is known; returns the exit code."""
+    close = difflib.get_close_matches(word, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(known)}"
+    print(f"fastssl: error: there is no {what} {word!r}: {hint}", file=sys.stderr)
+    return USAGE
 
 
 def _sentence(error: Exception) -> str:

@@ -23,9 +23,9 @@ from fastssl.build import make_trainee, open_loader
 from fastssl.command import run_command
 from fastssl.config import Config, replace
 from fastssl.data_prep.files import write_text
+from fastssl.data_prep.find import find_images
 from fastssl.demo_images import write_demo_images
 from fastssl.eval.online import make_probe
-from fastssl.loaders.make import make_loader
 from fastssl.plural import counted
 from fastssl.recipe import load_recipe
 from fastssl.train import pretrain
@@ -122,7 +122,7 @@ def draw_images(folder: Path, seed: int) -> str:
 
 def make_demo_config(options: DemoOptions, folder: Path, data: str) -> Config:
     """The settings of the run: as many epochs as see IMAGES_SEEN images, or a part of one."""
-    num_images = make_loader("folder", data, batch_size=1, seed=0, device="cpu").num_images
+    num_images = len(find_images(data).paths)
     splits = SETTINGS["bn_splits"]
     batch = min(BATCH, num_images // splits * splits)
     if batch == 0:

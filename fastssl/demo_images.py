@@ -62,7 +62,7 @@ def _clouds(rng: np.random.Generator, side: int, brightness: float) -> np.ndarra
     return np.asarray(picture, dtype=np.float32)
 
 
-def write_demo_images(folder: Path, seed: int, train: int = 3000, val: int = 500, size: int = 48) -> None:
+def write_demo_images(folder: Path, seed: int, train: int, val: int, size: int = 48) -> None:
     """Writes `train` pictures to folder/train/<class>/*.jpg and `val` to folder/val/<class>/*.jpg, balanced by class.
 
     They are a function of the seed. `folder` appears only when it is complete.

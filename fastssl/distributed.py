@@ -24,7 +24,6 @@ class Ranks(NamedTuple):
 
     rank: int
     world_size: int
-    local_world_size: int
     device: torch.device
 
 
@@ -53,7 +52,7 @@ def start(device: str = "auto", patience: timedelta | None = None) -> Ranks:
             world_size=world_size,
             timeout=patience or TIMEOUT,
         )
-    return Ranks(rank, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), target)
+    return Ranks(rank, world_size, target)
 
 
 def read_ranks() -> tuple[int, int, int]:

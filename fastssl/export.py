@@ -55,12 +55,11 @@ def export(source: str, out: str, to: str = "plain", *, arch: str | None = None,
         raise ValueError(f"{out} exists: add --force to replace it")
     if to == "moco" and out.endswith(".safetensors"):
         raise ValueError("--to moco writes more than tensors: name a .pth.tar file")
-    contents = read_weights(path)
     head = head or (to == "moco" and has_known_head(path, arch, key, stem))  # MoCo's layout keeps the head
     module, report = load_pretrained(path, arch, key=key, with_head=head, stem=stem)
     name = counterpart(report.arch, report.stem, to)
     if to == "moco":
-        checkpoint.save(_to_moco(contents, report, module, path, key, scalar_label), Path(out))
+        checkpoint.save(_to_moco(read_weights(path), report, module, path, scalar_label), Path(out))
     else:
         backbone, projection = _parts(module)
         tensors = OrderedDict(name_tensors(report.arch, to, backbone, projection))
@@ -92,7 +91,7 @@ def _parts(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return module.state_dict(), {}
 
 
-def _to_moco(contents: Contents, report: Report, module: nn.Module, path: Path, key: str, scalar_label: bool) -> dict:
+def _to_moco(contents: Contents, report: Report, module: nn.Module, path: Path, scalar_label: bool) -> dict:
     """MoCo's checkpoint: the query encoder and, where the file has all of them, key encoder, queue and optimizer."""
     query, head = _parts(module)
     named = name_tensors(report.arch, "moco", query, head)

@@ -8,11 +8,14 @@ from fastssl.config_checks import flag_of
 
 def idle_options(config: Config) -> list[str]:
     """Each option that differs from its default and has no effect, as "--milestones (needs --lr-schedule step)"."""
-    o, loss, default, now = config.optim, config.loss, flat(Config()), flat(config)
+    o, loss, loader, default, now = config.optim, config.loss, config.input.loader, flat(Config()), flat(config)
+    can_read_beton = config.data.endswith(".beton") and loader != "dali"
     needs = [  # (what they need, whether it is there, the options)
         ("--shuffle blocks", config.input.shuffle == "blocks", ["block_size"]),
-        ("--loader synthetic", config.input.loader == "synthetic", ["synthetic_images", "synthetic_size"]),
-        ("a loader that reads files", config.input.loader != "synthetic", ["data"]),
+        ("--loader synthetic", loader == "synthetic", ["synthetic_images", "synthetic_size"]),
+        ("a loader that reads files", loader != "synthetic", ["data", "workers", "on_bad_image", "val"]),
+        ("--loader folder, beton or dali", loader not in ("resident", "synthetic"), ["read_ahead"]),
+        ("a .beton file that DALI does not read", can_read_beton, ["beton_cache"]),
         ("--hide-and-seek", config.augment.hide_and_seek, ["has_p"]),
         ("--crop-pair", config.augment.crop_pair != "free", ["crop_pair_p"]),
         ("--lr-schedule step", o.lr_schedule == "step", ["milestones", "lr_drop"]),

@@ -19,16 +19,13 @@ def make_optimizer(
     lr: float,
     weight_decay: float,
     momentum: float = 0.9,
-    betas: tuple[float, float] = (0.9, 0.999),
     exclude_norm_bias: bool = False,
-    trust_coefficient: float = 0.001,
 ) -> Optimizer:
     """An optimizer for those of `parameters` (a module, or named parameters) that require a gradient.
 
-    `sgd` (momentum) and `adamw` (betas) are torch's, fused on CUDA and on the CPU. `lars` (momentum, trust_coefficient;
-    You et al., arXiv 1708.03888) is timm's. Weight decay acts on all parameters, as in MoCo; `exclude_norm_bias`
-    exempts those of at most one dimension (biases, norm scales). LARS always exempts these, also from its layer-wise
-    rate, as SimCLR and BYOL do.
+    `sgd` and `adamw` are torch's, fused on CUDA and on the CPU; `lars` (You et al., arXiv 1708.03888) is timm's. Weight
+    decay acts on all parameters, as in MoCo; `exclude_norm_bias` exempts those of at most one dimension (biases, norm
+    scales). LARS always exempts these, also from its layer-wise rate, as SimCLR and BYOL do.
 
     Raises ValueError for an unknown name, or when nothing requires a gradient.
     """
@@ -40,11 +37,11 @@ def make_optimizer(
         raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(NAMES)}")
     groups = _make_groups(trainable, weight_decay, exclude_norm_bias or name == "lars")
     if name == "lars":
-        return _make_lars(groups, lr=lr, momentum=momentum, trust_coeff=trust_coefficient)
+        return _make_lars(groups, lr=lr, momentum=momentum)
     # Other devices may lack the fused kernels; None lets torch choose there.
     fused = True if all(p.device.type in ("cuda", "cpu") for p in trainable) else None
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
+        return torch.optim.AdamW(groups, lr=lr, fused=fused)
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=fused)
     optimizer.register_step_pre_hook(_zero_missing_momentum)
     return optimizer

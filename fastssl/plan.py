@@ -77,7 +77,7 @@ def rank_batch_size(config: Config, ranks: Ranks) -> int:
     """Images per step on one rank. Raises ValueError when the batch size does not divide evenly."""
     parts = ranks.world_size * config.optim.accumulate
     size, rest = divmod(config.train.batch_size, parts)
-    if rest or size == 0:
+    if rest:
         raise ValueError(
             f"--batch-size {config.train.batch_size} must be a multiple of {parts} "
             f"({counted(ranks.world_size, 'process', 'processes')} x --accumulate {config.optim.accumulate})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 import time
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from fastssl.command import USAGE, tidy_on_signals
+from fastssl.command import USAGE, refuse_word, tidy_on_signals
 from fastssl.data_prep.describe import describe
 from fastssl.data_prep.manifest import Tally
 from fastssl.data_prep.prepare import Store
@@ -189,10 +188,7 @@ def main(argv: Sequence[str]) -> int:
 
         return static_views.main(rest)
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, [*COMMANDS, VIEWS], n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join([*COMMANDS, VIEWS])}"
-        print(f"fastssl prep: error: unknown command {name!r}; {hint}", file=sys.stderr)
-        return USAGE
+        return refuse_word("prep command", name, [*COMMANDS, VIEWS])
     flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     command = tyro.cli(COMMANDS[name], prog=f"fastssl prep {name}", args=rest, config=flat)
     with tidy_on_signals():

@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+import torch
+
 from fastssl.augment.preview import read_pictures, save_preview
-from fastssl.build import open_policy
+from fastssl.build import make_config_loader, open_policy
+from fastssl.config import replace
+from fastssl.distributed import Ranks
 from fastssl.flags import parse
-from fastssl.loaders.make import make_loader
 from fastssl.plural import counted
 
 COUNT = 8  # images, spread evenly over the data
@@ -30,19 +33,8 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"--output {output} is a folder: name a file, such as {output / 'views.png'}")
     if not output.parent.is_dir():
         raise ValueError(f"--output {output}: the folder {output.parent} does not exist; create it first")
-    d = config.input
-    loader = make_loader(
-        d.loader,
-        config.data,
-        batch_size=1,
-        seed=config.train.seed,
-        device="cpu",
-        workers=d.workers,
-        on_bad_image=d.on_bad_image,
-        synthetic_images=d.synthetic_images,
-        synthetic_size=d.synthetic_size,
-    )
-    with closing(loader):
+    few = replace(config, batch_size=1, accumulate=1, bn_splits=1)  # a picture can be drawn of a single image too
+    with closing(make_config_loader(few, config.input.loader, Ranks(0, 1, torch.device("cpu")))) as loader:
         batch = read_pictures(loader, COUNT, config.data)
         save_preview(batch, open_policy(config), config.augment.image_size, config.train.seed, 0, output)
     print(f"{output}: {counted(batch.size, 'image')} with their views, policy {config.augment.policy}")

@@ -32,7 +32,6 @@ from fastssl.plan import Plan
 from fastssl.recipe import to_yaml
 from fastssl.run_folder import lock_file, says_where, trim_metrics
 
-TIMING = ("images_per_second", "seconds")  # the fields of metrics.jsonl that differ between equal runs
 SHOWN = ("loss", "contrast", "align", "uniform", "top1", "lr")  # beside the progress bar
 
 
@@ -114,7 +113,7 @@ class Run:
         self.logged = (step, seconds)
         images = (step - last_step) * self.config.train.batch_size
         speed = images / max(seconds - last_seconds, 1e-9)
-        self.record(step, values, {"images_per_second": round(speed, 2), "seconds": round(seconds, 3)})
+        self.record(step, {**values, "images_per_second": round(speed, 2), "seconds": round(seconds, 3)})
         shown = {key: f"{values[key]:.4g}" for key in SHOWN if key in values}
         self.bar.set_postfix({"images/s": f"{speed:.0f}", **shown})
         if self.bar.disable:  # not a terminal: plain lines
@@ -122,11 +121,11 @@ class Run:
             minutes = (self.plan.stop - step) * self.config.train.batch_size / speed / 60
             self.say(f"step {step}/{self.plan.stop}  {words}  images/s {speed:.0f}  remaining {minutes:.1f} min")
 
-    def record(self, step: int, values: dict[str, float], timing: dict[str, float] | None = None) -> None:
-        """Writes one line of metrics.jsonl, with `timing` at its end, and the same values to TensorBoard."""
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """Writes one line of metrics.jsonl, and the same values to TensorBoard."""
         if not self.writes:
             return
-        line = {"step": step, "epoch": round(step / self.plan.steps_per_epoch, 4), **values, **(timing or {})}
+        line = {"step": step, "epoch": round(step / self.plan.steps_per_epoch, 4), **values}
         self.metrics.write(json.dumps(line) + "\n")
         for key, value in line.items():
             if key != "step":

@@ -42,7 +42,7 @@ def make_images(seed: int, num: int) -> ArrayImages:
 def evaluate(module, parser, *flags: str, cap: float | None) -> dict:
     options = finish_options(parser.parse_args([*FLAGS, *flags]))
     options.max_mem_gb = cap
-    session = Session(options, Ranks(0, 1, 1, CPU))
+    session = Session(options, Ranks(0, 1, CPU))
     session.open_backbone = lambda *_: Wide()
     module.open_splits = lambda *_: (make_images(0, TRAIN), make_images(1, VAL))
     return module.evaluate(session)

@@ -16,7 +16,7 @@ from fastssl.config import Config, replace
 from fastssl.distributed import Ranks
 from fastssl.moco import MoCo
 
-CPU = Ranks(0, 1, 1, torch.device("cpu"))
+CPU = Ranks(0, 1, torch.device("cpu"))
 CUDA = CPU._replace(device=torch.device("cuda", 0))
 TINY = replace(
     Config(),

@@ -16,7 +16,7 @@ from fastssl.models.cpu_conv_rows import RowProducts
 from fastssl.models.cpu_conv_winograd import WinogradProducts
 from fastssl.models.encoders import make_encoder
 
-CPU = Ranks(0, 1, 1, torch.device("cpu"))
+CPU = Ranks(0, 1, torch.device("cpu"))
 NHWC = torch.channels_last
 DEPTHWISE = in_float32(nn.Conv2d)
 

@@ -13,7 +13,7 @@ from fastssl.kernels.reference import contrast_reference
 from fastssl.losses import LossConfig
 from fastssl.plan import make_plan
 
-CPU = Ranks(0, 1, 1, torch.device("cpu"))
+CPU = Ranks(0, 1, torch.device("cpu"))
 
 
 class Loader:

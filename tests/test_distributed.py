@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 def exchange(rank, world_size, size, dtype_name):
     """Sends rows that carry their own global number, as views would travel, and brings keys back."""
-    ranks = Ranks(rank, world_size, world_size, CPU)
+    ranks = Ranks(rank, world_size, CPU)
     dtype = getattr(torch, dtype_name)
     total = world_size * size
     numbers = torch.arange(rank * size, (rank + 1) * size)
@@ -39,7 +39,7 @@ def exchange(rank, world_size, size, dtype_name):
 
 def vote(rank, world_size):
     """The step at which each rank leaves when a signal reaches rank 1 alone in step 2."""
-    stop = StopSignal(Ranks(rank, world_size, world_size, CPU))
+    stop = StopSignal(Ranks(rank, world_size, CPU))
     for step in range(6):
         stop.asked = stop.asked or (step == 2 and rank == 1)
         if stop():

@@ -22,7 +22,7 @@ from fastssl.eval.session import Session
 from fastssl.eval.vote import odd_ks
 
 CPU = torch.device("cpu")
-ALONE = Ranks(0, 1, 1, CPU)
+ALONE = Ranks(0, 1, CPU)
 MEMORY = Memory(None, CPU)
 
 
@@ -76,7 +76,7 @@ def run_command_on_rank(ranks, data, rep_space):
 
 def everything_on_rank(rank, world_size, cuts, data):
     """In one go, since starting processes takes longer than what they do."""
-    ranks = Ranks(rank, world_size, world_size, CPU)
+    ranks = Ranks(rank, world_size, CPU)
     found = [search_on_rank(ranks, parts, make) for parts in cuts for make in (make_clusters, make_grid)]
     results = [run_command_on_rank(ranks, data, rep_space) for rep_space in SPACES]
     return found, [{**result, "search": {}} for result in results]
@@ -128,9 +128,9 @@ def test_rows_on_disk_are_the_rows_rounded_to_float16():
 
 
 def test_whole_batches_are_dealt_to_ranks():
-    dealt = [rank_batches(10, 4, Ranks(r, 2, 2, CPU)) for r in (0, 1)]
+    dealt = [rank_batches(10, 4, Ranks(r, 2, CPU)) for r in (0, 1)]
     assert [[b.tolist() for b in part] for part in dealt] == [[[0, 1, 2, 3]], [[4, 5, 6, 7], [8, 9]]]
-    assert rank_batches(3, 4, Ranks(0, 2, 2, CPU)) == []
+    assert rank_batches(3, 4, Ranks(0, 2, CPU)) == []
 
 
 def test_line_json_and_disk(run, image_folder, tmp_path, monkeypatch):
@@ -211,7 +211,7 @@ def test_memory_under_a_cap():
 
 def test_features_of_a_rank_without_images(image_folder):
     options = options_of(image_folder, "-a", "resnet18", "--image-size", 32)
-    session = Session(options, Ranks(0, 2, 2, CPU))  # one batch, dealt to rank 1
+    session = Session(options, Ranks(0, 2, CPU))  # one batch, dealt to rank 1
     train, _ = open_splits(options, session.ranks)
     features, labels = collect_features(session, torch.nn.Flatten(), train, eval_view(session))
     assert features.shape == (0, 0) and labels.shape == (0,)

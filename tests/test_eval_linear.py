@@ -106,7 +106,7 @@ def make_protocol(session, **values):
 
 def train_on_rank(rank, world_size, data, output, *flags):
     """The reference protocol with a backbone of three colours, in float64 so that ranks can be compared closely."""
-    ranks = Ranks(rank, world_size, world_size, CPU)
+    ranks = Ranks(rank, world_size, CPU)
     options = options_of(data, "-b", 7, "--image-size", 16, "--output", output, "-j", 1, "--lr", 1, *flags)
     options.arch = "colours"
     session = Session(options, ranks)
@@ -121,7 +121,7 @@ FLAGS = ("--epochs", 5, "--schedule", 2, 4)
 def test_the_reference_protocol_equals_sgd_in_numpy(image_folder, tmp_path, capsys):
     result, model = train_on_rank(0, 1, image_folder, tmp_path, *FLAGS)
     loader = make_loader("folder", image_folder / "train", batch_size=1, seed=0, device="cpu")
-    session = Session(options_of(image_folder, "--image-size", 16), Ranks(0, 1, 1, CPU))
+    session = Session(options_of(image_folder, "--image-size", 16), Ranks(0, 1, CPU))
     view = linear.make_train_view(session, (0.08, 1.0))
     whole = next(loader.eval_batches(100))
     backbone = ColourBackbone().eval()

@@ -41,7 +41,7 @@ def evaluate_on_rank(rank, world_size, images, views, folder):
     for name, (module, parser, words) in commands.items():
         options = finish_options(parser.parse_args([*map(str, words), *SHARED]))
         options.pic_name = getattr(options, "figure", None) or getattr(options, "pic_name", None)  # as `all` does
-        found[name] = module.evaluate(Session(options, Ranks(rank, world_size, world_size, CPU)))
+        found[name] = module.evaluate(Session(options, Ranks(rank, world_size, CPU)))
     return found
 
 
@@ -79,7 +79,7 @@ def gather_on_rank(rank, world_size, on_disk):
     if on_disk:
         Memory.make_rows = lambda self, n, c: DiskRows(n, c)
     options = finish_options(linear.make_linear_parser().parse_args(["x"]))
-    session = Session(options, Ranks(rank, world_size, world_size, CPU))
+    session = Session(options, Ranks(rank, world_size, CPU))
     part = slice(0, 3) if rank == 0 else slice(3, 10)
     everything = torch.arange(50.0).view(10, 5)
     rows, labels = gather_all(session, everything[part], torch.arange(10)[part])

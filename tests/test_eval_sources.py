@@ -20,7 +20,7 @@ from fastssl.eval.options import finish_options
 from fastssl.eval.session import Session
 from fastssl.eval.transfer_data import open_transfer_data
 
-ALONE = Ranks(0, 1, 1, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 NEEDS_TURBOJPEG = pytest.mark.skipif(NO_TURBOJPEG, reason="needs libturbojpeg")
 BETON = pytest.param("beton", marks=NEEDS_TURBOJPEG)
 FLAGS = ["-a", "resnet18", "--image-size", "32", "-b", "8", "-j", "2"]

@@ -31,7 +31,7 @@ from fastssl.eval.linear_train import Protocol, train_classifier
 from fastssl.eval.options import finish_options
 from fastssl.eval.session import Session
 
-ALONE = Ranks(0, 1, 1, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def make_batch(sizes=((32, 32), (40, 57), (90, 61))):
@@ -210,7 +210,7 @@ def test_fine_tuning_draws_by_the_seed_and_the_epoch(image_folder, tmp_path):
 
 def test_a_single_image_is_refused_only_where_batch_norm_cannot_take_it():
     pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3))
-    options, two = argparse.Namespace(batch_size=4, image_size=8, arch="pooled"), Ranks(0, 2, 2, torch.device("cpu"))
+    options, two = argparse.Namespace(batch_size=4, image_size=8, arch="pooled"), Ranks(0, 2, torch.device("cpu"))
     small, whole = (Classifier(backbone, 3, 2, 0, False) for backbone in (pooled, nn.BatchNorm2d(3)))
     for num, ranks in ((9, ALONE), (10, two), (11, two)):
         with pytest.raises(ValueError, match="leaves a rank a single one, on which pooled cannot be fine-tuned at 8"):
@@ -222,7 +222,7 @@ def test_a_single_image_is_refused_only_where_batch_norm_cannot_take_it():
 
 
 def finetune_on_rank(rank, world_size, data, output):
-    return finetune(data, output, "train", Ranks(rank, world_size, world_size, torch.device("cpu"))).state_dict()
+    return finetune(data, output, "train", Ranks(rank, world_size, torch.device("cpu"))).state_dict()
 
 
 def test_all_ranks_validate_the_batch_norm_that_is_saved(image_folder, tmp_path):

@@ -23,7 +23,7 @@ from fastssl.eval.stats import alignment, class_alignment, subset_uniformity, un
 from fastssl.loaders.order import epoch_order
 
 CPU = torch.device("cpu")
-ALONE = Ranks(0, 1, 1, CPU)
+ALONE = Ranks(0, 1, CPU)
 
 
 def unit_rows(n=60, width=8, seed=0):
@@ -106,7 +106,7 @@ def test_degenerate_sets_are_nan_not_errors():
 
 
 def commands_on_rank(rank, world_size, data):
-    ranks = Ranks(rank, world_size, world_size, CPU)
+    ranks = Ranks(rank, world_size, CPU)
     x, y = unit_rows(61), unit_rows(61, seed=1)
     found = [count_above_over_ranks(x, y, ranks).tolist(), uniformity(x, ranks, tile=8)]
     flags = [str(data), "-a", "resnet18", "--image-size", "32", "-b", "4", "-s", "6"]

@@ -26,7 +26,7 @@ from fastssl.models.encoders import make_backbone
 from fastssl.resume import state_of
 
 ROOT = Path(__file__).parents[1]
-RANKS = Ranks(0, 1, 1, torch.device("cpu"))
+RANKS = Ranks(0, 1, torch.device("cpu"))
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
 
 

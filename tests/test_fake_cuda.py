@@ -46,7 +46,7 @@ def batch_on(device: torch.device, count: int = 4, side: int = 40) -> ImageBatch
 
 def run_steps(fake: FakeCuda, config: Config, world_size: int = 1) -> dict[str, torch.Tensor]:
     """Two steps, the second of which must not wait."""
-    ranks = Ranks(0, world_size, world_size, fake.device)
+    ranks = Ranks(0, world_size, fake.device)
     trainee, policy = make_trainee(config, ranks._replace(world_size=1)), make_policy(config.augment.policy)
     train_step = make_train_step(config, make_plan(config, 2), trainee, policy, ranks, Health(ranks))
     batch = batch_on(fake.device, config.train.batch_size)
@@ -96,7 +96,7 @@ def test_keys_of_two_ranks_arrive_as_bytes_and_are_normalised_without_waiting(ch
 def test_the_memory_format_is_measured_on_the_device() -> None:
     with fake_cuda() as fake:
         encoder = make_encoder("resnet18", dim=8).to(fake.device)
-        chosen, why = choose_layout(replace(Config(), **TINY), encoder, Ranks(0, 1, 1, fake.device))
+        chosen, why = choose_layout(replace(Config(), **TINY), encoder, Ranks(0, 1, fake.device))
     assert chosen in LAYOUT_NAMES and "measured" in why
 
 

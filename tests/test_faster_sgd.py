@@ -19,7 +19,7 @@ from fastssl.faster_sgd import choose_sgd, import_apex_sgd, time_makers, torch_s
 from fastssl.optim import load_optimizer_state, make_optimizer, set_lr
 from fastssl.plan import make_plan
 
-CPU = Ranks(0, 1, 1, torch.device("cpu"))
+CPU = Ranks(0, 1, torch.device("cpu"))
 CUDA = torch.device("cuda")
 CONFIG = replace(Config(), arch="resnet18", dim=8, queue_size=16, channels_last="on", device="cpu")
 

@@ -14,7 +14,7 @@ from fastssl.flags import parse
 from fastssl.plan import make_plan
 from fastssl.resume import start_or_resume
 
-RANKS = Ranks(0, 1, 1, torch.device("cpu"))
+RANKS = Ranks(0, 1, torch.device("cpu"))
 
 
 def start(tmp_path, saved, **options):

@@ -17,7 +17,7 @@ from fastssl.flags import parse
 from fastssl.plan import make_plan
 from fastssl.resume import start_or_resume
 
-RANKS = Ranks(0, 1, 1, torch.device("cpu"))
+RANKS = Ranks(0, 1, torch.device("cpu"))
 
 
 def save_old_run(path, arch, legacy=False):

@@ -124,7 +124,7 @@ def go_on(tmp_path):
     def resume(then, now, step=6, images=24):
         basic = {"arch": "resnet18", "queue_size": 8, "dim": 8, "batch_size": 8, "device": "cpu", "channels_last": "on"}
         old, new = (replace(Config(), **(basic | options)) for options in (then, now))
-        ranks = Ranks(0, 1, 1, torch.device("cpu"))
+        ranks = Ranks(0, 1, torch.device("cpu"))
         path = tmp_path / "run" / "checkpoints" / checkpoint.name(step)
         checkpoint.save(state_of(make_trainee(old, ranks), step, old, 24, 1), path)
         if new.train.resume != "auto":
@@ -166,17 +166,23 @@ def test_options_without_effect_are_named():
     idle = {
         "lr_schedule": "cosine", "milestones": (3,), "optimizer": "adamw", "momentum": 0.5, "has_p": 0.3,
         "crop_pair_p": 0.2, "block_size": 3, "temperature": 0.5, "knn_every": 0, "knn_k": 7, "data": "x",
-        "loader": "synthetic",
+        "loader": "synthetic", "workers": 2, "on_bad_image": "error", "read_ahead": 1, "beton_cache": "process",
+        "val": "y",
     }  # fmt: skip
     assert idle_options(replace(Config(), **idle)) == [
         "--block-size (needs --shuffle blocks)", "DATA (needs a loader that reads files)",
+        "--workers (needs a loader that reads files)", "--on-bad-image (needs a loader that reads files)",
+        "--val (needs a loader that reads files)",
+        "--read-ahead (needs --loader folder, beton or dali)",
+        "--beton-cache (needs a .beton file that DALI does not read)",
         "--has-p (needs --hide-and-seek)", "--crop-pair-p (needs --crop-pair)",
         "--milestones (needs --lr-schedule step)", "--momentum (needs --optimizer sgd or lars)",
         "--temperature (needs --contrast-weight)", "--knn-k (needs --knn-every)",
+        "--val (needs --knn-every)",
     ]  # fmt: skip
     used = {
         "lr_schedule": "step", "optimizer": "sgd", "hide_and_seek": True, "crop_pair": "easy", "shuffle": "blocks",
-        "contrast_weight": 1, "knn_every": 1, "loader": "folder",
+        "contrast_weight": 1, "knn_every": 1, "loader": "auto", "data": "x.beton",
     }  # fmt: skip
     assert idle_options(replace(Config(), **(idle | used))) == []
 

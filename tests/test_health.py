@@ -14,7 +14,7 @@ from fastssl.distributed import Ranks
 from fastssl.health import Health, NonFiniteLoss
 from fastssl.plan import make_plan
 
-RANKS = Ranks(0, 1, 1, torch.device("cpu"))
+RANKS = Ranks(0, 1, torch.device("cpu"))
 
 
 def spread(value):

@@ -83,7 +83,7 @@ def test_bytes_of_views_by_parameters_that_are_given() -> None:
     batch = photo_batch(SIDES).to(DEVICE)
     for name in POLICIES:
         params = [ViewParams(*(t.to(DEVICE) for t in p)) for p in sample_both(make_policy(name), batch, 3, 0)]
-        view_q, view_k = make_views_fused(batch, params, 16, MEAN, STD, torch.float32, key_bytes=True)
+        view_q, view_k = make_views_fused(batch, params, 16, torch.float32, key_bytes=True)
         assert_same_bits(view_q, make_view(batch, params[0], 16))
         assert_same_bits(view_k, make_view(batch, params[1], 16, torch.uint8))
 

@@ -16,7 +16,7 @@ from fastssl.models.encoders import make_encoder
 from fastssl.plan import bf16_unit, explain_precision
 from fastssl.resume import keep_layout
 
-CPU = Ranks(0, 1, 1, torch.device("cpu"))
+CPU = Ranks(0, 1, torch.device("cpu"))
 TINY = replace(Config(), arch="resnet18", image_size=32, batch_size=4, queue_size=16, dim=8, device="cpu")
 NHWC, NCHW = torch.channels_last, torch.contiguous_format
 
@@ -42,7 +42,7 @@ def test_no_clock_decides_a_deterministic_run_nor_one_that_was_told(monkeypatch)
 
 def choose_by_a_clock_of_its_own(rank, world_size):
     layout.time_layouts = seconds(1.0, 0.5 if rank == 0 else 2.0)
-    ranks = Ranks(rank, world_size, world_size, torch.device("cpu"))
+    ranks = Ranks(rank, world_size, torch.device("cpu"))
     return LAYOUT_NAMES[choose_layout(TINY, torch.nn.Identity(), ranks)[0]]
 
 

@@ -7,7 +7,7 @@ from prep_images import jpeg, write_photos
 
 from fastssl.cli import main
 from fastssl.data_prep.class_list import IMAGENET100, read_classes
-from fastssl.data_prep.find import find_images
+from fastssl.data_prep.find import SPLITS, find_images
 from fastssl.data_prep.subset import make_subset
 
 IDS = ["n01440764", "n01443537", "n02869837"]
@@ -41,10 +41,24 @@ def test_links_in_every_split(imagenet, tmp_path, capsys):
     assert make_subset(imagenet / "train", tmp_path / "flat", IDS[1]) == {"": 1}
 
 
+def test_every_name_of_a_split_is_linked(tmp_path):
+    for split in SPLITS:
+        write_photos(tmp_path / "data" / split, {"apple": [(8, 8)], "pear": [(8, 8)]})
+    assert make_subset(tmp_path / "data", tmp_path / "out", "pear") == dict.fromkeys(SPLITS, 1)
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(SPLITS)
+
+
 def test_a_class_may_be_called_train(tmp_path):
     write_photos(tmp_path / "cifar100" / "train", {"apple": [(8, 8)], "test": [(8, 8)], "train": [(8, 8)]})
     assert make_subset(tmp_path / "cifar100" / "train", tmp_path / "out", "apple,train") == {"": 2}
     assert find_images(tmp_path / "out").class_names == ["apple", "train"]
+
+
+def test_force_replaces_a_subset_of_splits_by_one_without(imagenet, tmp_path):
+    make_subset(imagenet, tmp_path / "out", IDS[0])
+    make_subset(imagenet / "train", tmp_path / "out", IDS[1], force=True)
+    assert os.listdir(tmp_path / "out") == [IDS[1]]
+    assert find_images(tmp_path / "out").class_names == [IDS[1]]
 
 
 def test_force_replaces_links_and_nothing_else(imagenet, tmp_path):

@@ -20,7 +20,7 @@ from fastssl.eval.images import find_held_out
 from fastssl.eval.online import eval_resize, keep_asked, make_probe
 from fastssl.loaders.make import make_loader
 
-ALONE = Ranks(0, 1, 1, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 class ColourBackbone(nn.Module):
@@ -76,7 +76,7 @@ def test_no_images_no_features():
 
 
 def gather_uneven(rank, world_size):
-    ranks = Ranks(rank, world_size, world_size, torch.device("cpu"))
+    ranks = Ranks(rank, world_size, torch.device("cpu"))
     rows = [3, 0, 1][rank]
     features = torch.full((rows, 2 if rows else 0), float(rank))
     return gather_features(features, torch.full((rows,), rank), ranks)
@@ -145,7 +145,7 @@ class CountRows(nn.Module):
 
 
 def probe_all(rank, world_size, folders):
-    ranks = Ranks(rank, world_size, world_size, torch.device("cpu"))
+    ranks = Ranks(rank, world_size, torch.device("cpu"))
     configs, backbone = [config_of(folder) for folder in folders], ColourBackbone()
     backbone.norm.running_mean += torch.tensor([3.0, -2.0, 1.0]) * rank  # its own, as every rank's are in training
     return [make_probe(config, open_loader(config, ranks), ranks)[0](backbone) for config in configs]

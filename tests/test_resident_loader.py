@@ -137,7 +137,7 @@ def test_one_rank_that_shards_holds_everything(folder):
 
 def open_for_training(data, **changes):
     config = replace(Config(), data=str(data), batch_size=4, device="cpu", **changes)
-    return build.open_loader(config, Ranks(0, 1, 1, torch.device("cpu")))
+    return build.open_loader(config, Ranks(0, 1, torch.device("cpu")))
 
 
 def test_training_holds_what_is_small_unless_told_how_to_read(data, monkeypatch):
@@ -168,7 +168,7 @@ def test_small_is_a_part_of_the_memory_that_is_free_for_each_rank(data, monkeypa
 def test_too_many_bytes_are_refused_before_anything_is_decoded(data, monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda _: 60_000)
     monkeypatch.setattr(folder_loader.FolderLoader, "eval_batches", None)
-    message = r"do not fit into memory \(0\.00 GB of 0\.0 GB free on cpu\): use smaller images"
+    message = r"do not fit into memory \(0\.00 GB of 0\.0 GB free on cpu\): use smaller images .*, or --loader auto"
     with pytest.raises(ValueError, match=message):
         open_loader(data)
     with pytest.raises(ValueError, match="use --resident-shard, smaller images"):
@@ -187,6 +187,17 @@ def test_the_prediction_is_what_the_images_take(folder):
     )
     free = memory.free_bytes(torch.device("cpu"))
     assert 1 << 20 < free < 1 << 50
+
+
+def test_a_jpeg_whose_header_only_pillow_refuses_is_an_unreadable_image(tmp_path):
+    for i in range(6):
+        Image.fromarray(render_photo(20, 30, seed=i)).save(tmp_path / f"{i}.jpg")
+    whole = (tmp_path / "3.jpg").read_bytes()
+    table = whole.index(b"\xff\xdb") + 4  # a quantization table's precision and number
+    (tmp_path / "3.jpg").write_bytes(whole[:table] + b"\x14" + whole[table + 1 :])
+    resident, folder = open_loader(tmp_path), open_loader(tmp_path, "folder")
+    assert contents(take(resident.batches(), 3)) == contents(take(folder.batches(), 3))
+    assert resident.bad_images == folder.bad_images and "3.jpg" in folder.bad_images[0]
 
 
 def test_memory_that_the_process_may_not_have_is_not_free():

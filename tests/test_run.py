@@ -15,7 +15,7 @@ from fastssl.run import Run
 
 def open_run(folder):
     config = replace(Config(), image_size=32)
-    return Run(folder, config, make_plan(config, 3), 0, Ranks(0, 1, 1, torch.device("cpu")))
+    return Run(folder, config, make_plan(config, 3), 0, Ranks(0, 1, torch.device("cpu")))
 
 
 def test_the_picture_of_views_is_drawn_off_the_clock(tmp_path, monkeypatch):

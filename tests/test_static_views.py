@@ -212,7 +212,7 @@ def test_the_set_of_odd_names_is_read_again(tmp_path):
         (tmp_path / "data" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / "a b.png")
     assert make_static_views(str(tmp_path / "data"), str(tmp_path / "set"), "moco", 1, workers=1) == []
-    found = open_view_set(argparse.Namespace(data=tmp_path / "set", workers=1), Ranks(0, 1, 1, torch.device("cpu")))
+    found = open_view_set(argparse.Namespace(data=tmp_path / "set", workers=1), Ranks(0, 1, torch.device("cpu")))
     assert found.class_names == ["-x", "two\nlines", "☃"] and found.files.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
 
 

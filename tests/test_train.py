@@ -48,7 +48,7 @@ def make_encoder():
 
 
 def make_step(config, rank=0, world_size=1, steps_per_epoch=2):
-    ranks = Ranks(rank, world_size, world_size, torch.device("cpu"))
+    ranks = Ranks(rank, world_size, torch.device("cpu"))
     encoder = make_encoder()
     if config.model.bn_splits > 1:
         split_batchnorm(encoder, config.model.bn_splits)
@@ -263,7 +263,7 @@ def test_with_debug_they_are_refused_at_any_step():
 
 @pytest.mark.gpu
 def test_a_step_never_waits_for_the_device():
-    ranks = Ranks(0, 1, 1, torch.device("cuda"))
+    ranks = Ranks(0, 1, torch.device("cuda"))
     config = make_config(bn_splits=2, clip_grad=1.0, precision="fp16")
     encoder = make_encoder()
     split_batchnorm(encoder, 2)
@@ -285,7 +285,7 @@ def on_gpu(steps, **values):
     """Losses of so many steps on a GPU, batches drawn by an input stream or ready on the current one."""
     inputs = InputStream(torch.device("cuda")) if values.pop("overlap") else IN_TURN
     config = make_config(**{"device": "cuda", "channels_last": "on", "arch": "resnet18", **values})
-    ranks = Ranks(0, 1, 1, torch.device("cuda"))
+    ranks = Ranks(0, 1, torch.device("cuda"))
     trainee = compile_and_wrap(config, make_trainee(config, ranks), ranks)
     train_step = make_train_step(config, Plan(config, 2, 8, 8), trainee, POLICY, ranks, Health(ranks), inputs)
     batches = (share(step, 0, 1).to("cuda") for step in range(steps))

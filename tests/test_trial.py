@@ -32,7 +32,7 @@ def compile_and_train(rank, world_size, **settings):
         for encoder in (moco.encoder_q, moco.encoder_k):
             encoder.compile(backend=backend)
 
-    ranks = Ranks(rank, world_size, world_size, torch.device("cpu"))
+    ranks = Ranks(rank, world_size, torch.device("cpu"))
     config = replace(Config(), **SMALL, **SYNTHETIC, **settings)
     trainee = make_trainee(config, ranks)
     with pytest.MonkeyPatch.context() as patch:

@@ -25,7 +25,7 @@ SMALL = ((40, 52), (33, 20), (1, 1), (1, 60))  # few and small: the interpreter 
 
 def assert_same_bits(batch: ImageBatch, params: tuple[ViewParams, ViewParams], size: int, dtype=torch.float32) -> None:
     batch, params = batch.to(DEVICE), [ViewParams(*(t.to(DEVICE) for t in p)) for p in params]
-    for found, p in zip(make_views_fused(batch, params, size, MEAN, STD, dtype), params):
+    for found, p in zip(make_views_fused(batch, params, size, dtype), params):
         assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(found, make_view(batch, p, size, dtype))
 

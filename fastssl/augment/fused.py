@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastssl.augment.jitter import jitter_code
+from fastssl.augment.normalise import MEAN, STD
 from fastssl.augment.params import ViewParams, sample_both
 from fastssl.augment.policy import Policy
 from fastssl.batch import ImageBatch
@@ -21,8 +22,6 @@ def draw_views_fused(
     seed: int,
     epoch: int,
     size: int,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
     dtype: torch.dtype,
     key_bytes: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -33,16 +32,14 @@ def draw_views_fused(
     Raises ValueError for more than MAX_BATCH images.
     """
     if policy.crop_iou is not None:
-        return make_views_fused(batch, sample_both(policy, batch, seed, epoch), size, mean, std, dtype, key_bytes)
-    return _launch(batch, None, (policy, seed, epoch), size, mean, std, dtype, key_bytes)
+        return make_views_fused(batch, sample_both(policy, batch, seed, epoch), size, dtype, key_bytes)
+    return _launch(batch, None, (policy, seed, epoch), size, dtype, key_bytes)
 
 
 def make_views_fused(
     batch: ImageBatch,
     params: tuple[ViewParams, ViewParams],
     size: int,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
     dtype: torch.dtype,
     key_bytes: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -51,11 +48,16 @@ def make_views_fused(
     Raises ValueError for more than MAX_BATCH images.
     """
     both = ViewParams(*(torch.cat(fields) for fields in zip(*params)))
-    return _launch(batch, make_tables(both), None, size, mean, std, dtype, key_bytes)
+    return _launch(batch, make_tables(both), None, size, dtype, key_bytes)
 
 
 def _launch(
-    batch: ImageBatch, tables: tuple[Tensor, Tensor] | None, key: tuple[Policy, int, int] | None, *format: object
+    batch: ImageBatch,
+    tables: tuple[Tensor, Tensor] | None,
+    key: tuple[Policy, int, int] | None,
+    size: int,
+    dtype: torch.dtype,
+    key_bytes: bool,
 ) -> tuple[Tensor, Tensor]:
     """The views with the parameters in `tables`, or with parameters that the first launch draws from `key`."""
     from fastssl.kernels.views import Draw, Tables, Windows, empty_tables, views_triton  # Triton may be missing
@@ -70,7 +72,7 @@ def _launch(
         policy, seed, epoch = key
         draw = Draw(policy_table(policy, batch.pixels.device), (seed + 2**63) % 2**64 - 2**63, epoch)
     rows = Tables(*tables) if tables is not None else empty_tables(windows)
-    view_q, view_k = views_triton(windows, rows, draw, *format)
+    view_q, view_k = views_triton(windows, rows, draw, size, MEAN, STD, dtype, key_bytes)
     return view_q.permute(0, 3, 1, 2), view_k.permute(0, 3, 1, 2)
 
 

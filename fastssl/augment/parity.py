@@ -90,9 +90,7 @@ def chain_rows(batch: ImageBatch, size: int, names: Sequence[str]) -> Iterator[R
 
 def pillow_chain(image: np.ndarray, p: ViewParams, i: int, size: int) -> np.ndarray:
     """Applies `p` to image i with Pillow, torchvision and a true Gaussian: (size, size, 3) in 0..255."""
-    box = (int(side[i]) for side in (p.top, p.left, p.crop_height, p.crop_width))
-    view = F.resized_crop(Image.fromarray(image), *box, [size, size])
-    view = F.horizontal_flip(view) if p.flip[i] else view
+    view = pillow_crop(image, p, i, size)
     view = F.rgb_to_grayscale(view, 3) if p.grey_before[i] else view
     if p.jitter[i]:
         for number in list(itertools.permutations(range(4)))[int(p.order[i])]:
@@ -101,6 +99,13 @@ def pillow_chain(image: np.ndarray, p: ViewParams, i: int, size: int) -> np.ndar
     pixels = _as_array(view).astype(np.float64)
     pixels = np.round(true_gaussian(pixels, float(p.sigma[i]))) if p.blur[i] else pixels
     return np.where((pixels >= 128) & bool(p.solarise[i]), 255 - pixels, pixels)
+
+
+def pillow_crop(image: np.ndarray, p: ViewParams, i: int, size: int) -> Image.Image:
+    """The crop of image i, flipped if `p` says so, by torchvision on Pillow's image."""
+    box = (int(side[i]) for side in (p.top, p.left, p.crop_height, p.crop_width))
+    view = F.resized_crop(Image.fromarray(image), *box, [size, size])
+    return F.horizontal_flip(view) if p.flip[i] else view
 
 
 def true_gaussian(image: np.ndarray, sigma: float) -> np.ndarray:
@@ -140,13 +145,8 @@ def _error(ours: Callable[..., None], theirs: Callable, picture: np.ndarray, val
 
 
 def _resize_errors(batch: ImageBatch, p: ViewParams, size: int, views: Tensor) -> list[np.ndarray]:
-    errors = []
-    for i in range(batch.size):
-        box = [int(side[i]) for side in (p.top, p.left, p.crop_height, p.crop_width)]
-        view = F.resized_crop(Image.fromarray(batch.image(i).numpy()), *box, [size, size])
-        view = F.horizontal_flip(view) if p.flip[i] else view
-        errors.append(np.abs(views[i].permute(1, 2, 0).numpy() - _as_array(view)))
-    return errors
+    crops = [_as_array(pillow_crop(batch.image(i).numpy(), p, i, size)) for i in range(batch.size)]
+    return [np.abs(view.permute(1, 2, 0).numpy() - crop) for view, crop in zip(views, crops)]
 
 
 def _hue_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from fastssl.augment.params import ViewParams, sample_params
 from fastssl.augment.policy import Policy
 from fastssl.augment.views import make_view
 from fastssl.batch import ImageBatch
+from fastssl.data_prep.files import written_whole
 from fastssl.loaders.make import Loader
 
 TILE, GAP, TEXT = 224, 8, 40  # in pixels: side of a picture, space around it, height of the two lines below it
@@ -38,9 +39,7 @@ def read_pictures(loader: Loader, count: int, data: str) -> ImageBatch:
     return batch
 
 
-def save_preview(
-    batch: ImageBatch, policy: Policy, size: int, seed: int, epoch: int, path: str | os.PathLike[str]
-) -> None:
+def save_preview(batch: ImageBatch, policy: Policy, size: int, seed: int, epoch: int, path: Path) -> None:
     """Writes a PNG that shows each image with both crop boxes, then its view_q and view_k of `epoch`.
 
     The file appears whole or not at all. Raises ValueError for an empty batch.
@@ -64,13 +63,8 @@ def save_preview(
             sheet.paste(tile, (at, top))
             draw.text((at, top + TILE + 2), text, fill="black")
             draw.text((at, top + TILE + 2), text[:2], fill=colour)  # the view's letter, in the colour of its box
-    partial = f"{os.fspath(path)}.{os.getpid()}.partial"
-    try:
+    with written_whole(path) as partial:
         sheet.save(partial, format="PNG")
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
 
 
 def describe(params: ViewParams, i: int) -> str:

@@ -17,7 +17,7 @@ from fastssl.augment.color import update_greyscale, update_solarise
 from fastssl.augment.fused import draw_views_fused
 from fastssl.augment.hide import update_hide
 from fastssl.augment.jitter import apply_jitter, apply_where, jitter_plan
-from fastssl.augment.normalise import MEAN, STD, update_normalise
+from fastssl.augment.normalise import update_normalise
 from fastssl.augment.params import ViewParams, sample_both
 from fastssl.augment.policy import Policy
 from fastssl.augment.resize import crop_resize, eval_resize
@@ -55,7 +55,7 @@ def make_views(
         raise ValueError("key_bytes and hide_and_seek exclude each other: leave one of them out")
     chosen, _ = choose_augment_kernel(batch.pixels.device, kernel)
     if chosen == "triton":
-        return draw_views_fused(batch, policy, seed, epoch, size, MEAN, STD, dtype, key_bytes)
+        return draw_views_fused(batch, policy, seed, epoch, size, dtype, key_bytes)
     dtypes = dtype, torch.uint8 if key_bytes else dtype
     params = sample_both(policy, batch, seed, epoch)
     if chosen == "numba":

@@ -61,7 +61,7 @@ def measure_knn(args: argparse.Namespace) -> dict[str, object]:
     tally: Counter = Counter()
 
     def ours(num: int) -> None:
-        found = knn_over_ranks(*bank, queries[:num], labels[:num], ks, Ranks(0, 1, 1, CPU), cap)
+        found = knn_over_ranks(*bank, queries[:num], labels[:num], ks, Ranks(0, 1, CPU), cap)
         answers[OURS] = found.majority
         tally.update(found.search)
 

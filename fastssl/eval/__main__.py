@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 
-from fastssl.command import USAGE, run_command
+from fastssl.command import USAGE, refuse_word, run_command
 
 EVALUATIONS = {
     "knn": "exact k-nearest neighbours on frozen features, every odd k from one pass",
@@ -36,10 +35,7 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else USAGE
     name = OTHER_NAMES.get(argv[0], argv[0])
     if name not in EVALUATIONS:
-        near = difflib.get_close_matches(name, EVALUATIONS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(EVALUATIONS)}"
-        print(f"fastssl: error: there is no evaluation {name!r}: {hint}", file=sys.stderr)
-        return USAGE
+        return refuse_word("evaluation", name, EVALUATIONS)
     return importlib.import_module(f"fastssl.eval.{name}").main(argv[1:])
 
 

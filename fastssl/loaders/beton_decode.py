@@ -33,10 +33,6 @@ class BetonDecoder:
         """The name of image i in messages."""
         return f"{self.beton.path}[{i}]"
 
-    def pixel_bytes(self, record: np.ndarray) -> np.ndarray:
-        """(n,) int64: the decoded size of each image in bytes."""
-        return self.beton.height[record].astype(np.int64) * self.beton.width[record] * 3
-
     def decode(self, record: np.ndarray, pixels: np.ndarray, offset: np.ndarray, images: BadImages) -> list[int]:
         """Decodes the images `record` (n,) int64 into `pixels` (P,) uint8 at `offset` (n,) int64.
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from fastssl.data_prep.beton_format import HEADER, IMAGE_FIELD, INT_FIELD, RAW, read_tables, record_sizes, truncated
 from fastssl.data_prep.decode import MAX_PIXELS
+from fastssl.data_prep.find import number_labels
 from fastssl.data_prep.manifest import name_classes, read_manifest
 from fastssl.plural import counted
 
@@ -31,6 +32,11 @@ class BetonFile:
 
     def __len__(self) -> int:
         return len(self.label)
+
+    @property
+    def pixel_bytes(self) -> np.ndarray:
+        """(n,) int64: the decoded size of each image in bytes."""
+        return self.height.astype(np.int64) * self.width * 3
 
     def bytes(self, i: int) -> memoryview:
         """Image i as it is stored: a JPEG file, or height * width * 3 bytes of RGB."""
@@ -69,27 +75,9 @@ def open_beton(path: str | os.PathLike, class_names: Sequence[str] | None = None
     return beton
 
 
-def number_labels(
-    path: str, label: np.ndarray, names: list[str], class_names: Sequence[str] | None
-) -> tuple[np.ndarray, list[str]]:
-    """Labels (n,) of the classes `names` renumbered by the list `class_names` of another split, and that list.
-
-    Without `class_names` they stay as they are. Raises ValueError when a class is not on the list.
-    """
-    label = np.maximum(label, -1)  # every negative label means: no class
-    if not class_names or not names:
-        return label, names
-    number = {name: i for i, name in enumerate(class_names)}
-    if unknown := [name for name in names if name not in number]:
-        known = counted(len(number), "class", "classes")
-        raise ValueError(f"{path} has a class {unknown[0]!r} that is not among the {known} of the other split")
-    renumber = np.array([number[name] for name in names], np.int64)
-    return np.where(label < 0, -1, renumber[label]), list(class_names)
-
-
 def _check_images(beton: BetonFile, table: int) -> None:
     """Raises ValueError unless every image has pixels, a known mode, and its bytes before the allocation table."""
-    pixel_bytes = beton.height.astype(np.int64) * beton.width * 3
+    pixel_bytes = beton.pixel_bytes
     wrong = {
         "has no pixels": pixel_bytes == 0,
         f"has more than {MAX_PIXELS:,} pixels": pixel_bytes > MAX_PIXELS * 3,

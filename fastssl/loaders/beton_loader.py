@@ -72,7 +72,7 @@ class BetonLoader:
 
     def pixel_bytes(self, chosen: Sequence[int] | np.ndarray) -> int:
         """The decoded size of the chosen images in bytes."""
-        return int(self._decoder.pixel_bytes(np.asarray(chosen)).sum())
+        return int(self.beton.pixel_bytes[np.asarray(chosen)].sum())
 
     def batches(self, first: int = 0) -> Iterator[ImageBatch]:
         """Batches first, first + 1, ... of this rank, of `batch_size` images each, without end."""

@@ -14,6 +14,9 @@ from torch import Tensor
 
 DEPTH = 2  # batches that DALI works on at once
 _HARDWARE_SHARE = 0.65  # the share of a batch for the GPU's JPEG engine (A100 and later); its cores get the rest
+_OTHERWISE = (
+    "use --loader folder for image files, --loader beton for a .beton file (fastssl prep beton makes one of tar shards)"
+)
 
 
 class DaliFailed(RuntimeError):
@@ -34,7 +37,7 @@ class JpegDecoder:
         except ImportError as error:
             raise ValueError(
                 f"the loader 'dali' cannot import nvidia.dali ({error}): install nvidia-dali-cuda120 (with CUDA 13 "
-                "nvidia-dali-cuda130), or choose --loader folder"
+                f"nvidia-dali-cuda130), or {_OTHERWISE}"
             ) from error
         on_gpu = device.type == "cuda"
         options = {"device": "mixed", "hw_decoder_load": _HARDWARE_SHARE} if on_gpu else {"device": "cpu"}
@@ -71,7 +74,7 @@ class JpegDecoder:
                 self._pipeline.release_outputs()
         except RuntimeError as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"DALI cannot decode on {device} ({reason}): choose --loader folder") from error
+            raise ValueError(f"DALI cannot decode on {device} ({reason}): {_OTHERWISE}") from error
 
     def submit(self, jpegs: Sequence[np.ndarray]) -> None:
         """Starts decoding a batch of (bytes,) uint8 arrays; at most DEPTH batches may wait to be received."""

@@ -79,12 +79,12 @@ def make_loader(
     files = dict(workers=workers, on_bad_image=on_bad_image, class_names=class_names)
     if name == "synthetic":
         loader = SyntheticLoader(num_images=synthetic_images, size=synthetic_size, **shared)
-    elif name == "resident":
-        loader = _find_class(name)(data, cache=beton_cache, shard=resident_shard, **files, **shared)
-        reason = f"{reason}; holds {loader.held}"
     else:
-        cache = {"cache": beton_cache} if name == "beton" else {}
-        loader = _find_class(name)(data, read_ahead=read_ahead, **cache, **files, **shared)
+        files |= {"cache": beton_cache} if name in ("beton", "resident") else {}
+        files |= {"shard": resident_shard} if name == "resident" else {"read_ahead": read_ahead}
+        loader = _open_files(name, data, **files, **shared)
+    if name == "resident":
+        reason = f"{reason}; holds {loader.held}"
     if name == "folder" and file_decode.decode_stored_images is None:
         reason += "; slower without libturbojpeg: 'fastssl doctor' says how to install it"
     loader.name, loader.reason = name, reason
@@ -100,27 +100,27 @@ def _check_options(on_bad_image: str, workers: int | None, read_ahead: int | Non
         raise ValueError(f"read_ahead must be 0 or more batches, got {read_ahead}")
 
 
-def _find_class(name: str) -> type[Loader]:
-    """The class of a file loader, imported only when needed, because its libraries may be missing."""
+def _open_files(name: str, data: str | os.PathLike, **options: object) -> Loader:
+    """A loader of files. Its class is imported only now, because the libraries that it needs may be missing."""
     try:
         if name == "beton":
             from fastssl.loaders.beton_loader import BetonLoader
 
-            return BetonLoader
+            return BetonLoader(data, **options)
         if name == "dali":
             from fastssl.loaders.dali_loader import DaliLoader
 
-            return DaliLoader
+            return DaliLoader(data, **options)
         if name == "resident":
             from fastssl.loaders.resident_loader import ResidentLoader
 
-            return ResidentLoader
+            return ResidentLoader(data, **options)
+        return FolderLoader(data, **options)
     except ImportError as error:
         raise ValueError(
             f"the loader {name!r} needs a library that is missing ({error}): run 'fastssl doctor' for the command that "
             "installs it"
         ) from error
-    return FolderLoader
 
 
 def choose_loader(name: str, data: str | os.PathLike | None) -> tuple[str, str]:

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastssl.data_prep.decode import MAX_PIXELS, open_file
+from fastssl.data_prep.decode import MAX_PIXELS, BadImage, open_file, read_file
 from fastssl.data_prep.find import ImageFolder
+from fastssl.data_prep.jpeg import NotPlain, read_jpeg_facts
 
 if TYPE_CHECKING:
     from fastssl.loaders.beton_loader import BetonLoader
@@ -45,11 +46,16 @@ def folder_pixel_bytes(folder: ImageFolder, chosen: Iterable[int], workers: int)
     """The decoded size in bytes of the chosen images of a folder, from their headers, which threads read."""
 
     def pixel_bytes(i: int) -> int:
+        path = folder.path(i)
         try:
-            with open_file(folder.path(i)) as file, Image.open(file) as image:
+            with open_file(path) as file, Image.open(file) as image:
                 pixels = image.width * image.height
-        except Exception:  # reported when it is decoded
-            return 0
+        except Exception:  # reported when it is decoded, but until then the loader reserves memory for a JPEG
+            try:
+                facts = read_jpeg_facts(read_file(path, path), header_only=True)
+            except (BadImage, NotPlain):
+                return 0
+            pixels = facts.width * facts.height
         return pixels * 3 if pixels <= MAX_PIXELS else 0  # larger ones are not decoded
 
     with ThreadPoolExecutor(workers) as pool:
@@ -68,7 +74,7 @@ def check_room(needed: int, device: torch.device, data: str, can_shard: bool) ->
         shard = "--resident-shard, " if can_shard else ""
         raise ValueError(
             f"the decoded images of {data} do not fit into memory ({numbers}): use {shard}smaller images (fastssl prep "
-            "beton --short-side), or --loader beton"
+            "beton --short-side), or --loader auto"
         )
     return numbers
 

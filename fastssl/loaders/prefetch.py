@@ -22,17 +22,16 @@ class Prefetcher:
     """Gives out iterators that run ahead of their reader, and can end all of them.
 
     device: where the batches go. read_ahead: how many batches a loader decodes beyond the one requested; None means 2
-    on a GPU and 0 on a CPU; with 0 there is no background thread. depth: finished batches that may wait in addition.
+    on a GPU and 0 on a CPU; with 0 there is no background thread. One finished batch may wait in addition.
     """
 
-    def __init__(self, device: torch.device | str, read_ahead: int | None = None, depth: int = 1) -> None:
+    def __init__(self, device: torch.device | str, read_ahead: int | None = None) -> None:
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:  # each thread has its own current device
             self.device = torch.device("cuda", torch.cuda.current_device())
         if read_ahead is None:
             read_ahead = 0 if self.device.type == "cpu" else 2
         self.read_ahead = read_ahead
-        self.depth = depth
         self._in_turn: set[Iterator[ImageBatch]] = set()  # sources iterated without a thread
         self._running: dict[threading.Thread, threading.Event] = {}
 
@@ -56,7 +55,7 @@ class Prefetcher:
             source.close()
 
     def _iterate_ahead(self, source: Iterator[ImageBatch]) -> Iterator[ImageBatch]:
-        ready: queue.Queue = queue.Queue(self.depth)
+        ready: queue.Queue = queue.Queue(1)
         stop = threading.Event()
         thread = threading.Thread(target=self._produce, args=(source, ready, stop), name="fastssl-load", daemon=True)
         self._running[thread] = stop

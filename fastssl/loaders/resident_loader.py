@@ -140,11 +140,6 @@ def _open_source(data: str | os.PathLike, cache: str, options: dict[str, object]
     """The loader that decodes the images once."""
     if os.path.isdir(data):
         return FolderLoader(data, batch_size=1, seed=0, **options)
-    try:
-        from fastssl.loaders.beton_loader import BetonLoader  # needs libturbojpeg, which a folder does not
-    except ImportError as error:
-        raise ValueError(
-            f"{os.fspath(data)} needs a library that is missing ({error}): run 'fastssl doctor' for the command that "
-            "installs it"
-        ) from error
+    from fastssl.loaders.beton_loader import BetonLoader  # needs libturbojpeg, which a folder does not
+
     return BetonLoader(data, batch_size=1, seed=0, cache=cache, **options)
