@@ -29,13 +29,15 @@ def measure(names: list[str], options: Options, rounds: int) -> Iterator[Result]
     """Yields the result so far after each round, so that a run that is cut short keeps it."""
     processes = {name: LoaderProcess(name, options) for name in names}
     try:
-        missing = {name: why for name, process in processes.items() if (why := process.wait_for_import())}
-        first = {}
-        for name in (name for name in names if name not in missing):
-            try:
-                first[name] = processes[name].start()
-            except ValueError as error:  # such as a peer that cannot read these files
-                missing[name] = str(error).removeprefix(f"{name}: ").strip().splitlines()[-1]
+        missing: dict[str, str] = {}
+        first: dict[str, float] = {}
+        for ask in (LoaderProcess.wait_for_import, LoaderProcess.start):  # all import at the same time
+            for name in (name for name in names if name not in missing):
+                try:
+                    first[name] = ask(processes[name])
+                except ValueError as error:  # a peer that is not installed, or cannot read these files
+                    first.pop(name, None)
+                    missing[name] = str(error).removeprefix(f"{name}: ").strip().splitlines()[-1]
         if not (running := list(first)):
             raise ValueError("; ".join(f"{name}: {why}" for name, why in missing.items()))
         measured: dict[str, list[Round]] = {name: [] for name in running}
