@@ -122,6 +122,15 @@ def test_the_verdict_of_a_step_names_its_floor_and_how_it_can_be_beaten(arithmet
     assert f"the floor, set by {said} of its time" in verdict and ("by Winograd" in verdict) == (arithmetic > 2)
 
 
+def test_the_verdict_of_augment_is_of_whole_policies():
+    medians = {"ours, reference": 9.0, "ours, triton": 1.0, "DALI": 5.0}
+    medians |= {"ours, its part": 0.4, "triton-augment, its part": 1.5}
+    timings = {name: Timing(ms, ms, ms, 3)._asdict() for name, ms in medians.items()}
+    (verdict,) = verdicts("augment", {"copy": 1.0, "lines": [{"size": 224, "bytes": 1, "seconds": timings}]})
+    assert verdict.startswith("views of 224 pixels: 'ours, triton' is 5.0 times as fast as 'DALI'; bound by")
+    assert verdict.endswith("try smaller images or views")
+
+
 def test_the_verdict_of_a_sweep_is_of_twelve_settings_beside_one():
     timings = {"one setting": Timing(2.0, 2.0, 2.0, 3)._asdict(), "12 settings": Timing(1.0, 1.0, 1.0, 3)._asdict()}
     (verdict,) = verdicts("eval", {"lines": [{"what": "sweep", "seconds": timings}]})
