@@ -330,6 +330,13 @@ def test_the_program_says_what_is_wrong_in_one_sentence(tmp_path):
     assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("flag", ["--profile", "--no-eager", "--config resnet18"])
+def test_peers_takes_no_flag_that_it_would_ignore(flag, capsys):
+    with pytest.raises(SystemExit):
+        bench_throughput.main(["peers", *flag.split()])
+    assert f"unrecognized arguments: {flag.split()[0]}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", ["step --steps 0", "loss --num 4 0", "augment --size 0", "convert DATA --copies 0"])
 def test_nothing_can_be_measured_none_times(words, capsys):
     with pytest.raises(SystemExit):

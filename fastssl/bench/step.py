@@ -18,7 +18,7 @@ import torch
 from fastssl import distributed
 from fastssl.bench.loops import Loop, host_alone, our_loop, time_loops, trainee_of
 from fastssl.bench.results import loop_rows, show_row, write_result
-from fastssl.bench.step_flags import COMPILE, add_recipe_flag, add_step_flags, make_config, parse_flags
+from fastssl.bench.step_flags import COMPILE, add_inner_flags, add_step_flags, make_config, parse_flags
 from fastssl.bench.step_floor import step_floor
 from fastssl.bench.step_parts import PART, step_parts
 from fastssl.bench.step_profile import print_profile, profile_step
@@ -154,7 +154,7 @@ def main(argv: Sequence[str]) -> None:
         choices=COMPILE,
         help="also time the step with these, in the same rounds",
     )
-    add_recipe_flag(parser)
+    add_inner_flags(parser)
     add_step_flags(parser)
     args = parse_flags(parser, argv)
     ranks = distributed.start(args.device)
