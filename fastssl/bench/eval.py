@@ -128,7 +128,7 @@ def main(argv: Sequence[str]) -> None:
     add("--batch-size", type=positive, default=512, help="batch size of the reference's way (default 512)")
     add("--max-mem-gb", type=float, help="memory limit of our search")
     add("--epochs", type=positive, default=2, help="epochs of the sweep (default 2)")
-    add("--rounds", type=int, default=3, help="measurements of each contestant (default 3)")
+    add("--rounds", type=positive, default=3, help="measurements of each contestant (default 3)")
     add("--threads", type=positive, help="CPU threads (default all cores)")
     add("--output", type=Path, help="write the result to this JSON file")
     args = parser.parse_args(list(argv))

@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
     )
     add("--threads", type=positive, default=usable_cores(), help="threads or workers each (default all cores)")
     add("--batch-size", type=positive, default=64, help="images per batch (default 64)")
-    add("--rounds", type=int, default=5, help="epochs of each loader (default 5)")
+    add("--rounds", type=positive, default=5, help="epochs of each loader (default 5)")
     add("--output", type=Path, help="write the result to this JSON file")
     args = parser.parse_args(argv)
     options = Options(train_folder(args.data), args.beton, args.batch_size, args.threads)

@@ -37,7 +37,7 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
     add("--compile", default="auto", choices=COMPILE, help="as for fastssl pretrain (default auto)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the GPU if there is one")
     add("--steps", type=positive, default=50 if cuda else 6, help="steps in a turn")
-    add("--rounds", type=int, default=7, help="turns of each contestant (default 7)")
+    add("--rounds", type=positive, default=7, help="turns of each contestant (default 7)")
     add("--output", type=Path, help="write the result to this JSON file")
 
 

@@ -83,9 +83,7 @@ def while_time_lasts(names: Sequence[str]) -> Iterator[str]:
 
 
 def turns(rounds: int) -> Iterator[int]:
-    """0, 1, ... rounds - 1, or fewer if the time of `stop_after` is over. Raises ValueError for less than one round."""
-    if rounds < 1:
-        raise ValueError(f"--rounds must be at least 1, got {rounds}")
+    """0, 1, ... rounds - 1, or fewer if the time of `stop_after` is over."""
     for turn in range(rounds):
         if turn >= FEWEST_ROUNDS and time.monotonic() > _deadline:
             return
