@@ -148,14 +148,19 @@ def resume(session: Session, model: Classifier, optimizer: torch.optim.Optimizer
     """Loads the checkpoint of --resume, if there is one. Returns (first epoch, best Acc1 so far).
 
     Momentum and weight decay stay the checkpoint's, as in the reference; a note says so where the options differ.
-    Raises ValueError when it is not a checkpoint of this classifier.
+    Raises ValueError when it is not a checkpoint of this classifier, or trained other weights of it.
     """
     o, path = session.options, session.options.resume
     if not path:
         return o.start_epoch, 0.0
     _, weights, entries = read_classifier(path)
     model.import_state(weights)
-    optimizer.load_state_dict(entries["optimizer"])
+    if o.evaluate:  # any classifier can be validated, whichever of its weights were trained
+        return entries["epoch"], float(entries["best_acc1"])
+    try:
+        optimizer.load_state_dict(entries["optimizer"])
+    except ValueError:
+        raise ValueError(f"{path} trained other weights: give --finetune only if its run was given it") from None
     for flag, name in (("--wd", "weight_decay"), ("--momentum", "momentum")):
         saved = optimizer.param_groups[0][name]
         if saved != getattr(o, name):
