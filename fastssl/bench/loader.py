@@ -11,10 +11,10 @@ from importlib import metadata
 from pathlib import Path
 
 from fastssl.arguments import ListParser, positive
-from fastssl.bench.loader_peers import CONTESTANTS, DECODES, RAW, Options
+from fastssl.bench.loader_peers import CONTESTANTS, DECODES, Options
 from fastssl.bench.loader_process import LoaderProcess, Round
 from fastssl.bench.photos import train_folder
-from fastssl.bench.results import write_result
+from fastssl.bench.results import RAW, write_result
 from fastssl.bench.timing import in_turn, summarise
 from fastssl.data_prep.find import find_images
 from fastssl.data_prep.work_pool import usable_cores

@@ -10,6 +10,8 @@ from typing import NamedTuple
 from fastssl.bench.timing import Timing, summarise, times_faster
 from fastssl.data_prep.files import write_text
 
+RAW = "libjpeg-turbo alone"  # the contestant of the stage loader that sets the pace
+
 
 class Row(NamedTuple):
     """One contestant in one setting."""
@@ -100,11 +102,6 @@ READERS: dict[str, Callable[[dict], Iterator[Row]]] = {
     "loader": loader_rows,
     "convert": convert_rows,
 }
-
-
-def count(num: int, noun: str) -> str:
-    """ "1 thread", "2 threads"."""
-    return f"{num} {noun}" if num == 1 else f"{num} {noun}s"
 
 
 def split_ours(found: list[Row]) -> tuple[list[Row], list[Row]]:

@@ -148,16 +148,21 @@ def times_faster(seconds: dict[str, list[float]], name: str, beside: str) -> Tim
     return summarise([theirs / ours for theirs, ours in zip(seconds[beside], seconds[name])])
 
 
-def wall_clock(function: Function) -> Callable[[], float]:
-    """Calls the function once, and returns a clock: the seconds of another call."""
+def stopwatch(function: Function) -> Callable[[], float]:
+    """A clock: the seconds of a call of the function."""
 
     def read() -> float:
         start = time.perf_counter()
         function()
         return time.perf_counter() - start
 
-    read()  # the first call allocates memory and compiles
     return read
+
+
+def wall_clock(function: Function) -> Callable[[], float]:
+    """The same after a first call, which allocates memory and compiles."""
+    function()
+    return stopwatch(function)
 
 
 def _gpu_clock(function: Function) -> Callable[[], float]:
