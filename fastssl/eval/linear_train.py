@@ -121,7 +121,7 @@ def train_epoch(
         optimizer.step()
         losses.append(loss.detach())
         if i % o.print_freq == 0:
-            mean = sum_over_ranks(losses[-1], ranks)
+            mean = sum(gather_objects(float(losses[-1]), ranks))
             session.say(f"Epoch: [{epoch}][{i}/{len(steps)}]\tLoss {mean:.4e}\tlr {optimizer.param_groups[0]['lr']:g}")
     batches.close()
     if not torch.isfinite(torch.stack(losses)).all():
@@ -137,11 +137,6 @@ def sum_gradients(optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
     dist.all_reduce(flat)
     for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.grad = part.view_as(p)
-
-
-def sum_over_ranks(value: Tensor, ranks: Ranks) -> float:
-    """The sum of all ranks' numbers. Waits for the device."""
-    return sum(gather_objects(float(value), ranks))
 
 
 def resume(session: Session, model: Classifier, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
