@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
     options = Options(train_folder(args.data), args.beton, args.batch_size, args.threads)
     if (images := len(find_images(options.folder).paths)) < args.batch_size:
         raise ValueError(f"{options.folder} has {counted(images, 'image')}: use a --batch-size of at most {images}")
-    versions = {package: metadata.version(package) for package in PACKAGES if _installed(package)}
+    versions = {package: metadata.version(package) for package in PACKAGES if any(metadata.distributions(name=package))}
     machine = environment() | {"packages": versions, "cores": usable_cores()}
     for results, missing in measure(args.only, options, args.rounds):
         if args.output:
@@ -114,7 +114,3 @@ def main(argv: list[str]) -> None:
     print_table(results, args.threads)
     for name, why in missing.items():
         print(f"left out: {name} ({why})")
-
-
-def _installed(package: str) -> bool:
-    return len(list(metadata.distributions(name=package))) > 0

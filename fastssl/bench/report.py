@@ -33,8 +33,7 @@ def main(argv: Sequence[str]) -> None:
     stale = []
     for page in (ROOT / name for name in PAGES if (ROOT / name).exists()):
         text = page.read_text()
-        fresh = fill(text)
-        if fresh != text:
+        if (fresh := fill(text)) != text:
             stale.append(str(page.relative_to(ROOT)))
             if not args.check:
                 write_text(page, fresh)

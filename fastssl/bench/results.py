@@ -88,7 +88,7 @@ def convert_rows(result: dict[str, object]) -> Iterator[Row]:
 def seconds_rows(result: dict[str, object]) -> Iterator[Row]:
     """Lines with a timing for each contestant in `seconds`; their other numbers and words name the group."""
     for line in result["lines"]:
-        setting = {k: v for k, v in line.items() if isinstance(v, (int, str)) and k not in ("bytes", "kernel")}
+        setting = {k: v for k, v in line.items() if isinstance(v, (int, str)) and k != "bytes"}
         group = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in setting.items())
         for name, timing in line["seconds"].items():
             ms = {key: 1e3 * timing[key] for key in ("median", "low", "high")}
