@@ -13,12 +13,12 @@ import torch
 import triton
 from torch import Tensor, library
 
+from .launching import on_device_of, traceable
 from .queue_loss_finish import finish_rows, finish_scalars
 from .row_lse import rows_per_program
-from .row_lse_pass import QueuePass, on_device_of, pass_over_queue
+from .row_lse_pass import pass_over_queue
 from .row_lse_plan import weights_need_float32
 from .row_lse_tiled import refuse_second_derivative
-from .traceable import traceable
 
 _SCHEMA = (
     "(Tensor q_ND, Tensor k_ND, Tensor queue_KD, float contrast_weight, float temperature, float align_weight, "
@@ -54,17 +54,44 @@ def queue_loss(
     with on_device_of(q_ND):
         positive_N = torch.linalg.vecdot(q_ND, k_ND) if contrast else None
         q_low_ND = q_ND.to(queue_KD.dtype)  # a cast inside the kernel would keep x out of shared memory
-        main, batch = pass_over_queue(q_low_ND, queue_KD, scales, positive_N, False, widen), None
-        if uniform and intra_batch and num > 1:
+        main = inside = pass_over_queue(q_low_ND, queue_KD, scales, positive_N, False, widen)
+        has_pairs = uniform and intra_batch and num > 1  # else the kernel does not read `inside`
+        if has_pairs:
             pairs += num * (num - 1) / 2
-            batch = pass_over_queue(q_low_ND, q_low_ND, scales[-1:], None, True, widen)
+            inside = pass_over_queue(q_low_ND, q_low_ND, scales[-1:], None, True, widen)
         terms_TN, gradient_ND = q_ND.new_empty(4, num), torch.empty_like(q_ND)
         uniform_gradient_ND = q_ND.new_empty(num if uniform else 0, q_ND.shape[1])
-        tensors = (q_ND, k_ND, positive_N, terms_TN, gradient_ND, uniform_gradient_ND)
-        numbers = (scales[0], main.offsets[0], contrast_weight / num, align_alpha, align_weight / num)
-        _launch_finish_rows(tensors, main, batch, numbers, contrast, uniform)
+        rows = rows_per_program(q_ND)
+        traceable(finish_rows)[(triton.cdiv(num, rows),)](
+            q_ND,
+            k_ND,
+            terms_TN if positive_N is None else positive_N,
+            main.sum_PCN,
+            main.mean_PCND,
+            main.above_PN,
+            inside.sum_PCN,
+            inside.mean_PCND,
+            terms_TN,
+            gradient_ND,
+            uniform_gradient_ND,
+            num,
+            main.sum_PCN.shape[0],
+            inside.sum_PCN.shape[0],
+            scales[0],
+            main.offsets[0],
+            contrast_weight / num,
+            align_alpha,
+            align_weight / num,
+            D=int(q_ND.shape[1]),  # a constant of the kernel, also under dynamic=True
+            C=len(scales),
+            CONTRAST=contrast,
+            UNIFORM=uniform,
+            INSIDE=has_pairs,
+            SQUARED=align_alpha == 2,
+            BLOCK_R=rows,
+            BLOCK_P=16,
+        )
         total, factor, parts = q_ND.new_empty(()), q_ND.new_empty(()), q_ND.new_empty(5)
-        weights = (contrast_weight, align_weight, uniform_weight)
         traceable(finish_scalars)[(1,)](
             terms_TN,
             parts,
@@ -74,46 +101,14 @@ def queue_loss(
             pairs,
             main.offsets[-1],
             scales[-1],
-            *weights,
+            contrast_weight,
+            align_weight,
+            uniform_weight,
             CONTRAST=contrast,
             UNIFORM=uniform,
             BLOCK=1024,
         )
     return total, parts, gradient_ND, uniform_gradient_ND, factor
-
-
-def _launch_finish_rows(
-    tensors: tuple, main: QueuePass, batch: QueuePass | None, numbers: tuple[float, ...], contrast: bool, uniform: bool
-) -> None:
-    q_ND, k_ND, positive_N, terms_TN, gradient_ND, uniform_gradient_ND = tensors
-    num, dim = q_ND.shape[0], int(q_ND.shape[1])  # a constant of the kernel, also under dynamic=True
-    inside = main if batch is None else batch  # any tensor will do if there are no pairs: the kernel does not read it
-    rows = rows_per_program(q_ND)
-    traceable(finish_rows)[(triton.cdiv(num, rows),)](
-        q_ND,
-        k_ND,
-        terms_TN if positive_N is None else positive_N,
-        main.sum_PCN,
-        main.mean_PCND,
-        main.above_PN,
-        inside.sum_PCN,
-        inside.mean_PCND,
-        terms_TN,
-        gradient_ND,
-        uniform_gradient_ND,
-        num,
-        main.sum_PCN.shape[0],
-        inside.sum_PCN.shape[0],
-        *numbers,
-        D=dim,
-        C=main.sum_PCN.shape[1],
-        CONTRAST=contrast,
-        UNIFORM=uniform,
-        INSIDE=batch is not None,
-        SQUARED=numbers[3] == 2,
-        BLOCK_R=rows,
-        BLOCK_P=16,
-    )
 
 
 @queue_loss.register_fake

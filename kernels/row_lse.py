@@ -12,17 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor, library
 
+from .launching import on_device_of, traceable
 from .row_checks import check_rows
 from .row_lse_blocks import DIMS
-from .row_lse_pass import on_device_of, pass_over_queue
+from .row_lse_pass import pass_over_queue
 from .row_lse_plan import weights_need_float32
-from .row_lse_tiled import MAX_SCALE, SCHEMA, fake_row_lse, row_lse_gradient, save_for_gradient
-from .traceable import traceable
+from .row_lse_tiled import MAX_SCALE, SCHEMA, empty_results, row_lse_gradient, save_for_gradient
 
 
 @triton.jit
@@ -100,9 +99,7 @@ def row_lse(
     x_ND = x_ND.to(y_KD.dtype)  # a cast inside the kernel would keep x out of shared memory
     with on_device_of(x_ND):
         sum_PCN, mean_PCND, above_PN, offsets = pass_over_queue(x_ND, y_KD, scales, positive_N, exclude_self, widen)
-        lse_CN = x_ND.new_empty(count, num, dtype=torch.float32)
-        mean_CND = x_ND.new_empty(count, num, dim, dtype=torch.float32)
-        above_N = x_ND.new_empty(above_PN.shape[1], dtype=torch.int32)
+        lse_CN, mean_CND, above_N = empty_results(x_ND, y_KD, scales, positive_N)
         rows = rows_per_program(x_ND)
         traceable(_add_parts)[(triton.cdiv(count * num, rows),)](
             sum_PCN,
@@ -120,12 +117,11 @@ def row_lse(
             COUNT_ABOVE=positive_N is not None,
             BLOCK_R=rows,
             BLOCK_P=16,
-            num_warps=4,
         )
     return lse_CN, mean_CND, above_N
 
 
-row_lse.register_fake(fake_row_lse)
+row_lse.register_fake(empty_results)
 row_lse.register_autograd(row_lse_gradient, setup_context=save_for_gradient)
 
 

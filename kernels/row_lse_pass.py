@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -20,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import traceable
 from .row_lse_blocks import find_blocks
 from .row_lse_plan import dot_precision, split_queue, weight_factors
 from .row_lse_tiled import TIE
-from .traceable import traceable
 
 # Fused multiply-adds are faster here and no less exact; if this is not set, Triton 3.9 warns and 3.10 turns them off.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -167,8 +166,3 @@ def pass_over_queue(
     )
     offsets = [shift * math.log(2) - scale for scale, (_, shift) in zip(scales, factors)]
     return QueuePass(sum_PCN, mean_PCND, above_PN, offsets)
-
-
-def on_device_of(tensor: Tensor) -> AbstractContextManager:
-    """Makes the tensor's GPU the current one, to which Triton launches go."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

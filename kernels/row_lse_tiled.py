@@ -43,11 +43,10 @@ def row_lse_tiled(
     above (N,) int32. The gradient flows to x through lse, never to y. Raises ValueError for tensors that do not fit.
     """
     check_rows(contiguous=False, x_ND=x_ND, y_KD=y_KD)
-    dtype = torch.promote_types(x_ND.dtype, torch.float32)
-    (num, dim), count = x_ND.shape, len(scales)
-    lse_CN = x_ND.new_empty(count, num, dtype=dtype)
-    mean_CND = x_ND.new_empty(count, num, dim, dtype=dtype)
-    above_N = x_ND.new_zeros(0 if positive_N is None else num, dtype=torch.int32)
+    num, count = len(x_ND), len(scales)
+    lse_CN, mean_CND, above_N = empty_results(x_ND, y_KD, scales, positive_N)
+    above_N.zero_()
+    dtype = lse_CN.dtype
     num_buffers = 1 if count == 1 and positive_N is None else 2
     tile_k = min(y_KD.shape[0], _TILE_FLOATS // _TILE_N // num_buffers)
     buffers = x_ND.new_empty(num_buffers, min(num, _TILE_N), tile_k, dtype=dtype)
@@ -76,14 +75,14 @@ def row_lse_tiled(
     return lse_CN, mean_CND, above_N
 
 
-def fake_row_lse(
+def empty_results(
     x_ND: Tensor,
     y_KD: Tensor,
     scales: Sequence[float],
     positive_N: Tensor | None = None,
     exclude_self: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The shapes and dtypes of what `row_lse` returns, for torch.compile."""
+    """Room for what `row_lse` returns; to torch.compile it tells the shapes and dtypes."""
     num, dim = x_ND.shape
     dtype = torch.promote_types(x_ND.dtype, torch.float32)
     lse_CN = x_ND.new_empty(len(scales), num, dtype=dtype)
@@ -113,5 +112,5 @@ def row_lse_gradient(ctx, grad_lse_CN: Tensor, grad_mean: None, grad_above: None
     return sum(parts[1:], parts[0]).to(ctx.dtype), None, None, None, None
 
 
-row_lse_tiled.register_fake(fake_row_lse)
+row_lse_tiled.register_fake(empty_results)
 row_lse_tiled.register_autograd(row_lse_gradient, setup_context=save_for_gradient)

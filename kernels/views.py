@@ -8,13 +8,13 @@ There are three launches because contrast needs the mean of the whole image, and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from .launching import on_device_of
 from .views_crop import crop_tiles
 from .views_finish import finish_tiles
 from .views_jitter import jitter_rows
@@ -159,8 +159,3 @@ def views_triton(
 def means_and_scales(mean: Sequence[float], std: Sequence[float]) -> list[float]:
     """Three means and three scales with normalised = (byte - mean) * scale, from the mean and std of values in 0..1."""
     return [255 * m for m in mean] + [1 / (255 * s) for s in std]
-
-
-def on_device_of(tensor: Tensor) -> AbstractContextManager:
-    """Launches go to the current GPU, so make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .views import OPTIONS, means_and_scales, on_device_of
+from .launching import on_device_of
+from .views import OPTIONS, means_and_scales
 
 BLOCK, WARPS = 4096, 4
 

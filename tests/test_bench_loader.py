@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from fastssl.bench.loader import main
-from fastssl.bench.loader_peers import CONTESTANTS, OURS, RAW, Options
+from fastssl.bench.loader_peers import CONTESTANTS, FFCV, OURS, RAW, Options
 from fastssl.bench.loader_process import LoaderProcess
 from fastssl.loaders.make import LOADERS
 
@@ -65,13 +65,33 @@ def test_a_peer_that_cannot_read_these_files_is_left_out(tmp_path, make_image_fo
     assert f"left out: {peer} (PIL.UnidentifiedImageError: cannot identify" in capsys.readouterr().out
 
 
+def test_a_peer_whose_import_fails_in_any_way_is_left_out(tmp_path, image_folder, monkeypatch, capsys):
+    (tmp_path / "ffcv").mkdir()
+    (tmp_path / "ffcv" / "__init__.py").write_text("raise AttributeError('numpy lacks what it wants')")
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = ["--threads", "1", "--batch-size", "5", "--rounds", "1", "--beton", "any.beton"]
+    main([str(image_folder / "train"), "--only", FFCV, "ours, folder", *flags])
+    said = capsys.readouterr().out
+    assert f"left out: {FFCV} (AttributeError: numpy lacks what it wants)" in said and "\nours, folder " in said
+
+
+def test_a_loader_whose_process_has_died_says_so(image_folder):
+    process = LoaderProcess("ours, folder", Options(str(image_folder / "train"), None, 4, 1))
+    process.wait_for_import()
+    process._process.kill()
+    process._process.join()
+    with pytest.raises(ValueError, match="ours, folder: its process died"):
+        process.start()
+    process.end()
+
+
 def test_a_loader_that_fails_stops_the_bench_with_its_reason(tmp_path):
     flags = ["--only", "ours, folder", "--threads", "1", "--batch-size", "2"]
     (tmp_path / "0.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"has 1 image: use a --batch-size of at most 1"):
         main([str(tmp_path), *flags])
     (tmp_path / "1.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"ours, folder: ValueError: 2 images in a row cannot be decoded"):
+    with pytest.raises(ValueError, match=r"ours, folder: 2 images in a row cannot be decoded"):
         main([str(tmp_path), *flags])
     with pytest.raises(ValueError, match="give one with --beton"):
         CONTESTANTS["FFCV, two decoders"](Options("x", None, 4, 1))

@@ -13,7 +13,7 @@ from fastssl import distributed, plan
 from fastssl.bench import loops, peer_loops, peers, step, step_parts, step_profile
 from fastssl.bench.peer_views import augment_crops, colour_maps
 from fastssl.bench.photos import write_photos
-from fastssl.bench.step_flags import add_recipe_flag, add_step_flags, make_config, parse_flags
+from fastssl.bench.step_flags import add_inner_flags, add_step_flags, make_config, parse_flags
 from fastssl.bench.step_floor import count_encoder
 from fastssl.bench.step_profile import busy, profile_step
 from fastssl.config import flat
@@ -77,7 +77,7 @@ def test_a_recipe_is_measured_as_it_is_but_for_flags(stage, tmp_path, capsys, ma
 @pytest.mark.parametrize("flags, size", [([], 32), (["--image-size", "48"], 48)])
 def test_the_image_size_is_the_recipes_unless_a_flag_gives_one(flags, size):
     parser = argparse.ArgumentParser()
-    add_recipe_flag(parser)
+    add_inner_flags(parser)
     add_step_flags(parser)
     settings = flat(make_config(parse_flags(parser, ["--config", "cifar10_resnet18", *flags]), "resnet18"))
     assert (settings["image_size"], settings["synthetic_size"]) == (size, size)

@@ -122,6 +122,15 @@ def test_the_verdict_of_a_step_names_its_floor_and_how_it_can_be_beaten(arithmet
     assert f"the floor, set by {said} of its time" in verdict and ("by Winograd" in verdict) == (arithmetic > 2)
 
 
+def test_the_verdict_of_augment_is_of_whole_policies():
+    medians = {"ours, reference": 9.0, "ours, triton": 1.0, "DALI": 5.0}
+    medians |= {"ours, its part": 0.4, "triton-augment, its part": 1.5}
+    timings = {name: Timing(ms, ms, ms, 3)._asdict() for name, ms in medians.items()}
+    (verdict,) = verdicts("augment", {"copy": 1.0, "lines": [{"size": 224, "bytes": 1, "seconds": timings}]})
+    assert verdict.startswith("views of 224 pixels: 'ours, triton' is 5.0 times as fast as 'DALI'; bound by")
+    assert verdict.endswith("try smaller images or views")
+
+
 def test_the_verdict_of_a_sweep_is_of_twelve_settings_beside_one():
     timings = {"one setting": Timing(2.0, 2.0, 2.0, 3)._asdict(), "12 settings": Timing(1.0, 1.0, 1.0, 3)._asdict()}
     (verdict,) = verdicts("eval", {"lines": [{"what": "sweep", "seconds": timings}]})
@@ -305,7 +314,6 @@ def test_bad_input_of_a_stage_is_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for words, sentence in [
         (["loss", "--compare", "nowhere.json"], "nowhere.json is not a result of bench_throughput.py"),
-        (["loss", "--rounds", "0", "--num", "2", "--queue-size", "4"], "--rounds must be at least 1, got 0"),
         (["eval", "--bank", "9", "-k", "11"], "-k 11 must not exceed the number of training features, --bank 9"),
         (["step", "--arch", "resnet18", "--batch-size", "1", "--image-size", "32"], "resnet18 cannot train on 1 x 3 x"),
     ]:
@@ -321,7 +329,16 @@ def test_the_program_says_what_is_wrong_in_one_sentence(tmp_path):
     assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("words", ["step --steps 0", "loss --num 4 0", "augment --size 0", "convert DATA --copies 0"])
+@pytest.mark.parametrize("flag", ["--profile", "--no-eager", "--config resnet18"])
+def test_peers_takes_no_flag_that_it_would_ignore(flag, capsys):
+    with pytest.raises(SystemExit):
+        bench_throughput.main(["peers", *flag.split()])
+    assert f"unrecognized arguments: {flag.split()[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", ["step --steps 0", "loss --rounds 0", "loss --num 4 0", "augment --size 0", "convert DATA --copies 0"]
+)
 def test_nothing_can_be_measured_none_times(words, capsys):
     with pytest.raises(SystemExit):
         bench_throughput.main(words.split())

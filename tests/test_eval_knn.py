@@ -112,8 +112,8 @@ def test_rows_on_disk_are_the_rows_rounded_to_float16():
     bank, labels = make_clusters(0, 150)
     queries, query_labels = make_clusters(1, 40)
     rows = DiskRows(160, bank.shape[1])
-    for start in (0, 100):
-        rows.write(start, bank[start : start + 100])
+    for part in (slice(0, 100), slice(100, 150)):
+        rows[part] = bank[part]
     rows = rows.truncate(150)
     half = bank.half()
     assert len(rows) == 150 and torch.equal(rows[:], half) and torch.equal(rows[140:500], half[140:])
@@ -124,7 +124,7 @@ def test_rows_on_disk_are_the_rows_rounded_to_float16():
     )
     assert on_disk == in_memory
     with pytest.raises(ValueError, match="too large for float16"):
-        rows.write(0, torch.full((1, bank.shape[1]), 1e6))
+        rows[:1] = torch.full((1, bank.shape[1]), 1e6)
 
 
 def test_whole_batches_are_dealt_to_ranks():

@@ -252,6 +252,11 @@ def test_the_commands(run, image_folder, tmp_path):
     result = json.loads((tmp_path / "a.json").read_text())
     assert code == 0 and f" * Acc@1 {result['acc1']:.3f} Acc@5 100.000" in out.splitlines(), err
     assert "fine-tuned" in result["protocol"] and (tmp_path / result["folder"] / "model_best.pth.tar").exists()
+    best = f"{result['folder']}/model_best.pth.tar"
+    code, out, err = run(f"{flags} -e --resume {best}")  # what was trained does not matter to a validation,
+    assert code == 0 and f" * Acc@1 {result['best_acc1']:.3f} Acc@5 100.000" in out.splitlines(), err
+    code, _, err = run(f"{flags} --epochs 2 --resume {best}")  # but to a run that goes on
+    assert code == 1 and "trained other weights: give --finetune only if its run was given it" in err, err
     code, out, _ = run(f"{flags} --protocol cached --epochs 2 --json b.json")
     assert code == 0 and json.loads((tmp_path / "b.json").read_text())["protocol"].startswith("cached")
 

@@ -124,7 +124,7 @@ def test_numbers_that_float32_cannot_square(scale, in_int8):
 def test_a_bank_on_disk_and_threads_change_nothing():
     bank, queries = make_clusters(0, 3000)[0].half(), make_clusters(1, 300)[0]
     rows = DiskRows(len(bank), bank.shape[1])
-    rows.write(0, bank)
+    rows[:] = bank
     truth = nearest_slowly(bank, queries, 21)[1]
     threads = torch.get_num_threads()
     try:

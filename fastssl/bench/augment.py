@@ -145,7 +145,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--source-size", type=positive, default=256, help="side of a synthetic image in pixels (default 256)")
     add("--short-side", type=positive, help="first reduce photographs to this short side")
     add("--threads", type=positive, default=1, help="CPU threads (default 1)")
-    add("--rounds", type=int, default=30 if cuda else 7, help="measurements of each contestant")
+    add("--rounds", type=positive, default=30 if cuda else 7, help="measurements of each contestant")
     add("--output", type=Path, help="write the result to this JSON file")
     return parser.parse_args(argv)
 

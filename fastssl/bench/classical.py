@@ -79,7 +79,8 @@ def classical_loop(data: str, config: Config, ranks: Ranks, workers: int, amp: b
         wave = max(1, workers)
         warm_up, timed = max(WARM_UP, workers), -(-steps // wave) * wave
         ahead = 2 * workers  # batches that a DataLoader asks its workers for before they are wanted
-        batches[:] = (shuffled(len(photos), config) for _ in range(warm_up + timed + ahead))
+        orders = (torch.randperm(len(photos)) for _ in range(warm_up + timed + ahead))
+        batches[:] = (order[: config.train.batch_size].tolist() for order in orders)
         photos.wanted.fill_(True)
         found = iter(loader)
         try:
@@ -98,11 +99,6 @@ def check_fill(num: int, config: Config) -> None:
     """Raises ValueError if `num` images do not fill a batch, for which a loop would wait for ever."""
     if num < (size := config.train.batch_size):
         raise ValueError(f"{num} images do not fill a batch of {size}: use --batch-size {num} or less")
-
-
-def shuffled(num: int, config: Config) -> list[int]:
-    """A batch of distinct random images out of `num`."""
-    return torch.randperm(num)[: config.train.batch_size].tolist()
 
 
 def make_classical_step(config: Config, device: torch.device, amp: bool) -> Callable[[Tensor, Tensor], Tensor]:

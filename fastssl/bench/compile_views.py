@@ -29,13 +29,13 @@ KINDS |= {"seed": "i64"}
 KINDS |= {f"{name}{channel}": "fp32" for name in ("mean", "scale") for channel in range(3)}
 
 
-def compile_views(arch: int, dtype: str, size: int = 224) -> list[dict[str, object]]:
-    """Compiles the kernels as they are launched for views of `size` pixels in `dtype`.
+def compile_views(arch: int, dtype: str) -> list[dict[str, object]]:
+    """Compiles the kernels as they are launched for views of 224 pixels in `dtype`.
 
     The first kernel is compiled to draw its parameters and to read them; the third to normalise both views and to leave
     view_k as bytes, which the last one normalises.
     """
-    tiles = triton.cdiv(size, COMPILED.tile) ** 2
+    tiles = triton.cdiv(224, COMPILED.tile) ** 2
     crop, jitter, finish = COMPILED.warps
     launches = (
         (crop_tiles, {"DRAW": True, "BLOCK": COMPILED.tile}, crop, None),

@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     add = parser.add_argument
     add("data", help="image folder")
     add("--copies", type=positive, default=8, help="how many times to convert each image (default 8)")
-    add("--rounds", type=int, default=5, help="measurements of each contestant (default 5)")
+    add("--rounds", type=positive, default=5, help="measurements of each contestant (default 5)")
     add("--workers", type=positive, default=usable_cores(), help="processes (default all cores)")
     add("--scratch", help="folder to write to (default: the system's for temporary files)")
     add("--output", type=Path, help="write the result to this JSON file")

@@ -11,10 +11,10 @@ from importlib import metadata
 from pathlib import Path
 
 from fastssl.arguments import ListParser, positive
-from fastssl.bench.loader_peers import CONTESTANTS, DECODES, RAW, Options
+from fastssl.bench.loader_peers import CONTESTANTS, DECODES, Options
 from fastssl.bench.loader_process import LoaderProcess, Round
 from fastssl.bench.photos import train_folder
-from fastssl.bench.results import write_result
+from fastssl.bench.results import RAW, write_result
 from fastssl.bench.timing import in_turn, summarise
 from fastssl.data_prep.find import find_images
 from fastssl.data_prep.work_pool import usable_cores
@@ -29,13 +29,15 @@ def measure(names: list[str], options: Options, rounds: int) -> Iterator[Result]
     """Yields the result so far after each round, so that a run that is cut short keeps it."""
     processes = {name: LoaderProcess(name, options) for name in names}
     try:
-        missing = {name: why for name, process in processes.items() if (why := process.wait_for_import())}
-        first = {}
-        for name in (name for name in names if name not in missing):
-            try:
-                first[name] = processes[name].start()
-            except ValueError as error:  # such as a peer that cannot read these files
-                missing[name] = str(error).removeprefix(f"{name}: ").strip().splitlines()[-1]
+        missing: dict[str, str] = {}
+        first: dict[str, float] = {}
+        for ask in (LoaderProcess.wait_for_import, LoaderProcess.start):  # all import at the same time
+            for name in (name for name in names if name not in missing):
+                try:
+                    first[name] = ask(processes[name])
+                except ValueError as error:  # a peer that is not installed, or cannot read these files
+                    first.pop(name, None)
+                    missing[name] = str(error).removeprefix(f"{name}: ").strip().splitlines()[-1]
         if not (running := list(first)):
             raise ValueError("; ".join(f"{name}: {why}" for name, why in missing.items()))
         measured: dict[str, list[Round]] = {name: [] for name in running}
@@ -97,13 +99,13 @@ def main(argv: list[str]) -> None:
     )
     add("--threads", type=positive, default=usable_cores(), help="threads or workers each (default all cores)")
     add("--batch-size", type=positive, default=64, help="images per batch (default 64)")
-    add("--rounds", type=int, default=5, help="epochs of each loader (default 5)")
+    add("--rounds", type=positive, default=5, help="epochs of each loader (default 5)")
     add("--output", type=Path, help="write the result to this JSON file")
     args = parser.parse_args(argv)
     options = Options(train_folder(args.data), args.beton, args.batch_size, args.threads)
     if (images := len(find_images(options.folder).paths)) < args.batch_size:
         raise ValueError(f"{options.folder} has {counted(images, 'image')}: use a --batch-size of at most {images}")
-    versions = {package: metadata.version(package) for package in PACKAGES if _installed(package)}
+    versions = {package: metadata.version(package) for package in PACKAGES if any(metadata.distributions(name=package))}
     machine = environment() | {"packages": versions, "cores": usable_cores()}
     for results, missing in measure(args.only, options, args.rounds):
         if args.output:
@@ -112,7 +114,3 @@ def main(argv: list[str]) -> None:
     print_table(results, args.threads)
     for name, why in missing.items():
         print(f"left out: {name} ({why})")
-
-
-def _installed(package: str) -> bool:
-    return len(list(metadata.distributions(name=package))) > 0

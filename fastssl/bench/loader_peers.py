@@ -14,11 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
+from fastssl.bench.results import RAW
 from fastssl.loaders.make import LOADERS, make_loader
 
 SCALE = (0.2, 1.0)
 SIZE = 224
-RAW, FFCV = "libjpeg-turbo alone", "FFCV, two decoders"
+FFCV = "FFCV, two decoders"
 READ_AHEAD = 2  # batches
 _TJPF_RGB = 0
 _TO_RGB = (0, 1, 2)  # the colour spaces that it converts: RGB, YCbCr and grey, but not CMYK

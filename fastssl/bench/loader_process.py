@@ -38,9 +38,9 @@ class LoaderProcess:
         self._process.start()
         theirs.close()
 
-    def wait_for_import(self) -> str | None:
-        """Why this loader cannot run here, or None if it can."""
-        return self._receive()
+    def wait_for_import(self) -> None:
+        """Waits until the library is imported."""
+        self._receive()
 
     def start(self) -> float:
         """Builds the loader and runs an epoch to warm up. Returns the seconds until its first batch."""
@@ -62,13 +62,14 @@ class LoaderProcess:
         self._process.kill()
 
     def _ask(self, what: str) -> object:
-        self._pipe.send(what)
+        with contextlib.suppress(OSError):  # it has died, as `_receive` finds out
+            self._pipe.send(what)
         return self._receive()
 
     def _receive(self) -> object:
         try:
             failed, answer = self._pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             failed, answer = True, "its process died"
         if failed:
             raise ValueError(f"{self.name}: {answer}")
@@ -77,13 +78,9 @@ class LoaderProcess:
 
 def _serve(pipe: Connection, name: str, options: Options) -> None:
     """The child process: imports the library, then answers "start", "round" and "memory" until "end"."""
-    epoch = None
     try:
-        try:
-            build, reason = CONTESTANTS[name](options), None
-        except (ValueError, ImportError, OSError) as error:
-            build, reason = None, str(error)
-        pipe.send((False, reason))
+        build = CONTESTANTS[name](options)
+        pipe.send((False, None))
         before = own_bytes()
         while (asked := pipe.recv()) != "end":
             if asked == "start":
@@ -102,8 +99,8 @@ def _serve(pipe: Connection, name: str, options: Options) -> None:
             pipe.send((False, answer))
     except EOFError:
         pass
-    except BaseException as error:
-        pipe.send((True, f"{type(error).__name__}: {error}"))
+    except BaseException as error:  # other libraries may raise anything
+        pipe.send((True, str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"))
 
 
 def run_round(epoch) -> Round:

@@ -167,7 +167,7 @@ def main(argv: list[str]) -> None:
     add("--queue-size", type=positive, nargs="+", default=[4096, 16384, 65536], help="queue sizes")
     add("--dim", type=positive, default=128, help="feature dimension (default 128)")
     add("--terms", choices=TERMS, nargs="+", default=["all"], help="terms of the loss (default all)")
-    add("--rounds", type=int, default=30 if cuda else 7, help="measurements of each contestant")
+    add("--rounds", type=positive, default=30 if cuda else 7, help="measurements of each contestant")
     add("--no-compiled", action="store_true", help="leave out the compiled formulas")
     add("--threads", type=positive, help="CPU threads (default all cores)")
     add("--output", type=Path, help="write the result to this JSON file")

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from fastssl.bench.loop_verdicts import shares
 from fastssl.bench.plot import plot
-from fastssl.bench.results import Row, count, loop_rows, read_result, rows, spread, stage_of
-from fastssl.bench.verdicts import RAW, verdicts
+from fastssl.bench.results import RAW, Row, loop_rows, read_result, rows, spread, stage_of
+from fastssl.bench.verdicts import verdicts
 from fastssl.data_prep.files import write_text
+from fastssl.plural import counted
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "kernels/README.md", "benchmarks/README.md")
@@ -32,8 +33,7 @@ def main(argv: Sequence[str]) -> None:
     stale = []
     for page in (ROOT / name for name in PAGES if (ROOT / name).exists()):
         text = page.read_text()
-        fresh = fill(text)
-        if fresh != text:
+        if (fresh := fill(text)) != text:
             stale.append(str(page.relative_to(ROOT)))
             if not args.check:
                 write_text(page, fresh)
@@ -66,7 +66,7 @@ def where(environment: dict) -> str:
 
 def machine(environment: dict) -> str:
     """The GPUs, and how many threads of which CPU: a result may need either, or both."""
-    threads = count(environment["threads"], "CPU thread")
+    threads = counted(environment["threads"], "CPU thread")
     names = [environment[name] for name in ("cpu", "cpu_instructions") if name in environment]
     return ", ".join([*environment["gpus"], f"{threads} ({', '.join(names)})" if names else threads])
 

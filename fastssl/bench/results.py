@@ -10,6 +10,8 @@ from typing import NamedTuple
 from fastssl.bench.timing import Timing, summarise, times_faster
 from fastssl.data_prep.files import write_text
 
+RAW = "libjpeg-turbo alone"  # the contestant of the stage loader that sets the pace
+
 
 class Row(NamedTuple):
     """One contestant in one setting."""
@@ -86,7 +88,7 @@ def convert_rows(result: dict[str, object]) -> Iterator[Row]:
 def seconds_rows(result: dict[str, object]) -> Iterator[Row]:
     """Lines with a timing for each contestant in `seconds`; their other numbers and words name the group."""
     for line in result["lines"]:
-        setting = {k: v for k, v in line.items() if isinstance(v, (int, str)) and k not in ("bytes", "kernel")}
+        setting = {k: v for k, v in line.items() if isinstance(v, (int, str)) and k != "bytes"}
         group = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in setting.items())
         for name, timing in line["seconds"].items():
             ms = {key: 1e3 * timing[key] for key in ("median", "low", "high")}
@@ -100,11 +102,6 @@ READERS: dict[str, Callable[[dict], Iterator[Row]]] = {
     "loader": loader_rows,
     "convert": convert_rows,
 }
-
-
-def count(num: int, noun: str) -> str:
-    """ "1 thread", "2 threads"."""
-    return f"{num} {noun}" if num == 1 else f"{num} {noun}s"
 
 
 def split_ours(found: list[Row]) -> tuple[list[Row], list[Row]]:

@@ -18,7 +18,7 @@ import torch
 from fastssl import distributed
 from fastssl.bench.loops import Loop, host_alone, our_loop, time_loops, trainee_of
 from fastssl.bench.results import loop_rows, show_row, write_result
-from fastssl.bench.step_flags import COMPILE, add_recipe_flag, add_step_flags, make_config, parse_flags
+from fastssl.bench.step_flags import COMPILE, add_inner_flags, add_step_flags, make_config, parse_flags
 from fastssl.bench.step_floor import step_floor
 from fastssl.bench.step_parts import PART, step_parts
 from fastssl.bench.step_profile import print_profile, profile_step
@@ -96,24 +96,26 @@ def measure(args: argparse.Namespace, arch: str, ranks: distributed.Ranks, keep:
     loops = step_loops(args, arch, trainee, ranks)
     for how in args.also_compile:
         loops[f"step, --compile {how}"] = our_loop(make_config(args, arch, compile=how), ranks)
-    inside = look_inside(config, ranks, trainee)
+    return time_line(args, config, trainee, ranks, loops, "step" if args.no_eager else "eager step", {}, keep)
+
+
+def time_line(
+    args: argparse.Namespace, config: Config, trainee: Trainee, ranks: distributed.Ranks, loops: dict[str, Loop],
+    beside: str, about: dict[str, object], keep: Keep,
+) -> dict[str, object]:  # fmt: skip
+    """Times the loops. Returns a line of the JSON with their seconds, `about`, and a look inside the step.
+
+    That is its floor, how its encoders are compiled and, with --profile, its kernels.
+    """
+    about = about | {"floor": step_floor(config, ranks.device)}
+    about |= {"compiled": trainee.compiled, "why_compiled": trainee.why_compiled}
 
     def line(seconds: dict[str, list[float]]) -> dict[str, object]:
-        return as_line(config, seconds, args.steps, "step" if args.no_eager else "eager step") | inside
+        return as_line(config, seconds, args.steps, beside) | about
 
     seconds = time_loops(loops, args.steps, args.rounds, lambda seconds: keep(line(seconds)))
-    return line(seconds) | profile_of(args, config, ranks, trainee)
-
-
-def look_inside(config: Config, ranks: distributed.Ranks, trainee: Trainee) -> dict[str, object]:
-    """What a line says of the step without timing it: its floor, and how its encoders are compiled."""
-    floor = step_floor(config, ranks.device)
-    return {"floor": floor, "compiled": trainee.compiled, "why_compiled": trainee.why_compiled}
-
-
-def profile_of(args: argparse.Namespace, config: Config, ranks: distributed.Ranks, trainee: Trainee) -> dict:
-    """With --profile, the kernels of the step, as the last part of a line."""
-    return {"profile": profile_step(config, ranks, trainee)} if args.profile else {}
+    profile = {"profile": profile_step(config, ranks, trainee)} if args.profile else {}
+    return line(seconds) | profile
 
 
 def measure_each(
@@ -154,7 +156,7 @@ def main(argv: Sequence[str]) -> None:
         choices=COMPILE,
         help="also time the step with these, in the same rounds",
     )
-    add_recipe_flag(parser)
+    add_inner_flags(parser)
     add_step_flags(parser)
     args = parse_flags(parser, argv)
     ranks = distributed.start(args.device)

@@ -37,16 +37,17 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
     add("--compile", default="auto", choices=COMPILE, help="as for fastssl pretrain (default auto)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the GPU if there is one")
     add("--steps", type=positive, default=50 if cuda else 6, help="steps in a turn")
-    add("--rounds", type=int, default=7, help="turns of each contestant (default 7)")
-    add("--profile", action="store_true", help="step and all: list the kernels that take longest")
-    add("--no-eager", action="store_true", help="step and all: leave out the eager step")
+    add("--rounds", type=positive, default=7, help="turns of each contestant (default 7)")
     add("--output", type=Path, help="write the result to this JSON file")
 
 
-def add_recipe_flag(parser: argparse.ArgumentParser) -> None:
-    """--config, which step and all share; `parse_flags` understands it."""
+def add_inner_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that step and all share, which look inside our step."""
+    add = parser.add_argument
     text = "measure this recipe, by file or name, instead of MoCo v2's loss and schedule; other flags override it"
-    parser.add_argument("--config", metavar="RECIPE", help=text)
+    add("--config", metavar="RECIPE", help=text)
+    add("--profile", action="store_true", help="list the kernels that take longest")
+    add("--no-eager", action="store_true", help="leave out the eager step")
 
 
 def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:

@@ -83,9 +83,7 @@ def while_time_lasts(names: Sequence[str]) -> Iterator[str]:
 
 
 def turns(rounds: int) -> Iterator[int]:
-    """0, 1, ... rounds - 1, or fewer if the time of `stop_after` is over. Raises ValueError for less than one round."""
-    if rounds < 1:
-        raise ValueError(f"--rounds must be at least 1, got {rounds}")
+    """0, 1, ... rounds - 1, or fewer if the time of `stop_after` is over."""
     for turn in range(rounds):
         if turn >= FEWEST_ROUNDS and time.monotonic() > _deadline:
             return
@@ -150,16 +148,21 @@ def times_faster(seconds: dict[str, list[float]], name: str, beside: str) -> Tim
     return summarise([theirs / ours for theirs, ours in zip(seconds[beside], seconds[name])])
 
 
-def wall_clock(function: Function) -> Callable[[], float]:
-    """Calls the function once, and returns a clock: the seconds of another call."""
+def stopwatch(function: Function) -> Callable[[], float]:
+    """A clock: the seconds of a call of the function."""
 
     def read() -> float:
         start = time.perf_counter()
         function()
         return time.perf_counter() - start
 
-    read()  # the first call allocates memory and compiles
     return read
+
+
+def wall_clock(function: Function) -> Callable[[], float]:
+    """The same after a first call, which allocates memory and compiles."""
+    function()
+    return stopwatch(function)
 
 
 def _gpu_clock(function: Function) -> Callable[[], float]:

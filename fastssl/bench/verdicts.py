@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from statistics import median
 
 from fastssl.bench.loop_verdicts import ADVICE, all_verdicts, peers_verdicts, step_verdicts
-from fastssl.bench.results import Row, count, loader_rows, seconds_rows, split_ours
+from fastssl.bench.results import RAW, Row, seconds_rows, split_ours
+from fastssl.plural import counted
 
-RAW = "libjpeg-turbo alone"
 NEAR = 60  # percent of the floor above which there is little left to gain
 
 
@@ -25,8 +25,8 @@ def loader_verdicts(result: dict[str, object]) -> Iterator[str]:
         yield f"no verdict, which needs one of our loaders and {RAW!r}"
         return
     best, name = ours[0]
-    share, rate = cpu[RAW] / best, max(row.value.median for row in loader_rows(result) if row.name == name)
-    threads = count(result["options"]["threads"], "thread")
+    share, rate = cpu[RAW] / best, result["loaders"][name]["pairs_per_second"]["median"]
+    threads = counted(result["options"]["threads"], "thread")
     rates = f"{rate:,.0f} pairs/s on {threads}, {1e3 / best:,.0f} per core"
     if share > 1.25:
         yield (
@@ -56,14 +56,15 @@ def loss_verdicts(result: dict[str, object]) -> Iterator[str]:
             binds += " or other block sizes (python -m fastssl.bench.sweep_loss)"
     yield (
         f"{ours!r} is {min(faster):.1f} to {max(faster):.1f} times as fast as the published formula in eager float32, "
-        f"at {floor:.0f} % of the floor (median of {count(len(lines), 'shape')}); {binds}"
+        f"at {floor:.0f} % of the floor (median of {counted(len(lines), 'shape')}); {binds}"
     )
 
 
 def augment_verdicts(result: dict[str, object]) -> Iterator[str]:
-    """Ours beside the fastest other, and beside the floor of the bytes."""
+    """Ours beside the fastest other, and beside the floor of the bytes; without those that do a part of the policy."""
     for line in result["lines"]:
-        ours, others = split_ours(sorted(seconds_rows({"lines": [line]}), key=lambda row: row.value.median))
+        whole = [row for row in seconds_rows({"lines": [line]}) if not row.name.endswith(", its part")]
+        ours, others = split_ours(sorted(whole, key=lambda row: row.value.median))
         floor = line["bytes"] / result["copy"] * 1e3 / ours[0].value.median
         binds = "arithmetic" if floor < 0.5 else "memory traffic"
         change = ADVICE["augmentation"] if ours[0].name != "ours, triton" else "smaller images or views"

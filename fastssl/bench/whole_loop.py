@@ -13,10 +13,10 @@ from pathlib import Path
 from fastssl import distributed
 from fastssl.arguments import positive
 from fastssl.bench.classical import classical_loop
-from fastssl.bench.loops import loader_alone, our_loops, time_loops, trainee_of
+from fastssl.bench.loops import loader_alone, our_loops, trainee_of
 from fastssl.bench.photos import SOURCE, open_data
-from fastssl.bench.step import Keep, as_line, look_inside, measure_each, profile_of, step_loops
-from fastssl.bench.step_flags import add_recipe_flag, add_step_flags, make_config, parse_flags
+from fastssl.bench.step import Keep, measure_each, step_loops, time_line
+from fastssl.bench.step_flags import add_inner_flags, add_step_flags, make_config, parse_flags
 from fastssl.build import open_loader
 from fastssl.data_prep.work_pool import usable_cores
 from fastssl.distributed import Ranks
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     )
     add("--no-classical", action="store_true", help="leave out the classical loop")
     add("--workers", type=int, default=usable_cores(), help="processes of the classical loop (default all cores)")
-    add_recipe_flag(parser)
+    add_inner_flags(parser)
     add_step_flags(parser)
     args = parse_flags(parser, argv)
     ranks = distributed.start(args.device)
@@ -73,10 +73,4 @@ def compare(args: argparse.Namespace, arch: str, files: tuple[str, str], ranks: 
     beside = next(name for name in ("classical", "eager step", "step") if name in loops)
     reasons = {name: loader.reason for name, loader in loaders.items()}
     about = {"not_measured": missing, "loaders": reasons, "images": args.data or SOURCE}
-    about |= look_inside(config, ranks, trainee)
-
-    def line(seconds: dict[str, list[float]]) -> dict[str, object]:
-        return as_line(config, seconds, args.steps, beside) | about
-
-    seconds = time_loops(loops, args.steps, args.rounds, lambda seconds: keep(line(seconds)))
-    return line(seconds) | profile_of(args, config, ranks, trainee)
+    return time_line(args, config, trainee, ranks, loops, beside, about, keep)

@@ -18,7 +18,7 @@ from fastssl.data_prep.files import check_writable
 from fastssl.distributed import gather_objects
 from fastssl.eval import instdisc, knn, stats, tsne
 from fastssl.eval.all_figure import draw_page
-from fastssl.eval.features import collect_features, eval_view, put_rows
+from fastssl.eval.features import collect_features, eval_view
 from fastssl.eval.images import open_splits
 from fastssl.eval.linear import LINE
 from fastssl.eval.linear_sweep import CACHED, run_sweep
@@ -109,7 +109,7 @@ def transform_rows(session: Session, rows: Rows, rep_space: str) -> Rows:
     size = session.options.batch_size
     copy = session.memory.make_rows(*rows.shape)
     for start in range(0, len(rows), size):
-        put_rows(copy, start, to_rep_space(rows[start : start + size].float(), rep_space))
+        copy[start : start + size] = to_rep_space(rows[start : start + size].float(), rep_space)
     return copy
 
 

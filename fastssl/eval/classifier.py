@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from fastssl import checkpoint
 from fastssl.batch import ImageBatch
@@ -18,14 +17,8 @@ from fastssl.distributed import Ranks, gather_objects
 from fastssl.eval.features import View
 from fastssl.eval.images import Images, rank_batches
 from fastssl.eval.session import Session
+from fastssl.foreign.heads import Normalise
 from fastssl.foreign.read import Contents, read_weights
-
-
-class Normalize(nn.Module):
-    """Scales rows (B, C) to unit length."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        return normalize(features, dim=1)
 
 
 class Classifier(nn.Module):
@@ -36,7 +29,7 @@ class Classifier(nn.Module):
         self.backbone = backbone
         linear = nn.Linear(feature_dim, num_classes)
         linear.weight.data, linear.bias.data = initial_weights(feature_dim, num_classes, seed)
-        self.fc = nn.Sequential(Normalize(), linear) if unit_length else linear
+        self.fc = nn.Sequential(Normalise(), linear) if unit_length else linear
 
     def forward(self, images: Tensor) -> Tensor:
         return self.fc(self.backbone(images).flatten(1).float())
@@ -150,6 +143,6 @@ class Keeper:
             partial = self.folder / "model_best.partial"
             shutil.copyfile(path, partial)
             partial.replace(self.folder / "model_best.pth.tar")
-        if self.last not in (None, path):
+        if self.last:
             self.last.unlink(missing_ok=True)
         self.last = path

@@ -96,20 +96,12 @@ def collect_features(
             features = transform(features)
             if rows is None:
                 rows = session.memory.make_rows(sum(map(len, batches)), features.shape[1])
-            put_rows(rows, done, features)
+            rows[done : done + len(features)] = features
             labels.append(batch.label.cpu())
             done += len(features)
     if rows is None:
         return torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
     return rows.truncate(done) if isinstance(rows, DiskRows) else rows[:done], torch.cat(labels)
-
-
-def put_rows(rows: Rows, first: int, features: Tensor) -> None:
-    """Stores (m, C) features from row `first` on."""
-    if isinstance(rows, DiskRows):
-        rows.write(first, features)
-    else:
-        rows[first : first + len(features)] = features
 
 
 def gather_features(features: Tensor, labels: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:

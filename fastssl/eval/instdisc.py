@@ -82,9 +82,8 @@ def check_topk(topk: int, samples: int) -> None:
 
 def count_above_over_ranks(query: Tensor, positive_view: Tensor, ranks: Ranks) -> Tensor:
     """`count_above` with all queries (n, C) as negatives: (n,) int64 on the CPU. Each rank counts for some of them."""
-    first, end = (len(query) * r // ranks.world_size for r in (ranks.rank, ranks.rank + 1))
-    mine = count_above(query[first:end], positive_view[first:end], query)
-    return torch.cat(gather_objects(mine.cpu(), ranks))
+    q, p = (x.tensor_split(ranks.world_size)[ranks.rank] for x in (query, positive_view))
+    return torch.cat(gather_objects(count_above(q, p, query).cpu(), ranks))
 
 
 @torch.no_grad()
@@ -107,7 +106,7 @@ def count_above(query: Tensor, positive_view: Tensor, negatives: Tensor, rows: i
                 exact = torch.stack([(q[i].double() * negatives.double()).sum(1) for i in part])
                 above[part] = (exact > level[part, None] + _EQUAL).sum(1)
         counts.append(above)
-    return torch.cat(counts) if counts else torch.zeros(0, dtype=torch.int64)
+    return torch.cat(counts)
 
 
 def chunk_accuracy(above: Tensor, topk: int, samples: int, every_second_chunk: bool = False) -> list[float]:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastssl.distributed import gather_objects
-from fastssl.eval.features import put_rows
 from fastssl.eval.linear_cached import Setting, Sweep, count_sweep_hits, fit_linear
 from fastssl.eval.memory import Rows
 from fastssl.eval.search import share_chunk
@@ -16,12 +15,6 @@ from fastssl.eval.session import Session
 
 _AT_ONCE = 4096  # rows sent between ranks in one message
 CACHED = "cached: frozen features of centre crops, no augmentation, accuracy after the last epoch"
-
-
-def settings_of(session: Session) -> list[Setting]:
-    """All combinations of --lrs and --wds, or the one of --lr and --wd."""
-    o = session.options
-    return [Setting(lr, wd) for lr, wd in product(o.lrs or [o.lr], o.wds or [o.weight_decay])]
 
 
 def run_sweep(
@@ -37,7 +30,7 @@ def run_sweep(
     for name, (_, labels) in (("training", train), ("held-out", val)):
         if not len(labels):
             raise ValueError(f"none of the {name} images can be read: check the files of that split")
-    settings = settings_of(session)
+    settings = [Setting(lr, wd) for lr, wd in product(o.lrs or [o.lr], o.wds or [o.weight_decay])]
     mine = settings[ranks.rank :: ranks.world_size]
     results = []
     if mine:
@@ -70,6 +63,6 @@ def gather_all(session: Session, rows: Rows, labels: Tensor) -> tuple[Rows, Tens
     for owner, (num, _) in enumerate(shapes):
         for start in range(0, num, _AT_ONCE):
             chunk = share_chunk(rows, start, min(_AT_ONCE, num - start), everything.shape[1], owner, ranks)
-            put_rows(everything, done, chunk)
+            everything[done : done + len(chunk)] = chunk
             done += len(chunk)
     return everything, torch.cat(gather_objects(labels.cpu(), ranks))

@@ -121,7 +121,7 @@ def train_epoch(
         optimizer.step()
         losses.append(loss.detach())
         if i % o.print_freq == 0:
-            mean = sum_over_ranks(losses[-1], ranks)
+            mean = sum(gather_objects(float(losses[-1]), ranks))
             session.say(f"Epoch: [{epoch}][{i}/{len(steps)}]\tLoss {mean:.4e}\tlr {optimizer.param_groups[0]['lr']:g}")
     batches.close()
     if not torch.isfinite(torch.stack(losses)).all():
@@ -139,23 +139,23 @@ def sum_gradients(optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
         p.grad = part.view_as(p)
 
 
-def sum_over_ranks(value: Tensor, ranks: Ranks) -> float:
-    """The sum of all ranks' numbers. Waits for the device."""
-    return sum(gather_objects(float(value), ranks))
-
-
 def resume(session: Session, model: Classifier, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
     """Loads the checkpoint of --resume, if there is one. Returns (first epoch, best Acc1 so far).
 
     Momentum and weight decay stay the checkpoint's, as in the reference; a note says so where the options differ.
-    Raises ValueError when it is not a checkpoint of this classifier.
+    Raises ValueError when it is not a checkpoint of this classifier, or trained other weights of it.
     """
     o, path = session.options, session.options.resume
     if not path:
         return o.start_epoch, 0.0
     _, weights, entries = read_classifier(path)
     model.import_state(weights)
-    optimizer.load_state_dict(entries["optimizer"])
+    if o.evaluate:  # any classifier can be validated, whichever of its weights were trained
+        return entries["epoch"], float(entries["best_acc1"])
+    try:
+        optimizer.load_state_dict(entries["optimizer"])
+    except ValueError:
+        raise ValueError(f"{path} trained other weights: give --finetune only if its run was given it") from None
     for flag, name in (("--wd", "weight_decay"), ("--momentum", "momentum")):
         saved = optimizer.param_groups[0][name]
         if saved != getattr(o, name):

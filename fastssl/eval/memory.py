@@ -20,20 +20,20 @@ _SHARE_OF_GPU = 0.4  # of the GPU's free memory, for features
 class DiskRows:
     """(n, C) float16 rows in an unnamed temporary file, mapped only in pieces, since mapped pages count as memory.
 
-    It is read like a tensor: `rows[slice]` and `rows[index]` give CPU tensors.
+    It is read and written like a tensor: `rows[slice]` and `rows[index]` give CPU tensors.
     """
 
     dtype = torch.float16
 
-    def __init__(self, num_rows: int, width: int, folder: str | None = None) -> None:
+    def __init__(self, num_rows: int, width: int) -> None:
         self.shape, self.ndim, self.device = (num_rows, width), 2, torch.device("cpu")
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (open as long as the rows; the system removes it)
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the rows; the system removes it)
         weakref.finalize(self, self._file.close)
         try:
             os.posix_fallocate(self._file.fileno(), 0, max(1, num_rows * width * 2))  # a full disk fails here
         except OSError as error:
             raise ValueError(
-                f"{folder or tempfile.gettempdir()} has no room for {num_rows * width * 2 / GB:.2f} GB of features "
+                f"{tempfile.gettempdir()} has no room for {num_rows * width * 2 / GB:.2f} GB of features "
                 f"({error.strerror}): set TMPDIR to a folder on a larger disk, or raise --max-mem-gb"
             ) from error
 
@@ -43,16 +43,17 @@ class DiskRows:
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
         if isinstance(rows, slice):
             first, end, _ = rows.indices(len(self))
-            return torch.from_numpy(np.array(self._map(first, max(first, end))))
+            return torch.from_numpy(np.array(self._map(first, end)))
         flat = rows.reshape(-1).numpy()
         return torch.from_numpy(self._map(0, len(self))[flat]).view(*rows.shape, -1)
 
-    def write(self, first: int, rows: Tensor) -> None:
-        """Stores rows (m, C) from row `first` on. Raises ValueError when one overflows float16."""
-        half = rows.to("cpu", torch.float16)
+    def __setitem__(self, rows: slice, features: Tensor) -> None:
+        """Raises ValueError when a feature overflows float16."""
+        half = features.to("cpu", torch.float16)
         if not bool(torch.isfinite(half).all()):
             raise ValueError("a feature is too large for float16 (65504): use --rep-space norm, or raise --max-mem-gb")
-        self._map(first, first + len(half))[:] = half.numpy()
+        first, end, _ = rows.indices(len(self))
+        self._map(first, end)[:] = half.numpy()
 
     def truncate(self, num_rows: int) -> DiskRows:
         """Keeps only the first `num_rows` rows."""

@@ -121,7 +121,7 @@ def sample_bank(bank: Rows, queries: Coded, centre: np.ndarray, k: int) -> tuple
         return limit, within * (len(bank) / size)
     sample = bank[torch.arange(size) * len(bank) // size]
     rows = encode(as_rows(sample), centre, queries.rows.dtype == torch.int8)
-    at_once = queries_at_once(len(limit))
+    at_once = min(len(limit), _QUERIES * torch.get_num_threads())
     space = torch.empty(at_once * size, dtype=torch.int32)
     for part in slices(len(limit), at_once):
         product = multiply(queries.rows[part], rows.rows, space)
@@ -181,11 +181,6 @@ def as_rows(rows: Tensor) -> np.ndarray:
     if rows.dtype not in (torch.float32, torch.float64):
         rows = rows.float()
     return rows.detach().contiguous().numpy()
-
-
-def queries_at_once(num: int) -> int:
-    """How many of `num` queries are multiplied at once."""
-    return min(num, _QUERIES * torch.get_num_threads())
 
 
 @cache

@@ -18,8 +18,6 @@ from fastssl.eval.memory import Memory, Rows
 from fastssl.eval.nearest import bank_mean, find_nearest
 from fastssl.eval.vote import vote_hits
 
-Bar = Callable[..., Iterable]
-
 
 class Answers(NamedTuple):
     """What k-NN found: accuracies in percent for each k, by either vote."""
@@ -39,7 +37,7 @@ def knn_over_ranks(
     ks: Sequence[int],
     ranks: Ranks,
     memory: Memory,
-    bar: Bar = lambda items, *_: items,
+    bar: Callable[..., Iterable] = lambda items, *_: items,
 ) -> Answers:
     """Classifies all ranks' queries by all ranks' bank rows, by both votes and for every k of `ks`.
 

@@ -56,7 +56,8 @@ class Session:
     def open_backbone(self, source: str = "") -> nn.Module:
         """The encoder of `source`, or of --pretrained, on its device, frozen and in eval mode.
 
-        Sets `options.arch` to the architecture it found.
+        Sets `options.arch` to the architecture it found. Raises ValueError if that refuses images of --image-size:
+        they are too small, or not its fixed size.
         """
         o = self.options
         if source := source or o.pretrained:
@@ -74,7 +75,9 @@ class Session:
             self.note("the encoder has random weights, since no checkpoint is given (--pretrained)")
             torch.manual_seed(o.seed)
             backbone = make_encoder(o.arch).backbone
-        check_size(backbone.eval(), o.arch, o.image_size)
+        if reason := why_refused(backbone.eval(), 1, o.image_size):
+            size = f"images of {o.image_size} pixels, choose another --image-size"
+            raise ValueError(f"{o.arch} cannot take {size}: {reason}")
         return backbone.to(self.ranks.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def warn_bad(self, *sets: Images) -> int:
@@ -114,12 +117,6 @@ def run_session(command: str, options: argparse.Namespace, evaluate: Callable[[S
     finally:
         distributed.stop()
     return 0
-
-
-def check_size(backbone: nn.Module, arch: str, size: int) -> None:
-    """Raises ValueError if the encoder refuses images of `size` pixels: they are too small, or not its fixed size."""
-    if reason := why_refused(backbone, 1, size):
-        raise ValueError(f"{arch} cannot take images of {size} pixels, choose another --image-size: {reason}")
 
 
 def finite_or_null(value: object) -> object:

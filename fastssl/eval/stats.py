@@ -106,8 +106,8 @@ def subset_uniformity(x: Tensor, seed: int) -> float:
 
 
 @torch.no_grad()
-def uniformity(x: Tensor, ranks: Ranks | None = None, t: float = T, tile: int = _TILE) -> float:
-    """log mean exp(-t |x_i - x_j|^2) over all pairs i < j of unit rows (n, C); NaN with fewer than two rows.
+def uniformity(x: Tensor, ranks: Ranks | None = None, tile: int = _TILE) -> float:
+    """log mean exp(-T |x_i - x_j|^2) over all pairs i < j of unit rows (n, C); NaN with fewer than two rows.
 
     The pairs are computed in tiles, which the ranks share. Products and exponentials are float32, sums float64.
     """
@@ -119,7 +119,7 @@ def uniformity(x: Tensor, ranks: Ranks | None = None, t: float = T, tile: int = 
     for i, j in pairs[rank::world_size]:
         with full_float32(x.device):
             weight = x[i : i + tile] @ x[j : j + tile].T
-        weight.sub_(1).mul_(2 * t).exp_()  # |x - y|^2 = 2 - 2 x.y
+        weight.sub_(1).mul_(2 * T).exp_()  # |x - y|^2 = 2 - 2 x.y
         total += (weight.triu_(1) if i == j else weight).sum(dtype=torch.float64)
     total = sum(gather_objects(float(total), ranks)) if ranks else float(total)
     return math.log(total / (n * (n - 1) / 2))

@@ -55,7 +55,9 @@ def evaluate(session: Session) -> dict:
     if session.ranks.rank != 0:
         return {}
     coordinates = load_coordinates(o.pic_name) if o.paint else embed(session, *found)
-    return {"files": draw(o, coordinates), "samples": len(coordinates["Y0"])}
+    files = save_figure(draw_space(coordinates), f"{o.pic_name}.full_rep")
+    files += save_figure(draw_class(coordinates, zoom=o.zoomin), f"{o.pic_name}.auged_rep")
+    return {"files": files, "samples": len(coordinates["Y0"])}
 
 
 def features_to_show(session: Session) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -109,15 +111,6 @@ def load_coordinates(pic_name: str) -> dict[str, np.ndarray]:
         raise ValueError(
             f"--paint draws saved coordinates, but {error.filename} does not exist: run once without --paint"
         ) from None
-
-
-def draw(o: argparse.Namespace, coordinates: dict[str, np.ndarray]) -> list[str]:
-    """Writes both figures as PDF and PNG; returns the names of the files."""
-    space, one_class = draw_space(coordinates), draw_class(coordinates, zoom=o.zoomin)
-    return [
-        *save_figure(space, f"{o.pic_name}.full_rep"),
-        *save_figure(one_class, f"{o.pic_name}.auged_rep"),
-    ]
 
 
 def main(argv: Sequence[str]) -> int:

@@ -11,8 +11,8 @@ from fastssl.foreign.layout import Layout, split_classifier
 from fastssl.models.encoders import list_architectures, make_backbone
 from fastssl.models.tryout import build_without_memory
 
-# Other names of the same network, which are not reported as another one that fits.
-_ALIASES = {"swav_resnet50": "resnet50", "simclr_resnet50": "resnet50"}
+# Other names of a network of torchvision's, which are not reported as another one that fits.
+ALIASES = {"swav_resnet50": "resnet50", "simclr_resnet50": "resnet50"}
 # The number of batches that a batch norm has seen: files from before PyTorch 0.4.1 lack it, and nothing here reads it.
 COUNTER = "num_batches_tracked"
 
@@ -56,7 +56,7 @@ def fits(layout: Layout, arch: str, stem: str) -> bool:
 
 def fitting_architectures(layout: Layout) -> list[tuple[str, str]]:
     """All known (architecture, stem) that fit; with the CIFAR stem only if none fits with the ImageNet stem."""
-    candidates = [arch for arch in list_architectures() if arch not in _ALIASES and _may_fit(layout, arch)]
+    candidates = [arch for arch in list_architectures() if arch not in ALIASES and _may_fit(layout, arch)]
     for stem in ("imagenet", "cifar"):
         found = [(arch, stem) for arch in candidates if fits(layout, arch, stem)]
         if found:

@@ -7,13 +7,13 @@ import re
 import torch
 from torch import Tensor
 
+from fastssl.foreign.fit import ALIASES
 from fastssl.models.efficientnet import STAGES
 from fastssl.models.encoders import classifier_name, make_backbone, source_of
 
 FORMATS = ("plain", "torchvision", "timm", "moco")
 _RESNETS = "resnet18 resnet34 resnet50 resnet101 resnet152 wide_resnet50_2 wide_resnet101_2".split()
 _RESNETS += "resnext50_32x4d resnext101_32x8d resnext101_64x4d".split()
-_AS_RESNET50 = {"swav_resnet50": "resnet50", "simclr_resnet50": "resnet50"}
 # Of the EfficientNets, only B0 has a counterpart in timm, which pads for the actual image size: that agrees for B0
 # wherever maps have even sizes, down to the last of 7 pixels.
 _TOP = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "fc": "classifier"}
@@ -31,12 +31,12 @@ def counterpart(arch: str, stem: str, to: str) -> str:
     if stem != "imagenet" and to != "plain":
         raise ValueError(f"{to} has no networks with the {stem} stem: use fastssl export --to plain")
     if to == "torchvision":
-        name = _AS_RESNET50.get(arch, arch)
+        name = ALIASES.get(arch, arch)
         if name.startswith("timm:") or source_of(name) != "torchvision":
             raise ValueError(f"torchvision has no network that computes the same as {arch}: use --to plain")
         return name.removeprefix("tv_")
     if to == "timm":
-        known = {**{name: name for name in _RESNETS}, **_AS_RESNET50, "deit_tiny": "deit_tiny_patch16_224"}
+        known = {**{name: name for name in _RESNETS}, **ALIASES, "deit_tiny": "deit_tiny_patch16_224"}
         known |= {"vit_base": "vit_base_patch16_224", "efficientnet_b0": "tf_efficientnet_b0"}
         name = arch.removeprefix("timm:") if arch.startswith(("timm:", "tf_")) else known.get(arch)
         if name is None:

@@ -86,9 +86,9 @@ class Block(nn.Module):
 
 
 class SmallModelEfficientNet(nn.Module):
-    """(B, 3, S, S) -> (B, num_classes); what goes into `fc` are the (B, C) features: C is 1280, 1280, 1408, 1536."""
+    """(B, 3, S, S) -> (B, 1000); what goes into `fc` are the (B, C) features: C is 1280, 1280, 1408, 1536."""
 
-    def __init__(self, size: str, num_classes: int = 1000) -> None:
+    def __init__(self, size: str) -> None:
         super().__init__()
         width, depth, nominal, dropout = SIZES[size]
         channels = make_divisible(32 * width, 8)
@@ -108,7 +108,7 @@ class SmallModelEfficientNet(nn.Module):
         self._conv_head = nn.Conv2d(channels, features, 1, bias=False)
         self._bn1 = _batchnorm(features)
         self._dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(features, num_classes)
+        self.fc = nn.Linear(features, 1000)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.silu(self._bn0(self._conv_stem(images)))

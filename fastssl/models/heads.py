@@ -11,33 +11,12 @@ from collections.abc import Callable
 
 from torch import nn
 
-
-def _linear(c: int, dim: int) -> nn.Module:
-    return nn.Linear(c, dim)
-
-
-def _simple(c: int, dim: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(c, c), nn.ReLU(), nn.Linear(c, dim))
-
-
-def _deep(c: int, dim: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(c, c), nn.ReLU(), nn.Linear(c, c), nn.ReLU(), nn.Linear(c, dim))
-
-
-def _wide(c: int, dim: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(c, 2 * c), nn.ReLU(), nn.Linear(2 * c, dim))
-
-
-def _dropout(c: int, dim: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(c, c), nn.ReLU(), nn.Dropout(0.5), nn.Linear(c, dim))
-
-
 _HEADS: dict[str, Callable[[int, int], nn.Module]] = {
-    "linear": _linear,
-    "simple": _simple,
-    "deep": _deep,
-    "wide": _wide,
-    "dropout": _dropout,
+    "linear": nn.Linear,
+    "simple": lambda c, dim: nn.Sequential(nn.Linear(c, c), nn.ReLU(), nn.Linear(c, dim)),
+    "deep": lambda c, dim: nn.Sequential(nn.Linear(c, c), nn.ReLU(), nn.Linear(c, c), nn.ReLU(), nn.Linear(c, dim)),
+    "wide": lambda c, dim: nn.Sequential(nn.Linear(c, 2 * c), nn.ReLU(), nn.Linear(2 * c, dim)),
+    "dropout": lambda c, dim: nn.Sequential(nn.Linear(c, c), nn.ReLU(), nn.Dropout(0.5), nn.Linear(c, dim)),
 }
 
 

@@ -80,9 +80,9 @@ class Block(nn.Module):
 
 
 class SmallModelMobileNetV3(nn.Module):
-    """(B, 3, S, S) -> (B, num_classes); what goes into `fc` are the (B, 1024) or (B, 1280) features."""
+    """(B, 3, S, S) -> (B, 1000); what goes into `fc` are the (B, 1024) or (B, 1280) features."""
 
-    def __init__(self, table: tuple, feature_dim: int, num_classes: int = 1000) -> None:
+    def __init__(self, table: tuple, feature_dim: int) -> None:
         super().__init__()
         channels = 16
         layers = [nn.Sequential(*_conv_bn(3, channels, 3, 2), nn.Hardswish())]
@@ -94,7 +94,7 @@ class SmallModelMobileNetV3(nn.Module):
         self.conv = nn.Sequential(*_conv_bn(channels, hidden), nn.Hardswish())
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Sequential(nn.Linear(hidden, feature_dim), nn.Hardswish(), nn.Dropout(0.2))
-        self.fc = nn.Linear(feature_dim, num_classes)
+        self.fc = nn.Linear(feature_dim, 1000)
         self.apply(_initialise)
 
     def forward(self, images: Tensor) -> Tensor:

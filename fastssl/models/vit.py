@@ -80,12 +80,12 @@ class Transformer(nn.Module):
 
 
 class SmallModelViT(nn.Module):
-    """(B, 3, S, S) -> (B, num_classes); what goes into `fc` are the (B, 192) features.
+    """(B, 3, S, S) -> (B, 1000); what goes into `fc` are the (B, 192) features.
 
     Positions are those of 224 x 224 pixels; for other sizes they are interpolated (the project itself never does it).
     """
 
-    def __init__(self, num_classes: int = 1000) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.to_patch_embedding = nn.Sequential(Patches(), nn.Linear(3 * PATCH**2, WIDTH)).requires_grad_(False)
         self.pos_embedding = nn.Parameter(torch.randn(1, (IMAGE // PATCH) ** 2 + 1, WIDTH))
@@ -93,7 +93,7 @@ class SmallModelViT(nn.Module):
         self.dropout = nn.Dropout(DROPOUT)
         self.transformer = Transformer()
         self.mlp_head = nn.Sequential(nn.LayerNorm(WIDTH))
-        self.fc = nn.Linear(WIDTH, num_classes)
+        self.fc = nn.Linear(WIDTH, 1000)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.to_patch_embedding(images)

@@ -1,10 +1,18 @@
-"""Lets torch.compile see the Triton kernels inside an operator."""
+"""Launches of Triton kernels: on the GPU of their tensors, and inside an operator so that torch.compile sees them."""
 
 from __future__ import annotations
 
-from torch import library
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, library
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager:
+    """Makes the tensor's GPU the current one, to which Triton launches go."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def traceable(kernel: object) -> object:
