@@ -208,6 +208,14 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path, capsys, arch, arguments,
     assert line.startswith("fastssl: error: ") and message in line and not out.exists()
 
 
+def test_paths_and_unknown_formats_from_python(tmp_path):
+    torch.save(make_moco("resnet18")[0], tmp_path / "in.pth.tar")
+    assert export.export(tmp_path / "in.pth.tar", tmp_path / "out.pth.tar", "moco")[1] == "resnet18"
+    with pytest.raises(ValueError, match="no format 'torchvison': choose one of plain, torchvision, timm, moco"):
+        export.export(tmp_path / "in.pth.tar", tmp_path / "out.pth", "torchvison")
+    assert not (tmp_path / "out.pth").exists()
+
+
 def test_refusals(tmp_path, capsys):
     save_run(tmp_path / "run", stem="cifar")
     source = str(tmp_path / "run")
