@@ -59,6 +59,8 @@ def export(source: str | Path, out: str | Path, to: str = "plain", *, arch: str 
     head = head or (to == "moco" and has_known_head(path, arch, key, stem))  # MoCo's layout keeps the head
     module, report = load_pretrained(path, arch, key=key, with_head=head, stem=stem)
     name = counterpart(report.arch, report.stem, to)
+    if to == "torchvision" and name.startswith("mnasnet") and Path(out).suffix == ".safetensors":
+        raise ValueError(f"torchvision's {name} demands a version, which .safetensors cannot hold: name a .pth file")
     if to == "moco":
         checkpoint.save(_to_moco(contents, report, module, path, key, scalar_label), Path(out))
     else:

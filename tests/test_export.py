@@ -216,6 +216,15 @@ def test_paths_and_unknown_formats_from_python(tmp_path):
     assert not (tmp_path / "out.pth").exists()
 
 
+def test_safetensors_that_torchvision_could_not_load_are_refused(tmp_path):
+    model = tv.mnasnet0_5(weights=None)
+    torch.save(model.state_dict(), tmp_path / "in.pth")
+    with pytest.raises(ValueError, match=r"demands a version, which \.safetensors cannot hold"):
+        export.export(tmp_path / "in.pth", tmp_path / "out.safetensors", "torchvision", head=True)
+    export.export(tmp_path / "in.pth", tmp_path / "out.pth", "torchvision", head=True)
+    model.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True))
+
+
 def test_refusals(tmp_path, capsys):
     save_run(tmp_path / "run", stem="cifar")
     source = str(tmp_path / "run")
