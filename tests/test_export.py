@@ -186,6 +186,18 @@ def test_verify_asks_timms_models_at_their_own_size(tmp_path, capsys):
     assert "verified: it loads" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("head", [False, True])
+def test_timms_models_without_a_classifier_are_verified(tmp_path, head):
+    model = timm.create_model("eva02_tiny_patch14_224", num_classes=5).eval()
+    torch.save(model.state_dict(), tmp_path / "in.pth")
+    name, out = "eva02_tiny_patch14_224", str(tmp_path / "out.pth")
+    export.export(str(tmp_path / "in.pth"), out, "timm", arch=f"timm:{name}", head=head)
+    found = verify_export.compute(verify_export.load_as(out, "timm", name, "imagenet", head), 224)
+    model = model if head else timm.create_model(name, num_classes=0).eval()
+    model.load_state_dict(torch.load(out, weights_only=True))
+    torch.testing.assert_close(found, verify_export.compute(model, 224))
+
+
 @pytest.mark.parametrize(
     "arch, arguments, message",
     [
