@@ -55,8 +55,10 @@ class ImageBatch(NamedTuple):
 def pack_images(images: Sequence[np.ndarray], index: Sequence[int], label: Sequence[int]) -> ImageBatch:
     """Packs (H, W, 3) uint8 arrays of any sizes into one CPU batch, back to back in the given order.
 
-    Raises ValueError when an array is not (H, W, 3) uint8 or is empty.
+    Raises ValueError when an array is not (H, W, 3) uint8 or is empty, and unless each has an index and a label.
     """
+    if not len(images) == len(index) == len(label):
+        raise ValueError(f"{len(images)} images need an index and a label each, got {len(index)} and {len(label)}")
     for i, image in zip(index, images):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
             raise ValueError(f"image {i} must be (H, W, 3) uint8 with H, W >= 1, got {image.shape} {image.dtype}")

@@ -33,7 +33,7 @@ from fastssl.verify_export import largest_difference
 _SUFFIXES = ("", ".safetensors", ".pth", ".pt", ".tar", ".ckpt", ".bin")  # all but .safetensors: files of torch.save
 
 
-def export(source: str, out: str, to: str = "plain", *, arch: str | None = None, stem: str | None = None,
+def export(source: str | Path, out: str | Path, to: str = "plain", *, arch: str | None = None, stem: str | None = None,
            key: str = "q", head: bool = False, force: bool = False,
            scalar_label: bool = False) -> tuple[Report, str]:  # fmt: skip
     """Writes the encoder of `source` (a file or a run folder) to `out`. Returns what was read, and its name in `to`.
@@ -53,11 +53,13 @@ def export(source: str, out: str, to: str = "plain", *, arch: str | None = None,
         )
     if Path(out).exists() and not force:
         raise ValueError(f"{out} exists: add --force to replace it")
-    if to == "moco" and out.endswith(".safetensors"):
+    if to == "moco" and Path(out).suffix == ".safetensors":
         raise ValueError("--to moco writes more than tensors: name a .pth.tar file")
     head = head or (to == "moco" and has_known_head(path, arch, key, stem))  # MoCo's layout keeps the head
     module, report = load_pretrained(path, arch, key=key, with_head=head, stem=stem)
     name = counterpart(report.arch, report.stem, to)
+    if to == "torchvision" and name.startswith("mnasnet") and Path(out).suffix == ".safetensors":
+        raise ValueError(f"torchvision's {name} demands a version, which .safetensors cannot hold: name a .pth file")
     if to == "moco":
         checkpoint.save(_to_moco(read_weights(path), report, module, path, scalar_label), Path(out))
     else:

@@ -9,6 +9,7 @@ numbers: as easy as 1, 2, 3", SC 2011); `tl.philox` computes the same words insi
 
 from __future__ import annotations
 
+from operator import index as whole
 from typing import TypeVar
 
 import torch
@@ -35,6 +36,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 def philox(counter: tuple[Word, Word, Word, Word], seed: int) -> tuple[Word, Word, Word, Word]:
     """Philox4x32-10: maps four uint32 words, held in int64 tensors or ints, to four; `seed` is the 64-bit key."""
     c0, c1, c2, c3 = counter
+    seed = whole(seed)  # NumPy's integers overflow where Python's do not
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         # int64 products wrap around to the right 64 bits; the masks cut them into unsigned words
@@ -61,7 +63,7 @@ def random_bits(seed: int, epoch: int, index: Tensor, stream: int, num: int) -> 
     counter = (
         (index & _MASK)[:, None].expand(shape),
         (index >> 32)[:, None].expand(shape),
-        torch.full((1, 1), epoch & _MASK, device=index.device).expand(shape),
+        torch.full((1, 1), whole(epoch) & _MASK, device=index.device).expand(shape),
         (draw | (stream << 16))[None, :].expand(shape),
     )
     return torch.stack(philox(counter, seed), dim=-1).reshape(index.shape[0], blocks * 4)[:, :num]
@@ -80,5 +82,6 @@ def permutation(seed: int, epoch: int, size: int, stream: int, device: torch.dev
 
 def derive_seed(seed: int, epoch: int, stream: int, index: int = 0) -> int:
     """A 63-bit seed for another generator, such as torch's, as a function of (seed, epoch, stream, index)."""
+    epoch, index = whole(epoch), whole(index)
     word0, word1, _, _ = philox((index & _MASK, index >> 32, epoch & _MASK, stream << 16), seed)
     return (word0 << 31) | (word1 >> 1)

@@ -64,7 +64,7 @@ def load_as(out: str, to: str, name: str, stem: str, head: bool) -> nn.Module:
     if to == "timm":
         import timm
 
-        model = timm.create_model(name, pretrained=False)
+        model = timm.create_model(name, pretrained=False, num_classes=1000)  # some have no classifier by default
     else:
         import torchvision.models as tv
 

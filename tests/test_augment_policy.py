@@ -106,6 +106,14 @@ def test_bad_policies(name: str, settings: dict, message: str) -> None:
         make_policy(name, **settings)
 
 
+@pytest.mark.parametrize("change", [{"blur_sigma": (4.0, 5.0)}, {"hue": 2.0}, {"crop_scale": (0.0, 0.0)}])
+def test_policies_built_by_hand_are_checked(change: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(change))):
+        Policy("mine", **change)
+    with pytest.raises(ValueError, match=next(iter(change))):
+        dataclasses.replace(POLICIES["v2"], **change)
+
+
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("view", [0, 1])
 def test_firing_rates_and_ranges(name: str, view: int) -> None:

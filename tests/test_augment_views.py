@@ -353,3 +353,9 @@ def test_a_gpu_never_makes_the_host_wait() -> None:
         make_views(batch, policy, 32, 0, 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("index, label", [([0], [0, 0]), ([0, 1, 2], [0, 0]), ([0, 1], [0])])
+def test_each_packed_image_needs_an_index_and_a_label(index: list, label: list) -> None:
+    with pytest.raises(ValueError, match="2 images need an index and a label each"):
+        pack_images([np.zeros((8, 8, 3), dtype=np.uint8)] * 2, index, label)

@@ -186,6 +186,18 @@ def test_verify_asks_timms_models_at_their_own_size(tmp_path, capsys):
     assert "verified: it loads" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("head", [False, True])
+def test_timms_models_without_a_classifier_are_verified(tmp_path, head):
+    model = timm.create_model("eva02_tiny_patch14_224", num_classes=5).eval()
+    torch.save(model.state_dict(), tmp_path / "in.pth")
+    name, out = "eva02_tiny_patch14_224", str(tmp_path / "out.pth")
+    export.export(str(tmp_path / "in.pth"), out, "timm", arch=f"timm:{name}", head=head)
+    found = verify_export.compute(verify_export.load_as(out, "timm", name, "imagenet", head), 224)
+    model = model if head else timm.create_model(name, num_classes=0).eval()
+    model.load_state_dict(torch.load(out, weights_only=True))
+    torch.testing.assert_close(found, verify_export.compute(model, 224))
+
+
 @pytest.mark.parametrize(
     "arch, arguments, message",
     [
@@ -206,6 +218,23 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path, capsys, arch, arguments,
     assert run_command(export.main, [str(tmp_path / "in.pth.tar"), str(out), *arguments]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("fastssl: error: ") and message in line and not out.exists()
+
+
+def test_paths_and_unknown_formats_from_python(tmp_path):
+    torch.save(make_moco("resnet18")[0], tmp_path / "in.pth.tar")
+    assert export.export(tmp_path / "in.pth.tar", tmp_path / "out.pth.tar", "moco")[1] == "resnet18"
+    with pytest.raises(ValueError, match="no format 'torchvison': choose one of plain, torchvision, timm, moco"):
+        export.export(tmp_path / "in.pth.tar", tmp_path / "out.pth", "torchvison")
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_safetensors_that_torchvision_could_not_load_are_refused(tmp_path):
+    model = tv.mnasnet0_5(weights=None)
+    torch.save(model.state_dict(), tmp_path / "in.pth")
+    with pytest.raises(ValueError, match=r"demands a version, which \.safetensors cannot hold"):
+        export.export(tmp_path / "in.pth", tmp_path / "out.safetensors", "torchvision", head=True)
+    export.export(tmp_path / "in.pth", tmp_path / "out.pth", "torchvision", head=True)
+    model.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True))
 
 
 def test_refusals(tmp_path, capsys):

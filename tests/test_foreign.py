@@ -17,9 +17,11 @@ from old_checkpoints import make_head, make_moco, make_network, make_seed
 from torch import nn
 
 from fastssl.checkpoint import CheckpointError
+from fastssl.export import export
 from fastssl.foreign import load_pretrained
 from fastssl.moco import MoCo
 from fastssl.models import make_encoder
+from fastssl.models.encoders import make_backbone
 
 ARCHS = ["resnet18", "mobilenetv3_small", "mobilenetv3_large", "efficientnet_b0", "efficientnet_b1", "vit_tiny"]
 
@@ -167,6 +169,22 @@ def test_timm_state_dicts(tmp_path):
     ):
         load_pretrained(write(tmp_path, plain, "effnet.pth"))
     assert load_pretrained(tmp_path / "effnet.pth", "timm:efficientnet_b0")[1].loaded == len(plain) - 2
+
+
+@pytest.mark.parametrize("arch", ["timm:test_convnext", "timm:efficientnet_b0"])  # of which the latter has a twin
+def test_our_files_of_timms_networks_need_no_name(arch, tmp_path):
+    tensors = make_backbone(arch)[0].state_dict()
+    ours = {f"encoder_q.backbone.{name}": tensor for name, tensor in tensors.items()}
+    path = write(tmp_path, {"config": {"arch": arch, "stem": "imagenet"}, "model": ours}, "step_000000001.pt")
+    assert load_pretrained(path)[1].arch == arch
+    export(str(path), str(tmp_path / "out.safetensors"))
+    assert load_pretrained(tmp_path / "out.safetensors")[1].arch == arch
+
+
+def test_a_network_that_this_timm_lacks(tmp_path):
+    named = {"arch": "timm:no_such_net", "state_dict": {"module.stem.weight": torch.zeros(3)}}
+    with pytest.raises(ValueError, match="timm has no model 'no_such_net'"):
+        load_pretrained(write(tmp_path, named))
 
 
 def test_swav_and_linear_classifiers(tmp_path):

@@ -98,3 +98,10 @@ def test_every_permutation_of_four_is_as_likely() -> None:
 def test_derived_seeds_differ() -> None:
     seeds = {derive_seed(s, e, 18, i) for s in range(3) for e in range(3) for i in range(3)}
     assert len(seeds) == 27 and all(0 <= s < 2**63 for s in seeds)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, torch.tensor])
+def test_integers_of_other_libraries_are_integers(kind) -> None:
+    assert derive_seed(kind(2**31 - 1), kind(7), 20, kind(3)) == derive_seed(2**31 - 1, 7, 20, 3)
+    order = permutation(kind(3), kind(7), 20, 16)
+    assert torch.equal(order, permutation(3, 7, 20, 16))

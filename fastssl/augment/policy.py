@@ -14,7 +14,10 @@ __all__ = ["POLICIES", "Policy", "ViewParams", "make_policy", "sample_params"]
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A policy. Probabilities end in `_p`; jitter strengths are the arguments of torchvision's `ColorJitter`."""
+    """A policy. Probabilities end in `_p`; jitter strengths are the arguments of torchvision's `ColorJitter`.
+
+    Raises ValueError for a value out of range.
+    """
 
     name: str
     crop_scale: tuple[float, float] | None = (0.2, 1.0)  # area of the crop / area of the image; None: central square
@@ -35,6 +38,12 @@ class Policy:
     hide_and_seek: bool = False  # zero cells of a grid of no, 16 x 16, 8 x 8 or 4 x 4 cells (14, 28, 56 of 224 pixels)
     hide_p: float = 0.5  # of each cell
 
+    def __post_init__(self) -> None:
+        for name in ("crop_scale", "crop_ratio", "crop_iou", "blur_sigma"):  # a policy must be hashable
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        _check(self)
+
     def ranges(self) -> dict[str, tuple[float, float]]:
         """(low, high - low) of every value that is drawn uniformly from a range, by name."""
         log_ratio = tuple(math.log(ratio) for ratio in self.crop_ratio)
@@ -43,6 +52,33 @@ class Policy:
             limits[name] = (max(0.0, 1.0 - getattr(self, name)), 1.0 + getattr(self, name))
         limits |= {"hue": (-self.hue, self.hue), "sigma": self.blur_sigma}
         return {name: (low, high - low) for name, (low, high) in limits.items()}
+
+
+def _check(policy: Policy) -> None:
+    for f in dataclasses.fields(policy):
+        value = getattr(policy, f.name)
+        if f.name.endswith("_p") and not 0 <= value <= 1:
+            raise ValueError(f"augmentation setting {f.name} is a probability, so it must lie in [0, 1], got {value}")
+        if f.name in ("brightness", "contrast", "saturation") and not 0 <= value <= 3:
+            raise ValueError(f"augmentation setting {f.name} must lie in [0, 3], got {value}")
+    if not 0 <= policy.hue <= 0.5:
+        raise ValueError(f"augmentation setting hue must lie in [0, 0.5] turns, got {policy.hue}")
+    scale, ratio, sigma, iou = policy.crop_scale, policy.crop_ratio, policy.blur_sigma, policy.crop_iou
+    if iou is not None and scale is None:
+        raise ValueError("crop_iou has no meaning for the policy 'none', which keeps the centre of every image")
+    if iou is not None and not (len(iou) == 2 and 0 <= iou[0] < iou[1] <= 1):
+        raise ValueError(f"crop_iou must be two numbers with 0 <= low < high <= 1, got {iou}")
+    if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
+        raise ValueError(f"crop_scale must be two numbers with 0 < low <= high <= 1, got {scale}")
+    if iou is not None and iou[1] < 2 * scale[0] - 1:  # two crops of a share s each have at least 2s - 1 in common
+        raise ValueError(
+            f"two crops of at least {scale[0]:g} of an image share more than crop_iou's {iou[1]:g}: lower crop_scale"
+        )
+    if not (len(ratio) == 2 and 0.01 <= ratio[0] <= ratio[1] <= 100):
+        raise ValueError(f"crop_ratio must be two numbers with 0.01 <= low <= high <= 100, got {ratio}")
+    if not (len(sigma) == 2 and MIN_BLUR_SIGMA <= sigma[0] <= sigma[1] <= MAX_BLUR_SIGMA):
+        limits = f"{MIN_BLUR_SIGMA} <= low <= high <= {MAX_BLUR_SIGMA} pixels"
+        raise ValueError(f"blur_sigma must be two numbers with {limits}, got {sigma}")
 
 
 def _jitter(strength: float, hue: float) -> dict[str, float]:
@@ -97,10 +133,7 @@ def make_policy(
     elif tuple(crop_scale) != (0.2, 1.0):
         raise ValueError("crop_scale has no meaning for the policy 'none', which keeps the centre of every image")
     settings = {k: v for k, v in named.items() if v is not None} | overrides
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}  # a policy must be hashable
-    policy = dataclasses.replace(POLICIES[name], **settings)
-    _check(policy)
-    return policy
+    return dataclasses.replace(POLICIES[name], **settings)
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, object]:
@@ -139,30 +172,3 @@ def _numbers(text: str) -> tuple[float, ...]:
 def _nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; choose from {', '.join(sorted(known))}"
-
-
-def _check(policy: Policy) -> None:
-    for f in dataclasses.fields(policy):
-        value = getattr(policy, f.name)
-        if f.name.endswith("_p") and not 0 <= value <= 1:
-            raise ValueError(f"augmentation setting {f.name} is a probability, so it must lie in [0, 1], got {value}")
-        if f.name in ("brightness", "contrast", "saturation") and not 0 <= value <= 3:
-            raise ValueError(f"augmentation setting {f.name} must lie in [0, 3], got {value}")
-    if not 0 <= policy.hue <= 0.5:
-        raise ValueError(f"augmentation setting hue must lie in [0, 0.5] turns, got {policy.hue}")
-    scale, ratio, sigma, iou = policy.crop_scale, policy.crop_ratio, policy.blur_sigma, policy.crop_iou
-    if iou is not None and scale is None:
-        raise ValueError("crop_iou has no meaning for the policy 'none', which keeps the centre of every image")
-    if iou is not None and not (len(iou) == 2 and 0 <= iou[0] < iou[1] <= 1):
-        raise ValueError(f"crop_iou must be two numbers with 0 <= low < high <= 1, got {iou}")
-    if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
-        raise ValueError(f"crop_scale must be two numbers with 0 < low <= high <= 1, got {scale}")
-    if iou is not None and iou[1] < 2 * scale[0] - 1:  # two crops of a share s each have at least 2s - 1 in common
-        raise ValueError(
-            f"two crops of at least {scale[0]:g} of an image share more than crop_iou's {iou[1]:g}: lower crop_scale"
-        )
-    if not (len(ratio) == 2 and 0.01 <= ratio[0] <= ratio[1] <= 100):
-        raise ValueError(f"crop_ratio must be two numbers with 0.01 <= low <= high <= 100, got {ratio}")
-    if not (len(sigma) == 2 and MIN_BLUR_SIGMA <= sigma[0] <= sigma[1] <= MAX_BLUR_SIGMA):
-        limits = f"{MIN_BLUR_SIGMA} <= low <= high <= {MAX_BLUR_SIGMA} pixels"
-        raise ValueError(f"blur_sigma must be two numbers with {limits}, got {sigma}")

@@ -26,8 +26,10 @@ _BLOCK = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw"
 def counterpart(arch: str, stem: str, to: str) -> str:
     """The name of this architecture in torchvision, timm or MoCo's scripts.
 
-    Raises ValueError when they have none that computes exactly the same.
+    Raises ValueError when they have none that computes exactly the same, and for a format that does not exist.
     """
+    if to not in FORMATS:
+        raise ValueError(f"there is no format {to!r}: choose one of {', '.join(FORMATS)}")
     if stem != "imagenet" and to != "plain":
         raise ValueError(f"{to} has no networks with the {stem} stem: use fastssl export --to plain")
     if to == "torchvision":

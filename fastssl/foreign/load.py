@@ -121,14 +121,15 @@ def _choose(contents: Contents, layout: Layout, arch: str | None, stem: str | No
     said_stem = said_stem if isinstance(said_stem, str) else "imagenet"
     if arch is not None:
         return arch, stem or said_stem
-    if said_arch in list_architectures():
+    named = said_arch in list_architectures() or (isinstance(said_arch, str) and said_arch.startswith("timm:"))
+    if named:
         for choice in dict.fromkeys([stem or said_stem, stem or "imagenet"]):
             if fits(layout, said_arch, choice):
                 return said_arch, choice
     found = [pair for pair in fitting_architectures(layout) if stem in (None, pair[1])]
     if len(found) == 1 and found[0][0] not in _TWINS:
         return found[0]
-    if not found and said_arch in list_architectures():
+    if not found and named:
         return said_arch, stem or "imagenet"  # `_load_backbone` then says what does not fit
     if not found:
         raise CheckpointError(
