@@ -83,7 +83,7 @@ def demo(options: DemoOptions) -> int:
     data = options.data or draw_images(folder / f"images-{options.seed}", options.seed)
     config = make_demo_config(options, folder, data)
     before, _ = measure(config, saved=None)
-    if code := pretrain(config):
+    if code := pretrain(config, again="the same command and"):
         return code
     result = summarise(config, folder, before)
     write_text(folder / "demo.json", json.dumps(result, indent=1) + "\n")

@@ -8,6 +8,7 @@ from torch import nn
 from fastssl.config import Config
 from fastssl.distributed import Ranks, broadcast_object
 from fastssl.encoder_timing import images_to_time, make_eager_iteration, time_iterations
+from fastssl.plan import imitated
 
 LAYOUT_NAMES = {torch.channels_last: "channels_last", torch.contiguous_format: "contiguous"}
 USUAL = torch.channels_last  # what 16-bit convolutions want, on GPUs and on CPUs
@@ -25,6 +26,8 @@ def choose_layout(config: Config, encoder: nn.Module, ranks: Ranks) -> tuple[tor
         return torch.channels_last if requested == "on" else torch.contiguous_format, "requested"
     if config.train.deterministic:
         return USUAL, "not measured in a deterministic run"
+    if imitated(config.train.precision, ranks.device):  # measuring took minutes, and NCHW was never clearly faster
+        return USUAL, "not measured, since bf16 is slow here"
     with torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []):
         seconds = time_layouts(config, encoder, ranks)
     nhwc, nchw = broadcast_object([seconds[torch.channels_last], seconds[torch.contiguous_format]], ranks)

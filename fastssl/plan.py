@@ -109,10 +109,8 @@ def choose_precision(precision: str, device: torch.device) -> str:
 def explain_precision(precision: str, device: torch.device) -> tuple[str, str]:
     """`choose_precision`, and why in a few words."""
     if precision != "auto":
-        can_tell = device.type == "cpu" and hasattr(torch.cpu, "get_capabilities")
-        if can_tell and precision == "bf16" and not bf16_unit():
-            return precision, "requested, though slow: this CPU imitates bf16"
-        return precision, "requested"
+        slow = ", though slow: this CPU imitates bf16" if imitated(precision, device) else ""
+        return precision, f"requested{slow}"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", "this GPU supports it"
@@ -120,6 +118,11 @@ def explain_precision(precision: str, device: torch.device) -> tuple[str, str]:
     if device.type == "cpu" and (unit := bf16_unit()):
         return "bf16", f"this CPU has {unit}"
     return "fp32", f"no 16-bit arithmetic on this {device.type}"
+
+
+def imitated(precision: str, device: torch.device) -> bool:
+    """Whether the device is a CPU that is known to have no instructions for bf16, and bf16 is what was asked for."""
+    return precision == "bf16" and device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") and not bf16_unit()
 
 
 def bf16_unit() -> str:

@@ -135,20 +135,20 @@ def make_train_step(
     return train_step
 
 
-def pretrain(config: Config) -> int:
-    """A whole run. Returns 0 when it is complete, PREEMPTED when a signal stopped it after saving."""
+def pretrain(config: Config, again: str = "--resume auto") -> int:
+    """A whole run. Returns 0 when it is complete, PREEMPTED when a signal stopped it; `again` is how to continue it."""
     check_parts(config)
     make_deterministic(config.train.deterministic)
     ranks = distributed.start(config.train.device)
     try:
         folder = choose_folder(config, ranks)
         with closing(open_loader(config, ranks)) as loader:
-            return train(config, loader, folder, ranks)
+            return train(config, loader, folder, ranks, again)
     finally:
         distributed.stop()
 
 
-def train(config: Config, loader: Loader, folder: Path, ranks: Ranks) -> int:
+def train(config: Config, loader: Loader, folder: Path, ranks: Ranks, again: str) -> int:
     """Builds the parts, resumes, and runs the loop over the remaining steps."""
     t = config.train
     stop = StopSignal(ranks)
@@ -183,7 +183,7 @@ def train(config: Config, loader: Loader, folder: Path, ranks: Ranks) -> int:
                     check_weights(encoder, ranks, done, ADVICE)
                     run.save(done, state_of(trainee, done, config, loader.num_images, ranks.world_size))
             if asked and not last:
-                run.say(f"stopped by a signal, saved after step {done}; continue with --resume auto --output {folder}")
+                run.say(f"stopped by a signal, saved after step {done}; continue with {again} --output {folder}")
                 return PREEMPTED
             if asks:
                 run.probe(done, probe, encoder.backbone)

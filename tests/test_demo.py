@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
-from fastssl import demo
+from fastssl import demo, train
 from fastssl.cli import main
+from fastssl.command import PREEMPTED
 from fastssl.demo import free_folder
 from fastssl.demo_images import CLASSES, draw_picture, write_demo_images
 
@@ -89,6 +90,17 @@ def test_from_nothing_to_the_table_and_again(tmp_path, monkeypatch, capsys):
 
     assert small_demo(monkeypatch, "--output", folder, "--seed", 1) == 1  # would tell seed 0's figures
     assert "holds a demo with --seed 0: choose another --output" in capsys.readouterr().err
+
+
+def test_stopped_by_a_signal_and_continued_as_its_message_says(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(train.StopSignal, "__call__", lambda self: True)
+        assert small_demo(patch, "--output", folder) == PREEMPTED
+    text = capsys.readouterr().err
+    assert f"saved after step 1; continue with the same command and --output {folder}" in text  # it has no --resume
+    assert small_demo(monkeypatch, "--output", folder) == 0
+    assert "resuming from" in capsys.readouterr().err
 
 
 def test_an_image_folder_of_ones_own(tmp_path, image_folder, monkeypatch, capsys):

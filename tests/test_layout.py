@@ -40,6 +40,16 @@ def test_no_clock_decides_a_deterministic_run_nor_one_that_was_told(monkeypatch)
     assert choose_layout(replace(TINY, channels_last="off"), torch.nn.Identity(), CPU) == (NCHW, "requested")
 
 
+def test_no_clock_waits_for_imitated_arithmetic(monkeypatch):
+    """Measuring DeiT-Tiny at 32 pixels took minutes, before the first line of the log."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    monkeypatch.setattr(layout, "time_layouts", seconds(1.0, 0.5))
+    layout_of = {p: choose_layout(replace(TINY, precision=p), torch.nn.Identity(), CPU) for p in ("bf16", "fp32")}
+    assert layout_of["bf16"] == (NHWC, "not measured, since bf16 is slow here") and layout_of["fp32"][0] == NCHW
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert choose_layout(replace(TINY, precision="bf16"), torch.nn.Identity(), CPU)[0] == NCHW
+
+
 def choose_by_a_clock_of_its_own(rank, world_size):
     layout.time_layouts = seconds(1.0, 0.5 if rank == 0 else 2.0)
     ranks = Ranks(rank, world_size, torch.device("cpu"))

@@ -225,3 +225,9 @@ def test_how_many_processes_g_means(monkeypatch):
         monkeypatch.setattr("torch.cuda.device_count", lambda have=have: have)
         with pytest.raises(ValueError, match=f"-g 8 asks for 8 GPUs, but this machine has {have}"):
             count_processes(8, device)
+
+
+def test_help_names_the_flag_that_readme_shows(capsys):
+    with pytest.raises(SystemExit):
+        knn.main(["--help"])
+    assert "-g N (or --gpus N)" in capsys.readouterr().out

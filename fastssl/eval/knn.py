@@ -39,6 +39,7 @@ def make_knn_parser() -> argparse.ArgumentParser:
         help="which features are compared: the encoder's own (original), scaled to unit length (norm), or first "
         "shifted by the mean of their batch of -b images (shift-norm, shifted-norm) (default original)",
     )
+    p.epilog = f"-g N (or --gpus N): N processes, one on each GPU. {p.epilog}"  # taken by `launch`, not parsed here
     return p
 
 
