@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ from fastssl.plan import Plan
 from fastssl.recipe import to_yaml
 from fastssl.run_folder import lock_file, says_where, trim_metrics
 
+RUN_AWAY = "features are not finite in evaluation, though the loss is: use a lower --lr, --warmup-epochs or --clip-grad"
 SHOWN = ("loss", "contrast", "align", "uniform", "top1", "lr")  # beside the progress bar
 
 
@@ -140,6 +142,9 @@ class Run:
         """Asks the k-NN probe after `step` steps, and records and shows its answer."""
         with self.clock.paused():
             percent = probe(backbone)
+            if math.isnan(percent):
+                self.say(f"step {step}/{self.plan.stop}  no knn: {RUN_AWAY}")
+                return
             self.record(step, {"knn": percent})
             self.draw()
         self.say(f"step {step}/{self.plan.stop}  knn {percent:.2f} %")

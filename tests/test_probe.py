@@ -158,6 +158,13 @@ def test_two_ranks_get_the_number_of_one_by_the_statistics_of_the_first(make_ima
     assert run_ranks(probe_all, 2, [with_val, without]) == [truth, truth]
 
 
+def test_features_that_are_not_finite_have_no_accuracy(image_folder):
+    backbone = ColourBackbone()
+    backbone.norm.running_mean.fill_(torch.inf)
+    config = config_of(image_folder)
+    assert np.isnan(make_probe(config, open_loader(config), ALONE)[0](backbone))
+
+
 def test_no_probe_says_why(make_image_folder, tmp_path):
     data = make_image_folder(tmp_path / "small", {"train": 8})
     off, flat = config_of(data, knn_every=0), config_of(data / "train" / "class0")

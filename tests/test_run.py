@@ -1,5 +1,6 @@
 """The record of a run: what counts as training time, and what is shown."""
 
+import math
 import time
 
 import torch
@@ -34,3 +35,11 @@ def test_the_answer_of_the_probe_is_shown(tmp_path, capsys):
     record.close()
     assert "step 3/600  knn 33.33 %\n" in capsys.readouterr().err
     assert '"knn": 33.33333' in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_probe_without_an_answer_is_no_reason_to_stop(tmp_path, capsys):
+    record = open_run(tmp_path)
+    record.probe(3, lambda backbone: math.nan, None)
+    record.close()
+    assert "step 3/600  no knn: features are not finite in evaluation" in capsys.readouterr().err
+    assert "knn" not in (tmp_path / "metrics.jsonl").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def make_probe(config: Config, loader: Loader, ranks: Ranks) -> tuple[Probe | No
     """(probe, a sentence for the log that says what it does); the probe is None, and the sentence why, without one.
 
     `probe(backbone)` is the percentage of held-out images whose --knn-k nearest training images, by unit-length
-    features, vote for their class. Call it on all ranks: they share the work, and all get the same number.
+    features, vote for their class, or NaN if a feature is not finite. Call it on all ranks: they share the work, and
+    all get the same number.
     """
     if config.eval.knn_every == 0:
         return None, "no k-NN probe: --knn-every is 0"
@@ -104,7 +106,10 @@ def keep_asked(batches: Iterable[ImageBatch], asked: bool) -> Iterator[ImageBatc
 def knn_percent(
     backbone: nn.Module, bank: Iterable[ImageBatch], queries: Iterable[ImageBatch], config: Config, ranks: Ranks
 ) -> float:
-    """Percentage of all ranks' queries that their --knn-k nearest images in all ranks' bank classify correctly."""
+    """Percentage of all ranks' queries that their --knn-k nearest images in all ranks' bank classify correctly.
+
+    NaN if a feature is not finite, as when the running statistics have run away: the loss does not depend on them.
+    """
     dtype = DTYPES[choose_precision(config.train.precision, ranks.device)]
 
     def features_of(batches: Iterable[ImageBatch]) -> tuple[Tensor, Tensor]:
@@ -121,11 +126,12 @@ def knn_percent(
     bank_features, bank_labels = gather_features(*features_of(bank), ranks)
     query_features, query_labels = features_of(queries)
     k = min(config.eval.knn_k, len(bank_features))
+    finite = bool(bank_features.isfinite().all() and query_features.isfinite().all())
     hits = 0
-    if len(query_features):
+    if finite and len(query_features):
         hits = knn_hits(bank_features, bank_labels, query_features, query_labels, [k])[k]
-    counts = gather_objects((hits, len(query_features)), ranks)
-    return 100 * sum(hit for hit, _ in counts) / sum(asked for _, asked in counts)
+    hits, asked, finite = zip(*gather_objects((hits, len(query_features), finite), ranks))
+    return 100 * sum(hits) / sum(asked) if all(finite) else math.nan
 
 
 def eval_resize(config: Config) -> int:
