@@ -11,6 +11,7 @@ from fastssl.command import NOT_FINITE
 from fastssl.distributed import Ranks, gather_objects
 from fastssl.plural import counted
 
+REMEDY = "use a lower --lr, --warmup-epochs or --clip-grad"
 COLLAPSED = 0.1  # a feature_std; encoders with random weights have 0.3 and more
 
 

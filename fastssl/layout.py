@@ -26,7 +26,8 @@ def choose_layout(config: Config, encoder: nn.Module, ranks: Ranks) -> tuple[tor
         return torch.channels_last if requested == "on" else torch.contiguous_format, "requested"
     if config.train.deterministic:
         return USUAL, "not measured in a deterministic run"
-    if imitated(config.train.precision, ranks.device):  # measuring took minutes, and NCHW was never clearly faster
+    # Measuring takes minutes there. Tried once: NHWC is faster for ResNet-18 and MobileNetV3-S, as fast for DeiT-Tiny.
+    if imitated(config.train.precision, ranks.device):
         return USUAL, "not measured, since bf16 is slow here"
     with torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []):
         seconds = time_layouts(config, encoder, ranks)

@@ -28,12 +28,12 @@ from fastssl.curves import draw_curves
 from fastssl.data_prep.files import write_text
 from fastssl.distributed import Ranks, broadcast_object, gather_objects
 from fastssl.environment import environment
+from fastssl.health import REMEDY
 from fastssl.loaders.make import Loader
 from fastssl.plan import Plan
 from fastssl.recipe import to_yaml
 from fastssl.run_folder import lock_file, says_where, trim_metrics
 
-RUN_AWAY = "features are not finite in evaluation, though the loss is: use a lower --lr, --warmup-epochs or --clip-grad"
 SHOWN = ("loss", "contrast", "align", "uniform", "top1", "lr")  # beside the progress bar
 
 
@@ -143,7 +143,7 @@ class Run:
         with self.clock.paused():
             percent = probe(backbone)
             if math.isnan(percent):
-                self.say(f"step {step}/{self.plan.stop}  no knn: {RUN_AWAY}")
+                self.say(f"step {step}/{self.plan.stop}  no knn: features are not finite in evaluation; {REMEDY}")
                 return
             self.record(step, {"knn": percent})
             self.draw()

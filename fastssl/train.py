@@ -34,7 +34,7 @@ from fastssl.describe_run import describe
 from fastssl.distributed import Ranks, StopSignal, gather_rows, mean_over_ranks, shuffle_rows, unshuffle_keys
 from fastssl.eval.online import make_probe
 from fastssl.flags import parse
-from fastssl.health import Health, check_weights
+from fastssl.health import REMEDY, Health, check_weights
 from fastssl.input_stream import IN_TURN, InputStream
 from fastssl.launch import launch_if_asked
 from fastssl.loaders.make import Loader
@@ -46,7 +46,7 @@ from fastssl.resume import start_or_resume, state_of
 from fastssl.run import Run
 from fastssl.run_folder import choose_folder
 
-ADVICE = "use a lower --lr, --warmup-epochs or --clip-grad; earlier checkpoints are good"
+ADVICE = f"{REMEDY}; earlier checkpoints are good"
 TrainStep = Callable[[ImageBatch, int], dict[str, Tensor]]
 
 
