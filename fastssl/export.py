@@ -28,6 +28,7 @@ from fastssl.foreign.formats import (
 from fastssl.foreign.layout import strip_wrappers
 from fastssl.foreign.read import Contents, read_weights
 from fastssl.models import Encoder
+from fastssl.models.encoders import list_architectures
 from fastssl.verify_export import largest_difference
 
 _SUFFIXES = ("", ".safetensors", ".pth", ".pt", ".tar", ".ckpt", ".bin")  # all but .safetensors: files of torch.save
@@ -66,7 +67,9 @@ def export(source: str | Path, out: str | Path, to: str = "plain", *, arch: str 
         backbone, projection = _parts(module)
         tensors = OrderedDict(name_tensors(report.arch, to, backbone, projection))
         tensors._metadata = backbone._metadata  # torchvision's MNASNet asks for its version
-        save_tensors(tensors, Path(out), {"format": "pt", "arch": report.arch, "stem": report.stem})
+        # Of two networks whose tensors have these names, as with timm's EfficientNet-B0, the file says which it is.
+        arch = name if to == "timm" and name in list_architectures() else report.arch
+        save_tensors(tensors, Path(out), {"format": "pt", "arch": arch, "stem": report.stem})
     return report, name
 
 

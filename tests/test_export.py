@@ -186,6 +186,12 @@ def test_verify_asks_timms_models_at_their_own_size(tmp_path, capsys):
     assert "verified: it loads" in capsys.readouterr().out
 
 
+def test_of_two_networks_with_the_same_names_the_file_says_which_it_is(tmp_path):
+    torch.save(make_moco("efficientnet_b0")[0], tmp_path / "in.pth.tar")
+    export.export(tmp_path / "in.pth.tar", tmp_path / "out.safetensors", "timm", arch="efficientnet_b0")
+    assert load_pretrained(tmp_path / "out.safetensors")[1].arch == "tf_efficientnet_b0"
+
+
 @pytest.mark.parametrize("head", [False, True])
 def test_timms_models_without_a_classifier_are_verified(tmp_path, head):
     model = timm.create_model("eva02_tiny_patch14_224", num_classes=5).eval()

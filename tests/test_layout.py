@@ -116,13 +116,13 @@ def test_the_queue_stays_fp32_on_a_cpu():
 
 
 def test_freed_memory_stays_with_the_process():
-    """The second tensor lies on pages that were written before: it causes hardly a page fault."""
+    """A later tensor lies on pages that were written before: it causes hardly a page fault."""
     resource = pytest.importorskip("resource")
     if not keep_freed_memory():
         pytest.skip("not glibc: there is nothing to tell")
-    megabytes = 24
-    torch.ones(megabytes * 2**18)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(megabytes * 2**18)
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    assert faults < megabytes * 256 / 4  # of 256 pages a megabyte
+    megabytes, faults = 24, []
+    for _ in range(5):  # now and then a small block has taken the place of the one before, or another thread faults
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(megabytes * 2**18)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert min(faults) < megabytes * 256 / 4  # of 256 pages a megabyte

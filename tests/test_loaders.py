@@ -398,6 +398,7 @@ def test_auto_says_what_it_chose_and_why(good_folder):
         ({"name": "synthetic", "synthetic_size": 0}, "at least 1 pixel wide"),
         ({"on_bad_image": "ignore"}, "must be 'skip' or 'error', got 'ignore'"),
         ({"workers": 0}, "workers must be at least 1"),
+        ({"rank": 3, "world_size": 2}, "rank must lie between 0 and world_size - 1, got 3 of 2"),
     ],
 )
 def test_mistakes_are_one_clear_sentence(good_folder, changes, message):

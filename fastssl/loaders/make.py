@@ -74,6 +74,8 @@ def make_loader(
     """
     name, reason = choose_loader(name, data)
     _check_options(on_bad_image, workers, read_ahead)
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must lie between 0 and world_size - 1, got {rank} of {world_size}")
     order = Order(shuffle, block_size).check()
     shared = dict(batch_size=batch_size, seed=seed, device=device, rank=rank, world_size=world_size, order=order)
     files = dict(workers=workers, on_bad_image=on_bad_image, class_names=class_names)
