@@ -441,6 +441,13 @@ def test_a_result_tells_the_command_and_not_where_the_program_lies(monkeypatch):
     assert environment()["command"] == ["bench_throughput.py", "step", "--output", "out/step.json"]
 
 
+def test_a_result_is_of_the_time_and_the_commit_at_which_it_was_begun(monkeypatch):
+    begun = environment()
+    monkeypatch.setattr("time.strftime", lambda *_: "later")
+    monkeypatch.setattr("subprocess.run", None)  # git
+    assert environment() == begun
+
+
 def test_the_gpu_suite_asks_for_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(suite.torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
