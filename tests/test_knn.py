@@ -5,9 +5,12 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
+from fastssl.distributed import Ranks
 from fastssl.eval import nearest
+from fastssl.eval.memory import Memory
 from fastssl.eval.nearest import _smallest, find_nearest
-from fastssl.eval.vote import knn_hits, odd_ks, to_rep_space, vote
+from fastssl.eval.search import knn_over_ranks
+from fastssl.eval.vote import odd_ks, to_rep_space, vote
 
 KS = odd_ks(21)
 
@@ -52,17 +55,17 @@ def accuracy_slowly(bank, bank_labels, queries, query_labels, k, weigh=np.ones_l
     return 100 * np.mean([v.argmax() == label for v, label in zip(votes, query_labels.numpy())])
 
 
-def knn_accuracy(bank, bank_labels, queries, query_labels, ks, **search):
-    """Percent for each k."""
-    hits = knn_hits(bank, bank_labels, queries, query_labels, ks, **search)
-    return {k: 100 * hit / len(queries) for k, hit in hits.items()}
+def search_alone(bank, bank_labels, queries, query_labels, ks):
+    """The answers of one rank, on the device of the queries."""
+    ranks = Ranks(0, 1, queries.device)
+    return knn_over_ranks(bank, bank_labels, queries, query_labels, ks, ranks, Memory(None, ranks.device))
 
 
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 def test_accuracy_equals_scikit_learn(offset):
     bank, bank_labels = make_clusters(0, 400, offset=offset)
     queries, query_labels = make_clusters(1, 150, offset=offset)
-    result = knn_accuracy(bank, bank_labels, queries, query_labels, KS, query_chunk=64, bank_chunk=64)
+    result = search_alone(bank, bank_labels, queries, query_labels, KS).majority
     for k in KS:
         truth = KNeighborsClassifier(k, algorithm="brute").fit(bank.double().numpy(), bank_labels.numpy())
         assert result[k] == pytest.approx(100 * truth.score(queries.double().numpy(), query_labels.numpy()), abs=1e-9)
@@ -114,7 +117,7 @@ def test_weighted_vote(make):
     bank, bank_labels = make(0, 300)
     queries, query_labels = make(1, 100)
     bank, queries = to_rep_space(bank, "shift-norm"), to_rep_space(queries, "shift-norm")
-    result = knn_accuracy(bank, bank_labels, queries, query_labels, KS, weighted=True)
+    result = search_alone(bank, bank_labels, queries, query_labels, KS).weighted
     for k in KS:
         truth = accuracy_slowly(
             bank, bank_labels, queries, query_labels, k, lambda distance: np.exp((1 - distance / 2) / 0.07)
@@ -124,7 +127,7 @@ def test_weighted_vote(make):
 
 def test_weights_far_away_do_not_vanish():
     bank, queries = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[1e3]])
-    assert knn_accuracy(bank, torch.tensor([0, 0, 1]), queries, torch.tensor([1]), [3], weighted=True) == {3: 100.0}
+    assert search_alone(bank, torch.tensor([0, 0, 1]), queries, torch.tensor([1]), [3]).weighted == {3: 100.0}
 
 
 def test_votes_tie_to_the_smallest_label_at_every_k():
@@ -143,7 +146,7 @@ def test_votes_equal_bincount():
 def test_grid_accuracy_equals_bincount():
     bank, bank_labels = make_grid(0, 500)
     queries, query_labels = make_grid(1, 200)
-    result = knn_accuracy(bank, bank_labels, queries, query_labels, KS)
+    result = search_alone(bank, bank_labels, queries, query_labels, KS).majority
     for k in KS:
         assert result[k] == pytest.approx(accuracy_slowly(bank, bank_labels, queries, query_labels, k), abs=1e-9)
 
@@ -169,20 +172,12 @@ def test_rep_spaces():
 def test_bad_input_is_named():
     bank, labels = make_clusters(0, 20)
     queries, query_labels = make_clusters(1, 5)
-    with pytest.raises(ValueError, match=r"k must lie between 1 and 20.*\[1, 21\]"):
-        knn_accuracy(bank, labels, queries, query_labels, [1, 21])
-    with pytest.raises(ValueError, match="k must lie between"):
-        knn_accuracy(bank, labels, queries, query_labels, [])
+    with pytest.raises(ValueError, match="choose -k from 1 to 20"):
+        search_alone(bank, labels, queries, query_labels, [1, 21])
     with pytest.raises(ValueError, match="choose k from 1 to 20"):
         find_nearest(bank, queries, 21)
-    with pytest.raises(ValueError, match="must agree"):
-        knn_accuracy(bank, labels, queries[:, :3], query_labels, [1])
-    with pytest.raises(ValueError, match="20 features but labels of shape"):
-        knn_accuracy(bank, labels[:3], queries, query_labels, [1])
-    with pytest.raises(ValueError, match="queries are not all finite"):
-        knn_accuracy(bank, labels, queries / 0, query_labels, [1])
-    with pytest.raises(ValueError, match="a class for every image"):
-        knn_accuracy(bank, torch.full_like(labels, -1), queries, query_labels, [1])
+    with pytest.raises(ValueError, match="needs at least one held-out image"):
+        search_alone(bank, labels, queries[:0], query_labels[:0], [1])
 
 
 def test_leaves_the_matmul_precision_as_it_was():
@@ -202,6 +197,5 @@ def test_gpu_finds_the_same_neighbours():
         queries, query_labels = make(1, 500)
         on_gpu = find_nearest(bank, queries.cuda(), 21, bank_chunk=512)
         np.testing.assert_array_equal(on_gpu[1].cpu(), find_nearest(bank, queries, 21)[1])
-        assert knn_hits(bank.cuda(), labels.cuda(), queries.cuda(), query_labels.cuda(), KS) == knn_hits(
-            bank, labels, queries, query_labels, KS
-        )
+        answers = search_alone(bank.cuda(), labels.cuda(), queries.cuda(), query_labels.cuda(), KS)
+        assert answers.majority == search_alone(bank, labels, queries, query_labels, KS).majority

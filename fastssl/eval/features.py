@@ -33,7 +33,7 @@ def extract_features(
     """Features (n, C) float32 and labels (n,) int64 of all images of `batches`, in their order, on `device`.
 
     size, resize: the centre crop and the short side before it, in pixels. dtype: of the computation (autocast unless
-    float32). With several ranks, each passes its own share of the images, and `gather_features` joins the results.
+    float32). With several ranks, each passes its own share of the images.
     Without images the tensors are empty: (0, 0) and (0,).
     """
     device = torch.device(device)

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from fastssl.batch import ImageBatch
 from fastssl.config import Config
 from fastssl.distributed import Ranks, gather_objects
-from fastssl.eval.features import extract_features, gather_features, share_buffers
+from fastssl.eval.features import extract_features, share_buffers
 from fastssl.eval.images import HELD_OUT, find_held_out
-from fastssl.eval.vote import knn_hits, to_rep_space
+from fastssl.eval.memory import Memory
+from fastssl.eval.search import knn_over_ranks
+from fastssl.eval.vote import to_rep_space
 from fastssl.loaders.make import Loader, make_loader
 from fastssl.plan import DTYPES, choose_precision
 from fastssl.random_key import STREAM_HELD_OUT, random_bits
@@ -123,15 +125,13 @@ def knn_percent(
         )
         return to_rep_space(features, "norm"), labels
 
-    bank_features, bank_labels = gather_features(*features_of(bank), ranks)
-    query_features, query_labels = features_of(queries)
-    k = min(config.eval.knn_k, len(bank_features))
-    finite = bool(bank_features.isfinite().all() and query_features.isfinite().all())
-    hits = 0
-    if finite and len(query_features):
-        hits = knn_hits(bank_features, bank_labels, query_features, query_labels, [k])[k]
-    hits, asked, finite = zip(*gather_objects((hits, len(query_features), finite), ranks))
-    return 100 * sum(hits) / sum(asked) if all(finite) else math.nan
+    parts = [features_of(bank), features_of(queries)]
+    finite = all(bool(features.isfinite().all()) for features, _ in parts)
+    banks, finite = zip(*gather_objects((len(parts[0][0]), finite), ranks))
+    if not all(finite):
+        return math.nan
+    k = min(config.eval.knn_k, sum(banks))
+    return knn_over_ranks(*parts[0], *parts[1], [k], ranks, Memory(None, ranks.device)).majority[k]
 
 
 def eval_resize(config: Config) -> int:

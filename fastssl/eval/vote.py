@@ -1,6 +1,6 @@
-"""Exact k-nearest-neighbour classification by Euclidean distance, for all k from one pass over the bank.
+"""The vote of the nearest neighbours, for all k at once, and the spaces in which neighbours are looked for.
 
-Shapes: N queries, M bank rows, C feature dimensions, K neighbours. Ties between labels go to the smaller one.
+Shapes: N queries, C feature dimensions, K neighbours. Ties between labels go to the smaller one.
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-
-from fastssl.eval.memory import Rows
-from fastssl.eval.nearest import bank_mean, find_nearest
 
 REP_SPACES = ("original", "norm", "shift-norm")
 TEMPERATURE = 0.07  # of the weighted vote (Wu et al., arXiv 1805.01978)
@@ -36,35 +33,6 @@ def to_rep_space(features: Tensor, rep_space: str) -> Tensor:
     if rep_space in ("shift-norm", "shifted-norm"):
         return normalize(features - features.mean(dim=0), dim=1)
     raise ValueError(f"unknown representation space {rep_space!r}: choose {', '.join(REP_SPACES)}")
-
-
-def knn_hits(
-    bank: Rows,
-    bank_labels: Tensor,
-    queries: Tensor,
-    query_labels: Tensor,
-    ks: Sequence[int],
-    *,
-    weighted: bool = False,
-    query_chunk: int = 1024,
-    bank_chunk: int = 16384,
-) -> dict[int, int]:
-    """How many queries each k of `ks` classifies correctly.
-
-    bank: (M, C) and queries: (N, C), floating point; labels: (M,) and (N,) int64, none negative in the bank. The bank
-    may be on another device or on disk: its blocks move to the device of the queries. weighted: see `vote_hits`.
-    Raises ValueError for a k outside 1..M, shapes that do not match, non-finite features or unlabelled bank rows.
-    """
-    _check(bank, bank_labels, queries, query_labels, ks)
-    num_classes, centre = int(bank_labels.max()) + 1, bank_mean(bank, queries.device, bank_chunk)
-    bank_labels, query_labels = bank_labels.to(queries.device), query_labels.to(queries.device)
-    hits = dict.fromkeys(ks, 0)
-    for start in range(0, len(queries), query_chunk):
-        part = slice(start, start + query_chunk)
-        distance, index = find_nearest(bank, queries[part], max(ks), bank_chunk, centre)
-        found = vote_hits(distance, bank_labels[index], query_labels[part], ks, num_classes, weighted)
-        hits = {k: hits[k] + found[k] for k in ks}
-    return hits
 
 
 def vote_hits(
@@ -97,18 +65,3 @@ def vote(labels: Tensor, weights: Tensor, ks: Sequence[int], num_classes: int) -
         best, winner = torch.maximum(best, count), torch.where(takes, label, winner)
         if k in wanted:
             yield k, winner
-
-
-def _check(bank: Rows, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, ks: Sequence[int]) -> None:
-    if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
-        raise ValueError(f"bank (M, C) and queries (N, C) must agree, got {tuple(bank.shape)}, {tuple(queries.shape)}")
-    for name, features, labels in (("bank", bank, bank_labels), ("queries", queries, query_labels)):
-        if labels.shape != features.shape[:1]:
-            raise ValueError(f"{len(features)} features but labels of shape {tuple(labels.shape)} in the {name}")
-        parts = (features[start : start + 4096] for start in range(0, len(features), 4096))
-        if not all(bool(torch.isfinite(part).all()) for part in parts):
-            raise ValueError(f"the features of the {name} are not all finite: use another checkpoint")
-    if not ks or min(ks) < 1 or max(ks) > len(bank):
-        raise ValueError(f"k must lie between 1 and {len(bank)}, the number of images in the bank; got {list(ks)}")
-    if bool((bank_labels < 0).any()):
-        raise ValueError("k-NN needs a class for every image in the bank: give <class>/ folders")
