@@ -22,7 +22,7 @@ from fastssl.data_prep.sources import Selection
 from fastssl.data_prep.work_pool import Work, WorkPool
 from fastssl.data_prep.write_beton import write_beton
 
-OUT = {"beton": "out.beton", "shards": "out"}
+OUT = {"beton": "out.beton", "shards": "out", "views": "out"}
 LISTING = {"beton": "out.beton.images.jsonl.partial", "shards": "out.partial/images.jsonl.partial"}
 SAID = {signal.SIGINT: "fastssl: interrupted\n", signal.SIGTERM: "fastssl: terminated\n"}
 
@@ -93,6 +93,22 @@ def test_a_signal_ends_it_with_one_sentence(images, tmp_path, kind, number, mome
         wait_for_members(process.pid)
     assert process.returncode == 128 + number
     assert not os.listdir(tmp_path)
+
+
+def test_a_signal_leaves_whole_views_that_the_same_command_completes(images, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/red").symlink_to(images)
+    with start(tmp_path / "in", tmp_path, "views") as process:
+        wait_for(process, tmp_path / "out/red", "at the start")
+        process.terminate()
+        assert process.communicate(timeout=60) == ("", SAID[signal.SIGTERM])
+        wait_for_members(process.pid)
+    assert not list(tmp_path.rglob("*.partial"))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*-2.jpeg")}
+    assert len(before) < 50
+    with start(tmp_path / "in", tmp_path, "views") as process:
+        assert "50 images with 2 views each" in process.communicate(timeout=60)[0]
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*-2.jpeg")}.items()
 
 
 def test_a_parent_s_own_sigterm_reaches_its_processes(images, tmp_path):
