@@ -15,6 +15,7 @@ from fastssl.eval.memory import Rows
 from fastssl.eval.nearest import bank_mean, find_nearest
 
 REP_SPACES = ("original", "norm", "shift-norm")
+SHIFTED = ("shift-norm", "shifted-norm")  # by the mean of a batch; the small-model project's code and README
 TEMPERATURE = 0.07  # of the weighted vote (Wu et al., arXiv 1805.01978)
 
 
@@ -25,7 +26,7 @@ def odd_ks(largest: int) -> list[int]:
 
 def to_rep_space(features: Tensor, rep_space: str) -> Tensor:
     """The features (n, C) as they are compared: unchanged (original), of unit length (norm), or shifted by their mean
-    and then of unit length (shift-norm, shifted-norm; the small-model project passes a batch at a time).
+    and then of unit length (shift-norm, shifted-norm; the small-model project passes a batch of shuffled images).
 
     Raises ValueError for another name.
     """
@@ -33,7 +34,7 @@ def to_rep_space(features: Tensor, rep_space: str) -> Tensor:
         return features
     if rep_space == "norm":
         return normalize(features, dim=1)
-    if rep_space in ("shift-norm", "shifted-norm"):
+    if rep_space in SHIFTED:
         return normalize(features - features.mean(dim=0), dim=1)
     raise ValueError(f"unknown representation space {rep_space!r}: choose {', '.join(REP_SPACES)}")
 
