@@ -48,7 +48,8 @@ def train_classifier(
     Raises ValueError when the loss is not finite, RuntimeError when a frozen backbone has changed.
     """
     o, keeper = session.options, Keeper(folder, session.ranks)
-    trained = list(model.parameters() if protocol.finetune else model.fc.parameters())
+    # an architecture may freeze some of its own weights, as vit_tiny does: fine-tuning leaves them so
+    trained = [p for p in (model if protocol.finetune else model.fc).parameters() if p.requires_grad]
     for p in model.parameters():
         p.requires_grad_(any(p is q for q in trained))
     optimizer = torch.optim.SGD(trained, o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
