@@ -2,15 +2,18 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from ranks import run_ranks
 from test_knn import accuracy_slowly, make_clusters, make_grid
 
 from fastssl.command import run_command
 from fastssl.distributed import Ranks
+from fastssl.eval import all as all_evaluations
 from fastssl.eval import knn, nearest
 from fastssl.eval.all import find_neighbours
 from fastssl.eval.features import collect_features, eval_view
@@ -131,6 +134,22 @@ def test_whole_batches_are_dealt_to_ranks():
     dealt = [rank_batches(10, 4, Ranks(r, 2, CPU)) for r in (0, 1)]
     assert [[b.tolist() for b in part] for part in dealt] == [[[0, 1, 2, 3]], [[4, 5, 6, 7], [8, 9]]]
     assert rank_batches(3, 4, Ranks(0, 2, CPU)) == []
+
+
+@pytest.mark.parametrize("rep_space", ["shift-norm", "shifted-norm"])
+def test_a_shift_leaves_the_classes_apart(rep_space, tmp_path, monkeypatch):
+    """Folders in order would give batches of one class, less their mean: here nothing. The project shuffles them."""
+    for split, count in (("train", 8), ("val", 4)):
+        for name, grey in (("a", 60), ("b", 200)):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (32, 32), (grey, grey, 90)).save(tmp_path / split / name / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    flags = f". -a resnet18 --image-size 32 -b 4 -k 1 --rep-space {rep_space} --json found.json"
+    assert knn.main(flags.split()) == 0
+    assert json.loads(Path("found.json").read_text())["accuracy"]["1"] == 100
+    assert all_evaluations.main(f"{flags} --epochs 1".split()) == 0
+    assert json.loads(Path("found.json").read_text())["knn"]["accuracy"]["1"] == 100
 
 
 def test_line_json_and_disk(run, image_folder, tmp_path, monkeypatch):

@@ -183,13 +183,15 @@ def test_frozen_transfer_equals_sgd_in_numpy_on_unit_features(image_folder, tmp_
         assert results[protocol]["acc1"] == pytest.approx(truth)
 
 
-def finetune(data, output, mode, ranks=None):
+def finetune(data, output, mode, ranks=None, freeze=()):
     torch.manual_seed(int(output.name == "a"))  # which is not what its draws depend on
     flags = ["--finetune", "--finetune-mode", mode, "--image-size", 16, "--epochs", 3, "--lr", 0.1, "-b", 8]
     session = session_of(data, "--dataset", "caltech101", *flags)
     session.options.arch, session.ranks = "tiny", ranks or session.ranks
     train, test = transfer_data.open_transfer_data(session)
     model = Classifier(Backbone(), 3, 3, 0, unit_length=True)
+    for name in freeze:
+        model.get_parameter(name).requires_grad_(False)
     view = transfer.bicubic_view(session)
     train_view = make_train_view(session, (0.2, 1.0), bicubic_crop_view)
     protocol = Protocol(train_view, view, transfer.LINE, 0.2, True, mode == "reference")
@@ -201,6 +203,14 @@ def test_finetuning_trains_the_backbone_in_train_mode(image_folder, tmp_path):
     norm = finetune(image_folder, tmp_path / "a", "train")
     assert norm.num_batches_tracked == 9 and not torch.equal(norm.weight, torch.ones(3))
     assert finetune(image_folder, tmp_path / "b", "reference").num_batches_tracked == 3  # of the first epoch only
+
+
+def test_fine_tuning_leaves_alone_what_the_architecture_freezes(image_folder, tmp_path):
+    norm = finetune(image_folder, tmp_path / "a", "train", freeze=["backbone.norm.bias"])
+    assert not norm.bias.any() and not torch.equal(norm.weight, torch.ones(3))
+    vit = session_of(image_folder, "-a", "vit_tiny").open_backbone()
+    frozen = {name for name, p in vit.named_parameters() if not p.requires_grad}
+    assert frozen == {"to_patch_embedding.1.weight", "to_patch_embedding.1.bias"}
 
 
 def test_fine_tuning_draws_by_the_seed_and_the_epoch(image_folder, tmp_path):

@@ -132,6 +132,15 @@ def test_mobilenetv3_starts_as_its_recipe_says():
     assert net.classifier[2].p == 0.2
 
 
+@pytest.mark.parametrize("head", ["linear", "simple", "deep", "dropout", "wide"])
+def test_heads_of_mobilenetv3_end_in_its_own_classifier_except_the_wide_one(head):
+    torch.manual_seed(0)
+    *_, last = [m for m in make_encoder("mobilenetv3_small", head=head).head.modules() if isinstance(m, nn.Linear)]
+    own, default = 0.01, (3 * last.in_features) ** -0.5  # standard deviations
+    assert last.weight.std().item() == pytest.approx(default if head == "wide" else own, rel=0.02)
+    assert bool(last.bias.any()) == (head == "wide")
+
+
 def test_vit_tiny_freezes_its_patches_and_interpolates_positions():
     encoder = make_encoder("vit_tiny", dim=8)
     assert {n for n, p in encoder.named_parameters() if not p.requires_grad} == {

@@ -294,12 +294,13 @@ def test_transfer(run, imagenet, small, dataset, finetune):
     assert ("=> sanity check passed." in out) == (not finetune)
 
 
-def test_a_classifier_that_main_lincls_saved(run, imagenet, resnet, tmp_path):
+@pytest.mark.parametrize("wrapper", ["module.", ""])  # on one --gpu the small-model project's model has none
+def test_a_classifier_that_main_lincls_saved(run, imagenet, resnet, tmp_path, wrapper):
     """Its own checkpoint, with the accuracy as a tensor, is validated and trained on."""
     weights = {k: v for k, v in torch.load(resnet, weights_only=True)["state_dict"].items() if "encoder_q" in k}
-    state = {k.replace("encoder_q.", ""): v for k, v in weights.items() if ".fc." not in k}
+    state = {k.replace("module.encoder_q.", wrapper): v for k, v in weights.items() if ".fc." not in k}
     fc = torch.nn.Linear(2048, 2)
-    state |= {f"module.fc.{k}": v for k, v in fc.state_dict().items()}
+    state |= {f"{wrapper}fc.{k}": v for k, v in fc.state_dict().items()}
     optimizer = torch.optim.SGD(fc.parameters(), 30.0, momentum=0.9, weight_decay=0.0)
     saved = {"epoch": 1, "arch": "resnet50", "state_dict": state, "best_acc1": torch.tensor([100.0]), "acc1": 50.0,
              "acc5": 100.0, "optimizer": optimizer.state_dict()}  # fmt: skip

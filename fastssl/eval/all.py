@@ -74,8 +74,10 @@ def evaluate(session: Session) -> dict:
         instdisc.check_topk(o.topk, len(views.labels))
     backbone, view, result = session.open_backbone(), eval_view(session), {}
     with closing(train), closing(val):
-        bank = collect_features(session, backbone, train, view, what="train")
-        queries = collect_features(session, backbone, val, view, what="val")
+        bank, queries = (
+            collect_features(session, backbone, images, view, batches=knn.batches_of(session, images), what=what)
+            for images, what in ((train, "train"), (val, "val"))
+        )
         result["knn"] = find_neighbours(session, bank, queries)
         session.say(f"best-NN={result['knn']['best']:3.2f}%, k={result['knn']['best_k']}.")
         result["linear"] = {"protocol": CACHED, **run_sweep(session, bank, queries, len(train.class_names), LINE)}

@@ -18,6 +18,7 @@ from fastssl.eval.features import View
 from fastssl.eval.images import Images, rank_batches
 from fastssl.eval.session import Session
 from fastssl.foreign.heads import Normalise
+from fastssl.foreign.layout import strip_wrappers
 from fastssl.foreign.read import Contents, read_weights
 
 
@@ -40,10 +41,12 @@ class Classifier(nn.Module):
         return state | {f"module.fc.{name}": tensor for name, tensor in self.fc.state_dict().items()}
 
     def import_state(self, state: dict[str, Tensor]) -> None:
-        """Loads what `export_state` gave. Raises ValueError when it came from another model."""
-        own = {f"module.{name}": f"backbone.{name}" for name in self.backbone.state_dict()}
-        own |= {f"module.fc.{name}": f"fc.{name}" for name in self.fc.state_dict()}
-        named = OrderedDict((own.get(name, name), tensor) for name, tensor in state.items())
+        """Loads what `export_state` gave, or the reference scripts on one --gpu, whose names lack `module.`.
+
+        Raises ValueError when it came from another model.
+        """
+        own = {name: f"backbone.{name}" for name in self.backbone.state_dict()}
+        named = OrderedDict((own.get(name, name), tensor) for name, tensor in strip_wrappers(state).items())
         named._metadata = self.state_dict()._metadata  # MNASNet refuses a state dict without its version
         shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
         for name, tensor in self.state_dict().items():

@@ -16,6 +16,7 @@ from fastssl.batch import ImageBatch, pack_images
 from fastssl.distributed import Ranks
 from fastssl.eval.shards import ShardImages
 from fastssl.loaders.make import choose_loader, make_loader
+from fastssl.loaders.order import epoch_order
 from fastssl.loaders.prefetch import Prefetcher
 
 HELD_OUT = ("val", "valid", "validation", "test")  # names of the held-out split; the first that exists is taken
@@ -119,3 +120,9 @@ def rank_batches(num_images: int, batch_size: int, ranks: Ranks) -> list[Tensor]
     batches = torch.arange(num_images).split(batch_size)
     first, end = (len(batches) * r // ranks.world_size for r in (ranks.rank, ranks.rank + 1))
     return list(batches[first:end])
+
+
+def shuffled_batches(num_images: int, batch_size: int, ranks: Ranks, seed: int) -> list[Tensor]:
+    """`rank_batches` of the images in a random order, which depends on the seed and not on the number of ranks."""
+    order = epoch_order(num_images, seed, 0)
+    return [order[batch] for batch in rank_batches(num_images, batch_size, ranks)]

@@ -10,15 +10,17 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
+from torch import Tensor
+
 from fastssl.arguments import positive
 from fastssl.command import run_command
 from fastssl.eval.features import collect_features, eval_view
-from fastssl.eval.images import open_splits
+from fastssl.eval.images import Images, open_splits, shuffled_batches
 from fastssl.eval.nearest import TORCH
 from fastssl.eval.options import finish_options, launch, make_parser
 from fastssl.eval.search import Answers, check_ks, knn_over_ranks
 from fastssl.eval.session import Session, run_session
-from fastssl.eval.vote import REP_SPACES, TEMPERATURE, odd_ks, to_rep_space
+from fastssl.eval.vote import REP_SPACES, SHIFTED, TEMPERATURE, odd_ks, to_rep_space
 
 
 def make_knn_parser() -> argparse.ArgumentParser:
@@ -37,7 +39,7 @@ def make_knn_parser() -> argparse.ArgumentParser:
         choices=(*REP_SPACES, "shifted-norm"),
         default="original",
         help="which features are compared: the encoder's own (original), scaled to unit length (norm), or first "
-        "shifted by the mean of their batch of -b images (shift-norm, shifted-norm) (default original)",
+        "shifted by the mean of their batch of -b random images (shift-norm, shifted-norm) (default original)",
     )
     p.epilog = f"-g N (or --gpus N): N processes, one on each GPU. {p.epilog}"  # taken by `launch`, not parsed here
     return p
@@ -50,8 +52,12 @@ def evaluate(session: Session) -> dict:
     check_ks(odd_ks(o.k), train.num_images, val.num_images)  # before anything is computed
     backbone, view = session.open_backbone(), eval_view(session)
     to_space = partial(to_rep_space, rep_space=o.rep_space)
-    bank = collect_features(session, backbone, train, view, transform=to_space, what="train")
-    queries = collect_features(session, backbone, val, view, transform=to_space, what="val")
+    bank, queries = (
+        collect_features(
+            session, backbone, images, view, transform=to_space, batches=batches_of(session, images), what=what
+        )
+        for images, what in ((train, "train"), (val, "val"))
+    )
     answers = knn_over_ranks(*bank, *queries, odd_ks(o.k), session.ranks, session.memory, session.bar)
     bad = session.warn_bad(train, val)
     result = describe(session, answers)
@@ -60,6 +66,17 @@ def evaluate(session: Session) -> dict:
         f"weighted (temperature {TEMPERATURE}): best-NN={result['weighted_best']:3.2f}%, k={result['weighted_best_k']}."
     )
     return {"rep_space": o.rep_space, **result, "bad_images": bad}
+
+
+def batches_of(session: Session, images: Images) -> list[Tensor] | None:
+    """For the spaces that are shifted by the mean of a batch, this rank's batches of shuffled images, as in the script.
+
+    In the order of the folders a batch would be of one class or a few, whose mean is what tells them from others.
+    """
+    o = session.options
+    if o.rep_space not in SHIFTED:
+        return None
+    return shuffled_batches(images.num_images, o.batch_size, session.ranks, o.seed)
 
 
 def describe(session: Session, answers: Answers) -> dict:

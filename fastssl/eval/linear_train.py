@@ -36,7 +36,7 @@ class Protocol(NamedTuple):
     val_view: View
     line: str  # printed after a validation, with {acc1} and {acc5}
     drop: float = 0.1  # factor of the learning rate at each milestone
-    finetune: bool = False  # train the backbone, too
+    finetune: bool = False  # train the backbone, too, but for what its architecture freezes (vit_tiny)
     eval_after_first: bool = False  # fine-tune in eval mode after the first epoch, as the reference does
 
 
@@ -48,7 +48,7 @@ def train_classifier(
     Raises ValueError when the loss is not finite, RuntimeError when a frozen backbone has changed.
     """
     o, keeper = session.options, Keeper(folder, session.ranks)
-    trained = list(model.parameters() if protocol.finetune else model.fc.parameters())
+    trained = [p for p in (model if protocol.finetune else model.fc).parameters() if p.requires_grad]
     for p in model.parameters():
         p.requires_grad_(any(p is q for q in trained))
     optimizer = torch.optim.SGD(trained, o.lr, momentum=o.momentum, weight_decay=o.weight_decay)

@@ -54,7 +54,7 @@ class Session:
         return tqdm(items, total=total, desc=what, dynamic_ncols=True, disable=disable, leave=False)
 
     def open_backbone(self, source: str = "") -> nn.Module:
-        """The encoder of `source`, or of --pretrained, on its device, frozen and in eval mode.
+        """The encoder of `source`, or of --pretrained, on its device and in eval mode.
 
         Sets `options.arch` to the architecture it found. Raises ValueError if that refuses images of --image-size:
         they are too small, or not its fixed size.
@@ -78,7 +78,7 @@ class Session:
         if reason := why_refused(backbone.eval(), 1, o.image_size):
             size = f"images of {o.image_size} pixels, choose another --image-size"
             raise ValueError(f"{o.arch} cannot take {size}: {reason}")
-        return backbone.to(self.ranks.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        return backbone.to(self.ranks.device, memory_format=torch.channels_last).eval()
 
     def warn_bad(self, *sets: Images) -> int:
         """Names the unreadable images of all ranks on stderr; returns how many there are."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 REP_SPACES = ("original", "norm", "shift-norm")
+SHIFTED = ("shift-norm", "shifted-norm")  # by the mean of a batch; the small-model project's code and README
 TEMPERATURE = 0.07  # of the weighted vote (Wu et al., arXiv 1805.01978)
 
 
@@ -22,7 +23,7 @@ def odd_ks(largest: int) -> list[int]:
 
 def to_rep_space(features: Tensor, rep_space: str) -> Tensor:
     """The features (n, C) as they are compared: unchanged (original), of unit length (norm), or shifted by their mean
-    and then of unit length (shift-norm, shifted-norm; the small-model project passes a batch at a time).
+    and then of unit length (shift-norm, shifted-norm; the small-model project passes a batch of shuffled images).
 
     Raises ValueError for another name.
     """
@@ -30,7 +31,7 @@ def to_rep_space(features: Tensor, rep_space: str) -> Tensor:
         return features
     if rep_space == "norm":
         return normalize(features, dim=1)
-    if rep_space in ("shift-norm", "shifted-norm"):
+    if rep_space in SHIFTED:
         return normalize(features - features.mean(dim=0), dim=1)
     raise ValueError(f"unknown representation space {rep_space!r}: choose {', '.join(REP_SPACES)}")
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastssl.models.efficientnet import SIZES, SmallModelEfficientNet
 from fastssl.models.heads import make_head
-from fastssl.models.mobilenetv3 import SmallModelMobileNetV3, mobilenetv3_large, mobilenetv3_small
+from fastssl.models.mobilenetv3 import SmallModelMobileNetV3, initialise, mobilenetv3_large, mobilenetv3_small
 from fastssl.models.resnets import WidenedResNet, resnext152_32x8d
 from fastssl.models.vit import SmallModelViT
 
@@ -135,7 +135,10 @@ def make_encoder(arch: str, *, head: str = "linear", dim: int = 128, stem: str =
     Raises ValueError for an unknown architecture, head or stem, and for a family without a CIFAR stem.
     """
     backbone, _, feature_dim = make_backbone(arch, stem)
-    return Encoder(backbone, feature_dim, make_head(head, feature_dim, dim))
+    layers = make_head(head, feature_dim, dim)
+    if isinstance(backbone, SmallModelMobileNetV3) and head != "wide":  # there the network's classifier ends the head
+        initialise([layer for layer in layers.modules() if isinstance(layer, nn.Linear)][-1])
+    return Encoder(backbone, feature_dim, layers)
 
 
 def make_backbone(arch: str, stem: str = "imagenet") -> tuple[nn.Module, str, int]:

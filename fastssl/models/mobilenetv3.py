@@ -95,7 +95,7 @@ class SmallModelMobileNetV3(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Sequential(nn.Linear(hidden, feature_dim), nn.Hardswish(), nn.Dropout(0.2))
         self.fc = nn.Linear(feature_dim, 1000)
-        self.apply(_initialise)
+        self.apply(initialise)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.avgpool(self.conv(self.features(images)))
@@ -121,7 +121,8 @@ def _activation(hswish: bool) -> nn.Module:
     return nn.Hardswish() if hswish else nn.ReLU()
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
+    """The first weights of a convolution or a Linear layer; leaves others alone."""
     if isinstance(module, nn.Conv2d):  # fan-out that does not count groups
         height, width = module.kernel_size
         nn.init.normal_(module.weight, std=(2 / (height * width * module.out_channels)) ** 0.5)
