@@ -170,6 +170,8 @@ def wrap_ddp(module: nn.Module, device: torch.device, deterministic: bool = Fals
     """
     if deterministic:
         warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+    # those of 1 x 1 kernels do not match where they mean nothing; autograd lays all others out as their weights
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # torch 2.15
     return DistributedDataParallel(
         module,

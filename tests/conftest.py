@@ -11,6 +11,7 @@ import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the suite runs one process per core
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch reads it once, at its first product on a GPU
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -347,6 +347,17 @@ def test_compiled_encoders_train_alike():
     assert any(not torch.equal(a, b) for a, b in zip(trainee.moco.encoder_k.parameters(), before))
 
 
+def backward_in_ddp(rank, world_size):
+    ranks = Ranks(rank, world_size, torch.device("cpu"))
+    encoder = make_trainee(make_config(arch="resnet18", channels_last="off"), ranks).moco.encoder_q
+    wrapped = wrap_ddp(encoder, ranks.device)
+    wrapped(torch.randn(8, 3, 32, 32)).sum().backward()
+
+
+def test_gradients_of_1x1_kernels_make_ddp_say_nothing():
+    run_ranks(backward_in_ddp, 2)  # there warnings are errors
+
+
 def test_accumulated_keys_enter_the_queue_as_those_of_one_batch():
     """2 ranks, 3 images each, in 3 parts: part p holds image p of rank 0, then of rank 1."""
     parts = [torch.tensor([[p], [10 + p]]) for p in range(3)]

@@ -18,6 +18,7 @@ ADVICE = {  # part of the step -> what makes it faster
     "loss": "a smaller --queue-size, or on a GPU --queue-dtype bf16",
     "optimiser + EMA + queue": "a larger --batch-size, since its cost does not grow with the batch",
 }
+ON_GPU = ADVICE | {"augmentation": "smaller images or views", "loss": "a smaller --queue-size"}  # where it is on one
 
 
 def shares(parts: dict[str, float]) -> dict[str, float]:
@@ -33,8 +34,10 @@ def step_verdict(line: dict[str, object]) -> str:
     """Which part of the step takes longest, or that it waits for the host."""
     seconds = median(line["seconds_of_rounds"]["step"])
     host, compiled = line.get("host_seconds", 0.0), line["settings"]["compile"]
+    advice = ON_GPU if line["settings"].get("device") == "cuda" else ADVICE
     if host >= HOST_BOUND * seconds:
-        graphs = "" if "graphs" in (compiled, line.get("compiled")) else "--compile graphs, "
+        tried = "graphs" in (compiled, line.get("compiled")) or "CUDA graphs" in line.get("why_compiled", "")
+        graphs = "" if tried else "--compile graphs, "
         verdict = f"bound by the host, which takes {host / seconds:.0%} of the step to launch its kernels: "
         verdict += f"try {graphs}a larger --batch-size or a faster core"
     else:
@@ -43,7 +46,7 @@ def step_verdict(line: dict[str, object]) -> str:
         others = ", ".join(f"{name} {part_shares[name]:.0%}" for name in rest)
         compiling = "--compile on, " if first == "encoders" and compiled == "off" else ""  # auto: where it helps
         verdict = f"bound by the {first}, {part_shares[first]:.0%} of the step ({others}): "
-        verdict += f"try {compiling}{ADVICE[first]}"
+        verdict += f"try {compiling}{advice[first]}"
         if (explained := sum(line["parts"].values()) / seconds) < ALONE:
             verdict = (
                 f"bound by the time between its parts, which take {explained:.0%} of it by themselves: try --profile"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from statistics import median
 
-from fastssl.bench.loop_verdicts import ADVICE, all_verdicts, peers_verdicts, step_verdicts
+from fastssl.bench.loop_verdicts import ADVICE, ON_GPU, all_verdicts, peers_verdicts, step_verdicts
 from fastssl.bench.results import RAW, Row, seconds_rows, split_ours
 from fastssl.plural import counted
 
@@ -67,7 +67,7 @@ def augment_verdicts(result: dict[str, object]) -> Iterator[str]:
         ours, others = split_ours(sorted(whole, key=lambda row: row.value.median))
         floor = line["bytes"] / result["copy"] * 1e3 / ours[0].value.median
         binds = "arithmetic" if floor < 0.5 else "memory traffic"
-        change = ADVICE["augmentation"] if ours[0].name != "ours, triton" else "smaller images or views"
+        change = (ON_GPU if ours[0].name == "ours, triton" else ADVICE)["augmentation"]
         yield (
             f"views of {line['size']} pixels: {ours[0].name!r} {beside(ours[0], others)}; bound by {binds} (the bytes "
             f"alone would take {floor:.0%} of its time): try {change}"
