@@ -54,7 +54,9 @@ def translate_reference_flags(argv: Sequence[str]) -> list[str]:
     for i, word in enumerate(words):
         following = words[i + 1] if i + 1 < len(words) else ""
         if word == "--mlp":  # a switch in one project, takes a head's name in the other
-            result += ["--head"] if following in HEADS else ["--head", "simple"]
+            result += ["--head"] if following in (*HEADS, "none") else ["--head", "simple"]
+        elif word == "none" and words[i - 1 : i] == ["--mlp"]:  # there any unknown name leaves the linear head
+            result += ["linear"]
         elif word in ("--compile", "--channels-last") and following in ("auto", "on", "off", "graphs"):
             result += [word]
         elif word in switches:

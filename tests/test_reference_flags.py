@@ -33,6 +33,7 @@ PRETRAIN = {  # main_moco.py of the alignment + uniformity MoCo, main_moco_final
     "--resume x --restart": {"resume": "x", "restart": True}, "--ckpt-dir there": {"output": "there"},
     "--moco-t 0.2": {"temperature": 0.2, "contrast_weight": 1.0, "align_weight": 0.0, "uniform_weight": 0.0},
     **{f"--mlp {head}": {"head": head} for head in ("simple", "deep", "dropout", "wide")},
+    "--mlp deep --mlp none": {"head": "linear"}, "--mlp=none -p 9": {"head": "linear", "log_every": 9},
     "--aug-has": {"hide_and_seek": True}, "--aug-has --has-p 0.3": {"hide_and_seek": True, "has_p": 0.3},
     "--cj 1.5": {"cj": 1.5, "policy": "small"}, "--cj 1 --aug-plus": {"cj": 1.0, "policy": "small"},
     "--gaussian-blur 0.3": {"gaussian_blur": 0.3}, "--grey-scale 0.3": {"grey_scale": 0.3},
