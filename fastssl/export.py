@@ -28,7 +28,6 @@ from fastssl.foreign.formats import (
 from fastssl.foreign.layout import strip_wrappers
 from fastssl.foreign.read import Contents, read_weights
 from fastssl.models import Encoder
-from fastssl.models.encoders import list_architectures
 from fastssl.verify_export import largest_difference
 
 _SUFFIXES = ("", ".safetensors", ".pth", ".pt", ".tar", ".ckpt", ".bin")  # all but .safetensors: files of torch.save
@@ -67,8 +66,8 @@ def export(source: str | Path, out: str | Path, to: str = "plain", *, arch: str 
         backbone, projection = _parts(module)
         tensors = OrderedDict(name_tensors(report.arch, to, backbone, projection))
         tensors._metadata = backbone._metadata  # torchvision's MNASNet asks for its version
-        # Of two networks whose tensors have these names, as with timm's EfficientNet-B0, the file says which it is.
-        arch = name if to == "timm" and name in list_architectures() else report.arch
+        # of two networks whose tensors have timm's names, the file says which it is
+        arch = name if (report.arch, to) == ("efficientnet_b0", "timm") else report.arch
         save_tensors(tensors, Path(out), {"format": "pt", "arch": arch, "stem": report.stem})
     return report, name
 

@@ -190,6 +190,9 @@ def test_of_two_networks_with_the_same_names_the_file_says_which_it_is(tmp_path)
     torch.save(make_moco("efficientnet_b0")[0], tmp_path / "in.pth.tar")
     export.export(tmp_path / "in.pth.tar", tmp_path / "out.safetensors", "timm", arch="efficientnet_b0")
     assert load_pretrained(tmp_path / "out.safetensors")[1].arch == "tf_efficientnet_b0"
+    torch.save(timm.create_model("efficientnet_b0").state_dict(), tmp_path / "in.pth")
+    export.export(tmp_path / "in.pth", tmp_path / "timms.safetensors", "timm", arch="timm:efficientnet_b0")
+    assert load_pretrained(tmp_path / "timms.safetensors")[1].arch == "timm:efficientnet_b0"
 
 
 @pytest.mark.parametrize("head", [False, True])
