@@ -24,7 +24,7 @@ from typing import NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
-from fastssl.command import run_command
+from fastssl.command import run_command, tidy_on_signals
 from fastssl.data_prep.decode import BadImage, decode_image
 from fastssl.data_prep.files import write_text, written_whole
 from fastssl.data_prep.find import ImageFolder, find_images
@@ -178,7 +178,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int, help="number of processes (default: one per core)")
     parser.add_argument("--quality", type=int, default=75, help="quality of the JPEG files (default: 75)")
     o = parser.parse_args(list(argv))
-    for note in make_static_views(o.data, o.savedir, o.aug, o.images_per_class, o.seed, o.workers, o.quality):
+    with tidy_on_signals():
+        notes = make_static_views(o.data, o.savedir, o.aug, o.images_per_class, o.seed, o.workers, o.quality)
+    for note in notes:
         print(note)
     images = counted(len(list(Path(o.savedir).glob("*/*-0.jpeg"))), "image")
     print(f"{o.savedir}: {images} with {count_views(o.aug)} views each")

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Annotated
 
 import tyro
@@ -187,11 +186,10 @@ def main(argv: Sequence[str]) -> int:
     if name == VIEWS:
         from fastssl.data_prep import static_views  # imports torchvision, which takes seconds
 
-        run = partial(static_views.main, rest)
-    elif name in COMMANDS:
-        flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-        run = tyro.cli(COMMANDS[name], prog=f"fastssl prep {name}", args=rest, config=flat).run
-    else:
+        return static_views.main(rest)
+    if name not in COMMANDS:
         return refuse_word("prep command", name, [*COMMANDS, VIEWS])
+    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    command = tyro.cli(COMMANDS[name], prog=f"fastssl prep {name}", args=rest, config=flat)
     with tidy_on_signals():
-        return run()
+        return command.run()
