@@ -59,9 +59,8 @@ def run_stage(stage: str, argv: list[str]) -> int:
     """
     from fastssl.bench import compare, results, timing
     from fastssl.data_prep.files import check_writable
-    from fastssl.environment import commit
 
-    commit()  # what is measured, whatever is committed meanwhile
+    results.begun()
     shared, own = shared_parser().parse_known_args(argv)
     old = results.read_result(shared.compare) if shared.compare else None
     old_rows = results.rows(stage, old, str(shared.compare)) if old else []  # raises errors before measuring

@@ -7,14 +7,11 @@ import platform
 import subprocess
 import sys
 import time
-from functools import cache
 from pathlib import Path
 
 import torch
 
 from fastssl.plan import bf16_unit
-
-_STARTED = time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def environment() -> dict[str, object]:
@@ -33,16 +30,17 @@ def environment() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
-        "started": _STARTED,
+        "started": now(),
     }
 
 
-@cache
-def commit() -> str | None:
-    """The commit of the running source, with a + when files differ from it; None outside a git checkout.
+def now() -> str:
+    """The time, with its zone."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
-    As it was when first asked: a benchmark asks before it measures, since it writes minutes later.
-    """
+
+def commit() -> str | None:
+    """The commit of the running source, with a + when files differ from it; None outside a git checkout."""
     source = Path(__file__).resolve().parent.parent
     if not (source / ".git").exists():
         return None

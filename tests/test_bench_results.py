@@ -18,7 +18,7 @@ from fastssl.bench.compare import compare, differing_machines, differing_options
 from fastssl.bench.eval import take_turns
 from fastssl.bench.loop_verdicts import ADVICE, all_verdict, peers_verdicts, shares, step_verdict
 from fastssl.bench.report import machine
-from fastssl.bench.results import Row, read_result, rows
+from fastssl.bench.results import Row, begun, read_result, rows, write_result
 from fastssl.bench.suite_entries import Sizes, cpu_entries, gpu_entries
 from fastssl.bench.timing import Timing
 from fastssl.bench.verdicts import RAW, VERDICTS, verdicts
@@ -445,11 +445,10 @@ def test_a_result_tells_the_command_and_not_where_the_program_lies(monkeypatch):
     assert environment()["command"] == ["bench_throughput.py", "step", "--output", "out/step.json"]
 
 
-def test_a_result_is_of_the_time_and_the_commit_at_which_it_was_begun(monkeypatch):
-    begun = environment()
-    monkeypatch.setattr("time.strftime", lambda *_: "later")
-    monkeypatch.setattr("subprocess.run", None)  # git
-    assert environment() == begun
+def test_a_result_is_of_the_time_and_the_commit_at_which_it_was_begun(tmp_path):
+    first, later = begun(), {"commit": "another", "started": "later"}
+    write_result(tmp_path / "a.json", {"environment": environment() | later, "lines": []})
+    assert read_result(tmp_path / "a.json")["environment"] == environment() | first
 
 
 def test_the_gpu_suite_asks_for_a_gpu(monkeypatch, capsys):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from fastssl.bench.timing import Timing, summarise, times_faster
 from fastssl.data_prep.files import write_text
+from fastssl.environment import commit, now
 
 RAW = "libjpeg-turbo alone"  # the contestant of the stage loader that sets the pace
 
@@ -36,8 +38,15 @@ def read_result(path: Path) -> dict[str, object]:
     return result
 
 
+@cache
+def begun() -> dict[str, str | None]:
+    """Commit and time of the first call, which is made before anything is measured."""
+    return {"commit": commit(), "started": now()}
+
+
 def write_result(path: Path, result: dict[str, object]) -> None:
-    """Writes a result file whole or not at all."""
+    """Writes a result file whole or not at all: of the commit and the time at which it was begun."""
+    result = result | {"environment": result["environment"] | begun()}
     write_text(path, json.dumps(result, indent=1) + "\n")
 
 

@@ -25,11 +25,11 @@ import torch
 
 from fastssl.bench.photos import SOURCE, open_data, train_folder
 from fastssl.bench.report import write_report
-from fastssl.bench.results import read_result, write_result
+from fastssl.bench.results import begun, read_result, write_result
 from fastssl.bench.suite_entries import Entry, Sizes, compile_ahead, cpu_entries, gpu_entries
 from fastssl.bench.verdicts import verdicts
 from fastssl.command import tidy_on_signals
-from fastssl.environment import commit, environment
+from fastssl.environment import environment
 
 PROGRAM = Path(__file__).resolve().parents[2] / "bench_throughput.py"
 LIMIT = {"cpu": 580, "gpu": 520}  # seconds, so that all is done within ten and nine minutes
@@ -48,7 +48,7 @@ class Done(NamedTuple):
 def main(argv: Sequence[str]) -> int:
     """Runs the stages and prints a summary. Returns exit code 1 if one of them failed or was killed."""
     args = parse(argv)
-    commit()  # what is measured, whatever is committed meanwhile
+    begun()
     args.report.mkdir(parents=True, exist_ok=True)
     suffix = f"{args.suite}-tiny" if args.tiny else args.suite
     if args.suite == "cpu":
