@@ -176,6 +176,8 @@ def test_bad_input_is_named():
         search_alone(bank, labels, queries, query_labels, [1, 21])
     with pytest.raises(ValueError, match="choose k from 1 to 20"):
         find_nearest(bank, queries, 21)
+    with pytest.raises(ValueError, match="needs at least one training image"):
+        search_alone(bank[:0], labels[:0], queries, query_labels, [0])
     with pytest.raises(ValueError, match="needs at least one held-out image"):
         search_alone(bank, labels, queries[:0], query_labels[:0], [1])
 

@@ -82,9 +82,10 @@ def percent_of_all(hits: dict[int, int], queries: int, ranks: Ranks) -> dict[int
 
 
 def check_ks(ks: Sequence[int], bank: int, queries: int) -> None:
-    """Raises ValueError when the bank has fewer than k rows, or there are no queries."""
-    if not queries:
-        raise ValueError("k-NN needs at least one held-out image that can be read: check the files of that split")
+    """Raises ValueError when the bank has fewer than k rows, or there are no rows or no queries."""
+    for what, images in (("training", bank), ("held-out", queries)):
+        if not images:
+            raise ValueError(f"k-NN needs at least one {what} image that can be read: check the files of that split")
     if max(ks) > bank:
         raise ValueError(f"there are fewer than -k {max(ks)} training images: choose -k from 1 to {bank}")
 
