@@ -27,7 +27,7 @@ def check_fits(path: Path, then: dict[str, object], config: Config) -> None:
     groups = ("exclude_norm_bias",) if config.optim.optimizer != "lars" else ()  # which always exempts them
     now = flat(config)
     for option in (*SHAPES, *counts, *groups):
-        check_same(path, option, then.get(option, now[option]), now[option])  # early checkpoints lack some
+        check_same(path, option, then[option], now[option])
 
 
 def check_same(path: Path, option: str, then: object, now: object) -> None:
