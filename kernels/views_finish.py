@@ -92,7 +92,8 @@ def finish_tiles(
         blue = tl.where(blue < 128.0, blue, 255.0 - blue)
     if keys_ptr is not None:
         half = tl.num_programs(1) // 2
-        raw, valid = valid & (n >= half), valid & (n < half)
+        end = tl.where(n < half, 0, S)  # rows above it stay bytes; of a scalar, Triton 3.9's interpreter makes no mask
+        raw, valid = valid & (y < end), valid & (y >= end)
         keys_ptr += (n - half) * (3 * plane) + (y * S + x) * 3
         tl.store(keys_ptr, red.to(tl.int32).to(tl.uint8), mask=raw)
         tl.store(keys_ptr + 1, green.to(tl.int32).to(tl.uint8), mask=raw)
