@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # `fastssl --help` need not import torch
-    from fastssl.distributed import StopSignal
+    from fastssl.stop_signal import StopSignal
 
 FAILED = 1
 USAGE = 2

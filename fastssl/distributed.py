@@ -1,4 +1,4 @@
-"""All communication between ranks. With one process every call is a no-op.
+"""Communication between ranks. With one process every call is a no-op.
 
 Ranks come from torchrun's environment. Keys are gathered in rank order. The key shuffle moves images between ranks by a
 permutation of the global batch that every rank computes for itself, so none is broadcast. Images travel as uint8 and
@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
+
+from fastssl import nvidia
 
 TIMEOUT = timedelta(minutes=10)  # for a collective of training, and for the ranks to meet
 
@@ -33,16 +35,17 @@ def start(device: str = "auto", patience: timedelta | None = None) -> Ranks:
     patience: how long a rank waits for another that works on, by default TIMEOUT; one that ended is noticed at once.
     Raises ValueError when CUDA is requested but not available, and for variables that torchrun cannot have set.
     """
-    if device == "cuda" and not torch.cuda.is_available():
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if device == "cuda" and not cuda:
         raise ValueError("--device cuda: torch finds no GPU; run `fastssl doctor` to learn why, or use --device cpu")
-    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     rank, world_size, local_rank = read_ranks()
     target = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
-        if local_rank >= torch.cuda.device_count():
-            gpus = torch.cuda.device_count()
+        if local_rank >= (gpus := torch.cuda.device_count()):
             raise ValueError(f"local rank {local_rank} has no GPU: use --nproc_per_node {gpus}, the GPUs of this node")
         torch.cuda.set_device(target)
+    elif device == "auto" and rank == 0:
+        nvidia.say_if_unused()
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         # Decisions of the host (stop, resume) go through gloo, so that they never wait for the GPU.
         dist.init_process_group(
@@ -172,28 +175,3 @@ def to_device(index: Tensor, device: torch.device) -> Tensor:
 def as_bytes(x: Tensor) -> Tensor:
     """A contiguous (B, ...) tensor viewed as (B, bytes) uint8."""
     return x.view(x.shape[0], -1).view(torch.uint8)
-
-
-class StopSignal:
-    """Whether any rank was asked to stop: all ranks get the same answer at the same step, without waiting.
-
-    The vote begun at one step is counted at the next, while the GPU works, so hosts stay at most one step apart.
-    """
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self.asked = False
-        self.vote: tuple[dist.Work, Tensor] | None = None
-
-    def __call__(self) -> bool:
-        """Call once a step, on every rank."""
-        if self.ranks.world_size == 1:
-            return self.asked
-        agreed = False
-        if self.vote is not None:
-            work, ballot = self.vote
-            work.wait()
-            agreed = bool(ballot.item())  # a host tensor: no GPU sync
-        ballot = torch.tensor([int(self.asked)])
-        self.vote = (dist.all_reduce(ballot, dist.ReduceOp.MAX, async_op=True), ballot)
-        return agreed

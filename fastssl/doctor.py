@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from fastssl import nvidia
 from fastssl.imports import BETON_DECODER, REQUIRED, try_imports
 from fastssl.plural import counted
 
@@ -62,14 +63,19 @@ def gpu_rows(torch_facts: dict[str, str]) -> list[Row]:
     cuda = torch_facts.get("cuda")
     if gpus := torch_facts.get("gpus"):
         return [Row("GPU", OK, gpus), Row("CUDA", OK, f"{cuda}, cuDNN {torch_facts['cudnn']}")]
-    if not Path("/proc/driver/nvidia/version").exists():
+    if not nvidia.has_driver():
         return [Row("GPU", OK, "none (no NVIDIA driver): training runs on the CPU")]
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+    if nvidia.is_hidden():
         return [Row("GPU", ABSENT, "hidden by CUDA_VISIBLE_DEVICES", "unset CUDA_VISIBLE_DEVICES")]
     if not cuda:
         return [Row("GPU", ABSENT, "torch was built without CUDA", f"{PIP} --force-reinstall torch torchvision")]
+    why = torch_facts.get("no_gpu", "")
+    if "No CUDA GPUs" in why:
+        given = "give this container or job its GPUs, as by docker run --gpus all, or sbatch --gres gpu:1"
+        return [Row("GPU", ABSENT, f"torch: {why}", given)]
     older = f"{PIP} --force-reinstall --index-url https://download.pytorch.org/whl/cu126 torch torchvision"
-    return [Row("GPU", ABSENT, f"CUDA {cuda} of torch does not start: the driver may be too old for it", older)]
+    why = f"({why})" if why else "(the driver may be too old for it)"
+    return [Row("GPU", ABSENT, f"CUDA {cuda} of torch does not start {why}", older)]
 
 
 def optional_rows(facts: dict[str, dict[str, str]]) -> list[Row]:

@@ -54,6 +54,11 @@ def _torch_facts(torch: ModuleType) -> dict[str, str]:
         gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         facts["gpus"] = "; ".join(f"{g.name}, {g.total_memory / 2**30:.0f} GiB, sm_{g.major}{g.minor}" for g in gpus)
         facts["cudnn"] = str(torch.backends.cudnn.version())
+    elif facts["cuda"]:
+        try:
+            torch.cuda.init()
+        except Exception as error:  # says why
+            facts["no_gpu"] = str(error).split(". ")[0]
     return facts
 
 

@@ -31,7 +31,7 @@ from fastssl.build import (
 from fastssl.command import PREEMPTED, run_command, stop_on_signals
 from fastssl.config import Config
 from fastssl.describe_run import describe
-from fastssl.distributed import Ranks, StopSignal, gather_rows, mean_over_ranks, shuffle_rows, unshuffle_keys
+from fastssl.distributed import Ranks, gather_rows, mean_over_ranks, shuffle_rows, unshuffle_keys
 from fastssl.eval.online import make_probe
 from fastssl.flags import parse
 from fastssl.health import REMEDY, Health, check_weights
@@ -45,6 +45,7 @@ from fastssl.random_key import STREAM_SHUFFLE, STREAM_STEP, derive_seed, permuta
 from fastssl.resume import start_or_resume, state_of
 from fastssl.run import Run
 from fastssl.run_folder import choose_folder
+from fastssl.stop_signal import StopSignal
 
 ADVICE = f"{REMEDY}; earlier checkpoints are good"
 TrainStep = Callable[[ImageBatch, int], dict[str, Tensor]]

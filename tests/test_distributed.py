@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from ranks import free_port, run_ranks
 
-from fastssl import distributed
+from fastssl import distributed, nvidia
 from fastssl.command import FAILED, run_command
-from fastssl.distributed import Ranks, StopSignal, gather_rows, shuffle_rows, unshuffle_keys
+from fastssl.distributed import Ranks, gather_rows, shuffle_rows, unshuffle_keys
 from fastssl.random_key import STREAM_SHUFFLE, permutation
+from fastssl.stop_signal import StopSignal
 
 CPU = torch.device("cpu")
 
@@ -113,3 +114,17 @@ def test_without_a_world_size_other_variables_do_not_count(monkeypatch):
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "3")
     assert distributed.start("cpu")[:2] == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("device", "driver", "visible", "said"),
+    [("auto", True, None, True), ("auto", True, "-1", False), ("auto", False, None, False), ("cpu", True, None, False)],
+)
+def test_a_gpu_that_torch_does_not_find_is_mentioned(monkeypatch, capsys, device, driver, visible, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(nvidia, "has_driver", lambda: driver)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert distributed.start(device).device == CPU
+    assert ("fastssl doctor" in capsys.readouterr().err) == said

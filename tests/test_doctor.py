@@ -104,7 +104,12 @@ def test_a_gpu_that_torch_cannot_use_is_not_silent(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert doctor.gpu_rows({"cuda": "13.0"})[0].mend == "unset CUDA_VISIBLE_DEVICES"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert "driver" in doctor.gpu_rows({"cuda": "13.0"})[0].detail
+    old = "The NVIDIA driver on your system is too old (found version 12040)"
+    for facts in ({"cuda": "13.0"}, {"cuda": "13.0", "no_gpu": old}):
+        (row,) = doctor.gpu_rows(facts)
+        assert facts.get("no_gpu", "driver may be too old") in row.detail and "/whl/cu126" in row.mend
+    (row,) = doctor.gpu_rows({"cuda": "13.0", "no_gpu": "No CUDA GPUs are available"})
+    assert "No CUDA GPUs are available" in row.detail and "--gpus all" in row.mend, "no other torch would find one"
     assert "without CUDA" in doctor.gpu_rows({"cuda": ""})[0].detail
 
 

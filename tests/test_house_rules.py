@@ -19,7 +19,14 @@ LEVELS = {
     5: ("fastssl.cli", "fastssl.demo", "fastssl.__main__", "fastssl.bench", "bench_throughput"),
     4: ("fastssl.train",),
     3: ("fastssl.eval",),
-    1: ("fastssl.models", "fastssl.kernels", "fastssl.batch", "fastssl.random_key", "fastssl.distributed"),
+    1: (
+        "fastssl.models",
+        "fastssl.kernels",
+        "fastssl.batch",
+        "fastssl.random_key",
+        "fastssl.distributed",
+        "fastssl.nvidia",
+    ),
 }
 MAY_IMPORT_TRAIN = {"fastssl.cli", "fastssl.demo", "fastssl.bench.loops"}
 LIBRARIES = {  # besides the standard library and fastssl below them
