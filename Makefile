@@ -5,7 +5,7 @@
 # make doctor   show what works on this machine, and the commands that fix what does not
 # make clean    remove what these commands made, with .venv but not runs/
 #
-# make PYTHON=python3.12        use another Python (3.10 to 3.13)
+# make PYTHON=python3.12        use another Python (3.10 to 3.14)
 # make demo ARGS="--data DIR"   pass arguments; likewise make test ARGS="-k queue"
 
 PYTHON ?= python3
@@ -48,9 +48,9 @@ $(INSTALLED): setup.py Makefile
 	version() { $$python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true; }
 	check_python() {
 	    case "$$(version)" in
-	        3.10|3.11|3.12|3.13) ;;
-	        "") say "cannot run $$python: install Python 3.10 to 3.13, or name one with make PYTHON=python3.12"; exit 1;;
-	        *) say "$$python is $$(version), but 3.10 to 3.13 is needed: name one with make PYTHON=python3.12"; exit 1;;
+	        3.10|3.11|3.12|3.13|3.14) ;;
+	        "") say "cannot run $$python: install Python 3.10 to 3.14, or name one with make PYTHON=python3.12"; exit 1;;
+	        *) say "$$python is $$(version), but 3.10 to 3.14 is needed: name one with make PYTHON=python3.12"; exit 1;;
 	    esac
 	}
 	! command -v $$python >/dev/null || check_python

@@ -22,7 +22,7 @@ REQUIRES = [
     "torchvision>=0.21",  # ResNets, JPEG decoding
     "triton; platform_system == 'Linux'",  # fused GPU kernels
     "numpy>=1.26",  # arrays, order files
-    "pillow>=10",  # decode any image
+    "pillow>=11.2",  # decode any image
     "llvmlite>=0.46",  # the loop around libjpeg-turbo
     "numba>=0.59",  # compiled CPU loops
     "tyro>=1.0.13",  # flags from dataclasses; older ones misread `--`
@@ -51,7 +51,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10,<3.14",
+    python_requires=">=3.10,<3.15",
     packages=sorted({*OWN, *LINKED}),
     package_dir=LINKED,
     package_data={"fastssl.data_prep": ["*.txt"], "fastssl.recipes": ["*.yaml", "slurm/*"]},

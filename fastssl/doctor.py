@@ -140,9 +140,9 @@ def machine_rows() -> list[Row]:
     gib = 2**30
     version, where = platform.python_version(), sys.executable
     python = Row("Python", OK, f"{version} ({where})")
-    if not (3, 10) <= sys.version_info[:2] <= (3, 13):
+    if not (3, 10) <= sys.version_info[:2] <= (3, 14):
         python = Row(
-            "Python", BROKEN, f"{version} ({where}); needs 3.10 to 3.13", "make clean && make PYTHON=python3.12"
+            "Python", BROKEN, f"{version} ({where}); needs 3.10 to 3.14", "make clean && make PYTHON=python3.12"
         )
     rows = [python, Row("system", OK, platform.platform())]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gib

@@ -26,11 +26,6 @@ from fastssl.kernels.row_lse import _add_parts
 from fastssl.kernels.row_lse_blocks import DIMS, Blocks, table_blocks
 from fastssl.kernels.row_lse_pass import _pass_over_queue
 
-try:
-    from triton.backends.nvidia.compiler import get_ptxas
-except ImportError as error:
-    raise ImportError(f"compiling without a GPU needs Triton 3.3 (torch 2.7), not {triton.__version__}") from error
-
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 # types of the arguments, other than compile-time constants, of all loss kernels
@@ -81,15 +76,23 @@ def compile_kernel(kernel, arch: int, kinds: dict[str, str], constants: dict, op
     return report | _assemble(compiled.asm["ptx"], arch) | {"shared": compiled.metadata.shared}
 
 
+def find_ptxas(arch: int) -> str:
+    """The path of Triton's own ptxas. Raises ValueError with a Triton that does not tell it."""
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas
+    except ImportError:
+        raise ValueError(f"compiling without a GPU needs Triton 3.3 (torch 2.7), not {triton.__version__}") from None
+    tool = get_ptxas(arch)
+    return tool[0] if isinstance(tool, tuple) else tool.path  # a (path, version) pair in older Tritons
+
+
 def _assemble(ptx: str, arch: int) -> dict[str, int]:
     """Registers and spilled bytes as ptxas tells them, and the number of tensor-core instructions in the PTX."""
     target = re.search(r"\.target (\w+)", ptx).group(1)
-    tool = get_ptxas(arch)
-    ptxas = tool[0] if isinstance(tool, tuple) else tool.path  # a (path, version) pair in older Tritons
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "kernel.ptx"
         file.write_text(ptx)
-        command = [ptxas, "-v", f"--gpu-name={target}", file, "-o", Path(scratch) / "kernel.cubin"]
+        command = [find_ptxas(arch), "-v", f"--gpu-name={target}", file, "-o", Path(scratch) / "kernel.cubin"]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     return {
         "registers": int(re.search(r"Used (\d+) registers", said).group(1)),
