@@ -23,7 +23,7 @@ from fastssl.imports import BETON_DECODER, REQUIRED, try_imports
 from fastssl.plural import counted
 
 OK, ABSENT, BROKEN = "ok", "absent", "broken"  # only BROKEN stops training
-DEBIAN = {"libturbojpeg": "libturbojpeg0-dev", "opencv4": "libopencv-dev"}  # pkg-config's name: apt's name
+DEBIAN = {"libturbojpeg": "libturbojpeg0-dev", "opencv4": "libopencv-dev"}  # pkg-config's name: apt's, on Ubuntu too
 LOADERS = {
     "folder": ("torch", "PIL"),
     "synthetic": ("torch",),
@@ -82,9 +82,10 @@ def optional_rows(facts: dict[str, dict[str, str]]) -> list[Row]:
     """Optional libraries, and what each is good for."""
     dali = "130" if facts["torch"].get("cuda", "").startswith("13") else "120"
     apex = "build it from source, see https://github.com/NVIDIA/apex (PyPI's apex is another project)"
+    turbojpeg = f"sudo apt-get install -y {DEBIAN['libturbojpeg']}"
     extras = [
         ("triton", "triton", "for the fused GPU kernels", f"{PIP} triton"),
-        ("libjpeg-turbo", BETON_DECODER, "for .beton files, and for speed", "sudo apt-get install -y libturbojpeg0"),
+        ("libjpeg-turbo", BETON_DECODER, "for .beton files, and for speed", turbojpeg),
         ("FFCV", "ffcv", "only for comparing speeds with it", f"{_apt_for_ffcv()}{PIP} ffcv"),
         ("numba", "numba", "for fast views and k-NN on a CPU", f"{PIP} --upgrade numba"),
         ("DALI", "nvidia.dali", "for decoding on the GPU", f"{PIP} nvidia-dali-cuda{dali}"),

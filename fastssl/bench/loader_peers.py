@@ -61,7 +61,7 @@ def start_raw_decoding(options: Options) -> Callable[[], Epoch]:
     """
     name = ctypes.util.find_library("turbojpeg")
     if name is None:
-        raise ValueError("libturbojpeg is not installed: apt-get install libturbojpeg0")
+        raise ValueError("libturbojpeg is not installed: apt-get install libturbojpeg0-dev")
     turbo = ctypes.CDLL(name)
     turbo.tjInitDecompress.restype = ctypes.c_void_p
     from fastssl.loaders.encoded import open_encoded
