@@ -62,7 +62,11 @@ def gpu_rows(torch_facts: dict[str, str]) -> list[Row]:
     """The GPUs that torch sees, or why it sees none although there is an NVIDIA driver."""
     cuda = torch_facts.get("cuda")
     if gpus := torch_facts.get("gpus"):
-        return [Row("GPU", OK, gpus), Row("CUDA", OK, f"{cuda}, cuDNN {torch_facts['cudnn']}")]
+        warning, ask = torch_facts.get("warning"), f"{sys.executable} -c 'import torch; torch.cuda.init()'"
+        gpu = Row("GPU", OK, gpus)
+        if warning:
+            gpu = Row("GPU", ABSENT, f"{gpus}; torch: {warning}", f"{ask}  # says which build of torch supports it")
+        return [gpu, Row("CUDA", OK, f"{cuda}, cuDNN {torch_facts['cudnn']}")]
     if not nvidia.has_driver():
         return [Row("GPU", OK, "none (no NVIDIA driver): training runs on the CPU")]
     if nvidia.is_hidden():
@@ -74,8 +78,8 @@ def gpu_rows(torch_facts: dict[str, str]) -> list[Row]:
         given = "give this container or job its GPUs, as by docker run --gpus all, or sbatch --gres gpu:1"
         return [Row("GPU", ABSENT, f"torch: {why}", given)]
     older = f"{PIP} --force-reinstall --index-url https://download.pytorch.org/whl/cu126 torch torchvision"
-    why = f"({why})" if why else "(the driver may be too old for it)"
-    return [Row("GPU", ABSENT, f"CUDA {cuda} of torch does not start {why}", older)]
+    why = why or "the driver may be too old for it"
+    return [Row("GPU", ABSENT, f"CUDA {cuda} of torch does not start: {why}", older)]
 
 
 def optional_rows(facts: dict[str, dict[str, str]]) -> list[Row]:

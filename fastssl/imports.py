@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import metadata
 from types import ModuleType
@@ -50,15 +51,17 @@ def _version(module: ModuleType) -> str:
 
 def _torch_facts(torch: ModuleType) -> dict[str, str]:
     facts = {"cuda": torch.version.cuda or ""}
+    with warnings.catch_warnings(record=True) as said:  # of GPUs that are too old, or too new
+        warnings.simplefilter("always")
+        try:
+            torch.cuda.init()
+        except Exception as error:
+            facts["no_gpu"] = str(error).split(". ")[0]
     if torch.cuda.is_available():
         gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         facts["gpus"] = "; ".join(f"{g.name}, {g.total_memory / 2**30:.0f} GiB, sm_{g.major}{g.minor}" for g in gpus)
         facts["cudnn"] = str(torch.backends.cudnn.version())
-    elif facts["cuda"]:
-        try:
-            torch.cuda.init()
-        except Exception as error:  # says why
-            facts["no_gpu"] = str(error).split(". ")[0]
+        facts["warning"] = str(said[0].message).strip().splitlines()[0] if said else ""
     return facts
 
 

@@ -113,6 +113,33 @@ def test_a_gpu_that_torch_cannot_use_is_not_silent(monkeypatch):
     assert "without CUDA" in doctor.gpu_rows({"cuda": ""})[0].detail
 
 
+def test_a_gpu_that_torch_has_no_kernels_for_is_named(tmp_path):
+    """As torch itself does: it warns at the first use of CUDA."""
+    old = """
+__version__ = "9.9"
+import types, warnings
+class version: cuda = "13.2"
+class backends:
+    class cudnn: version = lambda: 92000
+class cuda:
+    is_available = lambda: True
+    device_count = lambda: 1
+    get_device_properties = lambda i: types.SimpleNamespace(name="V100", total_memory=2**34, major=7, minor=0)
+    def init(): warnings.warn("Found GPU0 V100 which is of compute capability (CC) 7.0.\\nThe following list")
+"""
+    _, can_train, rows = report(tmp_path, torch=old)
+    assert can_train and rows["GPU"]["state"] == "absent"
+    assert rows["GPU"]["detail"].endswith("torch: Found GPU0 V100 which is of compute capability (CC) 7.0.")
+    assert "torch.cuda.init()" in rows["GPU"]["mend"]
+    known = re.sub("def init.*", "init = print", old)
+    assert report(tmp_path, torch=known)[2]["GPU"] == {
+        "name": "GPU",
+        "state": "ok",
+        "detail": "V100, 16 GiB, sm_70",
+        "mend": "",
+    }
+
+
 def test_required_libraries_and_commands_agree_with_setup_py():
     """setup.py is the one place for requirements; the doctor repeats only names."""
     text = (ROOT / "setup.py").read_text()
