@@ -41,6 +41,24 @@ def partial_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
+def partial_files(*paths: Path) -> Iterator[list[BinaryIO]]:
+    """New files that get their names, in order, when the block ends: if the last exists, all exist and belong to it.
+
+    When the block, the syncing or the renaming fails, no partial file is left. Raises ValueError as `partial_file`.
+    """
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(partial_file(path)) for path in reversed(paths)][::-1]
+        yield files
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+        paths[-1].unlink(missing_ok=True)
+        for path in paths:
+            os.replace(partial_path(path), path)
+        sync_folder(paths[-1].parent)
+
+
+@contextlib.contextmanager
 def partial_folder(path: Path) -> Iterator[Path]:
     """Like `partial_file`, for a folder of files; the caller renames it inside the block."""
     partial = partial_path(path)
@@ -118,14 +136,6 @@ def check_writable(path: str | Path, flag: str) -> None:
             pass
     except OSError as error:
         raise ValueError(f"{flag} {path} cannot be written ({error.strerror}): choose another place") from None
-
-
-def publish(*paths: Path) -> None:
-    """Gives partial files their names, in order: if the last one exists, all others exist and belong to it."""
-    paths[-1].unlink(missing_ok=True)
-    for path in paths:
-        os.replace(partial_path(path), path)
-    sync_folder(paths[-1].parent)
 
 
 def sync_folder(folder: Path) -> None:

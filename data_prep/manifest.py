@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from fastssl.data_prep.beton_format import RAW
-from fastssl.data_prep.files import partial_file
 from fastssl.plural import counted
 
 if TYPE_CHECKING:
@@ -109,11 +108,10 @@ def listing_path(beton: Path) -> Path:
     return beton.with_name(beton.name + ".images.jsonl")
 
 
-def write_manifest(path: Path, kind: str, content: dict[str, object]) -> None:
-    """Writes a manifest to its partial path; the caller renames it."""
+def make_manifest(kind: str, content: dict[str, object]) -> bytes:
+    """What a manifest's file holds."""
     content = {"format": FORMAT, "kind": kind, **content}
-    with partial_file(path) as file:
-        file.write((json.dumps({**content, "sha256": _sum(content)}, indent=1) + "\n").encode("ascii"))
+    return (json.dumps({**content, "sha256": _sum(content)}, indent=1) + "\n").encode("ascii")
 
 
 def read_manifest(data: Path) -> dict | None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from fastssl.data_prep.beton_writer import BLOCK, BetonWriter
 from fastssl.data_prep.convert import prepared_images
-from fastssl.data_prep.files import partial_file, publish, refuse_existing
-from fastssl.data_prep.manifest import Tally, listing_path, manifest_path, write_manifest
+from fastssl.data_prep.files import partial_files, refuse_existing
+from fastssl.data_prep.manifest import Tally, listing_path, make_manifest, manifest_path
 from fastssl.data_prep.prepare import Store
 from fastssl.data_prep.sources import Selection, open_source
 from fastssl.data_prep.work_pool import Work
@@ -29,13 +29,12 @@ def write_beton(
     refuse_existing(out, force)
     source = open_source(data, selection)
     listing, manifest = listing_path(out), manifest_path(out)
-    with partial_file(out) as file, partial_file(listing) as lines:
+    with partial_files(listing, manifest, out) as (lines, facts, file):
         tally = Tally(source, lines)
         with closing(BetonWriter(file, len(source))) as writer:
             for image, label in prepared_images(source, store, work, tally):
                 writer.add(image, label)
             sums = writer.finish()
         blocks = {"file_bytes": file.seek(0, os.SEEK_END), "block_bytes": BLOCK, "block_sha256": sums}
-        write_manifest(manifest, "beton", {**tally.summary(store, selection, listing.name), **blocks})
-    publish(listing, manifest, out)
+        facts.write(make_manifest("beton", {**tally.summary(store, selection, listing.name), **blocks}))
     return tally

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from fastssl.data_prep.beton_format import RAW
 from fastssl.data_prep.convert import prepared_images
-from fastssl.data_prep.files import file_sum, partial_file, partial_folder, partial_path, sync_folder
-from fastssl.data_prep.manifest import Tally, read_manifest, write_manifest
+from fastssl.data_prep.files import file_sum, partial_files, partial_folder, sync_folder
+from fastssl.data_prep.manifest import Tally, make_manifest, read_manifest
 from fastssl.data_prep.prepare import Prepared, Store
 from fastssl.data_prep.sources import Selection, open_source
 from fastssl.data_prep.work_pool import Work
@@ -89,14 +89,11 @@ def write_shards(
         raise ValueError(f"--shard-size must be at least 1 (million bytes), got {shard_size}")
     source = open_source(data, selection)
     with partial_folder(out) as partial:
-        with partial_file(partial / "images.jsonl") as lines:
+        with partial_files(partial / "images.jsonl", partial / "manifest.json") as (lines, facts):
             tally = Tally(source, lines)
             shards = _write(partial, prepared_images(source, store, work, tally), shard_size * 1_000_000)
-        content = {**tally.summary(store, selection, "images.jsonl"), "shards": shards}
-        write_manifest(partial / "manifest.json", "shards", content)
-        for name in ("images.jsonl", "manifest.json"):
-            os.replace(partial_path(partial / name), partial / name)
-        sync_folder(partial)
+            content = {**tally.summary(store, selection, "images.jsonl"), "shards": shards}
+            facts.write(make_manifest("shards", content))
         if out.exists():
             shutil.rmtree(out)
         os.replace(partial, out)

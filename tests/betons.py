@@ -12,8 +12,7 @@ from photos import render_photo
 from PIL import Image
 
 from fastssl.data_prep.beton_format import ALLOCATION, DESCRIPTOR, FIELD_METADATA, HEADER, IMAGE_FIELD, INT_FIELD, JPEG
-from fastssl.data_prep.files import partial_path
-from fastssl.data_prep.manifest import manifest_path, write_manifest
+from fastssl.data_prep.manifest import make_manifest, manifest_path
 
 NO_TURBOJPEG = ctypes.util.find_library("turbojpeg") is None  # then nothing decodes the images of a beton
 FFCV_PHOTOS = [render_photo(40 + 3 * i, 60 - 2 * i, seed=i) for i in range(12)]  # what the fixture by_ffcv writes
@@ -66,6 +65,4 @@ def write_beton(
 
 def put_manifest(data: Path, **content: object) -> None:
     """The manifest of a beton or of a folder of shards, with what matters to a test."""
-    path = manifest_path(data)
-    write_manifest(path, "shards" if data.is_dir() else "beton", content)
-    partial_path(path).replace(path)
+    manifest_path(data).write_bytes(make_manifest("shards" if data.is_dir() else "beton", content))

@@ -5,6 +5,7 @@ python ffcv_writer.py FOLDER, which holds photos.npz: one file for each mode, an
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class Photos:
 
 def main(folder: Path) -> None:
     """Writes FOLDER/<mode>.beton for every mode, and FOLDER/many.beton."""
+    multiprocessing.set_start_method("fork")  # no longer Python's default, but FFCV counts on it
     import cv2
     from ffcv.fields import BytesField, FloatField, IntField, JSONField, NDArrayField, RGBImageField
     from ffcv.writer import DatasetWriter
