@@ -6,10 +6,12 @@ import os
 import sys
 from pathlib import Path
 
+DRIVER = ("/proc/driver/nvidia/version", "/usr/lib/wsl/lib/nvidia-smi")  # under Linux, and under Windows' WSL
+
 
 def has_driver() -> bool:
     """Whether there is an NVIDIA driver, as where there are GPUs."""
-    return Path("/proc/driver/nvidia/version").exists()
+    return any(Path(name).exists() for name in DRIVER)
 
 
 def is_hidden() -> bool:
