@@ -21,7 +21,7 @@ def partial_path(path: Path) -> Path:
 
 @contextlib.contextmanager
 def partial_file(path: Path) -> Iterator[BinaryIO]:
-    """A new, empty file at `partial_path(path)`, synced to the disk when the block ends, deleted when it fails.
+    """A new, empty file at `partial_path(path)`, deleted when the block fails; the caller syncs and renames it there.
 
     A file that a killed run left there is overwritten. Raises ValueError when another process is writing it.
     """
@@ -32,8 +32,6 @@ def partial_file(path: Path) -> Iterator[BinaryIO]:
         try:
             file.truncate(0)
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         except BaseException as error:
             partial.unlink(missing_ok=True)
             _tell_where(error, partial.parent)
