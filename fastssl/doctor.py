@@ -62,10 +62,10 @@ def gpu_rows(torch_facts: dict[str, str]) -> list[Row]:
     """The GPUs that torch sees, or why it sees none although there is an NVIDIA driver."""
     cuda = torch_facts.get("cuda")
     if gpus := torch_facts.get("gpus"):
-        warning, ask = torch_facts.get("warning"), f"{sys.executable} -c 'import torch; torch.cuda.init()'"
         gpu = Row("GPU", OK, gpus)
-        if warning:
-            gpu = Row("GPU", ABSENT, f"{gpus}; torch: {warning}", f"{ask}  # says which build of torch supports it")
+        if warning := torch_facts["warning"]:
+            ask = f"{sys.executable} -c 'import torch; torch.cuda.init()'  # says which build of torch supports it"
+            gpu = Row("GPU", ABSENT, f"{gpus}; torch: {warning}", ask)
         return [gpu, Row("CUDA", OK, f"{cuda}, cuDNN {torch_facts['cudnn']}")]
     if not nvidia.has_driver():
         return [Row("GPU", OK, "none (no NVIDIA driver): training runs on the CPU")]
@@ -73,12 +73,11 @@ def gpu_rows(torch_facts: dict[str, str]) -> list[Row]:
         return [Row("GPU", ABSENT, "hidden by CUDA_VISIBLE_DEVICES", "unset CUDA_VISIBLE_DEVICES")]
     if not cuda:
         return [Row("GPU", ABSENT, "torch was built without CUDA", f"{PIP} --force-reinstall torch torchvision")]
-    why = torch_facts.get("no_gpu", "")
+    why = torch_facts.get("no_gpu", "the driver may be too old for it")
     if "No CUDA GPUs" in why:
         given = "give this container or job its GPUs, as by docker run --gpus all, or sbatch --gres gpu:1"
         return [Row("GPU", ABSENT, f"torch: {why}", given)]
     older = f"{PIP} --force-reinstall --index-url https://download.pytorch.org/whl/cu126 torch torchvision"
-    why = why or "the driver may be too old for it"
     return [Row("GPU", ABSENT, f"CUDA {cuda} of torch does not start: {why}", older)]
 
 
