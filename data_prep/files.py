@@ -34,6 +34,8 @@ def partial_file(path: Path) -> Iterator[BinaryIO]:
             yield file
         except BaseException as error:
             partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                file.close()  # tries once more to write what is left, and its error would not tell where
             _tell_where(error, partial.parent)
             raise
 

@@ -246,3 +246,16 @@ def test_files_that_belong_together_are_there_all_or_none(tmp_path, monkeypatch,
     write()
     assert [path.read_bytes() for path in paths] == [b"first", b"second", b"last"]
     assert len(os.listdir(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_disk_that_is_full_at_the_last_byte_is_named(tmp_path, number):
+    full = os.open("/dev/full", os.O_WRONLY)
+    with (
+        pytest.raises(OSError, match=r"No space left on device: .*test_a_disk"),
+        partial_files(*(tmp_path / name for name in "abc")) as files,
+    ):
+        os.dup2(full, files[number].fileno())
+        files[number].write(b"still in memory when the block ends")
+    os.close(full)
+    assert not os.listdir(tmp_path)
