@@ -8,13 +8,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 
+from tqdm import tqdm
+
 from fastssl.data_prep.decode import BadImage
 from fastssl.data_prep.jpeg import NotPlain
 from fastssl.data_prep.manifest import Tally
 from fastssl.data_prep.prepare import Prepared, Store, pass_image, prepare_image
 from fastssl.data_prep.sources import Place, Source, read_place
 from fastssl.data_prep.work_pool import Died, Ticket, Work, WorkPool, ahead
-from fastssl.progress import Progress
 
 _CHUNK = 16  # images per task: enough to make the cost of handing out tasks negligible
 _DIED = "the process that decoded it died, twice"
@@ -45,7 +46,7 @@ def prepared_images(source: Source, store: Store, work: Work, tally: Tally) -> I
 
     Raises ValueError when no image can be used, and with on_error="stop" at the first that cannot.
     """
-    bar = Progress(total=len(source), unit="images", smoothing=0.1)
+    bar = tqdm(total=len(source), unit="images", dynamic_ncols=True, disable=None, smoothing=0.1)
     with bar, closing(convert(source, store, work.processes)) as outcomes:
         for label, (place, outcome) in zip(source.folder.labels.tolist(), outcomes):
             if not isinstance(outcome, BadImage):

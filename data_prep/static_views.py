@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
+from tqdm import tqdm
 
 from fastssl.command import run_command, tidy_on_signals
 from fastssl.data_prep.decode import BadImage, decode_image
@@ -30,7 +31,6 @@ from fastssl.data_prep.find import ImageFolder, find_images
 from fastssl.data_prep.view_pairs import AUGS, count_views, make_view_pair
 from fastssl.data_prep.work_pool import Died, WorkPool, ahead, usable_cores
 from fastssl.plural import counted
-from fastssl.progress import Progress
 
 _CHUNK = 4  # images per task
 
@@ -81,7 +81,7 @@ def make_static_views(
     while jobs := [(name, job) for name, count in wanted.items() for job in itertools.islice(queues[name], count)]:
         wanted = dict.fromkeys(queues, 0)
         outcomes = _run([job for _, job in jobs], workers)
-        for (name, _), outcome in zip(jobs, Progress(outcomes, total=len(jobs), unit="image")):
+        for (name, _), outcome in zip(jobs, tqdm(outcomes, total=len(jobs), unit="image", disable=None)):
             if outcome.error:
                 notes.append(f"left out: {outcome.error}")
                 wanted[name] += 1

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
+from tqdm import tqdm
+
 from fastssl.data_prep.beton_format import IMAGE_FIELD, JPEG, BetonTables, check_records, read_tables, record_sizes
 from fastssl.data_prep.decode import BadImage, open_image
 from fastssl.data_prep.files import file_sum
@@ -16,7 +18,6 @@ from fastssl.data_prep.manifest import listing_path, manifest_path, read_manifes
 from fastssl.data_prep.sources import Place, read_place
 from fastssl.data_prep.work_pool import Died, Work, WorkPool, ahead
 from fastssl.plural import counted
-from fastssl.progress import Progress
 
 _NAMED = 5  # damaged places that are named; further ones are only counted
 _CHUNK = 64  # records per task
@@ -91,7 +92,7 @@ def _check_blocks(path: Path, manifest: dict, workers: int) -> None:
     """Checks every block of the file; the error names the damaged bytes."""
     size, expected = manifest["block_bytes"], manifest["block_sha256"]
     handle = os.open(path, os.O_RDONLY)
-    bar = Progress(total=manifest["file_bytes"], unit="B", unit_scale=True)
+    bar = tqdm(total=manifest["file_bytes"], unit="B", unit_scale=True, dynamic_ncols=True, disable=None)
 
     def differs(i: int) -> bool:
         block = os.pread(handle, size, i * size)
@@ -126,7 +127,7 @@ def _check_images(path: Path, tables: BetonTables, workers: int) -> None:
 
     bad: list[str] = []
     pool = WorkPool(_decode_record, workers)
-    bar = Progress(total=len(images), unit="images")
+    bar = tqdm(total=len(images), unit="images", dynamic_ncols=True, disable=None)
     with closing(pool), bar:
         begun: Iterator = map(begin, range(0, len(images), _CHUNK))
         for items, ticket in ahead(begun, 2 * workers):

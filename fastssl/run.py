@@ -31,7 +31,6 @@ from fastssl.environment import environment
 from fastssl.health import REMEDY
 from fastssl.loaders.make import Loader
 from fastssl.plan import Plan
-from fastssl.progress import Progress
 from fastssl.recipe import to_yaml
 from fastssl.run_folder import lock_file, says_where, trim_metrics
 
@@ -77,7 +76,7 @@ class Run:
             self.probed = "knn" in trim_metrics(folder / "metrics.jsonl", first)
             self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (open as long as the run)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
-        self.bar = Progress(total=plan.stop, initial=first, unit="step", smoothing=0.1)
+        self.bar = tqdm(total=plan.stop, initial=first, unit="step", dynamic_ncols=True, disable=None, smoothing=0.1)
 
     def say(self, *lines: str) -> None:
         """Prints lines above the progress bar."""

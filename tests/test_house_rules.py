@@ -31,7 +31,7 @@ LEVELS = {
 MAY_IMPORT_TRAIN = {"fastssl.cli", "fastssl.demo", "fastssl.bench.loops"}
 LIBRARIES = {  # besides the standard library and fastssl below them
     "kernels": {"torch", "triton"},
-    "data_prep": {"torch", "torchvision", "numpy", "PIL", "ffcv"},
+    "data_prep": {"torch", "torchvision", "numpy", "PIL", "ffcv", "tqdm"},
 }
 LONGEST_FILE = 200
 LONGEST_FUNCTION = 40  # without its docstring and the functions inside it

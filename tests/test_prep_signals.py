@@ -21,7 +21,6 @@ from fastssl.data_prep.prepare import Store
 from fastssl.data_prep.sources import Selection
 from fastssl.data_prep.work_pool import Work, WorkPool
 from fastssl.data_prep.write_beton import write_beton
-from fastssl.progress import Progress
 
 OUT = {"beton": "out.beton", "shards": "out", "views": "out"}
 LISTING = {"beton": "out.beton.images.jsonl.partial", "shards": "out.partial/images.jsonl.partial"}
@@ -182,8 +181,3 @@ def test_a_server_that_is_slow_to_be_gone_costs_nothing(monkeypatch):
         assert time.monotonic() > told
     finally:
         pool.close()
-
-
-def test_a_bar_that_a_signal_ends_in_its_constructor_goes_in_silence():
-    """Python deletes it without having called __init__, and what __del__ raises would be printed."""
-    Progress.__new__(Progress).close()

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from fastssl.plural import counted
-from fastssl.progress import Progress
 
 Function = Callable[[], object]
 FEWEST_ROUNDS = 3  # for a median and a spread
@@ -93,7 +93,7 @@ def turns(rounds: int) -> Iterator[int]:
 def in_turn(names: Iterable[str], rounds: int) -> Iterator[str]:
     """All names once per round; each round starts with another one. On a terminal a bar says whose turn it is."""
     order = deque(names)
-    with Progress(total=rounds * len(order), unit="turn", leave=False) as bar:
+    with tqdm(total=rounds * len(order), unit="turn", dynamic_ncols=True, disable=None, leave=False) as bar:
         for _ in turns(rounds):
             for name in order:
                 bar.set_description(name)

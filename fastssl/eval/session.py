@@ -24,7 +24,6 @@ from fastssl.foreign import load_pretrained
 from fastssl.models.encoders import make_encoder
 from fastssl.models.tryout import why_refused
 from fastssl.plan import DTYPES
-from fastssl.progress import Progress
 
 PATIENCE = timedelta(days=7)  # t-SNE is rank 0's alone, and a sweep may have fewer settings than there are ranks
 
@@ -51,7 +50,8 @@ class Session:
 
     def bar(self, items: Iterable, total: int | None = None, what: str = "") -> Iterable:
         """The items, with a progress bar if rank 0 writes to a terminal."""
-        return Progress(items, total=total, desc=what, shown=self.ranks.rank == 0, leave=False)
+        disable = True if self.ranks.rank else None  # None: tqdm asks whether it is a terminal
+        return tqdm(items, total=total, desc=what, dynamic_ncols=True, disable=disable, leave=False)
 
     def open_backbone(self, source: str = "") -> nn.Module:
         """The encoder of `source`, or of --pretrained, on its device and in eval mode.

@@ -9,12 +9,12 @@ from contextlib import closing
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from fastssl.batch import ImageBatch
 from fastssl.loaders.folder_loader import FolderLoader
 from fastssl.loaders.memory import check_room
 from fastssl.loaders.order import FULL, Order, count_batches, epoch_order, eval_share
-from fastssl.progress import Progress
 
 _LOAD_BATCH = 64  # images per batch while loading
 _READ_AHEAD = 2  # such batches decoded ahead, on a CPU too, as nothing else needs the cores yet
@@ -89,7 +89,7 @@ class ResidentLoader:
         windows = torch.zeros(4, self.count, dtype=torch.int64, device=self.device)  # offset, height, width, label
         readable = torch.zeros(self.count, dtype=torch.bool, device=self.device)
         self._max_side, end = 1, 0
-        with Progress(total=self.count, unit="image", desc="decoding", shown=self.rank == 0) as bar:
+        with tqdm(total=self.count, unit="image", desc="decoding", disable=None if self.rank == 0 else True) as bar:
             for batch in source.eval_batches(_LOAD_BATCH, *part):
                 rows, start, end = batch.index - self.start, end, end + len(batch.pixels)
                 if end > needed:
