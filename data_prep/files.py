@@ -5,13 +5,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from tqdm import tqdm
+
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)  # as network and FUSE file systems answer
 
 
 def partial_path(path: Path) -> Path:
@@ -28,7 +34,7 @@ def partial_file(path: Path) -> Iterator[BinaryIO]:
     partial = partial_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "rb+") as file:
-        _lock(file.fileno(), partial)
+        _lock_partial(file.fileno(), partial)
         try:
             file.truncate(0)
             yield file
@@ -65,7 +71,7 @@ def partial_folder(path: Path) -> Iterator[Path]:
     partial.mkdir(parents=True, exist_ok=True)
     handle = os.open(partial, os.O_RDONLY)
     try:
-        _lock(handle, partial)
+        _lock_partial(handle, partial)
         try:
             for left in partial.iterdir():
                 left.unlink()
@@ -78,11 +84,28 @@ def partial_folder(path: Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def _lock(handle: int, partial: Path) -> None:
+def lock(handle: int, path: Path) -> bool:
+    """Locks an open file until it is closed or the process ends; False when another process has locked it.
+
+    On a file system without locks (Lustre without the option flock, NFS without its lock daemon) it only says so.
+    """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"another process is writing {partial}: wait for it to end, or choose another name") from None
+        return False
+    except OSError as error:
+        _say_unlocked(path.parent, error.strerror)
+    return True
+
+
+@functools.cache  # says it once for each folder
+def _say_unlocked(folder: Path, why: str) -> None:
+    tqdm.write(f"cannot lock files in {folder} ({why}): let only one process write there", file=sys.stderr)
+
+
+def _lock_partial(handle: int, partial: Path) -> None:
+    if not lock(handle, partial):
+        raise ValueError(f"another process is writing {partial}: wait for it to end, or choose another name")
 
 
 def _tell_where(error: BaseException, folder: Path) -> None:
@@ -139,10 +162,13 @@ def check_writable(path: str | Path, flag: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Syncs a folder, so that a rename in it survives a power cut."""
+    """Syncs a folder, so that a rename in it survives a power cut; not where the file system syncs no folders."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(handle)
 

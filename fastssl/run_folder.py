@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from tqdm import tqdm
-
 from fastssl import checkpoint
 from fastssl.config import Config
-from fastssl.data_prep.files import write_text
+from fastssl.data_prep.files import lock, write_text
 from fastssl.distributed import Ranks, broadcast_object
 
 
@@ -60,14 +56,9 @@ def says_where(folder: Path) -> Iterator[None]:
 def lock_file(path: Path) -> TextIO:
     """The open file, locked until it is closed or the process ends. Raises ValueError when another run locks it."""
     file = open(path, "w")  # noqa: SIM115 (open as long as the run)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not lock(file.fileno(), path):
         file.close()
-        raise ValueError(f"another run is writing to {path.parent}: wait, or choose another --output") from None
-    except OSError as error:
-        cannot = f"cannot lock {path.parent} against a second run ({error.strerror}): start only one there"
-        tqdm.write(cannot, file=sys.stderr)
+        raise ValueError(f"another run is writing to {path.parent}: wait, or choose another --output")
     return file
 
 

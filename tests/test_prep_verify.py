@@ -13,7 +13,7 @@ from prep_images import bad_kinds, jpeg, kinds, write_kinds, write_photos
 from fastssl.cli import main
 from fastssl.data_prep.beton_format import HEADER, read_tables
 from fastssl.data_prep.describe import describe
-from fastssl.data_prep.files import partial_file, partial_files
+from fastssl.data_prep.files import partial_file
 from fastssl.data_prep.prepare import Store
 from fastssl.data_prep.sources import Selection
 from fastssl.data_prep.verify import verify
@@ -221,41 +221,3 @@ def test_a_name_that_is_not_utf_8_can_be_converted_and_described(tmp_path):
         command = [sys.executable, "-m", "fastssl", "prep", *command]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0 and r"caf\udce9" in done.stdout, done.stderr
-
-
-@pytest.mark.parametrize(("call", "number"), [("fsync", 1), ("fsync", 2), ("fsync", 3), ("replace", 1)])
-def test_files_that_belong_together_are_there_all_or_none(tmp_path, monkeypatch, call, number):
-    """Whatever ends them after their last byte: Ctrl-C, a full disk."""
-    paths, calls, real = [tmp_path / name for name in "abc"], [], getattr(os, call)
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == number:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    def write():
-        with partial_files(*paths) as files:
-            for file, text in zip(files, (b"first", b"second", b"last")):
-                file.write(text)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, call, interrupted)
-        write()
-    assert not os.listdir(tmp_path)
-    write()
-    assert [path.read_bytes() for path in paths] == [b"first", b"second", b"last"]
-    assert len(os.listdir(tmp_path)) == 3
-
-
-@pytest.mark.parametrize("number", range(3))
-def test_a_disk_that_is_full_at_the_last_byte_is_named(tmp_path, number):
-    full = os.open("/dev/full", os.O_WRONLY)
-    with (
-        pytest.raises(OSError, match=r"No space left on device: .*test_a_disk"),
-        partial_files(*(tmp_path / name for name in "abc")) as files,
-    ):
-        os.dup2(full, files[number].fileno())
-        files[number].write(b"still in memory when the block ends")
-    os.close(full)
-    assert not os.listdir(tmp_path)
