@@ -23,6 +23,8 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from typing import Generic, Literal, NamedTuple, TypeVar
 
+from fastssl.limits import usable_cores
+
 Item, Result = TypeVar("Item"), TypeVar("Result")
 _BROKEN = (BrokenProcessPool, EOFError, ConnectionError)  # a worker died, or the server that starts workers
 _UNTIL_GONE_S = (0, 0.01, 0.1, 1)  # pauses, to let a dead server go: its files close before its parent is told
@@ -157,11 +159,6 @@ def ahead(begun: Iterator[Item], depth: int) -> Iterator[Item]:
             yield waiting.popleft()
     while waiting:
         yield waiting.popleft()
-
-
-def usable_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _end(pool: ProcessPoolExecutor | None) -> None:

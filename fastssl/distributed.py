@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from fastssl import nvidia
+from fastssl.limits import usable_cores
 
 TIMEOUT = timedelta(minutes=10)  # for a collective of training, and for the ranks to meet
 
@@ -46,6 +47,8 @@ def start(device: str = "auto", patience: timedelta | None = None) -> Ranks:
         torch.cuda.set_device(target)
     elif device == "auto" and rank == 0:
         nvidia.say_if_unused()
+    if "OMP_NUM_THREADS" not in os.environ:  # torch knows nothing of limits on processor time
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         # Decisions of the host (stop, resume) go through gloo, so that they never wait for the GPU.
         dist.init_process_group(

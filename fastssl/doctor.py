@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from fastssl import nvidia
 from fastssl.imports import BETON_DECODER, REQUIRED, try_imports
+from fastssl.limits import usable_cores
 from fastssl.plural import counted
 
 OK, ABSENT, BROKEN = "ok", "absent", "broken"  # only BROKEN stops training
@@ -150,7 +151,7 @@ def machine_rows() -> list[Row]:
         )
     rows = [python, Row("system", OK, platform.platform())]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gib
-    cores = counted(len(os.sched_getaffinity(0)), "core")
+    cores = counted(usable_cores(), "core")
     rows.append(Row("machine", OK, f"{cores}, {memory:.0f} GiB of memory"))
     rows.append(Row("disk", OK, f"{shutil.disk_usage('.').free / gib:.0f} GiB free here"))
     shm = shutil.disk_usage("/dev/shm").total / gib if Path("/dev/shm").exists() else 0.0

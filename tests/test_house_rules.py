@@ -26,6 +26,7 @@ LEVELS = {
         "fastssl.random_key",
         "fastssl.distributed",
         "fastssl.nvidia",
+        "fastssl.limits",
     ),
 }
 MAY_IMPORT_TRAIN = {"fastssl.cli", "fastssl.demo", "fastssl.bench.loops"}

@@ -16,9 +16,10 @@ from fastssl.bench.timing import read_in_turn, summarise, wall_clock
 from fastssl.data_prep.find import find_images
 from fastssl.data_prep.prepare import Store, encode_jpeg, shrink
 from fastssl.data_prep.sources import Selection
-from fastssl.data_prep.work_pool import Work, make_pool, usable_cores
+from fastssl.data_prep.work_pool import Work, make_pool
 from fastssl.data_prep.write_beton import write_beton
 from fastssl.environment import environment
+from fastssl.limits import usable_cores
 
 ALONE = "decode + resize + encode alone"
 

@@ -21,8 +21,8 @@ from fastssl.bench.peer_loops import dali_loop, ffcv_loop
 from fastssl.bench.photos import SOURCE, open_data
 from fastssl.bench.step import as_line, print_line, save
 from fastssl.bench.step_flags import add_step_flags, make_config, parse_flags
-from fastssl.data_prep.work_pool import usable_cores
 from fastssl.distributed import Ranks
+from fastssl.limits import usable_cores
 
 CLASSICAL = "classical"
 OURS = ("resident", "beton", "dali", "folder")

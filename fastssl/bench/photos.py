@@ -10,8 +10,9 @@ from PIL import Image
 
 from fastssl.data_prep.prepare import Store
 from fastssl.data_prep.sources import Selection
-from fastssl.data_prep.work_pool import Work, usable_cores
+from fastssl.data_prep.work_pool import Work
 from fastssl.data_prep.write_beton import write_beton
+from fastssl.limits import usable_cores
 
 CLASSES = 8
 SOURCE = "photographs cut from scikit-learn's two"

@@ -18,8 +18,8 @@ from fastssl.bench.photos import SOURCE, open_data
 from fastssl.bench.step import Keep, measure_each, step_loops, time_line
 from fastssl.bench.step_flags import add_inner_flags, add_step_flags, make_config, parse_flags
 from fastssl.build import open_loader
-from fastssl.data_prep.work_pool import usable_cores
 from fastssl.distributed import Ranks
+from fastssl.limits import usable_cores
 
 
 def main(argv: Sequence[str]) -> None:

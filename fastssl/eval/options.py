@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from fastssl.arguments import ListParser, numbers, positive, positive_float, rate
-from fastssl.data_prep.work_pool import usable_cores
 from fastssl.launch import launch_if_asked
+from fastssl.limits import usable_cores
 
 
 def make_parser(command: str, description: str, *, batch_size: int, data: str) -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastssl.batch import ImageBatch
 from fastssl.data_prep.find import ImageFolder, find_images
-from fastssl.data_prep.work_pool import usable_cores
+from fastssl.limits import usable_cores
 from fastssl.loaders.encoded import from_folder
 from fastssl.loaders.file_decode import FileDecoder
 from fastssl.loaders.memory import folder_pixel_bytes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from PIL import Image
 from fastssl.data_prep.decode import MAX_PIXELS, BadImage, open_file, read_file
 from fastssl.data_prep.find import ImageFolder
 from fastssl.data_prep.jpeg import NotPlain, read_jpeg_facts
+from fastssl.limits import free_memory
 
 if TYPE_CHECKING:
     from fastssl.loaders.beton_loader import BetonLoader
@@ -81,22 +81,4 @@ def check_room(needed: int, device: torch.device, data: str, can_shard: bool) ->
 
 def free_bytes(device: torch.device) -> int:
     """Bytes that can be allocated on a device; on the CPU without swapping, and within the process's limits."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo", encoding="ascii") as file:
-        facts = dict(line.split(":", 1) for line in file)
-    free = int(facts["MemAvailable"].split()[0]) * 1024
-    most = resource.getrlimit(resource.RLIMIT_AS)[0]  # of this process (ulimit -v)
-    if most != resource.RLIM_INFINITY:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            free = min(free, most - int(file.read().split()[0]) * resource.getpagesize())
-    try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
-            limit = int(file.read())  # "max", a ValueError, without a limit
-        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
-            used = int(file.read())
-        with open("/sys/fs/cgroup/memory.stat", encoding="ascii") as file:
-            used -= int(dict(line.split() for line in file)["inactive_file"])  # page cache, freed on demand
-    except (OSError, ValueError, KeyError):  # not in a container, or in one without a limit
-        return free
-    return min(free, max(0, limit - used))
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
