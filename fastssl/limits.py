@@ -17,6 +17,10 @@ from pathlib import Path
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
+MEMORY_FILES = (  # of version 2 and of version 1: the limit, what is in use, and how memory.stat calls the page cache
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 def usable_cores() -> int:
@@ -49,10 +53,8 @@ def cpu_quotas() -> Iterator[float]:
 
 def memory_left() -> Iterator[int]:
     """Bytes left of each limit on memory; the page cache, which is freed on demand, does not count as used."""
-    names = (("memory.max", "memory.current", "inactive_file"),)
-    names += (("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),)
     for group in cgroups("memory"):
-        for limit, used, cached in names:
+        for limit, used, cached in MEMORY_FILES:
             with contextlib.suppress(OSError, ValueError, KeyError):  # no such file; "max" without a limit
                 facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
                 in_use = int((group / used).read_text()) - int(facts[cached])
