@@ -73,13 +73,16 @@ def _sentence(error: Exception) -> str:
 
 
 def _refusal_of_torch(error: RuntimeError) -> str:
-    """A sentence for what torch raises when another rank is gone, or memory is full; "" for any other RuntimeError."""
+    """A sentence for what torch raises when another rank is gone, memory is full or it cannot compile; else ""."""
     text, kind = str(error), type(error).__name__
+    kinds = {parent.__name__ for parent in type(error).__mro__}  # torch is not imported for this
     reason = re.sub(r"^(\[[^]]*\] )+", "", text).split(". ")  # without the place in torch's source
     if "gloo/transport" in text or kind in ("DistBackendError", "DistNetworkError"):
         return f"another rank has ended, or does not answer ({reason[0]}): its own error says why"
     if "DefaultCPUAllocator: can't allocate memory" in text or kind == "OutOfMemoryError":
         return f"there is not enough memory ({'. '.join(reason[:2])}): a smaller batch size needs less"
+    if "TorchDynamoException" in kinds:
+        return f"torch.compile failed ({kind}: {' '.join(text.split())[:200]}): use --compile off"
     return ""
 
 

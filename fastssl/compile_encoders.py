@@ -7,6 +7,7 @@ cores with the threads that read images. A CUDA graph is a single launch, but ne
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import warnings
 
@@ -14,9 +15,16 @@ import torch
 
 from fastssl.config import Config
 from fastssl.distributed import Ranks, broadcast_object, gather_objects
-from fastssl.encoder_timing import images_to_time, make_eager_iteration, make_iteration, time_iterations
+from fastssl.encoder_timing import (
+    images_to_time,
+    make_eager_iteration,
+    make_iteration,
+    measure_what_fits,
+    time_iterations,
+)
 from fastssl.moco import MoCo
 from fastssl.plan import encoder_batch_size
+from fastssl.triton_device import compile_obstacle
 
 MODES = {"on": "default", "graphs": "reduce-overhead"}  # torch.compile's names
 HOW_NAMES = {"off": "not compiled", "on": "compiled", "graphs": "compiled, as CUDA graphs"}
@@ -24,21 +32,26 @@ FEW = 8  # images: so few that the GPU is done before the host has launched the 
 # Graphs are tried when launching takes this share of an eager iteration. Compiled iterations are shorter, and each of
 # their kernels costs the host as much.
 HOST_BOUND = 0.5
+MARGIN = 1.1  # eager must be this many times as fast: timings are noisy, and compiled encoders need less memory
 
 
 def compile_encoders(config: Config, moco: MoCo, ranks: Ranks) -> tuple[str, str]:
     """Compiles both encoders in place, so that the weights keep their names. Returns (a key of HOW_NAMES, why).
 
     Call on all ranks, before DDP wraps encoder_q; all get the same answer. Measuring leaves weights, buffers and the
-    random state as they were. Raises ValueError for graphs on a CPU.
+    random state as they were. Raises ValueError when what was requested cannot be done.
     """
     requested, cuda = config.train.compile, ranks.device.type == "cuda"
     if requested == "graphs" and not cuda:
         raise ValueError("--compile graphs needs a GPU, and this run is on a CPU: use --compile on")
+    obstacles = gather_objects(compile_obstacle(ranks.device) if cuda and requested != "off" else None, ranks)
+    obstacle = next(filter(None, obstacles), None)
     if requested != "auto":
+        if obstacle:
+            raise ValueError(f"--compile {requested} cannot compile ({obstacle}): use --compile off")
         how, why = requested, "requested"
-    elif not cuda:
-        how, why = "off", "no CUDA device"
+    elif not cuda or obstacle:
+        how, why = "off", obstacle or "no CUDA device"
     elif reason := why_no_graphs(config):
         how, why = "on", reason
     else:
@@ -59,7 +72,11 @@ def why_no_graphs(config: Config) -> str:
 
 
 def choose_by_clock(config: Config, moco: MoCo, ranks: Ranks) -> tuple[str, str]:
-    """Chooses graphs if launching an eager iteration takes the host long, and graphs work and are faster than that."""
+    """Chooses graphs if launching an eager iteration takes the host long, and graphs work and are faster than that.
+
+    Where they are not, the encoders are compiled only if that is not slower than eager: to launch a compiled kernel
+    takes the host longer than one of torch's.
+    """
     with torch.random.fork_rng([ranks.device]):
         launching, eager = broadcast_object(time_eager(config, moco, ranks), ranks)
         measured = f"measured at the start: eager {1e3 * eager:.3g} ms, of which launches {1e3 * launching:.3g} ms"
@@ -69,17 +86,21 @@ def choose_by_clock(config: Config, moco: MoCo, ranks: Ranks) -> tuple[str, str]
         if ranks.rank == 0:
             print("compiling the encoders to try CUDA graphs: minutes the first time", file=sys.stderr, flush=True)
         torch.cuda.empty_cache()  # graphs have memory of their own
-        results = gather_objects(try_graphs(config, moco, ranks), ranks)
-    seconds, failures = results[0][0], [failure for _, failure in results if failure]
-    # No margin is asked for: code compiled without graphs is no faster than with them.
-    if not failures and seconds < eager:
-        return "graphs", f"{measured}, CUDA graphs {1e3 * seconds:.3g} ms"
-    torch.compiler.reset()  # frees the graphs' memory,
-    gc.collect()  # and this what the frames of a failure hold in reference cycles
-    set_compiled(moco, "on")
-    if failures:
-        return "on", f"{measured}, CUDA graphs failed: {failures[0]}"
-    return "on", f"{measured}, CUDA graphs {1e3 * seconds:.3g} ms"
+        seconds, found = try_compiled("graphs", config, moco, ranks)
+        measured += f", CUDA graphs {found}"
+        if seconds < eager:
+            return "graphs", measured
+        forget_compiled(moco)
+        how = "on"
+        if config.model.bn_splits == 1:  # eager was timed without the splits, which are far slower there
+            seconds, found = try_compiled("on", config, moco, ranks)
+            measured += f", compiled {found}"
+            how = "on" if seconds <= MARGIN * eager else "off"
+    if how == "off" or ranks.world_size > 1:  # DDP has the encoder compiled in parts, to send gradients early
+        forget_compiled(moco)
+    if how == "on":
+        set_compiled(moco, how)
+    return how, measured
 
 
 def set_compiled(moco: MoCo, how: str) -> None:
@@ -89,37 +110,49 @@ def set_compiled(moco: MoCo, how: str) -> None:
             encoder.compile(mode=MODES[how])
 
 
+def forget_compiled(moco: MoCo) -> None:
+    """Makes the encoders run as they did before they were compiled, and frees what compiling them took."""
+    for encoder in (moco.encoder_q, moco.encoder_k):
+        encoder.compile(backend="eager", disable=True)
+    torch.compiler.reset()  # frees the graphs' memory,
+    gc.collect()  # and this what the frames of a failure hold in reference cycles
+
+
 def time_eager(config: Config, moco: MoCo, ranks: Ranks) -> tuple[float, float]:
     """(seconds the host takes to launch an eager iteration, seconds of an iteration with all of a rank's images)."""
-    batch, most = encoder_batch_size(config, ranks), images_to_time(config, ranks)
-    few = min(FEW, most)
-    seconds = time_iterations(
-        {n: make_eager_iteration(config, moco.encoder_q, n, moco.memory_format) for n in {few, most}}
-    )
-    return seconds[few], seconds[most] * batch / most
+
+    def measure(images: int) -> dict[int, float]:
+        sizes = {min(FEW, images), images}
+        return time_iterations({n: make_eager_iteration(config, moco.encoder_q, n, moco.memory_format) for n in sizes})
+
+    images, seconds = measure_what_fits(measure, images_to_time(config, ranks))
+    return seconds[min(FEW, images)], seconds[images] * encoder_batch_size(config, ranks) / images
 
 
-def try_graphs(config: Config, moco: MoCo, ranks: Ranks) -> tuple[float, str]:
-    """Compiles the encoders with CUDA graphs. Returns (seconds of an iteration, ""), or (0, what went wrong).
+def try_compiled(how: str, config: Config, moco: MoCo, ranks: Ranks) -> tuple[float, str]:
+    """Compiles the encoders in that way. Returns rank 0's seconds of an iteration and the same in words.
 
-    Raises ValueError when the failure leaves the GPU unusable.
+    If it fails on any rank, returns infinity and what went wrong. Raises ValueError when a failure leaves the GPU
+    unusable.
     """
     buffers = [(b, b.clone()) for encoder in (moco.encoder_q, moco.encoder_k) for b in encoder.buffers()]
-    set_compiled(moco, "graphs")
+    set_compiled(moco, how)
     try:
-        seconds, failure = time_graphs(config, moco, ranks), ""
-    except Exception as error:  # the compiler and CUDA raise many kinds, and training works without graphs
-        seconds, failure = 0.0, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        seconds, failure = time_compiled(config, moco, ranks), ""
+    except Exception as error:  # the compiler and CUDA raise many kinds, and training works without
+        seconds, failure = math.inf, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         moco.encoder_q.zero_grad()
     if failure:
-        check_device(ranks.device, failure)
+        check_device(ranks.device, failure, {"graphs": "on", "on": "off"}[how])
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
-    return seconds, failure
+    results = gather_objects((seconds, failure), ranks)
+    failure = next((failure for _, failure in results if failure), "")
+    return (math.inf, f"failed: {failure}") if failure else (results[0][0], f"{1e3 * results[0][0]:.3g} ms")
 
 
-def time_graphs(config: Config, moco: MoCo, ranks: Ranks) -> float:
+def time_compiled(config: Config, moco: MoCo, ranks: Ranks) -> float:
     """Seconds of an iteration. Raises RuntimeError when torch skips a part, and whatever compiling it raises."""
     from torch._dynamo.utils import counters  # seconds to import, and only here
 
@@ -134,20 +167,20 @@ def time_graphs(config: Config, moco: MoCo, ranks: Ranks) -> float:
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     with warnings.catch_warnings(), torch.cuda.stream(stream):  # restores the stream after a failed capture
         warnings.filterwarnings("ignore", message="The CUDA Graph is empty")  # torch makes one for its memory pool
-        # The first step compiles and runs in that memory, the second records, the others replay.
-        seconds = time_iterations({"graphs": step}, warm_up=4)["graphs"]
+        # The first step compiles and runs in the graphs' memory, the second records, the others replay.
+        seconds = time_iterations({"compiled": step}, warm_up=4)["compiled"]
     if counters["inductor"]["cudagraph_skips"] > skipped:
         raise RuntimeError("torch did not capture all of them; its log says why")
     return seconds
 
 
-def check_device(device: torch.device, failure: str) -> None:
-    """Raises ValueError when a failure of CUDA graphs left the GPU, or torch's random numbers on it, unusable.
+def check_device(device: torch.device, failure: str, instead: str) -> None:
+    """Raises ValueError when a failure left the GPU, or torch's random numbers on it, unusable.
 
-    Running out of memory does not. A CUDA error may: if it ends a capture, torch 2.11 believes that it is still
-    capturing, and neither draws random numbers nor frees memory that another stream has used.
+    Running out of memory does not. A CUDA error may: if it ends the capture of a graph, torch 2.11 believes that it is
+    still capturing, and neither draws random numbers nor frees memory that another stream has used.
     """
     try:
         torch.rand(1, device=device).item()
     except RuntimeError as error:
-        raise ValueError(f"CUDA graphs failed ({failure}) and left the GPU unusable: use --compile on") from error
+        raise ValueError(f"compiling failed ({failure}) and left the GPU unusable: use --compile {instead}") from error

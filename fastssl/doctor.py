@@ -13,14 +13,13 @@ import resource
 import shutil
 import subprocess
 import sys
-import sysconfig
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 from fastssl import nvidia
+from fastssl.compilers import try_compiler
 from fastssl.imports import BETON_DECODER, REQUIRED, try_imports
-from fastssl.limits import usable_cores
+from fastssl.limits import MEMINFO, free_memory, usable_cores
 from fastssl.plural import counted
 
 OK, ABSENT, BROKEN = "ok", "absent", "broken"  # only BROKEN stops training
@@ -122,22 +121,13 @@ def loader_row(facts: dict[str, dict[str, str]]) -> Row:
 
 
 def compile_row() -> Row:
-    """Whether a small Python extension can be built, as torch.compile and Triton do at run time."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    mend = f"sudo apt-get install -y g++ python3.{sys.version_info.minor}-dev  # until then, use --no-compile"
-    if compiler is None:
-        return Row("torch.compile", ABSENT, "no C++ compiler", mend)
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cpp")
-        source.write_text("#include <Python.h>\n#include <vector>\n")
-        include = f"-I{sysconfig.get_path('include')}"
-        command = [*compiler.split(), "-shared", "-fPIC", include, str(source), "-o", str(source.with_suffix(".so"))]
-        try:
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-        except (OSError, subprocess.SubprocessError) as error:
-            reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[0]
-            return Row("torch.compile", ABSENT, f"{compiler} cannot build a Python extension: {reason}", mend)
-    return Row("torch.compile", OK, f"{compiler} builds Python extensions")
+    """Whether small Python extensions can be built, in C as Triton does at run time, in C++ as torch.compile does."""
+    mend = f"sudo apt-get install -y g++ python3.{sys.version_info.minor}-dev  # without it a GPU trains more slowly"
+    found = {language: try_compiler(language) for language in ("C", "C++")}
+    if refusals := [reason for _, reason in found.values() if reason]:
+        return Row("torch.compile", ABSENT, refusals[0], mend)
+    compilers = " and ".join(compiler for compiler, _ in found.values())
+    return Row("torch.compile", OK, f"{compilers} build Python extensions")
 
 
 def machine_rows() -> list[Row]:
@@ -152,7 +142,8 @@ def machine_rows() -> list[Row]:
     rows = [python, Row("system", OK, platform.platform())]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gib
     cores = counted(usable_cores(), "core")
-    rows.append(Row("machine", OK, f"{cores}, {memory:.0f} GiB of memory"))
+    free = f", {free_memory() / gib:.0f} free" if MEMINFO.exists() else ""
+    rows.append(Row("machine", OK, f"{cores}, {memory:.0f} GiB of memory{free}"))
     rows.append(Row("disk", OK, f"{shutil.disk_usage('.').free / gib:.0f} GiB free here"))
     shm = shutil.disk_usage("/dev/shm").total / gib if Path("/dev/shm").exists() else 0.0
     grow = "" if shm >= 1 else "sudo mount -o remount,size=8G /dev/shm  # in Docker: docker run --shm-size=8g"

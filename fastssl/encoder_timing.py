@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import time
 from collections.abc import Callable, Hashable
 from statistics import median
@@ -20,13 +21,31 @@ ROUNDS = 3
 # Pixels in a measurement, at most: a whole batch can take minutes on a CPU and, uncompiled, more memory than a step on
 # a GPU. Bounding pixels, not images, gives small images enough work for the layout of activations to matter.
 MOST_PIXELS = {"cpu": 128 * 64 * 64, "cuda": 256 * 224 * 224}
+FEWEST = 4  # images in a measurement, unless a batch has fewer
 Key = TypeVar("Key", bound=Hashable)
+Result = TypeVar("Result")
 
 
 def images_to_time(config: Config, ranks: Ranks) -> int:
     """Images in a measurement: those of a forward pass, or as many of them as MOST_PIXELS allows."""
-    most = max(4, MOST_PIXELS[ranks.device.type] // config.augment.image_size**2)
+    most = max(FEWEST, MOST_PIXELS[ranks.device.type] // config.augment.image_size**2)
     return min(encoder_batch_size(config, ranks), most)
+
+
+def measure_what_fits(measure: Callable[[int], Result], images: int) -> tuple[int, Result]:
+    """(n, measure(n)) with n = `images`, halved until the GPU's memory suffices.
+
+    What is measured is not compiled, and may need more memory than training does.
+    """
+    while True:
+        try:
+            return images, measure(images)
+        except torch.OutOfMemoryError:
+            if images < 2 * FEWEST:
+                raise
+        images //= 2
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def make_iteration(

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastssl.config import Config
 from fastssl.distributed import Ranks, broadcast_object
-from fastssl.encoder_timing import images_to_time, make_eager_iteration, time_iterations
+from fastssl.encoder_timing import images_to_time, make_eager_iteration, measure_what_fits, time_iterations
 from fastssl.plan import imitated
 
 LAYOUT_NAMES = {torch.channels_last: "channels_last", torch.contiguous_format: "contiguous"}
@@ -38,5 +38,10 @@ def choose_layout(config: Config, encoder: nn.Module, ranks: Ranks) -> tuple[tor
 
 def time_layouts(config: Config, encoder: nn.Module, ranks: Ranks) -> dict[torch.memory_format, float]:
     """Seconds of an iteration in each layout, timed in turn."""
-    images = images_to_time(config, ranks)
-    return time_iterations({layout: make_eager_iteration(config, encoder, images, layout) for layout in LAYOUT_NAMES})
+
+    def measure(images: int) -> dict[torch.memory_format, float]:
+        return time_iterations(
+            {layout: make_eager_iteration(config, encoder, images, layout) for layout in LAYOUT_NAMES}
+        )
+
+    return measure_what_fits(measure, images_to_time(config, ranks))[1]

@@ -1,6 +1,7 @@
 """How the encoders are run is chosen by a clock, alike on all ranks, and trying leaves no trace."""
 
 import copy
+import math
 from functools import partialmethod
 
 import pytest
@@ -11,9 +12,10 @@ from torch._dynamo.utils import counters
 
 from fastssl import compile_encoders
 from fastssl.build import compile_and_wrap, make_trainee
-from fastssl.compile_encoders import choose_by_clock, time_eager, try_graphs
+from fastssl.compile_encoders import choose_by_clock, time_eager, try_compiled
 from fastssl.config import Config, replace
 from fastssl.distributed import Ranks
+from fastssl.encoder_timing import measure_what_fits
 from fastssl.moco import MoCo
 
 CPU = Ranks(0, 1, torch.device("cpu"))
@@ -54,36 +56,60 @@ def clock(monkeypatch):
     """Sets what the clock says; the list it returns is how the encoders were set to compile."""
     compiled = []
 
-    def set_clock(launching, eager, graphs=None, failure=""):
+    def try_compiled(how, *_):
+        compiled.append(how)
+        found = times.get(how, "unexpected")
+        return (math.inf, f"failed: {found}") if isinstance(found, str) else (found, f"{1e3 * found:.3g} ms")
+
+    def set_clock(launching, eager, **others):
+        times.update(others)
         monkeypatch.setattr(compile_encoders, "time_eager", lambda *_: (launching, eager))
-        monkeypatch.setattr(compile_encoders, "try_graphs", lambda *_: compiled.append("graphs") or (graphs, failure))
+        monkeypatch.setattr(compile_encoders, "try_compiled", try_compiled)
         monkeypatch.setattr(compile_encoders, "set_compiled", lambda moco, how: compiled.append(how))
+        monkeypatch.setattr(compile_encoders, "forget_compiled", lambda moco: compiled.append("forgotten"))
+        monkeypatch.setattr(compile_encoders, "compile_obstacle", lambda device: None)
         monkeypatch.setattr(torch.random, "fork_rng", lambda devices: pytest.MonkeyPatch.context())
         return compiled
 
+    times = {}
     return set_clock
+
+
+NO_ROOM = "OutOfMemoryError: no"
 
 
 @pytest.mark.parametrize(
     ("times", "compiled", "why"),
     [
-        ((0.010, 0.030), ["on"], "eager 30 ms, of which launches 10 ms"),
-        ((0.030, 0.030, 0.010), ["graphs"], "CUDA graphs 10 ms"),
-        ((0.020, 0.030, 0.031), ["graphs", "on"], "CUDA graphs 31 ms"),
-        ((0.030, 0.030, 0.0, "OutOfMemoryError: no"), ["graphs", "on"], "CUDA graphs failed: OutOfMemoryError"),
+        ({"launching": 0.010}, ["on"], "eager 30 ms, of which launches 10 ms"),
+        ({"graphs": 0.010}, ["graphs"], "CUDA graphs 10 ms"),
+        ({"graphs": 0.031, "on": 0.032}, ["graphs", "forgotten", "on", "on"], "CUDA graphs 31 ms, compiled 32 ms"),
+        (
+            {"graphs": NO_ROOM, "on": 0.02},
+            ["graphs", "forgotten", "on", "on"],
+            f"failed: {NO_ROOM}, compiled 20 ms",
+        ),
+        ({"graphs": NO_ROOM, "on": 0.04}, ["graphs", "forgotten", "on", "forgotten"], "compiled 40 ms"),
+        ({"graphs": "no", "on": "neither"}, ["graphs", "forgotten", "on", "forgotten"], "compiled failed: neither"),
     ],
-    ids=["the GPU binds", "the host binds", "no gain", "no memory"],
+    ids=["the GPU binds", "the host binds", "no gain", "no memory", "eager is fastest", "it cannot be compiled"],
 )
 def test_graphs_are_for_encoders_that_wait_for_the_host(clock, moco, times, compiled, why):
-    set_to = clock(*times)
+    set_to = clock(**{"launching": 0.029, "eager": 0.030, **times})
     how, told = choose_by_clock(TINY, moco, CUDA)
-    assert how == compiled[-1] and set_to == compiled
+    assert how == {"forgotten": "off"}.get(compiled[-1], compiled[-1]) and set_to == compiled
     assert told.startswith("measured at the start: ") and why in told
+
+
+def test_eager_is_no_choice_where_it_was_timed_without_what_makes_it_slow(clock, moco):
+    set_to = clock(0.029, 0.030, graphs=NO_ROOM, on=0.04)
+    how, _ = choose_by_clock(replace(TINY, bn_splits=2), moco, CUDA)
+    assert how == "on" and set_to == ["graphs", "forgotten", "on"]
 
 
 @pytest.mark.parametrize("settings", [{"deterministic": True}, {"accumulate": 2}, {"sync_bn": True}])
 def test_no_clock_decides_where_graphs_cannot_be(clock, monkeypatch, moco, settings):
-    set_to = clock(1.0, 1.0, 0.1)
+    set_to = clock(1.0, 1.0)
     monkeypatch.delattr(compile_encoders, "choose_by_clock")
     how, why = compile_encoders.compile_encoders(replace(TINY, device="cuda", **settings), moco, CUDA)
     assert how == "on" and set_to == ["on"] and "CUDA graphs" in why
@@ -91,23 +117,50 @@ def test_no_clock_decides_where_graphs_cannot_be(clock, monkeypatch, moco, setti
 
 @pytest.mark.parametrize("how", ["on", "graphs", "off"])
 def test_what_is_asked_for_is_done(clock, monkeypatch, moco, how):
-    set_to = clock(1.0, 1.0, 0.1)
+    set_to = clock(1.0, 1.0)
     monkeypatch.delattr(compile_encoders, "choose_by_clock")
     assert compile_encoders.compile_encoders(replace(TINY, compile=how), moco, CUDA) == (how, "requested")
     assert set_to == [how]
 
 
+@pytest.mark.parametrize("how", ["auto", "on", "graphs", "off"])
+def test_a_gpu_for_which_nothing_can_be_compiled(clock, monkeypatch, moco, how):
+    """In a container without a compiler, say: eager by default, a clear word to who asks for more."""
+    set_to = clock(1.0, 1.0)
+    monkeypatch.setattr(compile_encoders, "compile_obstacle", lambda device: "Triton cannot start")
+    config = replace(TINY, compile=how)
+    if how in ("on", "graphs"):
+        with pytest.raises(ValueError, match=rf"--compile {how} cannot compile \(Triton .*\): use --compile off"):
+            compile_encoders.compile_encoders(config, moco, CUDA)
+        return
+    why = "Triton cannot start" if how == "auto" else "requested"
+    assert compile_encoders.compile_encoders(config, moco, CUDA) == ("off", why) and set_to == ["off"]
+
+
 def choose_beside_a_failure(rank, world_size):
+    """Rank 1 alone fails to record graphs; compiled without, both are fast enough."""
+
+    def time_compiled(config, moco, ranks):
+        if len(set_to) == 1 and rank == 1:
+            raise OSError("late")
+        return 1.0 + 8 * rank
+
+    set_to = []
     compile_encoders.time_eager = lambda *_: (1.0, 1.0 + rank)
-    compile_encoders.try_graphs = lambda *_: (0.1, "CudaError: late" * rank)
-    compile_encoders.set_compiled = lambda moco, how: None
+    compile_encoders.time_compiled = time_compiled
+    compile_encoders.set_compiled = lambda moco, how: set_to.append(how)
+    compile_encoders.check_device = lambda *_: None
     torch.random.fork_rng = lambda devices: pytest.MonkeyPatch.context()
-    return choose_by_clock(TINY, None, CUDA._replace(rank=rank, world_size=world_size))
+    moco = MoCo(torch.nn.Linear(2, 2), 2, 4, 0)
+    return choose_by_clock(TINY, moco, CUDA._replace(rank=rank, world_size=world_size)), set_to
 
 
 def test_a_failure_of_one_rank_is_that_of_all():
-    first, second = run_ranks(choose_beside_a_failure, 2)
-    assert first == second and first[0] == "on" and "eager 1e+03 ms" in first[1] and "CudaError: late" in first[1]
+    (first, set_to), (second, _) = run_ranks(choose_beside_a_failure, 2)
+    assert first == second and set_to == ["graphs", "on", "on"]
+    assert first[0] == "on" and first[1].endswith(
+        "eager 1e+03 ms, of which launches 1e+03 ms, CUDA graphs failed: OSError: late, compiled 1e+03 ms"
+    )
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -120,18 +173,25 @@ def test_trying_leaves_no_trace(monkeypatch, moco, fails):
             raise RuntimeError("no graph\nhere")
         return graph
 
-    def set_compiled(moco, how):
-        for encoder in (moco.encoder_q, moco.encoder_k):
-            encoder.compile(backend=backend)
-
-    monkeypatch.setattr(compile_encoders, "set_compiled", set_compiled)
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_with, backend))
     before, pointers = copy.deepcopy(moco.state_dict()), [b.data_ptr() for b in moco.buffers()]
-    seconds, failure = try_graphs(TINY, moco, CPU)
-    torch.compiler.reset()
-    assert calls and (seconds > 0) is not fails and ("RuntimeError" in failure and "no graph here" in failure) is fails
+    seconds, found = try_compiled("graphs", TINY, moco, CPU)
+    assert calls and math.isfinite(seconds) is not fails
+    assert ("failed: " in found and "RuntimeError" in found and "no graph here" in found) is fails
     assert all(torch.equal(before[name], value) for name, value in moco.state_dict().items())
     assert pointers == [b.data_ptr() for b in moco.buffers()]
     assert all(p.grad is None for p in moco.parameters())
+    compile_encoders.forget_compiled(moco)
+    calls.clear()
+    assert moco.encoder_q(torch.zeros(4, 3, 32, 32)).shape == (4, 8) and not calls
+
+
+COMPILE = torch.nn.Module.compile
+
+
+def compile_with(module, compiler, **options):
+    """`module.compile` by `compiler`, unless it is to be undone."""
+    COMPILE(module, **(options if options.get("disable") else {"backend": compiler}))
 
 
 @pytest.mark.parametrize("left_out", [0, 1])
@@ -140,21 +200,21 @@ def test_what_torch_leaves_out_is_no_graph(monkeypatch, moco, left_out):
         counters["inductor"]["cudagraph_skips"] += left_out
         return graph
 
-    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
-    monkeypatch.setattr(compile_encoders, "MODES", {"graphs": None})
-    failure = try_graphs(TINY, moco, CPU)[1]
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_with, backend))
+    seconds, found = try_compiled("graphs", TINY, moco, CPU)
     torch.compiler.reset()
-    assert failure == "RuntimeError: torch did not capture all of them; its log says why" * left_out
+    failure = "failed: RuntimeError: torch did not capture all of them; its log says why"
+    assert found == (failure if left_out else f"{1e3 * seconds:.3g} ms")
 
 
 def test_a_gpu_that_the_trial_broke_ends_the_run(monkeypatch, moco):
     def broken(*args, **kwargs):
         raise RuntimeError("capturing")
 
-    monkeypatch.setattr(compile_encoders, "time_graphs", broken)
+    monkeypatch.setattr(compile_encoders, "time_compiled", broken)
     monkeypatch.setattr(torch, "rand", broken)
-    with pytest.raises(ValueError, match=r"CUDA graphs failed \(RuntimeError: capturing\).*use --compile on"):
-        try_graphs(TINY, moco, CPU)
+    with pytest.raises(ValueError, match=r"compiling failed \(RuntimeError: capturing\).*use --compile on"):
+        try_compiled("graphs", TINY, moco, CPU)
 
 
 def test_the_host_is_timed_with_few_images_and_the_device_with_all(monkeypatch, moco):
@@ -169,6 +229,25 @@ def test_the_host_is_timed_with_few_images_and_the_device_with_all(monkeypatch, 
     config = replace(TINY, batch_size=1024, image_size=224)
     assert time_eager(config, moco, CUDA) == (8.0, 1024.0) and sorted(sizes) == [8, 256]
     assert time_eager(replace(TINY, batch_size=4), moco, CUDA) == (4.0, 4.0)
+
+
+@pytest.mark.parametrize(("room", "tried"), [(40, [100, 50, 25]), (100, [100]), (5, [100, 50, 25, 12, 6])])
+def test_what_does_not_fit_into_memory_is_measured_with_fewer_images(room, tried):
+    """Eager encoders need more memory than compiled ones: a run that has enough must not end before it begins."""
+    asked = []
+
+    def measure(images):
+        asked.append(images)
+        if images > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "measured"
+
+    if room < tried[-1]:
+        with pytest.raises(torch.OutOfMemoryError):
+            measure_what_fits(measure, 100)
+    else:
+        assert measure_what_fits(measure, 100) == (tried[-1], "measured")
+    assert asked == tried
 
 
 @needs_fake_cuda

@@ -54,7 +54,7 @@ def test_broken_and_missing_optional_parts_are_reported_with_their_cure(tmp_path
     assert rows["FFCV"]["mend"].endswith(f"{sys.executable} -m pip install ffcv")
     assert rows["DALI"]["state"] == "absent"
     assert rows["DALI"]["mend"].endswith("pip install nvidia-dali-cuda130"), "torch is built for CUDA 13"
-    assert "no C++ compiler" in rows["torch.compile"]["detail"] and "apt-get" in rows["torch.compile"]["mend"]
+    assert rows["torch.compile"]["detail"] == "no C compiler" and "apt-get" in rows["torch.compile"]["mend"]
     assert "another project" in rows["NVIDIA apex"]["mend"]
 
 
@@ -138,6 +138,22 @@ class cuda:
         "detail": "V100, 16 GiB, sm_70",
         "mend": "",
     }
+
+
+@pytest.mark.parametrize("language", ["C", "C++"])
+def test_each_compiler_is_tried(monkeypatch, tmp_path, language):
+    """Python's headers are missing where there is no python3-dev; a compiler may be named by a variable."""
+    variable = {"C": "CC", "C++": "CXX"}[language]
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\necho 'probe:1: fatal error: Python.h: No such file' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv(variable, str(compiler))
+    row = doctor.compile_row()
+    assert row.detail == f"{compiler} cannot build a Python extension: probe:1: fatal error: Python.h: No such file"
+    assert row.state == doctor.ABSENT and f"python3.{sys.version_info.minor}-dev" in row.mend
+    monkeypatch.delenv(variable)
+    monkeypatch.setenv("PATH", "")
+    assert doctor.try_compiler(language) == ("", f"no {language} compiler")
 
 
 def test_required_libraries_and_commands_agree_with_setup_py():

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastssl import triton_device
 from fastssl.bench.loss import peak_extra_bytes
 from fastssl.losses import LossConfig, check_loss_inputs, choose_kernel, moco_loss
 
@@ -414,6 +415,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 def test_choice_of_kernel_is_explained(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton_device, "start_obstacle", lambda: None)
     assert choose_kernel(CPU, torch.float32, 128) == ("tiled", "no CUDA device")
     assert choose_kernel(CUDA, torch.bfloat16, 128)[0] == "triton"
     assert choose_kernel(CUDA, torch.bfloat16, 100) == ("tiled", "D = 100 is not one of 32, 64, 128, 256")
@@ -430,6 +432,8 @@ def test_choice_of_kernel_is_explained(monkeypatch):
     ]:
         with pytest.raises(ValueError, match=words):
             choose_kernel(device, torch.float32, dim, requested, temperature)
+    monkeypatch.setattr(triton_device, "start_obstacle", lambda: "Triton cannot start")
+    assert choose_kernel(CUDA, torch.bfloat16, 128) == ("tiled", "Triton cannot start")
 
 
 def test_sharp_temperature_takes_the_plain_formulas():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from photos import photo_batch, render_photo
 
+from fastssl import triton_device
 from fastssl.augment.choose import choose_augment_kernel
 from fastssl.augment.fused import MAX_BATCH, make_tables, make_views_fused, policy_table
 from fastssl.augment.normalise import MEAN, STD
@@ -282,3 +283,7 @@ def test_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         "reference",
         "the GPU is older than compute capability 8.0",
     )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for obstacle, kernel in ((None, "triton"), ("Triton cannot start", "reference")):
+        monkeypatch.setattr(triton_device, "start_obstacle", lambda obstacle=obstacle: obstacle)
+        assert choose_augment_kernel(torch.device("cuda")) == (kernel, obstacle or "on a CUDA")
