@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -172,6 +173,18 @@ def test_want_of_memory_is_one_sentence(error, said, capsys):
 
     assert run_command(fail, []) == FAILED
     assert said in one_sentence(capsys.readouterr().err)
+
+
+def test_what_torch_cannot_compile_is_one_sentence(capsys):
+    def compiler(graph, inputs):
+        raise OSError("no\nroom")
+
+    def compile_one(argv):
+        return torch.compile(torch.nn.Linear(1, 1), backend=compiler)(torch.ones(1))
+
+    assert run_command(compile_one, []) == FAILED
+    said = r"torch.compile failed \(BackendCompilerFailed: .*OSError: no room\): use --compile off"
+    assert re.search(said, one_sentence(capsys.readouterr().err))
 
 
 @pytest.mark.parametrize("count", [1, 10**6])  # met at the end, or while it prints
