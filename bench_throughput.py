@@ -59,6 +59,7 @@ def run_stage(stage: str, argv: list[str]) -> int:
     """
     from fastssl.bench import compare, results, timing
     from fastssl.data_prep.files import check_writable
+    from fastssl.distributed import limit_threads
 
     results.begun()
     shared, own = shared_parser().parse_known_args(argv)
@@ -71,6 +72,7 @@ def run_stage(stage: str, argv: list[str]) -> int:
             raise ValueError(f"{output} is a folder: give --output a file, or use --report {output}")
         check_writable(output, "--report" if shared.report else "--output")
         before = written(output)
+        limit_threads()  # a stage's --threads goes before
         try:
             import_module(STAGES[stage]).main([*own, "--output", str(output)])
         finally:

@@ -47,8 +47,7 @@ def start(device: str = "auto", patience: timedelta | None = None) -> Ranks:
         torch.cuda.set_device(target)
     elif device == "auto" and rank == 0:
         nvidia.say_if_unused()
-    if "OMP_NUM_THREADS" not in os.environ:  # torch knows nothing of limits on processor time
-        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+    limit_threads()
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         # Decisions of the host (stop, resume) go through gloo, so that they never wait for the GPU.
         dist.init_process_group(
@@ -59,6 +58,15 @@ def start(device: str = "auto", patience: timedelta | None = None) -> Ranks:
             timeout=patience or TIMEOUT,
         )
     return Ranks(rank, world_size, target)
+
+
+def limit_threads() -> None:
+    """Keeps torch's threads to the cores that may be used: it knows nothing of limits on processor time.
+
+    OMP_NUM_THREADS goes before.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
 
 
 def read_ranks() -> tuple[int, int, int]:

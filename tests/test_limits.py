@@ -1,10 +1,12 @@
 """Cores and memory within the limits of control groups, in folders as Linux and Docker make them."""
 
+import json
 import os
 
 import pytest
 import torch
 
+import bench_throughput
 from fastssl import distributed, limits
 
 MEMORY_STAT = "anon 900\ninactive_file {cached}\ntotal_inactive_file {cached}\n"
@@ -80,14 +82,31 @@ def test_memory(groups, lines, files, free):
     assert limits.free_memory() == free
 
 
+@pytest.fixture
+def two_threads():
+    """torch's threads, of which the rest of the tests uses as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(("given", "threads"), [(None, 1), ("2", 2)])
-def test_torch_uses_no_more_threads_than_cores(monkeypatch, given, threads):
+def test_torch_uses_no_more_threads_than_cores(monkeypatch, two_threads, given, threads):
     """Unless it was told how many to use."""
     monkeypatch.setattr(distributed, "usable_cores", lambda: 1)
-    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if given:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
-    torch.set_num_threads(2)
     distributed.start("cpu")
     assert torch.get_num_threads() == threads
-    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(("asked", "threads"), [([], 1), (["--threads", "2"], 2)])
+def test_a_benchmark_keeps_to_the_cores_unless_it_was_told(monkeypatch, tmp_path, two_threads, asked, threads):
+    monkeypatch.setattr(distributed, "usable_cores", lambda: 1)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    output = tmp_path / "loss.json"
+    few = ["--num", "2", "--queue-size", "4", "--dim", "2", "--rounds", "1", "--no-compiled", "--device", "cpu"]
+    assert bench_throughput.main(["loss", *few, *asked, "--output", str(output)]) == 0
+    assert json.loads(output.read_text())["environment"]["threads"] == threads
