@@ -85,7 +85,8 @@ def optional_rows(facts: dict[str, dict[str, str]]) -> list[Row]:
     """Optional libraries, and what each is good for."""
     dali = "130" if facts["torch"].get("cuda", "").startswith("13") else "120"
     apex = "build it from source, see https://github.com/NVIDIA/apex (PyPI's apex is another project)"
-    turbojpeg = f"sudo apt-get install -y {DEBIAN['libturbojpeg']}"
+    home = "without root: conda-forge's libjpeg-turbo, its lib folder on LD_LIBRARY_PATH"
+    turbojpeg = f"sudo apt-get install -y {DEBIAN['libturbojpeg']}  # {home}"
     extras = [
         ("triton", "triton", "for the fused GPU kernels", f"{PIP} triton"),
         ("libjpeg-turbo", BETON_DECODER, "for .beton files, and for speed", turbojpeg),
