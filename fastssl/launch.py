@@ -47,7 +47,9 @@ def launch_command(argv: Sequence[str], module: str, node_batch: int | None = No
     if node_batch is not None:
         rest = in_our_units(rest, nodes, processes, node_batch)
     if nodes == 1:
-        return [*command, "--standalone", "-m", module, *rest] if processes > 1 else None
+        # without an address torchrun looks for one by this host's name, for minutes if the name has none
+        alone = ["--standalone", "--local-addr", "localhost"]
+        return [*command, *alone, "-m", module, *rest] if processes > 1 else None
     host, port = find_address(flags.dist_url)
     command += ["--nnodes", str(nodes), "--node_rank", str(node), "--master_addr", host, "--master_port", port]
     return [*command, "-m", module, *rest]

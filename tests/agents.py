@@ -15,6 +15,7 @@ FLAGS = (
     "--dim 16 --epochs 4 --log-every 1 --save-every-steps 4 --knn-every 0 --deterministic --device cpu --seed 3"
 ).split()
 STEPS = 12
+ALONE = "--standalone --local-addr localhost"  # a single agent, on a host whose name need not resolve
 
 
 def torchrun(launch: str, output: Path, *flags: str) -> subprocess.Popen:

@@ -191,8 +191,8 @@ def test_multiprocessing_distributed_becomes_torchrun(monkeypatch):
     line = "DATA -b 128 --gpus 0 1 2 3 --multiprocessing-distributed --world-size 1 --rank 0 -a resnet18"
     command = launch_command(line.split(), "fastssl.train")
     assert command[1:] == [
-        "-m", "torch.distributed.run", "--nproc_per_node", "4", "--standalone", "-m", "fastssl.train",
-        "DATA", "-b", "128", "-a", "resnet18",
+        "-m", "torch.distributed.run", "--nproc_per_node", "4", "--standalone", "--local-addr", "localhost",
+        "-m", "fastssl.train", "DATA", "-b", "128", "-a", "resnet18",
     ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from agents import FLAGS, STEPS, finish, losses, torchrun, wait_for_step, weights
+from agents import ALONE, FLAGS, STEPS, finish, losses, torchrun, wait_for_step, weights
 from ranks import free_port
 
 from fastssl import checkpoint
@@ -68,7 +68,7 @@ def fake_cluster(tmp_path: Path, first: str, nodes: tuple[str, str]) -> dict[str
 @pytest.fixture(scope="module")
 def one_agent(tmp_path_factory):
     folder = tmp_path_factory.mktemp("torchrun") / "one"
-    finish(torchrun("--standalone --nproc_per_node 2", folder))
+    finish(torchrun(f"{ALONE} --nproc_per_node 2", folder))
     return folder
 
 
