@@ -82,7 +82,11 @@ $(INSTALLED): setup.py Makefile
 	            apt install -y --no-install-recommends $$package || failed="$$failed $$package"
 	        done
 	    fi
-	    [ -z "$$failed" ] || say "continuing without some packages; for all features: sudo apt-get install$$failed && make -B"
+	    if ! command -v apt-get >/dev/null; then
+	        say "continuing without some packages, here by Debian's names:$$failed; make doctor says what to install"
+	    elif [ -n "$$failed" ]; then
+	        say "continuing without some packages; for all features: sudo apt-get install$$failed && make -B"
+	    fi
 	fi
 
 	check_python

@@ -11,7 +11,6 @@ import os
 import platform
 import resource
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -21,9 +20,9 @@ from fastssl.compilers import try_compiler
 from fastssl.imports import BETON_DECODER, REQUIRED, try_imports
 from fastssl.limits import MEMINFO, free_memory, usable_cores
 from fastssl.plural import counted
+from fastssl.system_packages import install_command, missing_for_ffcv
 
 OK, ABSENT, BROKEN = "ok", "absent", "broken"  # only BROKEN stops training
-DEBIAN = {"libturbojpeg": "libturbojpeg0-dev", "opencv4": "libopencv-dev"}  # pkg-config's name: apt's, on Ubuntu too
 LOADERS = {
     "folder": ("torch", "PIL"),
     "synthetic": ("torch",),
@@ -86,11 +85,14 @@ def optional_rows(facts: dict[str, dict[str, str]]) -> list[Row]:
     dali = "130" if facts["torch"].get("cuda", "").startswith("13") else "120"
     apex = "build it from source, see https://github.com/NVIDIA/apex (PyPI's apex is another project)"
     home = "without root: conda-forge's libjpeg-turbo, its lib folder on LD_LIBRARY_PATH"
-    turbojpeg = f"sudo apt-get install -y {DEBIAN['libturbojpeg']}  # {home}"
+    turbojpeg = f"{install_command('decoder')}  # {home}"
+    ffcv = f"{PIP} ffcv"
+    if missing := missing_for_ffcv():
+        ffcv = f"{install_command(*missing)} && {ffcv}"
     extras = [
         ("triton", "triton", "for the fused GPU kernels", f"{PIP} triton"),
         ("libjpeg-turbo", BETON_DECODER, "for .beton files, and for speed", turbojpeg),
-        ("FFCV", "ffcv", "only for comparing speeds with it", f"{_apt_for_ffcv()}{PIP} ffcv"),
+        ("FFCV", "ffcv", "only for comparing speeds with it", ffcv),
         ("numba", "numba", "for fast views and k-NN on a CPU", f"{PIP} --upgrade numba"),
         ("DALI", "nvidia.dali", "for decoding on the GPU", f"{PIP} nvidia-dali-cuda{dali}"),
         ("NVIDIA apex", "apex.optimizers", "for its SGD, where it is faster than torch's", apex),
@@ -104,17 +106,6 @@ def optional_rows(facts: dict[str, dict[str, str]]) -> list[Row]:
     return rows
 
 
-def _apt_for_ffcv() -> str:
-    """The apt command for what FFCV's build lacks, ending in "&&", or ""."""
-    if shutil.which("pkg-config") is None:
-        missing = ["pkg-config", *DEBIAN.values()]
-    else:
-        missing = [
-            package for name, package in DEBIAN.items() if subprocess.run(["pkg-config", "--exists", name]).returncode
-        ]
-    return f"sudo apt-get install -y {' '.join(missing)} && " if missing else ""
-
-
 def loader_row(facts: dict[str, dict[str, str]]) -> Row:
     """The loaders whose libraries can be imported."""
     works = [name for name, needs in LOADERS.items() if all("version" in facts[module] for module in needs)]
@@ -123,7 +114,7 @@ def loader_row(facts: dict[str, dict[str, str]]) -> Row:
 
 def compile_row() -> Row:
     """Whether small Python extensions can be built, in C as Triton does at run time, in C++ as torch.compile does."""
-    mend = f"sudo apt-get install -y g++ python3.{sys.version_info.minor}-dev  # without it a GPU trains more slowly"
+    mend = f"{install_command('compilers', 'Python.h')}  # without it a GPU trains more slowly"
     found = {language: try_compiler(language) for language in ("C", "C++")}
     if refusals := [reason for _, reason in found.values() if reason]:
         return Row("torch.compile", ABSENT, refusals[0], mend)

@@ -156,6 +156,20 @@ def test_each_compiler_is_tried(monkeypatch, tmp_path, language):
     assert doctor.try_compiler(language) == ("", f"no {language} compiler")
 
 
+def test_the_package_manager_is_the_one_that_is_there(tmp_path):
+    """Clusters often run Red Hat's family, where nothing is called as on Debian."""
+    (tmp_path / "dnf").write_text("")
+    (tmp_path / "dnf").chmod(0o755)
+    code, output = run_doctor(tmp_path, LIGHT, path=str(tmp_path))
+    mends = {row["name"]: row["mend"] for row in json.loads(output)["rows"]}
+    assert code == 0 and mends["FFCV"].startswith(
+        "sudo dnf install -y pkgconf-pkg-config turbojpeg-devel opencv-devel && "
+    )
+    headers = f"python3.{sys.version_info.minor}-devel"
+    assert mends["torch.compile"].startswith(f"sudo dnf install -y gcc-c++ {headers}  # ")
+    assert "apt-get" not in output
+
+
 def test_required_libraries_and_commands_agree_with_setup_py():
     """setup.py is the one place for requirements; the doctor repeats only names."""
     text = (ROOT / "setup.py").read_text()

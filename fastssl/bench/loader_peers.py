@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from fastssl.bench.results import RAW
 from fastssl.loaders.make import LOADERS, make_loader
+from fastssl.system_packages import install_command
 
 SCALE = (0.2, 1.0)
 SIZE = 224
@@ -61,7 +62,7 @@ def start_raw_decoding(options: Options) -> Callable[[], Epoch]:
     """
     name = ctypes.util.find_library("turbojpeg")
     if name is None:
-        raise ValueError("libturbojpeg is not installed: apt-get install libturbojpeg0-dev")
+        raise ValueError(f"libturbojpeg is not installed: {install_command('decoder')}")
     turbo = ctypes.CDLL(name)
     turbo.tjInitDecompress.restype = ctypes.c_void_p
     from fastssl.loaders.encoded import open_encoded
