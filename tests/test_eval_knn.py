@@ -251,7 +251,7 @@ def test_gpus_become_processes(run, image_folder, monkeypatch, flags):
     run("nowhere", "-k", 3, *flags)  # goes on, since nothing was started, and finds no images
     command = " ".join(started[0])
     assert "torch.distributed.run --nproc_per_node 2 " in command and "--gpus" not in command
-    assert started[0][6:9] == ["-m", "fastssl.eval.knn", "nowhere"]
+    assert " -m fastssl.eval.knn nowhere " in command
 
 
 def test_without_numba_it_says_what_is_missing_and_finds_the_same(run, image_folder, tmp_path, monkeypatch):
