@@ -40,7 +40,8 @@ def one_node(tmp_path: Path) -> subprocess.Popen:
 def many_nodes(tmp_path: Path) -> subprocess.Popen:
     """The script for many nodes, with two on this machine."""
     environment = TWO_NODES | {"SLURM_JOB_NODELIST": "node[1-2]", "RDZV_PORT": str(free_port())}
-    return sbatch("many_nodes", tmp_path, fake_cluster(tmp_path, "127.0.0.1", ("env", "env")), environment)
+    tools = fake_cluster(tmp_path, "127.0.0.1", ("env", "env"), "--local-addr localhost")
+    return sbatch("many_nodes", tmp_path, tools, environment)
 
 
 # As Slurm's: every node's command at once; SIGTERM to srun itself kills them.
@@ -55,12 +56,15 @@ while kill -0 $second 2>/dev/null; do wait $second; done
 exit $code"""
 
 
-def fake_cluster(tmp_path: Path, first: str, nodes: tuple[str, str]) -> dict[str, str]:
-    """The programs of a cluster of two; `nodes` are the commands that run another one on a node."""
+def fake_cluster(tmp_path: Path, first: str, nodes: tuple[str, str], address: str = "") -> dict[str, str]:
+    """The programs of a cluster of two; `nodes` are the commands that run another one on a node.
+
+    address: torchrun's options where the name of this host need not resolve, as those of real nodes do.
+    """
     return {
         "scontrol": f'[ "$1" = show ] && echo {first} || echo "$@" > {tmp_path}/asked',
         "scancel": f'[ "$*" = "--signal=TERM 7" ] && {signal_step(tmp_path, "TERM")}',
-        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+        "torchrun": f'exec {sys.executable} -m torch.distributed.run {address} "$@"',
         "srun": SRUN.format(nodes=nodes, tmp_path=tmp_path, kill=signal_step(tmp_path, "KILL")),
     }
 
