@@ -162,7 +162,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the encoders' arithmetic; weights and losses are fp32. auto: bf16 where supported, fp16 on older GPUs."""
     compile: Literal["auto", "on", "graphs", "off"] = "auto"
-    """torch.compile of the encoders; graphs: with CUDA graphs; auto: on a GPU, the fastest of them."""
+    """torch.compile of the encoders; graphs: with CUDA graphs; auto: on with a GPU, or what proves faster there."""
     channels_last: Literal["auto", "on", "off"] = "auto"
     """Channels-last (NHWC) memory format of the encoders; auto: whichever is faster in a trial at the start."""
     loss_kernel: Literal["auto", "triton", "tiled", "reference"] = "auto"
