@@ -9,18 +9,20 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-VARIABLES = {"C": "CC", "C++": "CXX"}
-COMMANDS = {"C": ("gcc", "clang"), "C++": ("g++", "clang++")}
-SUFFIXES = {"C": ".c", "C++": ".cpp"}
+LANGUAGES = {  # the variable that names the compiler, the commands it may be, the suffix of a source file
+    "C": ("CC", ("gcc", "clang"), ".c"),
+    "C++": ("CXX", ("g++", "clang++"), ".cpp"),
+}
 
 
 def try_compiler(language: str) -> tuple[str, str]:
     """(the compiler for "C" or "C++", "") or ("", why no Python extension can be built with it, in a few words)."""
-    compiler = os.environ.get(VARIABLES[language]) or next(filter(None, map(shutil.which, COMMANDS[language])), None)
+    variable, commands, suffix = LANGUAGES[language]
+    compiler = os.environ.get(variable) or next(filter(None, map(shutil.which, commands)), None)
     if compiler is None:
         return "", f"no {language} compiler"
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe").with_suffix(SUFFIXES[language])
+        source = Path(folder, "probe").with_suffix(suffix)
         source.write_text("#include <Python.h>\n")
         include = f"-I{sysconfig.get_path('include')}"
         command = [*compiler.split(), "-shared", "-fPIC", include, str(source), "-o", str(source.with_suffix(".so"))]

@@ -10,7 +10,7 @@ HEADERS = f"python3.{sys.version_info.minor}-dev"
 NAMES = {  # what it is: its name for apt-get, and for dnf
     "compilers": ("g++", "gcc-c++"),
     "Python.h": (HEADERS, f"{HEADERS}el"),
-    "decoder": ("libturbojpeg0-dev", "turbojpeg"),  # Ubuntu calls what is in it by another name than Debian
+    "decoder": ("libturbojpeg0-dev", "turbojpeg"),  # without -dev it has one name on Debian, another on Ubuntu
     "pkg-config": ("pkg-config", "pkgconf-pkg-config"),
     "libturbojpeg": ("libturbojpeg0-dev", "turbojpeg-devel"),  # this one and the next by pkg-config's name
     "opencv4": ("libopencv-dev", "opencv-devel"),
