@@ -140,7 +140,7 @@ def _oddities(image: Image.Image, name: str) -> list[str]:
         found.append("transparency")
     if image.format != "MPO" and _is_animated(image):
         found.append("animation")
-    if 2 <= (orientation := orientation_of(image)) <= 8:
+    if (orientation := orientation_of(image)) != 1:
         found.append(f"EXIF orientation {orientation}")
     return found
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 _ORIENTATION = 0x0112  # EXIF tag
+_T = Image.Transpose
+_TURNS = _T.FLIP_LEFT_RIGHT, _T.ROTATE_180, _T.FLIP_TOP_BOTTOM, _T.TRANSPOSE, _T.ROTATE_270, _T.TRANSVERSE, _T.ROTATE_90
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Decodes an opened image, upright and in mode RGB. Raises whatever its decoder raises for damaged data."""
-    if orientation_of(image) != 1:
-        image = ImageOps.exif_transpose(image)
+    if (orientation := orientation_of(image)) != 1:  # not by Pillow's exif_transpose, which fails on damaged EXIF
+        image = image.transpose(_TURNS[orientation - 2])
     if image.mode.startswith("I"):
         return _from_16_bit(image)
     if image.mode == "F":
@@ -25,11 +27,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """EXIF's orientation, 1 for upright. Decodes the pixels, and raises what that raises."""
+    """EXIF's orientation, 1 (upright) to 8. Decodes the pixels, and raises what that raises."""
     image.load()  # getexif does so for some formats, and damaged pixels must not be taken for damaged EXIF
     try:
-        return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged EXIF says nothing about the pixels
+        return range(1, 9).index(image.getexif().get(_ORIENTATION)) + 1
+    except Exception:  # damaged EXIF, or text where a number should be, says nothing about the pixels
         return 1
 
 

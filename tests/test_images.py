@@ -3,6 +3,7 @@
 import io
 import os
 import resource
+import struct
 import zlib
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from fastssl.data_prep.decode import BadImage, decode_image
 from fastssl.data_prep.find import find_images
+from fastssl.data_prep.prepare import Store, prepare_image
 
 
 def encode(image, kind, **options):
@@ -162,6 +164,17 @@ def test_exif_orientation_of_other_modes():
 def test_damaged_exif_costs_nothing():
     data = encode(Image.fromarray(picture()), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01")
     assert decode_image(data).shape == (24, 40, 3)
+
+
+@pytest.mark.parametrize("orientation, shape", [((3, 6), (40, 24, 3)), ((7, 6), (24, 40, 3))])  # as number, as bytes
+def test_a_picture_is_turned_whatever_else_its_exif_says(orientation, shape):
+    words = struct.pack("<HHI4s", 0x011A, 2, 4, b"72\0\0")  # a resolution in letters, which Pillow cannot write again
+    number = struct.pack("<HHII", 0x0112, orientation[0], 1, orientation[1])
+    exif = b"Exif\0\0II*\0\x08\0\0\0\2\0" + number + words + bytes(4)
+    data = encode(Image.fromarray(picture()), "JPEG", exif=exif)
+    assert decode_image(data).shape == shape
+    notes = ("EXIF orientation 6",) if shape[0] == 40 else ()
+    assert prepare_image(data, "x.jpg", Store(short_side=20)).notes == notes
 
 
 def test_animated_gif_gives_its_first_frame():
