@@ -119,7 +119,7 @@ def shrink(image: Image.Image, short_side: int) -> Image.Image:
 def encode_jpeg(image: Image.Image, quality: int) -> bytes:
     """A baseline JPEG with colours at half the resolution (4:2:0)."""
     encoded = io.BytesIO()
-    image.save(encoded, "JPEG", quality=quality, subsampling=2)
+    image.save(encoded, "JPEG", quality=quality, subsampling=2, comment=b"")  # the file's may be too long for a JPEG
     return encoded.getvalue()
 
 

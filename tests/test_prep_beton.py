@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from prep_images import bad_kinds, encode, jpeg, kinds, prepare_or_die, render, turned, write_kinds, write_photos
 
 from fastssl.data_prep import convert
@@ -215,6 +216,16 @@ def test_a_png_that_is_damaged_inside_is_not_used(store):
     data = encode(Image.fromarray(render(60, 84)), "PNG")
     with pytest.raises(BadImage, match="broken data stream"):
         prepare_image(data[:200] + bytes(4) + data[204:], "x.png", store)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_a_comment_too_long_for_a_jpeg_costs_nothing(kind):
+    comment, text = "long " * 20_000, PngInfo()
+    text.add_text("comment", comment)
+    options = {"pnginfo": text} if kind == "PNG" else {"comment": comment.encode()}
+    data = encode(Image.fromarray(render(30, 42)), kind, **options)
+    image = prepare_image(data, "x", Store())
+    assert decode_image(image.data).shape == (30, 42, 3) and len(image.data) < len(comment)
 
 
 def test_sides_beyond_16_bits_are_left_out(tmp_path):
