@@ -81,9 +81,9 @@ def write_shards(
     """Converts `data` to a folder `out` of shards, each of at most `shard_size` million bytes or a single image.
 
     Order and labels are those of `write_beton`. The folder appears only when it is complete.
-    Raises ValueError as `write_beton` does, and when `out` is a folder of something else.
+    Raises ValueError as `write_beton` does, and when `out` is a folder of something else, or cannot be replaced.
     """
-    out = Path(out)
+    out = Path(os.path.realpath(out))  # a link stays, and leads to the new folder
     _refuse_foreign(out, force)
     if shard_size < 1:
         raise ValueError(f"--shard-size must be at least 1 (million bytes), got {shard_size}")
@@ -122,3 +122,5 @@ def _refuse_foreign(out: Path, force: bool) -> None:
         raise ValueError(f"{out} exists and is not a folder of shards: choose another name")
     if not force and any(out.iterdir()):
         raise ValueError(f"{out} exists: add --force to replace it")
+    if os.path.ismount(out) or out == Path.cwd():  # found out now, not when all the work is done
+        raise ValueError(f"{out} is a mount point or the current folder, which cannot be replaced: name a folder in it")

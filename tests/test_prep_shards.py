@@ -275,3 +275,21 @@ def test_what_is_in_the_way_stays(photos, tmp_path):
     write(data, tmp_path / "shards", Store(raw=True), force=True)
     assert describe(tmp_path / "shards").count("2 raw") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["few", "precious", "shards"]
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(tmp_path, monkeypatch):
+    data, disk = write_photos(tmp_path / "few", {"a": [(20, 20)]}), tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "link").symlink_to(disk)
+    write(data, tmp_path / "link")
+    write(data, tmp_path / "link", force=True)
+    assert (tmp_path / "link").is_symlink() and len(list(disk.glob("*.tar"))) == 1
+    for path in disk.iterdir():
+        path.unlink()
+    monkeypatch.setattr(os.path, "ismount", lambda path: os.fspath(path) == os.path.realpath(disk))
+    with pytest.raises(ValueError, match="name a folder in it"):
+        write(data, disk)
+    monkeypatch.undo()
+    monkeypatch.chdir(disk)
+    with pytest.raises(ValueError, match="name a folder in it"):
+        write(data, ".")
