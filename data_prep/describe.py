@@ -45,14 +45,16 @@ def describe(path: str | os.PathLike) -> str:
 
 def _table_lines(tables: BetonTables) -> list[str]:
     lines = ["fields    " + ", ".join(f"{name} ({_FIELD_NAMES[kind]})" for name, kind in tables.fields)]
-    labels = tables.column(INT_FIELD, "label")
+    try:
+        labels, images = tables.column(INT_FIELD, "label"), tables.column(IMAGE_FIELD, "image")
+    except ValueError as error:  # the fields are what its reader must know
+        return [*lines, f"unusable  {error}"]
     if labels is not None and len(labels):
         counts = np.unique(labels, return_counts=True)[1]
         lines.append(
             f"labels    {len(counts):,} different, {labels.min()} to {labels.max()}; "
             f"{counts.min():,} to {counts.max():,} samples each"
         )
-    images = tables.column(IMAGE_FIELD, "image")
     if images is None or not len(images):
         return [*lines, "images    none"]
     raw, sizes = int((images["mode"] == RAW).sum()), record_sizes(tables, images["pointer"])

@@ -165,6 +165,11 @@ def test_betons_of_other_programs_are_described_and_verified(tmp_path):
     assert "6 JPEG, 6 raw" in text
     assert "3 different, 0 to 2" in text and "20 to 31 pixels" in text and "made by another program" in text
     assert "tables valid, 12 images decoded; without theirs.beton.json" in verify(out, decode=True, workers=1)
+    ambiguous = bytearray(out.read_bytes())
+    ambiguous[HEADER.itemsize + DESCRIPTOR.itemsize] = INT_FIELD  # the type of the field weight
+    (tmp_path / "two.beton").write_bytes(ambiguous.replace(b"label", b"count"))
+    text = describe(tmp_path / "two.beton")
+    assert "count (int), weight (int), image (image)" in text and "2 fields that could be the label" in text
     out.write_bytes(out.read_bytes()[:-8])
     for command in (describe, verify):
         with pytest.raises(ValueError, match="truncated"):
