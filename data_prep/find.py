@@ -49,7 +49,7 @@ def find_images(root: str | os.PathLike, class_names: Sequence[str] | None = Non
         held = _inventory(base)
         mend = "give a folder that holds images, <class>/ folders or train/<class>/ folders, with files named "
         mend += " ".join(EXTENSIONS)
-        if ".tar file" in held:
+        if any(name.endswith(".tar") for _, _, names in os.walk(base) for name in names):
             mend = "tar shards are read by --loader dali and converted by fastssl prep beton"
         raise ValueError(f"{base} holds no images ({held}): {mend}")
     return label_by_folder(base, paths, class_names)

@@ -347,6 +347,7 @@ def test_no_images_is_one_clear_sentence(tmp_path):
     make_tree(tmp_path / "targets", ["1.target"])
     with pytest.raises(ValueError, match=r"1 \.target file\): give a folder"):
         find_images(tmp_path / "targets")
-    make_tree(tmp_path / "shards", ["shard-000000.tar", "shard-000000.idx"])
-    with pytest.raises(ValueError, match=r"1 \.idx file.*: tar shards are read by --loader dali"):
+    make_tree(tmp_path / "shards", [f"shard-000000.{kind}" for kind in ("tar", "idx", "idx2", "json", "jsonl")])
+    make_tree(tmp_path / "shards", [f"{n}.{kind}" for kind in ("idx", "idx2", "json", "jsonl") for n in "ab"])
+    with pytest.raises(ValueError, match=r"3 \.\w+ file.*: tar shards are read by --loader dali"):
         find_images(tmp_path / "shards")
