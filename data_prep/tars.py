@@ -28,8 +28,11 @@ Members = dict[tuple[Path, str], Member]  # by tar file and name, in the order o
 
 
 def find_tars(folder: str | os.PathLike) -> list[Path]:
-    """The tar files in a folder, sorted; none if folders below it hold images, which were then unpacked from them."""
-    tars = sorted(Path(folder).glob("*.tar"))
+    """The tar files in a folder, sorted, without hidden ones, such as macOS's `._name.tar` beside each `name.tar`.
+
+    None if folders below it hold images, which were then unpacked from them.
+    """
+    tars = sorted(Path(folder).glob("[!.]*.tar"))
     return [] if tars and any("/" in path for path in walk_images(os.fspath(folder))) else tars
 
 

@@ -16,6 +16,7 @@ from fastssl.data_prep.decode import BadImage, open_image
 from fastssl.data_prep.files import file_sum
 from fastssl.data_prep.manifest import listing_path, manifest_path, read_manifest
 from fastssl.data_prep.sources import Place, read_place
+from fastssl.data_prep.tars import find_tars
 from fastssl.data_prep.work_pool import Died, Work, WorkPool, ahead
 from fastssl.plural import counted
 
@@ -59,7 +60,7 @@ def verify(path: str | os.PathLike, decode: bool = False, workers: int | None = 
 
 def _verify_shards(folder: Path, manifest: dict, workers: int) -> str:
     files = [*manifest["shards"], manifest["listing"]]
-    if foreign := {tar.name for tar in folder.glob("*.tar")} - {shard["name"] for shard in manifest["shards"]}:
+    if foreign := {tar.name for tar in find_tars(folder)} - {shard["name"] for shard in manifest["shards"]}:
         raise ValueError(f"{folder / min(foreign)} is not in the manifest, but loaders would read it: move it away")
     for shard in manifest["shards"]:
         _check_size(folder / shard["name"], shard["bytes"])

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -155,6 +156,9 @@ def test_verify_and_describe(shards, tmp_path):
 
 
 def test_shards_are_a_source_of_the_same_images(photos, shards, tmp_path):
+    shards = shutil.copytree(shards, tmp_path / "from-a-mac")
+    (shards / "._shard-000000.tar").write_bytes(b"what macOS keeps beside a file on a disk that is not its own")
+    assert "checksums correct" in verify(shards)
     write_beton(shards, tmp_path / "a.beton", ORIGINALS, Selection(), Work(workers=1))
     write_beton(photos, tmp_path / "b.beton", ORIGINALS, Selection(), Work(workers=1))
     assert (tmp_path / "a.beton").read_bytes() == (tmp_path / "b.beton").read_bytes()
