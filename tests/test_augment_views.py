@@ -295,6 +295,17 @@ def test_preview(tmp_path: Path) -> None:
         save_preview(part_of(batch, slice(0, 0)), policy, 32, 0, 0, tmp_path / "none.png")
 
 
+def test_preview_takes_the_bytes_of_its_images_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The resident loader's windows lie in the whole data set, which may not fit into the host's memory."""
+    batch, drawn = photo_batch(((8, 9), (7, 5), (6, 8))), []
+    monkeypatch.setattr("fastssl.augment.preview.make_view", lambda b, *args: drawn.append(b) or make_view(b, *args))
+    some = batch.select(torch.tensor([2, 0]))
+    save_preview(some, make_policy("v2"), 8, 0, 0, tmp_path / "views.png")
+    assert [len(b.pixels) for b in drawn] == [3 * (8 * 9 + 6 * 8)] * 2
+    assert all(torch.equal(b.image(i), some.image(i)) for b in drawn for i in range(2))
+    assert all(torch.equal(b.index, some.index) and torch.equal(b.label, some.label) for b in drawn)
+
+
 def test_preview_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "views.png").write_bytes(b"before")
 

@@ -15,7 +15,7 @@ from fastssl.augment.normalise import MEAN, STD
 from fastssl.augment.params import ViewParams, sample_params
 from fastssl.augment.policy import Policy
 from fastssl.augment.views import make_view
-from fastssl.batch import ImageBatch
+from fastssl.batch import ImageBatch, pack_images
 from fastssl.data_prep.files import written_whole
 from fastssl.loaders.make import Loader
 
@@ -46,7 +46,9 @@ def save_preview(batch: ImageBatch, policy: Policy, size: int, seed: int, epoch:
     """
     if batch.size == 0:
         raise ValueError("a preview needs at least one image, got an empty batch")
-    batch = batch.to("cpu")
+    # only these images: a batch's bytes may be a whole data set on the GPU
+    images = [batch.image(i).cpu().numpy() for i in range(batch.size)]
+    batch = pack_images(images, batch.index.tolist(), batch.label.tolist())
     params = [sample_params(policy, batch, seed, epoch, view) for view in (0, 1)]
     views = [_to_bytes(make_view(batch, p, size)) for p in params]
     rows, columns = math.ceil(batch.size / COLUMNS), min(batch.size, COLUMNS)
