@@ -185,6 +185,27 @@ def test_options_without_effect_are_named():
         "contrast_weight": 1, "knn_every": 1, "loader": "auto", "data": "x.beton",
     }  # fmt: skip
     assert idle_options(replace(Config(), **(idle | used))) == []
+    by_setting = used | {"hide_and_seek": False, "crop_pair": "free"}
+    by_setting["policy_set"] = ("hide_and_seek=true", "crop_iou=0.1,0.3")
+    assert idle_options(replace(Config(), **(idle | by_setting))) == []
+
+
+def test_settings_of_the_policy_without_effect_are_named():
+    words = ("crop_iou_p=0.5", "hide_p=0.7", "blur_sigma=1,2", "hue=0.1", "grey_first=true")
+    assert idle_options(replace(Config(), policy="v1", policy_set=words)) == [
+        "--policy-set crop_iou_p (needs crop_iou or --crop-pair)", "--policy-set blur_sigma (needs blur_p)",
+        "--policy-set hide_p (needs hide_and_seek)",
+    ]  # fmt: skip
+    centre = ("crop_scale=0.2,1", "crop_ratio=1,1", "brightness=0.4")
+    assert idle_options(replace(Config(), policy="none", policy_set=centre)) == [
+        "--policy-set crop_scale (needs another policy than none)",
+        "--policy-set crop_ratio (needs another policy than none)", "--policy-set brightness (needs jitter_p)",
+    ]  # fmt: skip
+    assert idle_options(replace(Config(), policy="none", policy_set=("jitter_p=1",))) == [
+        "--policy-set jitter_p (needs brightness or contrast or saturation or hue)"
+    ]
+    used = ("blur_p=0.1", "hide_and_seek=true", "crop_iou=0.1,0.3")
+    assert idle_options(replace(Config(), policy_set=words + used)) == []
 
 
 def test_no_recipe_sets_what_has_no_effect():
