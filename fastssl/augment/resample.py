@@ -71,8 +71,8 @@ def resample_reference(batch: ImageBatch, vertical: Axis, horizontal: Axis, size
     """Resizes boxes to (C, 3, S, S) uint8 with Pillow's bits, for the C images of `batch`."""
     device, max_side = batch.pixels.device, batch.max_side  # no box has more pixels along an axis
     max_scale = max_side / size
-    if device.type == "cpu":
-        max_scale = float(torch.maximum(vertical.scale, horizontal.scale).max())
+    if device.type == "cpu":  # without a sync: one large image in the data set costs the others no rows and no taps
+        max_scale, max_side = float(torch.maximum(vertical.scale, horizontal.scale).max()), int(vertical.length.max())
     taps = 2 * math.ceil(max(1.0, max_scale)) + 1
     first, weight = axis_taps(horizontal, size, taps)
     last = (horizontal.length - 1)[:, None]
