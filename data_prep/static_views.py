@@ -101,7 +101,7 @@ def make_static_views(
 
 def _claim(out: Path, options: dict) -> None:
     """Writes `out`.json; raises ValueError when it exists with other options, or `out` belongs to something else."""
-    manifest = out.with_name(out.name + ".json")
+    manifest = Path(os.path.abspath(out) + ".json")  # absolute, because "." has no name
     out.mkdir(parents=True, exist_ok=True)
     if manifest.exists():
         made = json.loads(manifest.read_text())

@@ -230,6 +230,13 @@ def test_a_full_disk_is_named_and_leaves_no_part_of_a_file(image_folder, tmp_pat
     assert files(tmp_path / "set") == set()
 
 
+def test_the_current_folder_can_be_filled(image_folder, tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    monkeypatch.chdir(tmp_path / "set")
+    make_static_views(str(image_folder / "train"), ".", "moco", 1, workers=1)
+    assert (tmp_path / "set.json").exists() and len(list((tmp_path / "set").glob("*/*-2.jpeg"))) > 0
+
+
 def test_refusals_are_one_sentence(image_folder, tmp_path, capsys):
     data, out = str(image_folder / "train"), str(tmp_path / "set")
     make_static_views(data, out, "moco", 1, workers=1)
