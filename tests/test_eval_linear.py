@@ -11,6 +11,9 @@ from test_probe import ColourBackbone
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from fastssl.augment import views
+from fastssl.augment.policy import make_policy, sample_params
+from fastssl.augment.views import make_view
 from fastssl.command import run_command
 from fastssl.distributed import Ranks
 from fastssl.eval import linear
@@ -136,6 +139,17 @@ def test_the_reference_protocol_equals_sgd_in_numpy(image_folder, tmp_path, caps
     out = capsys.readouterr().out
     assert "=> sanity check passed." in out
     assert out.count(" * Acc1 ") == 5 and f"New best Acc1 {result['best_acc1']:.4f}" in out
+
+
+def test_training_crops_are_those_of_the_augmentation_without_its_other_operations(image_folder, monkeypatch):
+    """A GPU would compute all of those for every image, only to leave their results out."""
+    session = Session(options_of(image_folder, "--image-size", 16), Ranks(0, 1, CPU))
+    whole = next(make_loader("folder", image_folder / "train", batch_size=1, seed=0, device="cpu").eval_batches(100))
+    policy = make_policy("v1", crop_scale=(0.08, 1.0), jitter_p=0.0, grey_scale=0.0)
+    expected = make_view(whole, sample_params(policy, whole, session.options.seed, 3, 0), 16, session.dtype)
+    monkeypatch.setattr(views, "apply_where", lambda *args: pytest.fail("an operation besides crop and flip"))
+    found = linear.make_train_view(session, (0.08, 1.0))(whole, 3)
+    assert torch.equal(found, expected) and found.stride() == expected.stride() and found.dtype == expected.dtype
 
 
 def test_two_ranks_train_the_classifier_of_one(image_folder, tmp_path):

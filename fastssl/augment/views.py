@@ -97,6 +97,21 @@ def _make_part(images: ImageBatch, p: ViewParams, plan: Tensor, taps: Tensor, vi
     view.copy_(x)
 
 
+def make_crop_view(batch: ImageBatch, params: ViewParams, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`make_view` for params that only crop and flip, with the same bits; it ignores all others.
+
+    On a GPU `make_view` computes every operation for every image, because choosing would be a sync.
+    """
+    _check_size(size)
+    out = _empty_view(batch, size, dtype)
+    if batch.size == 0:
+        return out
+    step = _images_at_once(batch, size)
+    for images, p, view in zip(_split(batch, step), params.split(step), out.split(step)):
+        _write_normalised(crop_resize(images, p, size), view)
+    return out
+
+
 def make_eval_view(batch: ImageBatch, size: int, resize: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Resizes the short side to `resize` pixels, crops the centre and normalises: (B, 3, size, size), channels_last.
 
@@ -113,10 +128,15 @@ def make_eval_view(batch: ImageBatch, size: int, resize: int, dtype: torch.dtype
         return out
     step = _images_at_once(batch, size)
     for images, view in zip(_split(batch, step), out.split(step)):
-        x = _to_planes(eval_resize(images, size, resize))
-        update_normalise(x)
-        view.copy_(x)
+        _write_normalised(eval_resize(images, size, resize), view)
     return out
+
+
+def _write_normalised(x: Tensor, view: Tensor) -> None:
+    """Writes x (C, 3, S, S) uint8 into `view`, normalised."""
+    x = _to_planes(x)
+    update_normalise(x)
+    view.copy_(x)
 
 
 def _to_planes(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import nn
 
 from fastssl.augment.params import sample_params
 from fastssl.augment.policy import make_policy
-from fastssl.augment.views import make_view
+from fastssl.augment.views import make_crop_view
 from fastssl.batch import ImageBatch
 from fastssl.command import run_command
 from fastssl.eval.classifier import Classifier, open_encoder
@@ -79,10 +79,10 @@ def make_classifier(
     return model.to(session.ranks.device)
 
 
-def make_train_view(session: Session, crop_scale: tuple[float, float], make: Callable = make_view) -> TrainView:
+def make_train_view(session: Session, crop_scale: tuple[float, float], make: Callable = make_crop_view) -> TrainView:
     """RandomResizedCrop and flip as a function of (batch, epoch), the same for every loader and number of ranks.
 
-    make: `make_view`, or a function with the same arguments.
+    make: `make_crop_view`, or a function with the same arguments.
     """
     policy = make_policy("v1", crop_scale=crop_scale, jitter_p=0.0, grey_scale=0.0)
     o = session.options
