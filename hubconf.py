@@ -18,6 +18,11 @@ def encoder(weights: str, arch: str | None = None, *, with_head: bool = False, n
 
     import torch
 
+    import fastssl
+
+    # torch.hub unpacks GitHub's archive with files in place of links: what those point to is looked for here
+    if (clone := os.path.dirname(os.path.abspath(__file__))) not in fastssl.__path__:
+        fastssl.__path__.append(clone)
     from fastssl.foreign import load_pretrained
     from fastssl.foreign.heads import Normalise
 

@@ -2,6 +2,9 @@
 
 import importlib.util
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -310,6 +313,32 @@ def test_a_url_is_fetched_once(tmp_path, monkeypatch, hubconf):
     assert fetched == ["https://host/models/moco.pth.tar?x=1"]
     hubconf.encoder("https://other/moco.pth.tar")
     assert fetched[1:] == ["https://other/moco.pth.tar"]  # not the first one's file of the same name
+
+
+def test_a_clone_without_links_has_the_encoders_too(tmp_path):
+    """As torch.hub unpacks GitHub's archive: where a link was there is a file with its target."""
+    saved, tensors, forward = make_moco("resnet18")
+    torch.save(saved, tmp_path / "moco.pth.tar")
+    clone = tmp_path / "clone"
+    links = [path.name for path in (ROOT / "fastssl").iterdir() if path.is_symlink()]
+    for folder in ("fastssl", "data_prep"):
+        shutil.copytree(ROOT / folder, clone / folder, ignore=shutil.ignore_patterns("__pycache__", *links))
+    shutil.copy(ROOT / "hubconf.py", clone)
+    (clone / "fastssl" / "data_prep").write_text("../data_prep")
+    code = (
+        "import sys, torch\n"
+        "network = torch.hub.load(sys.argv[1], 'encoder', sys.argv[2], source='local')\n"
+        "import fastssl.data_prep.files as files\n"
+        "assert files.__file__.startswith(sys.argv[1]), files.__file__\n"
+        "torch.save(network.state_dict(), sys.argv[3])"
+    )
+    arguments = [str(path) for path in (clone, tmp_path / "moco.pth.tar", tmp_path / "weights.pth")]
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    network = make_backbone("resnet18")[0]
+    network.load_state_dict(torch.load(tmp_path / "weights.pth", weights_only=True))
+    assert_same(outputs(network), forward(tensors, IMAGES))
 
 
 def test_models_are_listed(capsys):
