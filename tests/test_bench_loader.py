@@ -8,6 +8,7 @@ from PIL import Image
 from fastssl.bench.loader import main
 from fastssl.bench.loader_peers import CONTESTANTS, FFCV, OURS, RAW, Options
 from fastssl.bench.loader_process import LoaderProcess
+from fastssl.bench.photos import train_folder
 from fastssl.loaders.make import LOADERS
 
 
@@ -113,3 +114,10 @@ def test_the_bare_decoder_counts_no_file_that_it_cannot_decode(tmp_path, suffix,
 
 def test_the_bare_decoder_takes_grey_files(tmp_path):
     assert sum(CONTESTANTS[RAW](save_as(tmp_path / "images", ".jpg", "L"))()()) == 4
+
+
+def test_a_class_called_train_is_no_split(tmp_path, make_image_folder):
+    data = make_image_folder(tmp_path / "images", {"train": 2})
+    assert train_folder(str(data)) == str(data / "train")
+    (data / "train" / "class0").rename(data / "train" / "train")
+    assert train_folder(str(data / "train")) == str(data / "train")

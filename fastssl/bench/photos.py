@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastssl.data_prep.find import has_train_split
 from fastssl.data_prep.prepare import Store
 from fastssl.data_prep.sources import Selection
 from fastssl.data_prep.work_pool import Work
@@ -43,14 +44,13 @@ def write_photos(folder: Path, count: int, sides: tuple[int, int] = (375, 500)) 
 
 
 def train_folder(data: str) -> str:
-    """The folder that holds the class folders: data/train if there is one, else data itself.
+    """The folder that holds the class folders: data/train if that is the training split, else data itself.
 
     Raises ValueError if data is not a folder.
     """
     if not os.path.isdir(data):
         raise ValueError(f"{data} is not a folder: give one with JPEGs in <class>/ or train/<class>/")
-    train = os.path.join(data, "train")
-    return train if os.path.isdir(train) else data
+    return os.path.join(data, "train") if has_train_split(data) else data
 
 
 def open_data(data: str | None, beton: str | None, scratch: Path, count: int) -> tuple[str, str]:
