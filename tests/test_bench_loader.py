@@ -5,10 +5,15 @@ import json
 import pytest
 from PIL import Image
 
+from fastssl.bench import loader
 from fastssl.bench.loader import main
 from fastssl.bench.loader_peers import CONTESTANTS, FFCV, OURS, RAW, Options
 from fastssl.bench.loader_process import LoaderProcess
-from fastssl.bench.photos import train_folder
+from fastssl.bench.photos import open_data, train_folder
+from fastssl.data_prep.prepare import Store
+from fastssl.data_prep.sources import Selection
+from fastssl.data_prep.work_pool import Work
+from fastssl.data_prep.write_beton import write_beton
 from fastssl.loaders.make import LOADERS
 
 
@@ -70,6 +75,7 @@ def test_a_peer_whose_import_fails_in_any_way_is_left_out(tmp_path, image_folder
     (tmp_path / "ffcv").mkdir()
     (tmp_path / "ffcv" / "__init__.py").write_text("raise AttributeError('numpy lacks what it wants')")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(loader, "check_same_images", lambda *_: None)
     flags = ["--threads", "1", "--batch-size", "5", "--rounds", "1", "--beton", "any.beton"]
     main([str(image_folder / "train"), "--only", FFCV, "ours, folder", *flags])
     said = capsys.readouterr().out
@@ -114,6 +120,34 @@ def test_the_bare_decoder_counts_no_file_that_it_cannot_decode(tmp_path, suffix,
 
 def test_the_bare_decoder_takes_grey_files(tmp_path):
     assert sum(CONTESTANTS[RAW](save_as(tmp_path / "images", ".jpg", "L"))()()) == 4
+
+
+def test_a_beton_of_other_images_is_refused_before_anything_is_measured(tmp_path, monkeypatch, make_image_folder):
+    monkeypatch.setattr(loader, "measure", lambda *_: pytest.fail("it measured"))
+    data, beton = make_image_folder(tmp_path / "images", {"train": 3}), tmp_path / "x.beton"
+    first = data / "train" / "class0" / "0.jpg"
+
+    def convert(**part):
+        write_beton(data, beton, Store(), Selection(**part), Work(1), force=True)
+
+    def refused(found):
+        with pytest.raises(ValueError, match=f"x.beton holds {found}: the rates would not be of the same images"):
+            main([str(data), "--beton", str(beton), "--batch-size", "4"])
+        with pytest.raises(ValueError, match=f"x.beton holds {found}"):
+            open_data(str(data), str(beton), tmp_path, 4)
+
+    convert(count=5)
+    refused(f"5 images, and {data}.* 9")
+    convert()
+    assert open_data(str(data), str(beton), tmp_path, 4) == (str(data), str(beton))
+    assert open_data(None, str(beton), tmp_path, 4) == (str(beton), str(beton))  # not photographs of our own beside it
+    first.rename(first.with_name("00.jpg"))
+    refused(f"class0/0.jpg, and {data}.* has class0/00.jpg in its place")
+    beton.with_name("x.beton.images.jsonl").unlink()  # as a file that FFCV wrote
+    assert open_data(str(data), str(beton), tmp_path, 4) == (str(data), str(beton))
+    first.write_bytes(b"no image")
+    convert()
+    open_data(str(data), str(beton), tmp_path, 4)  # what the conversion left out is no difference
 
 
 def test_a_class_called_train_is_no_split(tmp_path, make_image_folder):

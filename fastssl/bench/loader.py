@@ -13,7 +13,7 @@ from pathlib import Path
 from fastssl.arguments import ListParser, positive
 from fastssl.bench.loader_peers import CONTESTANTS, DECODES, Options
 from fastssl.bench.loader_process import LoaderProcess, Round
-from fastssl.bench.photos import train_folder
+from fastssl.bench.photos import check_same_images, train_folder
 from fastssl.bench.results import RAW, write_result
 from fastssl.bench.timing import in_turn, summarise
 from fastssl.data_prep.find import find_images
@@ -105,6 +105,8 @@ def main(argv: list[str]) -> None:
     options = Options(train_folder(args.data), args.beton, args.batch_size, args.threads)
     if (images := len(find_images(options.folder).paths)) < args.batch_size:
         raise ValueError(f"{options.folder} has {counted(images, 'image')}: use a --batch-size of at most {images}")
+    if args.beton:
+        check_same_images(options.folder, args.beton)
     versions = {package: metadata.version(package) for package in PACKAGES if any(metadata.distributions(name=package))}
     machine = environment() | {"packages": versions, "cores": usable_cores()}
     for results, missing in measure(args.only, options, args.rounds):

@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
 
         def line(seconds: dict[str, list[float]]) -> dict[str, object]:
             found = as_line(make_config(args, args.arch, loader="auto"), seconds, args.steps, beside)
-            return found | {"not_measured": missing, "images": args.data or SOURCE}
+            return found | {"not_measured": missing, "images": args.data or args.beton or SOURCE}
 
         seconds = time_loops(loops, args.steps, args.rounds, lambda seconds: save(args.output, [line(seconds)]))
     print_line(line(seconds), ranks.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import numpy as np
 from PIL import Image
 
 from fastssl.data_prep.find import has_train_split
+from fastssl.data_prep.manifest import listing_path, read_manifest
 from fastssl.data_prep.prepare import Store
-from fastssl.data_prep.sources import Selection
+from fastssl.data_prep.sources import Selection, open_source
 from fastssl.data_prep.work_pool import Work
 from fastssl.data_prep.write_beton import write_beton
 from fastssl.limits import usable_cores
+from fastssl.loaders.beton_file import open_beton
+from fastssl.plural import counted
 
 CLASSES = 8
 SOURCE = "photographs cut from scikit-learn's two"
@@ -54,11 +58,38 @@ def train_folder(data: str) -> str:
 
 
 def open_data(data: str | None, beton: str | None, scratch: Path, count: int) -> tuple[str, str]:
-    """(folder, .beton) of the same files. What is not given is made in `scratch`, from `count` photographs."""
+    """(folder, .beton) of the same files. What is not given is made in `scratch`, from `count` photographs.
+
+    Of a .beton alone no folder is made: its path stands for both, and what needs a folder refuses it. Raises ValueError
+    for two that differ.
+    """
+    if data is None and beton is not None:
+        return beton, beton
     if data is None:
         data = str(scratch / "photos")
         write_photos(scratch / "photos", count)
     if beton is None:
         beton = str(scratch / "images.beton")
         write_beton(data, beton, Store(originals=True), Selection(), Work(usable_cores()))
+    else:
+        check_same_images(data, beton)
     return data, beton
+
+
+def check_same_images(data: str, beton: str) -> None:
+    """Raises ValueError unless a .beton holds the images of a folder, but for those that its manifest says it left out.
+
+    Compared are their number and, with a listing, their names; images of tar files have others than those of folders.
+    """
+    mend = "the rates would not be of the same images; fastssl prep beton makes such a file of a folder"
+    manifest = read_manifest(Path(beton)) or {"quarantined": []}
+    left_out = {line["path"] for line in manifest["quarantined"]}
+    names = [name for name in open_source(data, Selection()).folder.paths if name not in left_out]
+    if (held := len(open_beton(beton))) != len(names):
+        raise ValueError(f"{beton} holds {counted(held, 'image')}, and {data} {len(names):,}: {mend}")
+    if not (listing := listing_path(Path(beton))).exists():
+        return
+    stored = [json.loads(line)["path"] for line in listing.read_text("ascii").splitlines()]
+    for theirs, ours in zip(stored, names):
+        if theirs != ours and ".tar/" not in theirs + ours:
+            raise ValueError(f"{beton} holds {theirs}, and {data} has {ours} in its place: {mend}")

@@ -72,5 +72,5 @@ def compare(args: argparse.Namespace, arch: str, files: tuple[str, str], ranks: 
                 missing[name] = str(error)
     beside = next(name for name in ("classical", "eager step", "step") if name in loops)
     reasons = {name: loader.reason for name, loader in loaders.items()}
-    about = {"not_measured": missing, "loaders": reasons, "images": args.data or SOURCE}
+    about = {"not_measured": missing, "loaders": reasons, "images": args.data or args.beton or SOURCE}
     return time_line(args, config, trainee, ranks, loops, beside, about, keep)
