@@ -18,7 +18,7 @@ from fastssl.bench.compare import compare, differing_machines, differing_options
 from fastssl.bench.eval import take_turns
 from fastssl.bench.loop_verdicts import ADVICE, all_verdict, peers_verdicts, shares, step_verdict
 from fastssl.bench.report import machine
-from fastssl.bench.results import Row, begun, read_result, rows, write_result
+from fastssl.bench.results import Row, begun, read_result, rows, stage_of, write_result
 from fastssl.bench.suite_entries import Sizes, cpu_entries, gpu_entries
 from fastssl.bench.timing import Timing
 from fastssl.bench.verdicts import RAW, VERDICTS, verdicts
@@ -255,6 +255,26 @@ def test_every_stage_reports_and_compares(tmp_path, monkeypatch, capsys):
     assert "--output: not allowed with argument --report" in capsys.readouterr().err
 
 
+RESULTS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.parametrize(
+    "stage, old",
+    [("eval", "loss-cpu-1-thread"), ("loss", "eval-cpu"), ("augment", "loss-cpu-1-thread"), ("step", "peers-cpu"),
+     ("peers", "step-cpu"), ("loader", "all-cpu"), ("convert", "eval-cpu"), ("all", "suite-cpu")],
+)  # fmt: skip
+def test_a_result_of_another_stage_is_refused_before_anything_is_measured(monkeypatch, stage, old):
+    monkeypatch.setitem(bench_throughput.STAGES, stage, "not imported, since nothing is measured")
+    with pytest.raises(ValueError, match=rf"{old}\.json is not a result of the stage '{stage}': it lacks '"):
+        bench_throughput.main([stage, "--compare", str(RESULTS / f"{old}.json")])
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_published_results_can_be_compared_with(path):
+    stage = stage_of(path)
+    assert stage == "suite" or rows(stage, read_result(path))
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that takes no files")
 @pytest.mark.parametrize("name, value", [("--output", "/proc/self/x.json"), ("--report", "/proc/self")])
 def test_a_place_that_takes_no_result_is_refused_before_anything_is_measured(monkeypatch, name, value):
@@ -460,7 +480,7 @@ def test_the_gpu_suite_asks_for_a_gpu(monkeypatch, capsys):
 
 def test_a_result_of_an_unknown_stage_is_read_by_its_seconds():
     timings = {"ours": Timing(0.001, 0.001, 0.002, 3)._asdict()}
-    (row,) = rows("eval", {"lines": [{"queries": 5, "seconds": timings}]})
+    (row,) = rows("new", {"lines": [{"queries": 5, "seconds": timings}]})
     assert row.group == "queries 5" and row.value.median == 1.0 and row.unit == "ms" and not row.higher_is_better
 
 
