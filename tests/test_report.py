@@ -14,7 +14,7 @@ def test_the_pages_show_what_was_measured():
 def test_a_table_is_made_from_the_json(tmp_path, monkeypatch):
     (tmp_path / "benchmarks").mkdir()
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    environment = {"gpus": [], "threads": 1, "cpu": "Z80", "command": ["x.py", "loss"], "torch": "2", "commit": "abc"}
+    environment = {"gpus": [], "threads": 1, "cpu": "Z80", "command": ["x.py", "a b"], "torch": "2", "commit": "abc"}
     line = {
         "settings": {"arch": "resnet18", "image_size": 32, "batch_size": 10, "compile": "off"},
         "beside": "classical",
@@ -31,6 +31,7 @@ def test_a_table_is_made_from_the_json(tmp_path, monkeypatch):
     text = page.read_text()
     assert "| resnet18 | all | 20 (11.1 to 33.3) | 2 (2 to 2) |" in text and "Z80" in text and "old" not in text
     assert "| resnet18 | DALI | not measured | not installed |" in text
+    assert "`python x.py 'a b'` on" in text  # as a shell takes it
     assert text.startswith("before\n") and text.endswith("<!-- end of table -->\nafter\n")
     report.main(["--check"])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def fill(text: str) -> str:
 def where(environment: dict) -> str:
     """The line above a table: command, machine, version of torch, commit, date."""
     return (
-        f"`python {' '.join(environment['command'])}` on {machine(environment)}, torch {environment['torch']}, "
+        f"`{shlex.join(['python', *environment['command']])}` on {machine(environment)}, torch {environment['torch']}, "
         f"commit {str(environment['commit'])[:8]}, {environment['started'][:10]}:"
     )
 
@@ -170,8 +171,7 @@ LAYOUTS: dict[str, Callable[..., str]] = {
 def result_table(path: Path, stage: str) -> str:
     """The line that says where a result comes from, its table and its verdicts."""
     result = read_result(path)
-    layout = LAYOUTS.get(stage)
-    table = layout(result.get("lines", result)) if layout else rows_table(rows(stage, result))
+    table = LAYOUTS[stage](result.get("lines", result)) if stage in LAYOUTS else rows_table(rows(stage, result))
     parts = [where(result["environment"]), table]
     if found := verdicts(stage, result):
         parts.append("\n".join(f"- {verdict}" for verdict in found))
@@ -195,6 +195,6 @@ def index_table() -> str:
     lines = []
     for path in sorted((ROOT / "benchmarks").glob("*.json")):
         e = read_result(path)["environment"]
-        command = f"`python {' '.join(e['command'])}`"
+        command = f"`{shlex.join(['python', *e['command']])}`"
         lines.append([f"[{path.name}]({path.name})", machine(e), str(e["commit"])[:8], e["started"][:10], command])
     return as_table(["file", "measured on", "commit", "date", "command"], lines)
