@@ -200,6 +200,18 @@ def test_ctrl_c_in_the_second_round_keeps_the_first(stage, tmp_path, monkeypatch
     assert output.with_suffix(".md").exists()
 
 
+def test_the_parts_of_a_step_that_accumulates_have_its_shapes():
+    config, ranks = make_config(tiny_args(), "resnet18", accumulate=2), distributed.start("cpu")
+    trainee, batches = loops.trainee_of(config, ranks), []
+    trainee.encoder_q.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
+    parts = step_parts.step_parts(config, trainee, ranks)
+    parts[f"{step_parts.PART}encoder_q"](1)
+    assert batches == [2, 2, 2]  # half the batch to warm up, then both halves
+    before = trainee.moco.queue.clone()
+    parts[f"{step_parts.PART}{step_parts.REST}"](1)
+    assert (trainee.moco.queue != before).any(dim=1).sum() == 2 * 4  # a whole batch to warm up, then another
+
+
 def test_the_seconds_of_a_part_are_its_median():
     config = make_config(tiny_args(), "resnet18")
     line = step.as_line(config, {"step": [1.0, 1.0], f"{step_parts.PART}loss": [1.0, 2.0]}, 1, "step")

@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import normalize
 
 from fastssl.augment.views import make_views
+from fastssl.batch import split_batch
 from fastssl.bench.loops import WARM_UP, Loop
 from fastssl.build import Trainee, open_loader, open_policy
 from fastssl.config import Config
@@ -30,7 +31,8 @@ def step_parts(config: Config, trainee: Trainee, ranks: Ranks) -> dict[str, Loop
     moco, device, seed = trainee.moco, ranks.device, config.train.seed
     dtype = DTYPES[choose_precision(config.train.precision, device)]
     policy, size, ways = open_policy(config), config.augment.image_size, directions(config)
-    batch = next(open_loader(config, ranks).batches())
+    accumulate = config.optim.accumulate
+    batch = split_batch(next(open_loader(config, ranks).batches()), accumulate)[0]
 
     def views() -> tuple[torch.Tensor, torch.Tensor]:
         found = make_views(batch, policy, size, seed, 0, dtype, config.augment.augment_kernel)
@@ -68,19 +70,20 @@ def step_parts(config: Config, trainee: Trainee, ranks: Ranks) -> dict[str, Loop
         moco.update_key_encoder(config.moco.ema_momentum)
         trainee.optimizer.step()
         trainee.optimizer.zero_grad(set_to_none=True)
-        moco.update_queue(k)
+        moco.update_queue(keys)
 
     view_q, view_k = (view.contiguous(memory_format=moco.memory_format) for view in views())  # as the step's encoders
     k = encode_k()
+    keys = k.repeat(accumulate, 1)
     gradient = torch.randn_like(k) / len(k)
     z = torch.randn_like(k).requires_grad_()
     gradients = [(p, torch.zeros_like(p)) for p in moco.encoder_q.parameters() if p.requires_grad]
     parts = {"augmentation": views, "encoder_k": encode_k, "encoder_q": encode_q, "loss": loss, REST: rest}
-    return {PART + name: repeat(function, device) for name, function in parts.items()}
+    return {PART + name: repeat(f, device, 1 if name == REST else accumulate) for name, f in parts.items()}
 
 
-def repeat(function: Callable[[], object], device: torch.device) -> Loop:
-    """A loop whose steps are calls of `function`; after some warm-up, and waiting for the device at the end."""
+def repeat(function: Callable[[], object], device: torch.device, calls: int) -> Loop:
+    """A loop of so many calls of `function` a step; after some warm-up, and waiting for the device at the end."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -91,7 +94,7 @@ def repeat(function: Callable[[], object], device: torch.device) -> Loop:
             function()
         wait()
         start = time.perf_counter()
-        for _ in range(steps):
+        for _ in range(steps * calls):
             function()
         wait()
         return time.perf_counter() - start
