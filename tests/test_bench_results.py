@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench_throughput
 from fastssl.bench import suite, timing
 from fastssl.bench.compare import compare, differing_machines, differing_options, judge
 from fastssl.bench.eval import take_turns
 from fastssl.bench.loop_verdicts import ADVICE, all_verdict, peers_verdicts, shares, step_verdict
+from fastssl.bench.loss import TERMS, dot_products
 from fastssl.bench.report import machine
 from fastssl.bench.results import Row, begun, read_result, rows, stage_of, write_result
 from fastssl.bench.suite_entries import Sizes, cpu_entries, gpu_entries
@@ -124,6 +126,18 @@ def test_the_verdict_of_a_step_names_its_floor_and_how_it_can_be_beaten(arithmet
     line["floor"] = {"arithmetic_seconds": arithmetic, "memory_seconds": memory}
     verdict = step_verdict(line)
     assert f"the floor, set by {said} of its time" in verdict and ("by Winograd" in verdict) == (arithmetic > 2)
+
+
+@pytest.mark.parametrize("terms, sums", [("all", 2), ("align-uniform", 1), ("contrast", 1)])
+def test_the_floor_of_a_loss_counts_the_products_that_it_needs(terms, sums):
+    q, queue = torch.randn(6, 4), torch.randn(10, 4)
+    with FlopCounterMode(display=False) as counter:
+        weights = q @ queue.T
+        for _ in range(sums):
+            weights @ queue
+        if terms != "contrast":
+            (q @ q.T) @ q
+    assert 2 * 4 * dot_products(6, 10, TERMS[terms]) == counter.get_total_flops()
 
 
 def test_the_verdict_of_augment_is_of_whole_policies():

@@ -110,6 +110,16 @@ def make_ceilings(device: torch.device, dtype: torch.dtype | None = None) -> dic
     return {"matmul": (partial(torch.mm, a, b), 2.0 * size**3), "copy": (copy, 2.0 * source.numel())}
 
 
+def dot_products(num: int, queue_size: int, config: LossConfig) -> int:
+    """The dot products of rows in all matrix products: with the queue, those and a weighted sum for either loss.
+
+    Inside the batch, where only uniform looks, they and a single sum.
+    """
+    sums = (config.contrast_weight > 0) + (config.uniform_weight > 0)
+    inside = 2 * num * num if config.uniform_weight and config.intra_batch else 0
+    return (1 + sums) * num * queue_size + inside
+
+
 def measure(
     num: int, queue_size: int, dim: int, terms: str, device: torch.device, rounds: int, compiled: bool
 ) -> dict[str, object]:
@@ -121,11 +131,9 @@ def measure(
     extra = {name: peak_extra_bytes(function, device) for name, function in contestants.items()}
     timings = time_in_turn(contestants | {name: f for name, (f, _) in ceilings.items()}, device, rounds)
     per_second = {name: work / timings.pop(name).median for name, (_, work) in ceilings.items()}
-    products = 1 + (config.contrast_weight > 0) + (config.uniform_weight > 0)
-    pairs = num * queue_size + (num * num if config.uniform_weight and config.intra_batch else 0)
     itemsize = 2 if device.type == "cuda" else 4
     floor = max(
-        2 * pairs * dim * products / per_second["matmul"],
+        2 * dim * dot_products(num, queue_size, config) / per_second["matmul"],
         (queue_size * itemsize + 3 * num * 4) * dim / per_second["copy"],
     )
     return {
