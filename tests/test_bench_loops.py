@@ -30,10 +30,10 @@ def short_warm_up(monkeypatch):
         monkeypatch.setattr(module, "WARM_UP", 1)
 
 
-def tiny_args() -> argparse.Namespace:
+def tiny_args(*flags: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_step_flags(parser)
-    return parse_flags(parser, TINY)
+    return parse_flags(parser, [*TINY, *flags])
 
 
 def test_step(tmp_path, capsys):
@@ -263,9 +263,11 @@ def test_a_peers_loop_trains(tmp_path, peer, library):
     assert loop(1) > 0  # a second turn goes on
 
 
-@pytest.mark.parametrize("unit, amp", [("AVX512-BF16", True), ("", False)])
+@pytest.mark.parametrize(
+    "unit, precision, amp", [("AVX512-BF16", "auto", True), ("AVX512-BF16", "fp32", False), ("", "auto", False)]
+)
 @pytest.mark.parametrize("peer, library", [("dali_loop", "nvidia.dali"), ("ffcv_loop", "ffcv")])
-def test_a_peer_trains_in_16_bits_where_our_loop_does(tmp_path, monkeypatch, peer, library, unit, amp):
+def test_a_peer_trains_in_16_bits_where_our_loop_does(tmp_path, monkeypatch, peer, library, unit, precision, amp):
     pytest.importorskip(library)
     asked = []
     monkeypatch.setattr(plan, "bf16_unit", lambda: unit)
@@ -273,7 +275,8 @@ def test_a_peer_trains_in_16_bits_where_our_loop_does(tmp_path, monkeypatch, pee
     write_photos(tmp_path / "photos", 4, sides=(60, 80))
     data, beton = peers.open_data(str(tmp_path / "photos"), None, tmp_path, 4)
     source = data if peer == "dali_loop" else beton
-    getattr(peer_loops, peer)(source, make_config(tiny_args(), "resnet18"), distributed.start("cpu"), 1)
+    config = make_config(tiny_args("--precision", precision), "resnet18")
+    getattr(peer_loops, peer)(source, config, distributed.start("cpu"), 1)
     assert asked == [amp]
 
 

@@ -2,7 +2,7 @@
 
 DALI, after solo-learn: each image is decoded once and cropped twice, and DALI does all augmentation. FFCV, after
 FFCV-SSL: a random-resized-crop decoder for each view, and the rest on the training device. Both train with AMP where
-the device multiplies 16-bit numbers, as our loop does.
+our loop computes in 16 bits.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from fastssl.distributed import Ranks
 from fastssl.plan import choose_precision
 
 
-def gains_from_amp(ranks: Ranks) -> bool:
-    """Whether our own loop computes in 16 bits on this device; where it does, the peers may too."""
-    return choose_precision("auto", ranks.device) != "fp32"
+def uses_amp(config: Config, ranks: Ranks) -> bool:
+    """Whether our own loop computes in 16 bits on this device; where it does, the peers do too."""
+    return choose_precision(config.train.precision, ranks.device) != "fp32"
 
 
 def dali_loop(data: str, config: Config, ranks: Ranks, workers: int) -> Loop:
@@ -52,7 +52,7 @@ def dali_loop(data: str, config: Config, ranks: Ranks, workers: int) -> Loop:
     iterator = DALIGenericIterator(
         two_views(), names, reader_name="files", auto_reset=True, last_batch_policy=LastBatchPolicy.DROP
     )
-    step = make_classical_step(config, ranks.device, amp=gains_from_amp(ranks))
+    step = make_classical_step(config, ranks.device, amp=uses_amp(config, ranks))
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         while True:
@@ -92,7 +92,7 @@ def ffcv_loop(beton: str, config: Config, ranks: Ranks, workers: int) -> Loop:
         },
     )
     check_fill(loader.reader.num_samples, config)
-    plain, threads = make_classical_step(config, ranks.device, amp=gains_from_amp(ranks)), torch.get_num_threads()
+    plain, threads = make_classical_step(config, ranks.device, amp=uses_amp(config, ranks)), torch.get_num_threads()
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         while True:
