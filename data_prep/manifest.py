@@ -55,6 +55,11 @@ class Tally:
         """Images stored so far."""
         return len(self._sides)
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether the images have labels."""
+        return bool(self._source.folder.class_names)
+
     def add(self, place: Place, image: Prepared, label: int) -> None:
         """Counts and lists an image that was stored."""
         line: dict[str, object] = {"path": place.name}

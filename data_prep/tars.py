@@ -1,4 +1,4 @@
-"""Finds the images in tar files, which hold WebDataset samples or an image folder."""
+"""Finds the images in tar files, which hold WebDataset samples, an image folder, or a tar file for each class."""
 
 from __future__ import annotations
 
@@ -87,7 +87,13 @@ def _samples(path: Path, images: Members, classes: dict[tuple[Path, str], int]) 
 
 
 def _packed_folder(path: Path, images: Members) -> tuple[ImageFolder, list[Member]]:
-    """The images in the order of an image folder, without folders that contain all class folders."""
+    """The images in the order of an image folder, without folders that contain all class folders.
+
+    Several tar files that begin the names of all their images, such as n01440764.tar that of n01440764_10026.JPEG, are
+    the class folders.
+    """
+    if len({tar for tar, _ in images}) > 1 and all(name.startswith(f"{tar.stem}_") for tar, name in images):
+        images = {(tar, f"{tar.stem}/{name}"): member for (tar, name), member in images.items()}
     places = sorted(images, key=lambda place: place[1].split("/"))
     parts = [name.split("/") for _, name in places]
     while all(len(part) > 2 for part in parts) and len({part[0] for part in parts}) == 1:
@@ -98,14 +104,19 @@ def _packed_folder(path: Path, images: Members) -> tuple[ImageFolder, list[Membe
 def _members(archive: tarfile.TarFile) -> dict[str, Member]:
     """The files that are not hidden, in the order of the archive; a link is where the file that it leads to is.
 
-    A link to something outside the archive counts as an empty file, so that it is reported.
+    A link to something outside the archive counts as an empty file, so that it is reported. A tar file inside it, as in
+    ImageNet's, is a folder.
     """
     members, links = {}, {}
     for member in archive:
         name = os.path.normpath(member.name)
         if any(part.startswith(".") for part in name.split("/")):
             continue
-        if member.isfile() or member.islnk() or member.issym():
+        if member.isfile() and name.endswith(".tar"):
+            with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
+                for below, (_, offset, size) in _members(inner).items():
+                    members[f"{name[:-4]}/{below}"] = Member(archive.name, member.offset_data + offset, size)
+        elif member.isfile() or member.islnk() or member.issym():
             members[name] = Member(archive.name, member.offset_data, member.size if member.isfile() else 0)
         if member.islnk():  # a hard link
             links[name] = os.path.normpath(member.linkname)

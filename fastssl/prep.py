@@ -41,7 +41,8 @@ class Beton:
     """
 
     data: Data
-    """A folder with train/<class>/*, <class>/* or images, or a tar file of one, or a folder of tar files or shards."""
+    """A folder with train/<class>/*, <class>/* or images, a tar file of one, ImageNet's tar file of tar files, or a
+    folder of tar files or shards."""
     out: Out
     """The file to write, beside OUT.json (counts, options, checksums) and OUT.images.jsonl (one line per image)."""
     store: Store = field(default_factory=Store)
@@ -68,7 +69,8 @@ class Shards:
     """
 
     data: Data
-    """A folder with train/<class>/*, <class>/* or images, or a tar file of one, or a folder of tar files or shards."""
+    """A folder with train/<class>/*, <class>/* or images, a tar file of one, ImageNet's tar file of tar files, or a
+    folder of tar files or shards."""
     out: Out
     """The folder to write, with shard-000000.tar, shard-000000.idx and so on, manifest.json and images.jsonl."""
     store: Store = field(default_factory=Store)
@@ -151,7 +153,8 @@ def print_summary(tally: Tally, out: str, seconds: float) -> None:
     """Prints one line about what was written, and the images that were left out."""
     left_out = tally.quarantined
     speed = (tally.num_images + len(left_out)) / seconds
-    print(f"{out}: {counted(tally.num_images, 'image')}, {tally.bytes:,} bytes, {speed:,.0f} images/s")
+    images = counted(tally.num_images, "image") + ("" if tally.has_classes else " without classes")
+    print(f"{out}: {images}, {tally.bytes:,} bytes, {speed:,.0f} images/s")
     for image in left_out[:_MOST_NAMED]:
         print(f"left out: {image['path']}: {image['reason']}", file=sys.stderr)
     if len(left_out) > _MOST_NAMED:

@@ -182,6 +182,30 @@ def test_a_folder_packed_in_a_tar_is_that_folder(photos, tmp_path, top):
         assert chosen.folder.labels[i] == 0 and read_place(chosen.place(i)) == read_place(wanted.place(i))
 
 
+def test_imagenets_archives_are_read_as_they_are_published(tmp_path):
+    """ILSVRC2012_img_train.tar holds a tar file for each class, whose images begin with its name."""
+    data, tars, whole = tmp_path / "data", tmp_path / "tars", tmp_path / "whole.tar"
+    tars.mkdir()
+    with tarfile.open(whole, "w") as archive:
+        for name in ("n02", "n01"):
+            images = write_kinds(data / name, {f"{name}_{i}.JPEG": (jpeg(9 + i, 9), "") for i in (10, 2)})
+            with tarfile.open(tars / f"{name}.tar", "w") as inner:
+                for path in sorted(images.iterdir(), reverse=True):
+                    inner.add(path, path.name)
+            archive.add(tars / f"{name}.tar", f"{name}.tar")
+    folder = open_source(data, Selection())
+    for source in (open_source(whole, Selection()), open_source(tars, Selection())):
+        assert source.folder.paths == folder.folder.paths and source.folder.class_names == ["n01", "n02"]
+        assert source.folder.labels.tolist() == folder.folder.labels.tolist() == [0, 0, 1, 1]
+        assert [read_place(source.place(i)) for i in range(4)] == [read_place(folder.place(i)) for i in range(4)]
+    cut = whole.read_bytes()[: whole.stat().st_size // 2]
+    (tmp_path / "cut.tar").write_bytes(cut)
+    with pytest.raises(ValueError, match=r"cut\.tar is no whole, uncompressed tar file"):
+        open_source(tmp_path / "cut.tar", Selection())
+    shutil.copy(tars / "n01.tar", tars / "other.tar")
+    assert open_source(tars, Selection()).folder.class_names == []  # shards without classes
+
+
 def test_two_that_write_one_folder_do_not_mix(photos, tmp_path):
     with partial_folder(tmp_path / "out") as partial:
         (partial / "shard-000000.tar").write_bytes(b"of the first")
