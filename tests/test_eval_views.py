@@ -20,6 +20,7 @@ from fastssl.eval import instdisc, stats, tsne
 from fastssl.eval.instdisc import chunk_accuracy, count_above, count_above_over_ranks
 from fastssl.eval.session import finite_or_null
 from fastssl.eval.stats import alignment, class_alignment, subset_uniformity, uniformity
+from fastssl.eval.view_set import collect_views, open_view_set
 from fastssl.loaders.order import epoch_order
 
 CPU = torch.device("cpu")
@@ -122,6 +123,17 @@ def test_two_ranks_measure_what_one_does(view_set):
         assert other[0] == truth[0] and other[2] == truth[2]
         assert other[1] == pytest.approx(truth[1], rel=1e-12)
         assert other[3] == pytest.approx(truth[3], rel=1e-6)
+
+
+def test_a_rank_without_images_gathers_on_its_device(view_set, monkeypatch):
+    """From the CPU it would wait for ever: the other ranks gather on their GPUs."""
+    gathered = []
+    monkeypatch.setattr("fastssl.eval.view_set.gather_features", lambda *parts: gathered.append(parts) or parts[:2])
+    options = instdisc.finish_options(instdisc.make_instdisc_parser().parse_args([str(view_set)]))
+    views = open_view_set(options, ALONE)
+    session = instdisc.Session(options, Ranks(0, 2, torch.device("meta")))  # one batch, dealt to rank 1
+    collect_views(session, torch.nn.Flatten(), views, (0, 1))
+    assert [[x.device.type for x in (features, labels)] for features, labels, _ in gathered] == [["meta"] * 2] * 2
 
 
 @pytest.fixture

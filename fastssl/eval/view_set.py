@@ -86,7 +86,7 @@ def collect_views(session: Session, backbone: torch.nn.Module, views: ViewSet, w
         if bad := list(views.images.bad_images):
             raise ValueError(f"{bad[0]}: make the view set again with fastssl prep views")
         session.memory.check(4 * len(views.files) * features.shape[1] * len(which), "features of a view set")
-        features = features[:].float()
+        features = features[:].to(session.ranks.device, torch.float32)  # those of a rank without images lie on the CPU
         if session.ranks.world_size > 1:
             features, labels = gather_features(features, labels.to(features.device), session.ranks)
         found.append(features)
