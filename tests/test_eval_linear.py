@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from fastssl.augment.views import make_view
 from fastssl.command import run_command
 from fastssl.distributed import Ranks
 from fastssl.eval import linear
-from fastssl.eval.classifier import Classifier, count_hits, initial_weights
+from fastssl.eval.classifier import Classifier, Keeper, count_hits, initial_weights
 from fastssl.eval.features import eval_view
 from fastssl.eval.images import open_splits
 from fastssl.eval.linear_cached import Setting, Sweep, count_sweep_hits, fit_linear
@@ -174,6 +175,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(image_folder, tmp_path):
     state = torch.load(path, weights_only=True)
     assert set(state) == {"epoch", "arch", "state_dict", "best_acc1", "acc1", "acc5", "optimizer"}
     assert state["epoch"] == 3 and {"module.fc.weight", "module.norm.running_mean"} <= set(state["state_dict"])
+
+
+def test_a_kill_between_its_two_files_does_not_lose_the_best_classifier(tmp_path, monkeypatch):
+    replace, done = os.replace, []
+
+    def replace_once(*paths):
+        if done:
+            raise KeyboardInterrupt
+        done.append(replace(*paths))
+
+    monkeypatch.setattr(os, "replace", replace_once)
+    with pytest.raises(KeyboardInterrupt):
+        Keeper(tmp_path, Ranks(0, 1, CPU)).save({"best_acc1": 50.0}, 0, best=True)
+    assert (tmp_path / "model_best.pth.tar").exists() and not (tmp_path / "checkpoint_0000.pth.tar").exists()
 
 
 def test_the_sanity_check_sees_a_bit():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import shutil
 from collections import OrderedDict
 from pathlib import Path
 
@@ -141,11 +140,9 @@ class Keeper:
         if not self.writes:
             return
         path = self.folder / f"checkpoint_{epoch:04d}.pth.tar"
+        if best:  # first: once a checkpoint tells --resume of this accuracy, only a better one is written here
+            checkpoint.save(state, self.folder / "model_best.pth.tar")
         checkpoint.save(state, path)
-        if best:
-            partial = self.folder / "model_best.partial"
-            shutil.copyfile(path, partial)
-            partial.replace(self.folder / "model_best.pth.tar")
         if self.last:
             self.last.unlink(missing_ok=True)
         self.last = path
