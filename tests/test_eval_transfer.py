@@ -276,6 +276,7 @@ def test_bad_input_is_one_sentence(run, image_folder, tmp_path):
         (f"{tmp_path} --dataset cifar10", "test/<class>/ folders or cifar-10-batches-py/"),
         (f"{tmp_path} --dataset caltech101", "test/<class>/ folders or caltech101/101_ObjectCategories/"),
         (f"{image_folder} --finetune --protocol cached", "leave out --protocol cached"),
+        (f"{image_folder} --finetune --precision fp16", "--finetune cannot train in fp16"),
     ]:
         code, _, err = run(f"transfer {words}")
         assert code == 1 and sentence in err and "Traceback" not in err, err

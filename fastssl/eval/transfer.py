@@ -85,6 +85,8 @@ def check(options: argparse.Namespace) -> None:
     check_training_flags(options)
     if options.finetune and options.protocol == "cached":
         raise ValueError("--finetune cannot use cached features: leave out --protocol cached")
+    if options.finetune and options.precision == "fp16" and not options.evaluate:
+        raise ValueError("--finetune cannot train in fp16, whose small gradients become 0: use --precision bf16")
 
 
 def main(argv: Sequence[str]) -> int:
