@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from fastssl.batch import ImageBatch
 from fastssl.data_prep.files import check_writable
 from fastssl.distributed import Ranks, gather_objects
-from fastssl.eval.classifier import Classifier, Keeper, count_hits, predict, read_classifier, validate
+from fastssl.eval.classifier import Classifier, Keeper, predict, read_classifier, validate
 from fastssl.eval.features import View, share_buffers
 from fastssl.eval.images import Images
 from fastssl.eval.session import Session
@@ -107,7 +107,7 @@ def train_epoch(
     steps = epoch_order(images.num_images, o.seed, epoch).split(o.batch_size)
     shares = [step.tensor_split(ranks.world_size)[ranks.rank] for step in steps]
     batches = images.read(iter(shares), replace_bad=True)
-    losses, hits = [], torch.zeros(2, dtype=torch.int64, device=ranks.device)
+    losses = []
     for i, (step, share) in enumerate(zip(session.bar(steps, len(steps), f"epoch {epoch}"), shares)):
         optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=ranks.device)
@@ -116,7 +116,6 @@ def train_epoch(
             logits = predict(model, batch, lambda b: view(b, epoch), session.dtype)
             loss = cross_entropy(logits, batch.label, reduction="sum") / len(step)
             loss.backward()
-            hits += count_hits(logits.detach(), batch.label)
         sum_gradients(optimizer, ranks)
         optimizer.step()
         losses.append(loss.detach())
