@@ -124,12 +124,15 @@ def _name_children(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def split_classifier(layout: Layout, classifier: str) -> Layout:
-    """The layout with the tensors under the classifier's name (`fc`, `classifier.3`) as its head."""
+    """The layout with the tensors under the classifier's name (`fc`, `classifier.3`) as its head.
+
+    Without any, those under `fc`, as evaluations call theirs whatever the architecture.
+    """
     if layout.head is not None:
         return layout
-    head = _below(layout.backbone, classifier + ".")
-    backbone = {k: v for k, v in layout.backbone.items() if not k.startswith(classifier + ".")}
-    return layout._replace(backbone=backbone, head=head)
+    prefix = f"{classifier}." if any(k.startswith(f"{classifier}.") for k in layout.backbone) else "fc."
+    backbone = {k: v for k, v in layout.backbone.items() if not k.startswith(prefix)}
+    return layout._replace(backbone=backbone, head=_below(layout.backbone, prefix))
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
