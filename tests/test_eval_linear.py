@@ -25,8 +25,10 @@ from fastssl.eval.linear_cached import Setting, Sweep, count_sweep_hits, fit_lin
 from fastssl.eval.linear_train import Protocol, check_frozen, copy_state, train_classifier
 from fastssl.eval.options import finish_options
 from fastssl.eval.session import Session
+from fastssl.foreign import load_pretrained
 from fastssl.loaders.make import make_loader
 from fastssl.loaders.order import epoch_order
+from fastssl.models.encoders import make_encoder
 
 CPU = torch.device("cpu")
 SETTINGS = [Setting(lr, wd) for lr in (0.05, 0.1, 0.5, 1.0, 2.0, 5.0) for wd in (0.0, 1e-2)]
@@ -260,6 +262,16 @@ def test_a_classifier_goes_on_with_its_own_encoder_and_optimiser(run, image_fold
     assert "--wd is 0, as in lin/checkpoint_0000.pth.tar, and not 0.1" in err and "--momentum is 0.9, as in" in err
 
 
+@pytest.mark.parametrize("arch", ["deit_tiny", "mobilenet_v3_small"])
+def test_the_encoder_of_a_classifier_is_read_whatever_it_calls_its_own(arch, tmp_path):
+    model = Classifier(make_encoder(arch).backbone, 8, 3, 0, unit_length=True)
+    torch.save({"arch": arch, "state_dict": model.export_state()}, tmp_path / "classifier.pth.tar")
+    backbone, report = load_pretrained(tmp_path / "classifier.pth.tar")
+    truth = model.backbone.state_dict()
+    assert report.arch == arch and backbone.state_dict().keys() == truth.keys()
+    assert all(torch.equal(tensor, truth[name]) for name, tensor in backbone.state_dict().items())
+
+
 def test_unreadable_first_images_are_left_out(run, make_image_folder, tmp_path):
     data = make_image_folder(tmp_path / "data")
     for path in sorted((data / "val").rglob("*.*"))[:8]:
@@ -273,6 +285,8 @@ def test_unreadable_first_images_are_left_out(run, make_image_folder, tmp_path):
 def test_where_checkpoints_go():
     options = options_of("data", "--pretrained", "runs/x/checkpoint_0199.pth.tar")
     assert str(linear.output_folder(options)) == "runs/x/lincls/checkpoint_0199.pth.tar/b256_lr30_e60,80,100"
+    options.pretrained, options.resume = "", "runs/x/lincls/y/b256/checkpoint_0049.pth.tar"
+    assert str(linear.output_folder(options)) == "runs/x/lincls/y/b256"
 
 
 def test_bad_input_is_one_sentence(run, image_folder, tmp_path):

@@ -94,9 +94,14 @@ def make_train_view(session: Session, crop_scale: tuple[float, float], make: Cal
 
 
 def output_folder(o: argparse.Namespace, kind: str = "lincls", what: str = "") -> Path:
-    """The folder of --output, or the reference's: beside the checkpoint, named after the settings of the training."""
+    """The folder of --output, or the reference's: beside the checkpoint, named after the settings of the training.
+
+    Without --pretrained, --resume goes on where its checkpoint lies.
+    """
     if o.output:
         return Path(o.output)
+    if o.resume and not o.pretrained:
+        return Path(o.resume).parent
     schedule = ",".join(map(str, [*o.schedule, o.epochs])) if o.schedule else f",{o.epochs}"
     base = Path(o.pretrained) if o.pretrained else Path("random")
     return base.parent / kind / base.name / what / f"b{o.batch_size}_lr{o.lr:g}_e{schedule}"

@@ -51,7 +51,7 @@ def add_training_flags(p: argparse.ArgumentParser, *, print_freq: int) -> None:
     add("-p", "--print-freq", type=positive, default=print_freq, help=f"steps per log line (default {print_freq})")
     add("--resume", default="", metavar="PATH", help="continue from a checkpoint that this command wrote")
     add("-e", "--evaluate", action="store_true", help="only validate the classifier given by --resume")
-    add("--output", metavar="DIR", help="folder for the checkpoints (default: beside the --pretrained one)")
+    add("--output", metavar="DIR", help="folder of checkpoints (default: beside --pretrained, or that of --resume)")
     add(
         "--protocol",
         choices=("reference", "cached"),
