@@ -26,6 +26,7 @@ from fastssl.foreign.formats import (
     old_queue,
 )
 from fastssl.foreign.layout import strip_wrappers
+from fastssl.foreign.load import pads_more
 from fastssl.foreign.read import Contents, read_weights
 from fastssl.models import Encoder
 from fastssl.verify_export import largest_difference
@@ -58,6 +59,10 @@ def export(source: str | Path, out: str | Path, to: str = "plain", *, arch: str 
     head = head or (to == "moco" and has_known_head(path, arch, key, stem))  # MoCo's layout keeps the head
     module, report = load_pretrained(path, arch, key=key, with_head=head, stem=stem)
     name = counterpart(report.arch, report.stem, to)
+    if pads_more(report.kind, report.stem):
+        raise ValueError(
+            f"weights alone cannot say that solo-learn's first convolution pads 2 pixels: use {path} itself"
+        )
     if to == "torchvision" and name.startswith("mnasnet") and Path(out).suffix == ".safetensors":
         raise ValueError(f"torchvision's {name} demands a version, which .safetensors cannot hold: name a .pth file")
     if to == "moco":

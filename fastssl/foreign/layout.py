@@ -6,7 +6,8 @@
   DINO                                         student.* teacher.*, each of them backbone.* head.*
   SimSiam                                      [module.]encoder.* predictor.*
   MoCo v3                                      [module.]base_encoder.* momentum_encoder.* predictor.*
-  solo-learn, Barlow Twins, VICReg, lightly    backbone.* and any of the side networks below
+  solo-learn                                   backbone.* classifier.* and any of the side networks below
+  Barlow Twins, VICReg, lightly                backbone.* or student_backbone.*, and any of them
   SwAV                                         [module.]conv1 ... projection_head.* prototypes.*
   SimCLR (in the small-model project)          [module.]encoder_q.module.*
   torchvision, timm, a linear classifier       [module.]conv1 ... fc.*
@@ -23,6 +24,7 @@ from torch import Tensor
 from fastssl.checkpoint import CheckpointError
 
 WRAPPERS = ("module.", "_orig_mod.")
+SOLO_LEARN = "solo-learn"
 _ENCODERS = {  # prefix -> (project, which encoder, what people call it)
     "encoder_q.": ("MoCo", "q", "the query encoder"),
     "encoder_k.": ("MoCo", "k", "the key encoder"),
@@ -32,17 +34,25 @@ _ENCODERS = {  # prefix -> (project, which encoder, what people call it)
     "base_encoder.": ("MoCo v3", "q", "the query encoder"),
     "momentum_encoder.": ("MoCo v3", "k", "the key encoder"),
     "backbone.": ("self-supervised", "q", "the backbone"),  # (fastssl's own is found first, by `_has_own_names`)
+    "student_backbone.": ("self-supervised", "q", "the student's backbone"),
     "momentum_backbone.": ("self-supervised", "k", "the momentum backbone"),
     "backbone_momentum.": ("self-supervised", "k", "the momentum backbone"),
+    "key_backbone.": ("self-supervised", "k", "the momentum backbone"),
+    "teacher_backbone.": ("self-supervised", "k", "the teacher's backbone"),
 }
 _STATE = {**dict.fromkeys(("queue", "small_queue", "queue_ptr"), "the queue"), "scalar_label": "a constant"}
 _SIDES = {  # networks beside the encoders, by the first part of their names
-    **dict.fromkeys(("predictor", "prediction_head"), "the predictor"),
-    **dict.fromkeys(("projector", "projection_head"), "the projector"),
-    **dict.fromkeys(("momentum_projector", "projection_head_momentum"), "the momentum projector"),
-    **dict.fromkeys(("classifier", "momentum_classifier"), "the classifier trained beside it"),
+    **dict.fromkeys(("predictor", "predictor2", "transformer_encoder", "prediction_head"), "the predictor"),
+    **dict.fromkeys(("projector", "projection_head", "head"), "the projector"),
+    **dict.fromkeys(("student_head", "student_projection_head"), "the student's projector"),
+    **dict.fromkeys(("momentum_projector", "projection_head_momentum", "momentum_head"), "the momentum projector"),
+    **dict.fromkeys(("teacher_head", "teacher_projection_head", "key_projection_head"), "the momentum projector"),
+    **dict.fromkeys(("classifier", "momentum_classifier", "online_classifier"), "the classifier trained beside it"),
+    **dict.fromkeys(("queues", "queue_y", "queue_index"), "the queue"),
+    **dict.fromkeys(("criterion", "dino_loss_func", "memory_bank"), "the loss's memory"),
+    "student_backbone": "the student's backbone",
+    "prototypes": "the prototypes",
     "bn": "the batch norm of the loss",
-    "criterion": "the loss's memory",
 }
 # the children of a ResNet by their position
 _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
@@ -67,9 +77,7 @@ def find_encoder(tensors: dict[str, Tensor], key: str = "q") -> Layout:
     if key not in ("q", "k"):
         raise ValueError(f"unknown encoder {key!r}: choose q (query) or k (key)")
     tensors = strip_wrappers(tensors)
-    groups = {} if _has_own_names(tensors) else {prefix: _below(tensors, prefix) for prefix in _ENCODERS}
-    if {name.split(".")[0] for name in tensors} != {"encoder", "predictor"}:
-        groups.pop("encoder.", None)  # torchvision's ViTs have an encoder inside
+    groups = _find_groups(tensors)
     projects = {_ENCODERS[prefix][0] for prefix, group in groups.items() if group}
     if not projects:
         if key == "k":
@@ -80,6 +88,8 @@ def find_encoder(tensors: dict[str, Tensor], key: str = "q") -> Layout:
     (project,) = projects
     if project == "SEED" and _has_own_names(strip_wrappers(groups["student."] or groups["teacher."])):
         project = "DINO"
+    if project == "self-supervised" and {"classifier.weight", "classifier.bias"} <= tensors.keys():
+        project = SOLO_LEARN
     if project == "SEED" and key == "k":
         raise CheckpointError("has a student and a teacher (SEED), but no key encoder: leave out --key k")
     left_out: dict[str, list[str]] = {}
@@ -102,6 +112,16 @@ def find_encoder(tensors: dict[str, Tensor], key: str = "q") -> Layout:
                 raise CheckpointError(f"has a tensor {name!r} unknown in {project} checkpoints: save the encoder alone")
             left_out.setdefault(reason, []).append(name)
     return _split_own(kind, strip_wrappers(chosen), left_out)
+
+
+def _find_groups(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors below each prefix of an encoder that may be one."""
+    groups = {} if _has_own_names(tensors) else {prefix: _below(tensors, prefix) for prefix in _ENCODERS}
+    if {name.split(".")[0] for name in tensors} != {"encoder", "predictor"}:
+        groups.pop("encoder.", None)  # torchvision's ViTs have an encoder inside
+    if groups.get("backbone."):
+        groups.pop("student_backbone.")  # of lightly's DINO: what its benchmarks evaluate is the average, the backbone
+    return groups
 
 
 def strip_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

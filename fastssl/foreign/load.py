@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
+from torchvision.models import ResNet
 
 from fastssl.checkpoint import CheckpointError
 from fastssl.foreign.fit import COUNTER, differences, fits, fitting_architectures
 from fastssl.foreign.heads import build_head, name_head, output_dim
-from fastssl.foreign.layout import Layout, find_encoder, split_classifier
+from fastssl.foreign.layout import SOLO_LEARN, Layout, find_encoder, split_classifier
 from fastssl.foreign.read import Contents, is_weights, read_weights
 from fastssl.models.encoders import Encoder, classifier_name, list_architectures, make_backbone
 
@@ -63,6 +64,9 @@ def load_pretrained(
     arch, stem = _choose(contents, layout, arch, stem)
     backbone, classifier, feature_dim = make_backbone(arch, stem)
     layout, notes = _load_backbone(contents, layout, backbone, classifier, arch, stem)
+    if pads_more(layout.kind, stem) and isinstance(backbone, ResNet):
+        backbone.conv1.padding = (2, 2)
+        notes.append("its first convolution pads images by 2 pixels, as solo-learn's does for CIFAR, where ours pads 1")
     head = name_head(layout.head, feature_dim) or "unknown"
     dim = None if head in ("none", "unknown") else output_dim(layout.head)
     loaded, left_out = len(layout.backbone), dict(layout.left_out)
@@ -94,6 +98,8 @@ def load_into(path: str | Path, encoder: Encoder, arch: str, stem: str) -> list[
     """
     contents = read_weights(path)
     layout, notes = _load_backbone(contents, _find(contents, "q"), encoder.backbone, classifier_name(arch), arch, stem)
+    if pads_more(layout.kind, stem):
+        notes.append("solo-learn's first convolution pads images of CIFAR by 2 pixels, where this run's pads 1")
     own = encoder.head.state_dict()
     taken = {k: v for k, v in layout.head.items() if k in own and own[k].shape == v.shape}
     encoder.head.load_state_dict({**own, **taken})
@@ -104,6 +110,11 @@ def load_into(path: str | Path, encoder: Encoder, arch: str, stem: str) -> list[
         why = "names or shapes differ" if layout.head else "not in the file"
         lines.append(f"head: kept random weights for {_few(other)} ({why})")
     return lines + notes + [f"left out {reason} ({_few(names)})" for reason, names in layout.left_out.items()]
+
+
+def pads_more(kind: str, stem: str) -> bool:
+    """Whether a `Report`'s kind and stem mean solo-learn's CIFAR stem, which no tensor tells from ours."""
+    return kind.startswith(SOLO_LEARN) and stem == "cifar"
 
 
 def _find(contents: Contents, key: str) -> Layout:
