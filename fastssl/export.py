@@ -116,6 +116,9 @@ def _to_moco(contents: Contents, report: Report, module: nn.Module, path: Path, 
         queue = old_queue(queue)
         if isinstance(optimizer, dict):
             optimizer = moco_optimizer(report.arch, head, optimizer)
+            if optimizer is None:
+                why = "is not plain SGD's: MoCo's scripts cannot --resume, only start from the weights"
+                report.notes.append(f"left out the optimizer's state, which {why}")
     scalar_label = scalar_label or "scalar_label" in tensors or _mixes_contrast(contents.entries.get("config"))
     return moco_checkpoint(report.arch, named, key_tensors, queue, tensors["queue_ptr"], epoch, optimizer, scalar_label)
 

@@ -128,6 +128,15 @@ def test_the_old_scripts_can_resume_our_runs(tmp_path, arch):
     assert set(theirs) == set(ours) and all(torch.equal(theirs[n], ours[n]) for n in ours)
 
 
+@pytest.mark.parametrize("options", [{"optimizer": "adamw"}, {"exclude_norm_bias": True}])
+def test_an_optimizer_that_the_old_scripts_have_not_is_named(tmp_path, capsys, options):
+    save_run(tmp_path / "run", **options)
+    assert run_command(convert.main, ["moco", str(tmp_path / "run"), str(tmp_path / "old.pth.tar")]) == 0
+    assert "optimizer" not in torch.load(tmp_path / "old.pth.tar", weights_only=True)
+    said = capsys.readouterr().out
+    assert "left out the optimizer's state, which is not plain SGD's: MoCo's scripts cannot --resume" in said
+
+
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenetv3_large"])
 def test_moco_files_round_trip(tmp_path, arch):
     saved, _, _ = make_moco(arch, head="wide")
