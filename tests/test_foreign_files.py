@@ -1,7 +1,9 @@
 """Checkpoints whose files are odd: names, types of numbers, what lies beside the weights."""
 
 import pickle
+import sys
 import tarfile
+import types
 
 import pytest
 import safetensors.torch
@@ -46,6 +48,25 @@ def test_weights_beside_the_weights_are_accounted_for(tmp_path, tensors):
     report = load_pretrained(tmp_path / "x.pth")[1]
     assert report.left_out == {"the tensors of 'model_ema'": list(tensors)}
     assert "left out the tensors of 'model_ema' (conv1.weight, " in str(report)
+
+
+def exclude_bias_and_norm(parameter):
+    raise AssertionError("code ran")
+
+
+@pytest.mark.parametrize("script", ["__main__", "main_vicreg"])
+def test_the_function_in_vicregs_optimizer_is_not_called(tmp_path, monkeypatch, tensors, script):
+    """Its options name it; what the file holds beside the name is weights."""
+    module = types.ModuleType(script)
+    module.exclude_bias_and_norm = exclude_bias_and_norm
+    monkeypatch.setitem(sys.modules, script, module)
+    monkeypatch.setattr(exclude_bias_and_norm, "__module__", script)
+    optimizer = {"state": {}, "param_groups": [{"params": [0], "weight_decay_filter": exclude_bias_and_norm}]}
+    networks = {f"module.backbone.{k}": v for k, v in tensors.items()} | {"module.projector.0.bias": torch.zeros(8)}
+    torch.save({"epoch": 3, "model": networks, "optimizer": optimizer}, tmp_path / "model.pth")
+    monkeypatch.undo()
+    backbone, report = load_pretrained(tmp_path / "model.pth")
+    assert torch.equal(backbone.conv1.weight, tensors["conv1.weight"]) and list(report.left_out) == ["the projector"]
 
 
 def test_files_of_torch_0_1_are_refused_without_advice_to_trust_them(tmp_path, tensors):

@@ -154,5 +154,11 @@ def _harmless() -> list:
     """Types that old checkpoints hold beside their weights (arguments, the best accuracy), and that run no code."""
     scalar = (np._core if hasattr(np, "_core") else np.core).multiarray.scalar  # numpy 2, numpy 1
     names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    # VICReg's optimizer keeps this function of its script among its options
+    names += [(_nothing, f"{script}.exclude_bias_and_norm") for script in ("__main__", "main_vicreg")]
     numbers = [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"]
     return [argparse.Namespace, collections.defaultdict, np.dtype, *names, *dict.fromkeys(numbers)]
+
+
+def _nothing(*_: object) -> None:
+    """Stands for a function that a file names."""
