@@ -62,7 +62,6 @@ class Run:
     def __init__(self, folder: Path, config: Config, plan: Plan, first: int, ranks: Ranks) -> None:
         self.folder, self.config, self.plan, self.ranks = folder, config, plan, ranks
         self.clock = Clock(ranks.device)
-        self.logged = (first, 0.0)  # step and seconds of the last record
         self.num_seen, self.unreadable = 0, list[str]()  # images of this rank's list; of all ranks
         self.writes, self.probed = ranks.rank == 0, False
         if not self.writes:
@@ -70,11 +69,15 @@ class Run:
         with says_where(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = lock_file(folder / "lock")
+            if first == 0:  # of a run that ended here before its first checkpoint
+                (folder / "views.png").unlink(missing_ok=True)
             if first < plan.stop or not (folder / "config.yaml").exists():  # not of a run to which nothing is added
                 write_text(folder / "config.yaml", to_yaml(config))
                 write_text(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
-            self.probed = "knn" in trim_metrics(folder / "metrics.jsonl", first)
+            names, seconds = trim_metrics(folder / "metrics.jsonl", first)
             self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (open as long as the run)
+        self.probed, self.logged = "knn" in names, (first, seconds)  # step and seconds of the last record
+        self.clock.begin -= seconds  # a run that goes on counts on
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
         self.bar = tqdm(total=plan.stop, initial=first, unit="step", dynamic_ncols=True, disable=None, smoothing=0.1)
 

@@ -62,20 +62,21 @@ def lock_file(path: Path) -> TextIO:
     return file
 
 
-def trim_metrics(path: Path, first: int) -> set[str]:
+def trim_metrics(path: Path, first: int) -> tuple[set[str], float]:
     """Drops the lines after step `first`, which a resumed run writes again, and an incomplete last line.
 
-    Returns the names of what the remaining lines record of that step.
+    Returns the names of what the remaining lines record of that step, and the seconds of training up to the last.
     """
+    kept, names, seconds = [], set[str](), 0.0
     if not path.exists():
-        return set()
-    kept, names = [], set()
+        return names, seconds
     for line in path.read_text().splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             record = json.loads(line)
             if record["step"] <= first:
                 kept.append(line + "\n")
+                seconds = record.get("seconds", seconds)
             if record["step"] == first:
                 names |= record.keys()
     write_text(path, "".join(kept))
-    return names
+    return names, seconds

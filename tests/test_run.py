@@ -1,5 +1,6 @@
 """The record of a run: what counts as training time, and what is shown."""
 
+import json
 import math
 import time
 
@@ -14,9 +15,9 @@ from fastssl.plan import make_plan
 from fastssl.run import Run
 
 
-def open_run(folder):
+def open_run(folder, first=0):
     config = replace(Config(), image_size=32)
-    return Run(folder, config, make_plan(config, 3), 0, Ranks(0, 1, torch.device("cpu")))
+    return Run(folder, config, make_plan(config, 3), first, Ranks(0, 1, torch.device("cpu")))
 
 
 def test_the_picture_of_views_is_drawn_off_the_clock(tmp_path, monkeypatch):
@@ -43,3 +44,34 @@ def test_a_probe_without_an_answer_is_no_reason_to_stop(tmp_path, capsys):
     record.close()
     assert "step 3/600  no knn: features are not finite in evaluation" in capsys.readouterr().err
     assert "knn" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_the_time_of_a_run_that_goes_on_counts_on(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(run_module.time, "perf_counter", lambda: now)
+
+    def train(first, seconds):
+        """Two records, each of 3 steps that take so many seconds; returns (step, seconds, images/s) of all lines."""
+        nonlocal now
+        record = open_run(tmp_path, first)
+        for steps in (3, 6):
+            now += seconds
+            record.log(first + steps, {})
+        record.close()
+        lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        return [(line["step"], line["seconds"], line["images_per_second"]) for line in lines]
+
+    assert train(0, 10) == [(3, 10, 38.4), (6, 20, 38.4)]
+    assert train(3, 6) == [(3, 10, 38.4), (6, 16, 64), (9, 22, 64)]  # of step 6 there was no checkpoint
+    assert train(0, 4) == [(3, 4, 96), (6, 8, 96)]
+
+
+def test_the_picture_of_views_is_that_of_this_run(tmp_path, monkeypatch):
+    """Not of one that ended in this folder before its first checkpoint."""
+    monkeypatch.setattr(run_module, "save_preview", lambda batch, policy, *_: _[-1].write_text(policy.name))
+    loader = make_loader("synthetic", "", batch_size=2, seed=0, device="cpu", synthetic_images=8, synthetic_size=40)
+    for policy, first, shown in (("v1", 0, "v1"), ("v2", 0, "v2"), ("none", 3, "v2")):
+        record = open_run(tmp_path, first)
+        record.preview(loader, make_policy(policy))
+        record.close()
+        assert (tmp_path / "views.png").read_text() == shown
