@@ -65,7 +65,9 @@ def check_combinations(config: Config) -> None:
         raise ValueError(
             f"--resident-shard applies only to --loader resident, not to {config.input.loader}: add --loader resident"
         )
-    if t.restart and t.resume in ("no", "", "auto"):
+    if t.restart and t.resume == "auto":
+        raise ValueError("--restart begins a run and --resume auto goes on with one: remove one of them")
+    if t.restart and t.resume in ("no", ""):
         raise ValueError("--restart needs --resume PATH: name the checkpoint whose weights to start from")
     if t.restart and t.start_epoch:
         raise ValueError("--restart begins at epoch 0: remove --start-epoch")

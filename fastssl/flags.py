@@ -6,6 +6,7 @@ Flags override the recipe of --config, which overrides the defaults of config.py
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
 
 import tyro
@@ -68,6 +69,17 @@ def translate_reference_flags(argv: Sequence[str]) -> list[str]:
     return result
 
 
+def check_start(words: Sequence[str]) -> None:
+    """Raises ValueError for --resume auto behind --resume PATH, as scripts add it: the last would silently count."""
+    given = [value for flag, value in itertools.pairwise(words) if flag == "--resume"]
+    paths = [value for value in given if value not in ("no", "", "auto")]
+    if paths and given[-1] == "auto":
+        raise ValueError(
+            f"--resume {paths[-1]} begins a run and --resume auto goes on with one: give the first alone at the first "
+            "start, and auto in its place, without --restart, from then on"
+        )
+
+
 def parse(argv: Sequence[str], program: str = "fastssl pretrain", description: str | None = None) -> Config:
     """The configuration of a command line. `--print-config` prints it as a recipe and exits.
 
@@ -78,11 +90,13 @@ def parse(argv: Sequence[str], program: str = "fastssl pretrain", description: s
     first.add_argument("--print-config", action="store_true")
     own, rest = first.parse_known_args(list(argv))
     default = Config() if own.config is None else load_recipe(own.config)
+    words = translate_reference_flags(rest)
+    check_start(words)
     config = tyro.cli(
         Config,
         prog=program,
         description=description,
-        args=data_first(translate_reference_flags(rest), LISTS),
+        args=data_first(words, LISTS),
         default=default,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )

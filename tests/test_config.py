@@ -95,6 +95,9 @@ def test_compile_switches():
         (["D", "--knn-every", "-1"], "--knn-every must be at least 0"),
         (["D", "--eval-resize", "100"], "--eval-resize 100 must be at least --image-size 224"),
         (["D", "--seed", "9223372036854775808"], "--seed must fit into 64 bits"),
+        (["D", "--restart"], "--restart needs --resume PATH"),
+        (["D", "--restart", "--resume", "auto"], "--restart begins a run and --resume auto goes on with one"),
+        (["D", "--resume=a.pth", "--resume", "auto"], "--resume a.pth begins a run and --resume auto goes on with one"),
     ],
 )
 def test_a_wrong_flag_is_an_error_that_names_the_mend(argv, words, capsys):
@@ -102,6 +105,12 @@ def test_a_wrong_flag_is_an_error_that_names_the_mend(argv, words, capsys):
         parse(argv)
     assert getattr(stop.value, "code", 1) != 0
     assert words in " ".join(f"{capsys.readouterr().err} {stop.value}".split())
+
+
+def test_the_last_of_a_flag_counts():
+    for words in ("auto auto", "no auto", "a.pth b.pth"):
+        given = words.split()
+        assert parse(["D", "--resume", given[0], "--resume", given[1]]).train.resume == given[1]
 
 
 def test_help_names_every_option(capsys):
