@@ -131,10 +131,11 @@ class Run:
         if not self.writes:
             return
         line = {"step": step, "epoch": round(step / self.plan.steps_per_epoch, 4), **values}
-        self.metrics.write(json.dumps(line) + "\n")
-        for key, value in line.items():
-            if key != "step":
-                self.board.add_scalar(key, value, step)
+        with says_where(self.folder):
+            self.metrics.write(json.dumps(line) + "\n")
+            for key, value in line.items():
+                if key != "step":
+                    self.board.add_scalar(key, value, step)
 
     def owes_probe(self, first: int) -> bool:
         """Whether the run was stopped between the checkpoint after `first` steps and its probe. Call on all ranks."""
@@ -169,7 +170,5 @@ class Run:
     def close(self) -> None:
         """Flushes and closes everything."""
         if self.writes:
-            self.bar.close()
-            self.metrics.close()
-            self.board.close()
-            self.lock.close()
+            with says_where(self.folder), self.lock, self.board, self.metrics:
+                self.bar.close()

@@ -4,6 +4,7 @@ import json
 import math
 import time
 
+import pytest
 import torch
 
 from fastssl import run as run_module
@@ -64,6 +65,16 @@ def test_the_time_of_a_run_that_goes_on_counts_on(tmp_path, monkeypatch):
     assert train(0, 10) == [(3, 10, 38.4), (6, 20, 38.4)]
     assert train(3, 6) == [(3, 10, 38.4), (6, 16, 64), (9, 22, 64)]  # of step 6 there was no checkpoint
     assert train(0, 4) == [(3, 4, 96), (6, 8, 96)]
+
+
+def test_a_disk_that_fills_between_checkpoints_is_named(tmp_path):
+    record = open_run(tmp_path)
+    record.metrics.close()
+    record.metrics = open("/dev/full", "w", buffering=1)  # noqa: SIM115 (the run closes it)
+    for write in (lambda: record.log(3, {}), record.close):  # closing tries to write the line once more
+        with pytest.raises(ValueError, match=r"--output .* cannot be written \(No space left on device\): free some"):
+            write()
+    open_run(tmp_path).close()  # nothing holds the lock
 
 
 def test_the_picture_of_views_is_that_of_this_run(tmp_path, monkeypatch):
