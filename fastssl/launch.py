@@ -33,13 +33,19 @@ def launch_command(argv: Sequence[str], module: str, node_batch: int | None = No
     """The torchrun command that a reference command line asks for, or None when it asks for one process.
 
     node_batch: the default of a -b that counts a node's images; None where -b and -j count those of a process.
-    Sets CUDA_VISIBLE_DEVICES for --gpu and --gpus. Raises ValueError when --dist-url is no address.
+    Sets CUDA_VISIBLE_DEVICES for --gpu and --gpus. Raises ValueError when --dist-url is no address, and for several
+    nodes without --multiprocessing-distributed.
     """
     flags, rest = split_launch_flags(argv)
     gpus = flags.gpus or ([flags.gpu] if flags.gpu is not None else [])
     if gpus:
         show_gpus(gpus)
     if not flags.multiprocessing_distributed:
+        if flags.world_size > 1 and "WORLD_SIZE" not in os.environ:  # each node would train for itself
+            raise ValueError(
+                f"--world-size {flags.world_size} counts nodes, which only meet with --multiprocessing-distributed: "
+                "add it, or start with torchrun"
+            )
         return None
     nodes, node = count_nodes(flags)
     processes = len(gpus) or max(1, torch.cuda.device_count())

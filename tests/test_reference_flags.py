@@ -198,6 +198,7 @@ def test_whose_batch_an_evaluation_means(evaluation, images, monkeypatch):
     [
         ("--multiprocessing-distributed --world-size 2 --rank 2", "must be a node's number, below --world-size 2"),
         ("--multiprocessing-distributed --world-size 0 --rank 0", "must be a node's number, below --world-size 0"),
+        ("--world-size 2 --rank 1 --dist-url tcp://h:1", "--world-size 2 counts nodes, .* with --multiprocessing-dis"),
         ("--gpu -1", "GPUs are counted from 0, got -1"),  # CUDA_VISIBLE_DEVICES=-1 would hide them all
     ],
 )
