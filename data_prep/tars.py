@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from fastssl.data_prep.find import ImageFolder, is_image_name, label_by_folder, walk_images
 from fastssl.data_prep.manifest import name_classes, read_manifest
@@ -45,18 +46,19 @@ def read_tars(path: Path, tars: list[Path]) -> tuple[ImageFolder, list[Member]]:
     """
     images: Members = {}
     classes: dict[tuple[Path, str], int] = {}
-    for tar in tars:
-        try:
-            with tarfile.open(tar, "r:") as archive:
-                members = _members(archive)
-                images |= {(tar, name): m for name, m in members.items() if is_image_name(os.path.basename(name))}
-                texts = {name: _bytes(archive, m) for name, m in members.items() if name.endswith(".cls")}
-        except (tarfile.TarError, OSError, ValueError) as error:
-            raise ValueError(f"{tar} is no whole, uncompressed tar file ({error}): {WANTED}") from error
-        for name, text in texts.items():
-            if (tar, _key(name)) in classes:
-                raise ValueError(f"{tar}/{name}: another sample has the same name up to the first dot, rename one")
-            classes[tar, _key(name)] = class_number(text, f"{tar}/{name}")
+    with tqdm(unit="files", desc="listing", dynamic_ncols=True, disable=None, delay=1, leave=False) as bar:
+        for tar in tars:
+            try:
+                with tarfile.open(tar, "r:") as archive:
+                    members = _members(archive, bar)
+                    images |= {(tar, name): m for name, m in members.items() if is_image_name(os.path.basename(name))}
+                    texts = {name: _bytes(archive, m) for name, m in members.items() if name.endswith(".cls")}
+            except (tarfile.TarError, OSError, ValueError) as error:
+                raise ValueError(f"{tar} is no whole, uncompressed tar file ({error}): {WANTED}") from error
+            for name, text in texts.items():
+                if (tar, _key(name)) in classes:
+                    raise ValueError(f"{tar}/{name}: another sample has the same name up to the first dot, rename one")
+                classes[tar, _key(name)] = class_number(text, f"{tar}/{name}")
     if not images:
         raise ValueError(f"{path} holds no images: {WANTED}")
     return _samples(path, images, classes) if classes else _packed_folder(path, images)
@@ -101,7 +103,7 @@ def _packed_folder(path: Path, images: Members) -> tuple[ImageFolder, list[Membe
     return label_by_folder(str(path), ["/".join(part) for part in parts]), [images[place] for place in places]
 
 
-def _members(archive: tarfile.TarFile) -> dict[str, Member]:
+def _members(archive: tarfile.TarFile, bar: tqdm) -> dict[str, Member]:
     """The files that are not hidden, in the order of the archive; a link is where the file that it leads to is.
 
     A link to something outside the archive counts as an empty file, so that it is reported. A tar file inside it, as in
@@ -109,12 +111,13 @@ def _members(archive: tarfile.TarFile) -> dict[str, Member]:
     """
     members, links = {}, {}
     for member in archive:
+        bar.update()
         name = os.path.normpath(member.name)
         if any(part.startswith(".") for part in name.split("/")):
             continue
         if member.isfile() and name.endswith(".tar"):
             with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
-                for below, (_, offset, size) in _members(inner).items():
+                for below, (_, offset, size) in _members(inner, bar).items():
                     members[f"{name[:-4]}/{below}"] = Member(archive.name, member.offset_data + offset, size)
         elif member.isfile() or member.islnk() or member.issym():
             members[name] = Member(archive.name, member.offset_data, member.size if member.isfile() else 0)
