@@ -46,7 +46,7 @@ def read_tars(path: Path, tars: list[Path]) -> tuple[ImageFolder, list[Member]]:
     """
     images: Members = {}
     classes: dict[tuple[Path, str], int] = {}
-    with tqdm(unit="files", desc="listing", dynamic_ncols=True, disable=None, delay=1, leave=False) as bar:
+    with tqdm(unit=" files", desc="listing", dynamic_ncols=True, disable=None, delay=1, leave=False) as bar:
         for tar in tars:
             try:
                 with tarfile.open(tar, "r:") as archive:

@@ -172,7 +172,7 @@ class TrainConfig:
     output: Annotated[str | None, flag("--ckpt-dir")] = None
     """Run folder; by default runs/<arch>-<date>-<time>."""
     resume: str = "no"
-    """auto: continue from the newest intact checkpoint in --output, if any; or the path of a checkpoint."""
+    """auto: the newest intact checkpoint in --output, if any; PATH: that one; auto:PATH: PATH while there is none."""
     restart: bool = False
     """With --resume PATH: load only the weights, which may be another project's, and begin at step 0."""
     log_every: Annotated[int, flag("-p", "--print-freq")] = 20

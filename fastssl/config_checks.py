@@ -65,10 +65,10 @@ def check_combinations(config: Config) -> None:
         raise ValueError(
             f"--resident-shard applies only to --loader resident, not to {config.input.loader}: add --loader resident"
         )
-    if t.restart and t.resume == "auto":
-        raise ValueError("--restart begins a run and --resume auto goes on with one: remove one of them")
-    if t.restart and t.resume in ("no", ""):
+    if t.restart and t.resume in ("no", "", "auto"):
         raise ValueError("--restart needs --resume PATH: name the checkpoint whose weights to start from")
+    if t.resume == "auto:":
+        raise ValueError("--resume auto: names no checkpoint: give its path behind the colon, or auto alone")
     if t.restart and t.start_epoch:
         raise ValueError("--restart begins at epoch 0: remove --start-epoch")
     if t.compile == "graphs" and o.accumulate > 1:  # a replay overwrites the gradients of the one before

@@ -6,7 +6,6 @@ Flags override the recipe of --config, which overrides the defaults of config.py
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Sequence
 
 import tyro
@@ -69,15 +68,13 @@ def translate_reference_flags(argv: Sequence[str]) -> list[str]:
     return result
 
 
-def check_start(words: Sequence[str]) -> None:
-    """Raises ValueError for --resume auto behind --resume PATH, as scripts add it: the last would silently count."""
-    given = [value for flag, value in itertools.pairwise(words) if flag == "--resume"]
-    paths = [value for value in given if value not in ("no", "", "auto")]
-    if paths and given[-1] == "auto":
-        raise ValueError(
-            f"--resume {paths[-1]} begins a run and --resume auto goes on with one: give the first alone at the first "
-            "start, and auto in its place, without --restart, from then on"
-        )
+def join_starts(words: list[str]) -> list[str]:
+    """The same command line with --resume auto behind --resume PATH, where scripts add it, as --resume auto:PATH."""
+    places = [i + 1 for i, word in enumerate(words[:-1]) if word == "--resume"]
+    paths = [words[i].removeprefix("auto:") for i in places if words[i] not in ("no", "", "auto")]
+    if paths and words[places[-1]] == "auto":
+        words[places[-1]] = f"auto:{paths[-1]}"
+    return words
 
 
 def parse(argv: Sequence[str], program: str = "fastssl pretrain", description: str | None = None) -> Config:
@@ -90,13 +87,11 @@ def parse(argv: Sequence[str], program: str = "fastssl pretrain", description: s
     first.add_argument("--print-config", action="store_true")
     own, rest = first.parse_known_args(list(argv))
     default = Config() if own.config is None else load_recipe(own.config)
-    words = translate_reference_flags(rest)
-    check_start(words)
     config = tyro.cli(
         Config,
         prog=program,
         description=description,
-        args=data_first(words, LISTS),
+        args=data_first(join_starts(translate_reference_flags(rest)), LISTS),
         default=default,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )

@@ -11,30 +11,34 @@ from pathlib import Path
 from typing import TextIO
 
 from fastssl import checkpoint
-from fastssl.config import Config
+from fastssl.config import Config, replace
 from fastssl.data_prep.files import lock, write_text
 from fastssl.distributed import Ranks, broadcast_object
 
 
-def choose_folder(config: Config, ranks: Ranks) -> Path:
+def choose_folder(config: Config, ranks: Ranks) -> tuple[Path, Config]:
     """The run folder, the same on every rank: --output, or runs/<arch>-<date>-<time>.
 
+    Also returns `config`, with --resume auto:PATH decided: it is PATH until the folder holds a checkpoint, then auto.
     Raises ValueError when a new run would be mixed into the folder of an old one.
     """
     t = config.train
-    if not t.output and t.resume == "auto":
+    auto, _, begin = t.resume.partition(":")
+    if not t.output and auto == "auto":
         raise ValueError("--resume auto needs --output, the folder of the run to resume")
     default = f"runs/{config.model.arch}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(broadcast_object(t.output or default, ranks))
     if not writable(folder):
         raise ValueError(f"--output {folder} is not a folder that can be written: choose another place")
-    saved = checkpoint.saved_steps(folder / "checkpoints")
-    if t.resume != "auto" and saved:
+    saved = broadcast_object(checkpoint.saved_steps(folder / "checkpoints"), ranks)
+    if auto != "auto" and saved:
         raise ValueError(
             f"{folder} already holds a run, saved after step {max(saved)}: "
             "add --resume auto to continue it, or choose another --output"
         )
-    return folder
+    if auto == "auto" and begin:
+        config = replace(config, resume="auto", restart=False) if saved else replace(config, resume=begin)
+    return folder, config
 
 
 def writable(folder: Path) -> bool:

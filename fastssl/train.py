@@ -142,7 +142,7 @@ def pretrain(config: Config, again: str = "--resume auto") -> int:
     make_deterministic(config.train.deterministic)
     ranks = distributed.start(config.train.device)
     try:
-        folder = choose_folder(config, ranks)
+        folder, config = choose_folder(config, ranks)
         with closing(open_loader(config, ranks)) as loader:
             return train(config, loader, folder, ranks, again)
     finally:

@@ -96,8 +96,8 @@ def test_compile_switches():
         (["D", "--eval-resize", "100"], "--eval-resize 100 must be at least --image-size 224"),
         (["D", "--seed", "9223372036854775808"], "--seed must fit into 64 bits"),
         (["D", "--restart"], "--restart needs --resume PATH"),
-        (["D", "--restart", "--resume", "auto"], "--restart begins a run and --resume auto goes on with one"),
-        (["D", "--resume=a.pth", "--resume", "auto"], "--resume a.pth begins a run and --resume auto goes on with one"),
+        (["D", "--restart", "--resume", "auto"], "--restart needs --resume PATH"),
+        (["D", "--resume", "auto:"], "--resume auto: names no checkpoint"),
     ],
 )
 def test_a_wrong_flag_is_an_error_that_names_the_mend(argv, words, capsys):
@@ -107,10 +107,17 @@ def test_a_wrong_flag_is_an_error_that_names_the_mend(argv, words, capsys):
     assert words in " ".join(f"{capsys.readouterr().err} {stop.value}".split())
 
 
-def test_the_last_of_a_flag_counts():
-    for words in ("auto auto", "no auto", "a.pth b.pth"):
-        given = words.split()
-        assert parse(["D", "--resume", given[0], "--resume", given[1]]).train.resume == given[1]
+def test_auto_behind_a_path_is_either():
+    """As the Slurm scripts add it. Otherwise the last of a flag counts."""
+    for first, last, meant in (
+        ("auto", "auto", "auto"),
+        ("no", "auto", "auto"),
+        ("a.pth", "b.pth", "b.pth"),
+        ("auto", "a.pth", "a.pth"),
+        ("a.pth", "auto", "auto:a.pth"),
+        ("auto:a.pth", "auto", "auto:a.pth"),
+    ):
+        assert parse(["D", f"--resume={first}", "--resume", last]).train.resume == meant
 
 
 def test_help_names_every_option(capsys):

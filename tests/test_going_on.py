@@ -99,6 +99,20 @@ def test_a_damaged_later_checkpoint_does_not_cost_the_good_ones(run, data, tmp_p
     assert code == 0 and f"{checkpoint.name(5)}, after 5 steps" in text
 
 
+def test_a_run_that_begins_at_a_checkpoint_goes_on_from_its_own(run, data, tmp_path, pretrain_argv):
+    student = tmp_path / "student"
+    assert pretrain_argv([str(data), *FLAGS.split(), "--epochs", "1", "--output", str(student), "--seed", "1"])[0] == 0
+    start = ("--epochs", "2", "--resume", str(student / "checkpoints" / checkpoint.name(2)), "--restart")
+    code, text = run(data, *start, "--steps", "1", "--resume", "auto")  # as the Slurm scripts add it
+    assert code == 0 and f"starting from the weights of {start[3]}" in text
+    assert "resuming" not in text and "scratch" not in text
+    code, text = run(data, *start)
+    assert code == FAILED and "already holds a run, saved after step 1: add --resume auto" in text
+    code, text = run(data, *start, "--resume", "auto")
+    assert code == 0 and f"{checkpoint.name(1)}, after 1 step" in text and "starting from" not in text
+    assert max(checkpoint.saved_steps(tmp_path / "run" / "checkpoints")) == 4
+
+
 def test_a_complete_run_keeps_the_record_of_how_it_was_made(run, data, tmp_path):
     assert run(data, "--epochs", "2")[0] == 0
     before = {name: (tmp_path / "run" / name).read_bytes() for name in ("config.yaml", "environment.json")}
