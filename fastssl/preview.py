@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from fastssl.augment.preview import read_pictures, save_preview
 from fastssl.build import make_config_loader, open_policy
@@ -31,6 +32,8 @@ def main(argv: Sequence[str]) -> int:
     output = Path(config.train.output or "views.png")
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder: name a file, such as {output / 'views.png'}")
+    if output.suffix.lower() in Image.registered_extensions().keys() - {".png"}:
+        raise ValueError(f"--output {output}: the picture is a PNG file; name it {output.with_suffix('.png').name}")
     if not output.parent.is_dir():
         raise ValueError(f"--output {output}: the folder {output.parent} does not exist; create it first")
     few = replace(config, batch_size=1, accumulate=1, bn_splits=1)  # a picture can be drawn of a single image too

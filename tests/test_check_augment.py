@@ -97,6 +97,8 @@ def test_preview_writes_a_picture(image_folder: Path, tmp_path: Path, capsys: py
     assert "is a folder: name a file" in capsys.readouterr().err
     assert main(["preview", str(image_folder), "--output", str(tmp_path / "none" / "views.png")]) == 1
     assert "does not exist; create it first" in capsys.readouterr().err
+    assert main(["preview", str(image_folder), "--output", str(tmp_path / "views.jpg")]) == 1
+    assert "the picture is a PNG file; name it views.png" in capsys.readouterr().err
     assert preview.COUNT == 8
 
 

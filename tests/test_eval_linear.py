@@ -297,6 +297,7 @@ def test_bad_input_is_one_sentence(run, image_folder, tmp_path):
     for words, sentence in [
         (["--lrs", "1,2"], "--lrs needs --protocol cached"),
         (["--protocol", "cached", "--resume", "x"], "writes no checkpoints"),
+        (["--protocol", "cached", "--start-epoch", "1"], "leave out --start-epoch"),
         (["--start-epoch", 100], "--start-epoch 100 must lie between 0 and 99"),
         (["--resume", tmp_path / "text.pth.tar"], "is damaged or not a checkpoint"),
         (["--resume", tmp_path / "empty.pth.tar"], "is damaged or not a checkpoint: EOFError"),

@@ -70,6 +70,8 @@ def check_training_flags(options: argparse.Namespace) -> None:
         raise ValueError(f"{swept[0]} needs --protocol cached: add it, or give a single --lr and --wd")
     if options.protocol == "cached" and (options.resume or options.evaluate or options.output):
         raise ValueError("--protocol cached writes no checkpoints: leave out --resume, --evaluate and --output")
+    if options.protocol == "cached" and options.start_epoch:
+        raise ValueError("--protocol cached trains from the first epoch: leave out --start-epoch")
     if options.evaluate and not options.resume:
         raise ValueError("-e needs a trained classifier: give its checkpoint with --resume")
     if not 0 <= options.start_epoch < options.epochs:
