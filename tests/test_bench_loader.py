@@ -141,7 +141,9 @@ def test_a_beton_of_other_images_is_refused_before_anything_is_measured(tmp_path
     convert()
     assert open_data(str(data), str(beton), tmp_path, 4) == (str(data), str(beton))
     assert open_data(None, str(beton), tmp_path, 4) == (str(beton), str(beton))  # not photographs of our own beside it
-    first.rename(first.with_name("00.jpg"))
+    first.rename(first.with_suffix(".jpeg"))
+    open_data(str(data), str(beton), tmp_path, 4)
+    first.with_suffix(".jpeg").rename(first.with_name("00.jpg"))
     refused(f"class0/0.jpg, and {data}.* has class0/00.jpg in its place")
     beton.with_name("x.beton.images.jsonl").unlink()  # as a file that FFCV wrote
     assert open_data(str(data), str(beton), tmp_path, 4) == (str(data), str(beton))

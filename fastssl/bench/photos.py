@@ -79,7 +79,8 @@ def open_data(data: str | None, beton: str | None, scratch: Path, count: int) ->
 def check_same_images(data: str, beton: str) -> None:
     """Raises ValueError unless a .beton holds the images of a folder, but for those that its manifest says it left out.
 
-    Compared are their number and, with a listing, their names; images of tar files have others than those of folders.
+    Compared are their number and, with a listing, their names, but for the extension: a folder may hold the images as
+    JPEGs of another size. Images of tar files have other names than those of folders.
     """
     mend = "the rates would not be of the same images; fastssl prep beton makes such a file of a folder"
     manifest = read_manifest(Path(beton)) or {"quarantined": []}
@@ -91,5 +92,5 @@ def check_same_images(data: str, beton: str) -> None:
         return
     stored = [json.loads(line)["path"] for line in listing.read_text("ascii").splitlines()]
     for theirs, ours in zip(stored, names):
-        if theirs != ours and ".tar/" not in theirs + ours:
+        if os.path.splitext(theirs)[0] != os.path.splitext(ours)[0] and ".tar/" not in theirs + ours:
             raise ValueError(f"{beton} holds {theirs}, and {data} has {ours} in its place: {mend}")
