@@ -33,16 +33,14 @@ def partial_file(path: Path) -> Iterator[BinaryIO]:
     """
     partial = partial_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "rb+") as file:
+    with _removed_on_failure(partial), open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "rb+") as file:
         _lock_partial(file.fileno(), partial)
         try:
             file.truncate(0)
             yield file
-        except BaseException as error:
-            partial.unlink(missing_ok=True)
+        except BaseException:
             with contextlib.suppress(OSError):
-                file.close()  # tries once more to write what is left, and its error would not tell where
-            _tell_where(error, partial.parent)
+                file.close()  # tries once more to write what is left, and its error would hide the first
             raise
 
 
@@ -68,20 +66,14 @@ def partial_files(*paths: Path) -> Iterator[list[BinaryIO]]:
 def partial_folder(path: Path) -> Iterator[Path]:
     """Like `partial_file`, for a folder of files; the caller renames it inside the block."""
     partial = partial_path(path)
-    partial.mkdir(parents=True, exist_ok=True)
-    handle = os.open(partial, os.O_RDONLY)
-    try:
+    with _removed_on_failure(partial), contextlib.ExitStack() as stack:
+        partial.mkdir(parents=True, exist_ok=True)
+        handle = os.open(partial, os.O_RDONLY)
+        stack.callback(os.close, handle)
         _lock_partial(handle, partial)
-        try:
-            for left in partial.iterdir():
-                left.unlink()
-            yield partial
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            _tell_where(error, partial.parent)
-            raise
-    finally:
-        os.close(handle)
+        for left in partial.iterdir():
+            left.unlink()
+        yield partial
 
 
 def lock(handle: int, path: Path) -> bool:
@@ -106,6 +98,21 @@ def _say_unlocked(folder: Path, why: str) -> None:
 def _lock_partial(handle: int, partial: Path) -> None:
     if not lock(handle, partial):
         raise ValueError(f"another process is writing {partial}: wait for it to end, or choose another name")
+
+
+@contextlib.contextmanager
+def _removed_on_failure(partial: Path) -> Iterator[None]:
+    """Removes what the block made when it fails, unless another process writes it: a signal may end any line."""
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            handle = os.open(partial, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            if lock(handle, partial):
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        _tell_where(error, partial.parent)
+        raise
 
 
 def _tell_where(error: BaseException, folder: Path) -> None:

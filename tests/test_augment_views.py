@@ -245,20 +245,6 @@ def test_empty_batch_and_bad_sizes() -> None:
         make_eval_view(empty, 32, 30)
 
 
-def test_a_large_image_elsewhere_costs_an_evaluation_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU as many rows are resized as `max_side` says, which may be that of a whole data set."""
-    sides, many = [], photo_batch(((50, 40), (20, 90), (8, 8)))._replace(max_side=1 << 20)
-    crops = sample_params(make_policy("v1", jitter_p=0.0, grey_scale=0.0), many, 0, 0, 0)
-    resizes = {"eval_resize": views.eval_resize, "crop_resize": views.crop_resize}
-    for name, resize in resizes.items():
-        monkeypatch.setattr(views, name, lambda b, *args, f=resize: sides.append(b.max_side) or f(b, *args))
-    monkeypatch.setattr(views, "CPU_PIXELS", 2 * 16**2)  # two images at once
-    whole = make_eval_view(many, 16, 16), views.make_crop_view(many, crops, 16)
-    assert sides == [90, 8] * 2
-    monkeypatch.undo()
-    assert torch.equal(whole[0], make_eval_view(many, 16, 16)) and torch.equal(whole[1], make_view(many, crops, 16))
-
-
 @pytest.mark.parametrize("size", [32, 64])
 def test_eval_view_is_torchvisions(size: int) -> None:
     batch = photo_batch(((120, 160), (160, 107), (32, 32), (5, 7)))

@@ -17,6 +17,7 @@ import pytest
 from prep_images import jpeg, write_kinds
 
 from fastssl import cli
+from fastssl.data_prep import files
 from fastssl.data_prep.prepare import Store
 from fastssl.data_prep.sources import Selection
 from fastssl.data_prep.work_pool import Work, WorkPool
@@ -119,6 +120,32 @@ def test_a_parent_s_own_sigterm_reaches_its_processes(images, tmp_path):
         assert process.communicate(timeout=60) == ("", SAID[signal.SIGTERM])
         wait_for_members(process.pid)
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("moment", ["_lock_partial", "lock"])
+@pytest.mark.parametrize("opened", [files.partial_file, files.partial_folder])
+def test_a_signal_while_a_file_is_opened_leaves_nothing(tmp_path, monkeypatch, opened, moment):
+    """Before the lock, and after it."""
+
+    def interrupted(*arguments):
+        monkeypatch.undo()
+        if moment == "lock":
+            files.lock(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, moment, interrupted)
+    with pytest.raises(KeyboardInterrupt), opened(tmp_path / "out"):
+        pass
+    assert not os.listdir(tmp_path)
+
+
+def test_what_another_writes_stays(tmp_path):
+    with files.partial_file(tmp_path / "out") as file:
+        file.write(b"the first's")
+        file.flush()
+        with pytest.raises(ValueError, match="another process is writing"), files.partial_file(tmp_path / "out"):
+            pass
+        assert (tmp_path / "out.partial").read_bytes() == b"the first's"
 
 
 def test_a_second_signal_ends_it_at_once(images, tmp_path):

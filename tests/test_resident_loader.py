@@ -129,6 +129,14 @@ def test_an_evaluation_of_shards_sees_everything_once(data, limit):
         list(ranks[1].eval_batches(4, 0, 3))
 
 
+def test_an_evaluation_knows_the_sides_of_its_batches(folder):
+    """Not of the data set alone: on a GPU a single large image would make all others expensive."""
+    loader = make_loader("resident", folder, batch_size=1, seed=0, device="cpu")
+    batches = list(loader.eval_batches(2))
+    sides = [int(torch.maximum(batch.height, batch.width).max()) for batch in batches]
+    assert [batch.max_side for batch in batches] == sides and len(set(sides)) > 1
+
+
 def test_one_rank_that_shards_holds_everything(folder):
     assert contents(take(open_loader(folder, resident_shard=True).batches(), 9)) == contents(
         take(open_loader(folder).batches(), 9)

@@ -3,7 +3,7 @@
 `make_view` is the reference in plain PyTorch; the Triton kernels on a GPU (fused.py) and the compiled loops on a CPU
 (compiled_views.py) give the same bits. Between operations pixels are whole numbers 0..255, as in the Pillow pipelines
 that it reproduces. An image's result has the same bits in any batch and with any number of threads, because all sums
-over pixels or taps are exact (color.py, blur.py). On a GPU there is no sync, but for the views of evaluations.
+over pixels or taps are exact (color.py, blur.py). On a GPU there is no sync.
 """
 
 from __future__ import annotations
@@ -100,14 +100,14 @@ def _make_part(images: ImageBatch, p: ViewParams, plan: Tensor, taps: Tensor, vi
 def make_crop_view(batch: ImageBatch, params: ViewParams, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """`make_view` for params that only crop and flip, with the same bits; it ignores all others.
 
-    On a GPU `make_view` computes every operation for every image, because choosing would be a sync. This one has one.
+    On a GPU `make_view` computes every operation for every image, because choosing would be a sync.
     """
     _check_size(size)
     out = _empty_view(batch, size, dtype)
     if batch.size == 0:
         return out
-    parts = _tight_parts(batch, size)
-    for images, p, view in zip(parts, params.split(parts[0].size), out.split(parts[0].size)):
+    step = _images_at_once(batch, size)
+    for images, p, view in zip(_split(batch, step), params.split(step), out.split(step)):
         _write_normalised(crop_resize(images, p, size), view)
     return out
 
@@ -126,8 +126,8 @@ def make_eval_view(batch: ImageBatch, size: int, resize: int, dtype: torch.dtype
     out = _empty_view(batch, size, dtype)
     if batch.size == 0:
         return out
-    parts = _tight_parts(batch, size)
-    for images, view in zip(parts, out.split(parts[0].size)):
+    step = _images_at_once(batch, size)
+    for images, view in zip(_split(batch, step), out.split(step)):
         _write_normalised(eval_resize(images, size, resize), view)
     return out
 
@@ -155,19 +155,6 @@ def _empty_view(batch: ImageBatch, size: int, dtype: torch.dtype) -> Tensor:
 
 def _split(batch: ImageBatch, count: int) -> list[ImageBatch]:
     return [batch.select(slice(start, start + count)) for start in range(0, batch.size, count)]
-
-
-def _tight_parts(batch: ImageBatch, size: int) -> list[ImageBatch]:
-    """The batch in parts, each with the max_side of its own images, for which a GPU waits.
-
-    On a GPU rows and taps are as many as that side asks for: with the one of a batch, or of a resident data set, a
-    single large image would make all others as expensive.
-    """
-
-    def tight(images: ImageBatch) -> ImageBatch:
-        return images._replace(max_side=int(torch.maximum(images.height, images.width).max()))
-
-    return [tight(part) for part in _split(batch, _images_at_once(tight(batch), size))]
 
 
 def _images_at_once(batch: ImageBatch, size: int) -> int:

@@ -77,8 +77,9 @@ class ResidentLoader:
         share = self._eval_share(rank, world_size, limit)
         for part in share.split(batch_size):
             readable = part[self._readable[part - self.start]]
-            if len(readable):
-                yield self._windows(readable.to(self.device))
+            if len(readable):  # on a GPU a view costs as much as the largest image that its batch may have
+                largest = int(self._sides[readable - self.start].max())
+                yield self._windows(readable.to(self.device))._replace(max_side=largest)
 
     def close(self) -> None:
         """Does nothing: there are no threads."""
@@ -108,6 +109,7 @@ class ResidentLoader:
             windows[:, bad] = windows[:, replacements.to(self.device)]
         self._offset, self._label = windows[0], windows[3]
         self._height, self._width = windows[1].int(), windows[2].int()
+        self._sides = torch.maximum(self._height, self._width).cpu()
 
     def _epoch_share(self, epoch: int) -> Tensor:
         """This rank's images of an epoch in order, (n,) int64; with shards n may exceed what the batches need."""
