@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,7 +33,7 @@ def partial_file(path: Path) -> Iterator[BinaryIO]:
     """
     partial = partial_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _removed_on_failure(partial), open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "rb+") as file:
+    with _on_failure(Path.unlink, partial), open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "rb+") as file:
         _lock_partial(file.fileno(), partial)
         try:
             file.truncate(0)
@@ -66,7 +66,7 @@ def partial_files(*paths: Path) -> Iterator[list[BinaryIO]]:
 def partial_folder(path: Path) -> Iterator[Path]:
     """Like `partial_file`, for a folder of files; the caller renames it inside the block."""
     partial = partial_path(path)
-    with _removed_on_failure(partial), contextlib.ExitStack() as stack:
+    with _on_failure(shutil.rmtree, partial), contextlib.ExitStack() as stack:
         partial.mkdir(parents=True, exist_ok=True)
         handle = os.open(partial, os.O_RDONLY)
         stack.callback(os.close, handle)
@@ -101,8 +101,11 @@ def _lock_partial(handle: int, partial: Path) -> None:
 
 
 @contextlib.contextmanager
-def _removed_on_failure(partial: Path) -> Iterator[None]:
-    """Removes what the block made when it fails, unless another process writes it: a signal may end any line."""
+def _on_failure(remove: Callable[[Path], None], partial: Path) -> Iterator[None]:
+    """Removes what the block made when it fails, unless another process writes it: a signal may end any line.
+
+    remove: of files or of folders, for what is in the way may be the other, and stays.
+    """
     try:
         yield
     except BaseException as error:
@@ -110,7 +113,7 @@ def _removed_on_failure(partial: Path) -> Iterator[None]:
             handle = os.open(partial, os.O_RDONLY)
             stack.callback(os.close, handle)
             if lock(handle, partial):
-                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+                remove(partial)
         _tell_where(error, partial.parent)
         raise
 

@@ -148,6 +148,15 @@ def test_what_another_writes_stays(tmp_path):
         assert (tmp_path / "out.partial").read_bytes() == b"the first's"
 
 
+def test_what_is_in_the_way_of_a_partial_file_stays(tmp_path):
+    (tmp_path / "a.partial" / "folder").mkdir(parents=True)
+    (tmp_path / "b.partial").write_text("a file")
+    for opened, name in ((files.partial_file, "a"), (files.partial_folder, "b")):
+        with pytest.raises(OSError, match=rf"{name}\.partial"), opened(tmp_path / name):
+            pass
+    assert (tmp_path / "a.partial" / "folder").is_dir() and (tmp_path / "b.partial").read_text() == "a file"
+
+
 def test_a_second_signal_ends_it_at_once(images, tmp_path):
     with start(images, tmp_path, "beton") as process:
         wait_for(process, tmp_path / LISTING["beton"], "in the middle")
