@@ -8,6 +8,7 @@ are normalised on arrival (`normalise_bytes`), except with hide-and-seek (see `m
 from __future__ import annotations
 
 import os
+import sys
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from fastssl import nvidia
 from fastssl.limits import usable_cores
 
 TIMEOUT = timedelta(minutes=10)  # for a collective of training, and for the ranks to meet
+TASKS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun"}  # who counts what it started in which
 
 
 class Ranks(NamedTuple):
@@ -40,6 +42,7 @@ def start(device: str = "auto", patience: timedelta | None = None) -> Ranks:
     if device == "cuda" and not cuda:
         raise ValueError("--device cuda: torch finds no GPU; run `fastssl doctor` to learn why, or use --device cpu")
     rank, world_size, local_rank = read_ranks()
+    say_if_alone()
     target = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         if local_rank >= (gpus := torch.cuda.device_count()):
@@ -58,6 +61,14 @@ def start(device: str = "auto", patience: timedelta | None = None) -> Ranks:
             timeout=patience or TIMEOUT,
         )
     return Ranks(rank, world_size, target)
+
+
+def say_if_alone() -> None:
+    """Tells, on stderr, one of several processes of srun or mpirun that it will not meet the others."""
+    for name, program in TASKS.items():
+        if "WORLD_SIZE" not in os.environ and os.environ.get(name, "1") != "1":
+            alone = f"{program} started {os.environ[name]} processes, and each is a run of its own"
+            print(f"fastssl: {alone}: for one run on all of them start torchrun (recipes/slurm)", file=sys.stderr)
 
 
 def limit_threads() -> None:

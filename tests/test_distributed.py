@@ -116,6 +116,16 @@ def test_without_a_world_size_other_variables_do_not_count(monkeypatch):
     assert distributed.start("cpu")[:2] == (0, 1)
 
 
+@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_processes_that_will_not_meet_are_told_so(monkeypatch, capsys, variable):
+    """As under `srun --ntasks 8 python -m fastssl.train`."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for tasks, told in (("1", False), ("8", True)):
+        monkeypatch.setenv(variable, tasks)
+        assert distributed.start("cpu")[:2] == (0, 1)
+        assert ("started 8 processes, and each is a run of its own" in capsys.readouterr().err) == told
+
+
 @pytest.mark.parametrize(
     ("device", "driver", "visible", "said"),
     [("auto", True, None, True), ("auto", True, "-1", False), ("auto", False, None, False), ("cpu", True, None, False)],
