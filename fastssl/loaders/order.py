@@ -62,8 +62,8 @@ def count_batches(num_images: int, batch_size: int, world_size: int = 1) -> int:
         raise ValueError(f"the batch size must be at least 1, got {batch_size}")
     if num_images < batch_size * world_size:
         ranks = f" on each of {world_size} ranks" if world_size > 1 else ""
-        most = num_images // world_size
-        fix = f"use a batch size of at most {most:,}" if most else "use fewer ranks"
+        most = num_images // world_size * world_size
+        fix = f"use a batch size of at most {most:,}{' in all' if ranks else ''}" if most else "use fewer ranks"
         raise ValueError(
             f"the data set has {counted(num_images, 'image')} but a step takes {batch_size * world_size:,} (batch size "
             f"{batch_size:,}{ranks}): {fix}"
