@@ -48,7 +48,8 @@ def describe_changes(state: dict, config: Config, num_images: int, world_size: i
             notes.append(f"{change}: the run continues, but differs from one that was never stopped")
     if world_size != state.get("world_size", world_size):  # early checkpoints do not have it
         change = f"the world size is now {world_size} and was {state['world_size']}"
-        notes.append(f"{change}: batch norm and the uniform loss see other parts of a batch")
+        images = " and, by --resident-shard, each rank other images" if config.input.resident_shard else ""
+        notes.append(f"{change}: batch norm and the uniform loss see other parts of a batch{images}")
     if num_images != state["num_images"]:
         change = f"the data set now has {counted(num_images, 'image')} and had {state['num_images']:,}"
         notes.append(f"{change}: the order of the images differs")

@@ -182,3 +182,5 @@ def test_what_was_changed_is_told_where_it_touches_a_weight(small):
 def test_another_number_of_processes_is_named(small, saved_by):
     note = "the world size is now 1 and was 2: batch norm and the uniform loss see other parts of a batch"
     assert (note in small(saved_by)) is (saved_by == 2)
+    shards = f"{note} and, by --resident-shard, each rank other images"
+    assert (shards in small(saved_by, loader="resident", resident_shard=True)) is (saved_by == 2)
