@@ -28,14 +28,19 @@ from fastssl.models.encoders import make_encoder
 from fastssl.models.tryout import build_without_memory, why_refused
 from fastssl.optim import make_optimizer
 from fastssl.plan import DTYPES, choose_precision, encoder_batch_size, rank_batch_size
+from fastssl.same_on_ranks import check_images
 
 READING_OPTIONS = ("shuffle", "read_ahead", "beton_cache")  # who sets one of these wants the files read
 
 
 def open_loader(config: Config, ranks: Ranks) -> Loader:
-    """This rank's loader. --loader auto decodes a small data set once and keeps it, unless a reading option is set."""
+    """This rank's loader. --loader auto decodes a small data set once and keeps it, unless a reading option is set.
+
+    Call on all ranks. Raises ValueError, beside what `make_loader` raises, when they see different images.
+    """
     d, defaults = config.input, DataConfig()
     loader = make_config_loader(config, d.loader, ranks)
+    check_images(loader, "training", ranks)
     may_choose = d.loader == "auto" and all(getattr(d, name) == getattr(defaults, name) for name in READING_OPTIONS)
     if not may_choose or loader.name not in ("folder", "beton") or not is_small(loader, ranks.device):
         return loader

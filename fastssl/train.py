@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fastssl import distributed
+from fastssl import distributed, same_on_ranks
 from fastssl.augment.normalise import normalise_bytes
 from fastssl.augment.policy import Policy
 from fastssl.augment.views import make_views
@@ -142,6 +142,7 @@ def pretrain(config: Config, again: str = "--resume auto") -> int:
     make_deterministic(config.train.deterministic)
     ranks = distributed.start(config.train.device)
     try:
+        same_on_ranks.check_options(config, ranks)
         folder, config = choose_folder(config, ranks)
         with closing(open_loader(config, ranks)) as loader:
             return train(config, loader, folder, ranks, again)
@@ -151,8 +152,7 @@ def pretrain(config: Config, again: str = "--resume auto") -> int:
 
 def train(config: Config, loader: Loader, folder: Path, ranks: Ranks, again: str) -> int:
     """Builds the parts, resumes, and runs the loop over the remaining steps."""
-    t = config.train
-    stop = StopSignal(ranks)
+    t, stop = config.train, StopSignal(ranks)
     plan = make_plan(config, loader.batches_per_epoch)
     policy = open_policy(config)
     trainee = make_trainee(config, ranks)

@@ -18,6 +18,7 @@ from fastssl.eval.shards import ShardImages
 from fastssl.loaders.make import choose_loader, make_loader
 from fastssl.loaders.order import epoch_order
 from fastssl.loaders.prefetch import Prefetcher
+from fastssl.same_on_ranks import check_images
 
 HELD_OUT = ("val", "valid", "validation", "test")  # names of the held-out split; the first that exists is taken
 
@@ -64,7 +65,10 @@ class ArrayImages:
 def open_images(
     path: str | os.PathLike, options: argparse.Namespace, ranks: Ranks, class_names: Sequence[str] | None = None
 ) -> Images:
-    """The images of a folder, a .beton file or a folder of tar shards. Raises ValueError when any has no class."""
+    """The images of a folder, a .beton file or a folder of tar shards.
+
+    Call on all ranks. Raises ValueError when any image has no class, or the ranks see different ones.
+    """
     if choose_loader("auto", path)[0] == "dali":  # shards: on a GPU, DALI's decoder gives other pixels than Pillow
         images = ShardImages(path, ranks.device, options.workers, class_names)
     else:
@@ -77,6 +81,7 @@ def open_images(
     if without := int((images.label < 0).sum()):
         count = "1 image" if without == 1 else f"{without:,} images"
         raise ValueError(f"{os.fspath(path)} has {count} without a class: evaluations need a class for every image")
+    check_images(images, os.path.basename(path), ranks)
     return images
 
 

@@ -20,6 +20,7 @@ from fastssl.eval.vote import to_rep_space
 from fastssl.loaders.make import Loader, make_loader
 from fastssl.plan import DTYPES, choose_precision
 from fastssl.random_key import STREAM_HELD_OUT, random_bits
+from fastssl.same_on_ranks import check_images
 
 Probe = Callable[[nn.Module], float]
 ASKED_OF_TRAIN = 5  # without held-out images, one training image in so many is a query, and not in the bank
@@ -39,6 +40,7 @@ def make_probe(config: Config, loader: Loader, ranks: Ranks) -> tuple[Probe | No
     if not loader.class_names:
         return None, "no k-NN probe: it needs classes, and these images are not in class folders"
     held_out, found = open_held_out(config, loader, ranks.device)
+    check_images(held_out, "held-out", ranks)
     images = min(loader.num_images, config.eval.knn_images)
     if held_out is None and images < _FEWEST:
         return None, f"no k-NN probe: {found}, and there are too few training images to hold some out ({images})"
