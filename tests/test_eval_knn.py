@@ -231,7 +231,7 @@ def test_memory_under_a_cap():
 def test_features_of_a_rank_without_images(image_folder):
     options = options_of(image_folder, "-a", "resnet18", "--image-size", 32)
     session = Session(options, Ranks(0, 2, CPU))  # one batch, dealt to rank 1
-    train, _ = open_splits(options, session.ranks)
+    train, _ = open_splits(options, ALONE)
     features, labels = collect_features(session, torch.nn.Flatten(), train, eval_view(session))
     assert features.shape == (0, 0) and labels.shape == (0,)
 
