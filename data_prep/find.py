@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -70,7 +70,7 @@ def by_parts(path: str) -> str:
 
 
 def around_classes(root: str, paths: list[str]) -> str:
-    """The folders around the class folders of all `paths` below `root`, or of the training split: "", "imagenet/train/".
+    """The folders around the class folders of all `paths` below `root`, or of the training split: "", "food/train/".
 
     Raises ValueError for folders that look like splits by other names than `train`, and would become classes.
     """
@@ -83,10 +83,10 @@ def around_classes(root: str, paths: list[str]) -> str:
         if "train" in tops and ("train" not in holders or holders.issubset(SPLITS)):
             return f"{around}train/"
         if splits := look_like_splits(tops - holders):
+            where = os.path.join(root, around).rstrip("/")
             raise ValueError(
-                f"{os.path.join(root, around).rstrip('/')} holds {splits[0]} and {splits[1]}, which look like splits, not "
-                "classes: put the class folders of all training images into one folder train, and those of the others "
-                "into val"
+                f"{where} holds {splits[0]} and {splits[1]}, which look like splits, not classes: put the class "
+                "folders of all training images into one folder train, and those of the others into val"
             )
         if around in folders or holders or len(tops) > 1:
             return around
@@ -124,7 +124,10 @@ def number_labels(
     number = {name: i for i, name in enumerate(class_names)}
     if unknown := [name for name in names if name not in number]:
         known = counted(len(number), "class", "classes")
-        raise ValueError(f"{data} has a class {unknown[0]!r} that is not among the {known} of the other split")
+        raise ValueError(
+            f"{data} has a class {unknown[0]!r} that is not among the {known} of the other split: sort its images into "
+            "classes of the same names"
+        )
     renumber = np.array([number[name] for name in names], np.int64)
     return np.where(label < 0, -1, renumber[label]), list(class_names)
 
