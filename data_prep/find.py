@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,8 @@ from fastssl.plural import counted
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SPLITS = ("train", "val", "valid", "validation", "test", "dev", "eval")
+_TRAIN = re.compile(r"(.*[._-])?train(ing)?([._-].*)?", re.IGNORECASE)  # train.X1, Training, imagenet1k-train-0000
+_HELD_OUT = re.compile(r"(.*[._-])?(val|valid|validation|test|testing|dev|eval)([._-].*)?", re.IGNORECASE)
 
 
 class ImageFolder(NamedTuple):
@@ -31,10 +34,11 @@ class ImageFolder(NamedTuple):
 def find_images(root: str | os.PathLike, class_names: Sequence[str] | None = None) -> ImageFolder:
     """Lists the images of `root/train/<class>/*`, of `root/<class>/*`, or of a flat folder.
 
-    Folders are searched to any depth and links are followed; an image's class is its first folder below the base. A
-    base that directly holds images is flat: it has no classes, though images in its folders count too. Files are chosen
-    by extension; hidden ones (`.name`) are ignored. `class_names`: those of another split, to number the labels alike.
-    Raises ValueError when there is no folder, no image, or a class that is not in `class_names`.
+    Folders are searched to any depth and links are followed; an image's class is its first folder below the base,
+    where a folder around all class folders does not count. A base that directly holds images is flat: it has no
+    classes, though images in its folders count too. Files are chosen by extension; hidden ones (`.name`) are ignored.
+    `class_names`: those of another split, to number the labels alike. Raises ValueError when there is no folder, no
+    image, or a class that is not in `class_names`, and when the folders are splits that would be taken for classes.
     """
     root = os.fspath(root)
     if not os.path.isdir(root):
@@ -42,7 +46,7 @@ def find_images(root: str | os.PathLike, class_names: Sequence[str] | None = Non
         raise ValueError(f"{root} {what}: give a folder that holds images, <class>/ folders or train/<class>/ folders")
     try:
         base = os.path.join(root, "train") if has_train_split(root) else root
-        paths = sorted(walk_images(base), key=lambda path: path.split("/"))
+        paths = sorted(walk_images(base), key=by_parts)
     except OSError as error:
         raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
     if not paths:
@@ -52,7 +56,48 @@ def find_images(root: str | os.PathLike, class_names: Sequence[str] | None = Non
         if any(name.endswith(".tar") for _, _, names in os.walk(base) for name in names):
             mend = "tar shards are read by --loader dali and converted by fastssl prep beton"
         raise ValueError(f"{base} holds no images ({held}): {mend}")
+    if base == root and (around := around_classes(root, paths)):
+        base = os.path.join(root, around[:-1])
+        if os.path.basename(base) == "train":
+            raise ValueError(f"{root} has its training images in {base}: give {os.path.dirname(base)}")
+        paths = [path.removeprefix(around) for path in paths]
     return label_by_folder(base, paths, class_names)
+
+
+def by_parts(path: str) -> str:
+    """A key that sorts paths by their parts between "/": no name holds the character that stands for it here."""
+    return path.replace("/", "\0")
+
+
+def around_classes(root: str, paths: list[str]) -> str:
+    """The folders around the class folders of all `paths` below `root`, or of the training split: "", "food/train/".
+
+    Raises ValueError for folders that look like splits by other names than `train`, and would become classes.
+    """
+    folders = {path[: path.rfind("/") + 1] for path in paths}
+    around = ""
+    while True:
+        below = [folder[len(around) :] for folder in folders if folder != around]
+        tops = {folder.partition("/")[0] for folder in below}
+        holders = {folder[:-1] for folder in below if folder.count("/") == 1}  # of images, not of folders alone
+        if "train" in tops and ("train" not in holders or holders.issubset(SPLITS)):
+            return f"{around}train/"
+        if splits := look_like_splits(tops - holders):
+            where = os.path.join(root, around).rstrip("/")
+            raise ValueError(
+                f"{where} holds {splits[0]} and {splits[1]}, which look like splits, not classes: put the class "
+                "folders of all training images into one folder train, and those of the others into val"
+            )
+        if around in folders or holders or len(tops) > 1:
+            return around
+        around += f"{tops.pop()}/"
+
+
+def look_like_splits(names: Iterable[str]) -> tuple[str, str] | None:
+    """A name like that of a training split, and one like that of a held-out split; None if either is missing."""
+    names = sorted(names)
+    train, held_out = (next(filter(kind.fullmatch, names), None) for kind in (_TRAIN, _HELD_OUT))
+    return (train, held_out) if train and held_out else None
 
 
 def label_by_folder(base: str, paths: list[str], class_names: Sequence[str] | None = None) -> ImageFolder:
@@ -79,7 +124,10 @@ def number_labels(
     number = {name: i for i, name in enumerate(class_names)}
     if unknown := [name for name in names if name not in number]:
         known = counted(len(number), "class", "classes")
-        raise ValueError(f"{data} has a class {unknown[0]!r} that is not among the {known} of the other split")
+        raise ValueError(
+            f"{data} has a class {unknown[0]!r} that is not among the {known} of the other split: sort its images into "
+            "classes of the same names"
+        )
     renumber = np.array([number[name] for name in names], np.int64)
     return np.where(label < 0, -1, renumber[label]), list(class_names)
 

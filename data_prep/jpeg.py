@@ -9,7 +9,7 @@ from typing import NamedTuple
 _SOI, _EOI, _SOS, _APP1 = 0xD8, 0xD9, 0xDA, 0xE1
 _FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended and progressive Huffman: what every decoder reads
 _OTHER_FRAMES = {0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # lossless, hierarchical, arithmetic
-_ORIENTATION = 0x0112  # EXIF tag
+_ORIENTATION, _SHORT = 0x0112, 3  # EXIF's tag, and its type: a number of 16 bits
 _XMP_TURNED = re.compile(rb'tiff:Orientation(?:="|>)([2-8])')
 # In coded pixels FF is followed by a stuffed zero, a restart marker or another FF; anything else is the next marker.
 _NEXT_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
@@ -95,7 +95,7 @@ def _frame(body: bytes) -> JpegFacts:
 def _refuse_turned(segment: bytes) -> None:
     """Raises NotPlain if EXIF or XMP says that the picture must be rotated, which most decoders ignore."""
     if segment.startswith(b"Exif\0\0"):
-        _refuse_turned_by_exif(segment[6:])
+        _refuse_turned_by_exif(segment[6:].removeprefix(b"Exif\0\0"))  # some programs write it twice
     elif segment.startswith(b"http://ns.adobe.com/xap/1.0/\0") and (turned := _XMP_TURNED.search(segment)):
         raise NotPlain(f"XMP orientation {turned[1].decode('ascii')}")
 
@@ -106,7 +106,9 @@ def _refuse_turned_by_exif(tiff: bytes) -> None:
         (directory,) = struct.unpack_from(order + "I", tiff, 4)
         (entries,) = struct.unpack_from(order + "H", tiff, directory)
         for i in range(entries):
-            tag, _, _, orientation = struct.unpack_from(order + "HHIH", tiff, directory + 2 + 12 * i)
+            tag, kind, _, orientation = struct.unpack_from(order + "HHIH", tiff, directory + 2 + 12 * i)
+            if tag == _ORIENTATION and kind != _SHORT:  # Pillow takes numbers of many types, and will decide
+                raise NotPlain("an EXIF orientation of a rare type")
             if tag == _ORIENTATION and 2 <= orientation <= 8:
                 raise NotPlain(f"EXIF orientation {orientation}")
     except struct.error:  # damaged EXIF says nothing about the pixels

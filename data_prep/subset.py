@@ -20,6 +20,12 @@ def make_subset(data: str | os.PathLike, out: str | os.PathLike, classes: str, f
     if not data.is_dir():
         raise ValueError(f"{data} is not a folder: give one with train/<class>/ or <class>/ folders")
     splits = [name for name in SPLITS if (data / name).is_dir()] if has_train_split(str(data)) else [""]
+    for split in splits:
+        if split not in ("", "train") and not any(name in _folders(data / "train") for name in _folders(data / split)):
+            raise ValueError(
+                f"{data / split} has none of the classes of train: sort its images into their folders, or give "
+                f"{data / 'train'} instead"
+            )
     wanted = {split: read_classes(classes, _folders(data / split), str(data / split)) for split in splits}
     if out.absolute() == data or data in out.absolute().parents:
         raise ValueError(f"{out} is inside {data}, and would become part of that data set: choose another folder")

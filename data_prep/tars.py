@@ -10,7 +10,15 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from fastssl.data_prep.find import ImageFolder, is_image_name, label_by_folder, walk_images
+from fastssl.data_prep.find import (
+    ImageFolder,
+    around_classes,
+    by_parts,
+    is_image_name,
+    label_by_folder,
+    look_like_splits,
+    walk_images,
+)
 from fastssl.data_prep.manifest import name_classes, read_manifest
 
 _MOST_LINKS = 40  # that lead to one another, as in Linux; a circle ends at one of its links, an empty file
@@ -31,10 +39,18 @@ Members = dict[tuple[Path, str], Member]  # by tar file and name, in the order o
 def find_tars(folder: str | os.PathLike) -> list[Path]:
     """The tar files in a folder, sorted, without hidden ones, such as macOS's `._name.tar` beside each `name.tar`.
 
-    None if folders below it hold images, which were then unpacked from them.
+    None if folders below it hold images, which were then unpacked from them. Raises ValueError for those of a training
+    split and of another one, such as ImageNet's, which must not become one data set.
     """
     tars = sorted(Path(folder).glob("[!.]*.tar"))
-    return [] if tars and any("/" in path for path in walk_images(os.fspath(folder))) else tars
+    if tars and any("/" in path for path in walk_images(os.fspath(folder))):
+        return []
+    if splits := look_like_splits(tar.stem for tar in tars):
+        raise ValueError(
+            f"{folder} holds tar files of several splits, {splits[0]}.tar and {splits[1]}.tar: name one of them, or "
+            "move those of each split to a folder of its own"
+        )
+    return tars
 
 
 def read_tars(path: Path, tars: list[Path]) -> tuple[ImageFolder, list[Member]]:
@@ -51,7 +67,7 @@ def read_tars(path: Path, tars: list[Path]) -> tuple[ImageFolder, list[Member]]:
             try:
                 with tarfile.open(tar, "r:") as archive:
                     members = _members(archive, bar)
-                    images |= {(tar, name): m for name, m in members.items() if is_image_name(os.path.basename(name))}
+                    images |= {(tar, name): m for name, m in members.items() if _counts(os.path.basename(name))}
                     texts = {name: _bytes(archive, m) for name, m in members.items() if name.endswith(".cls")}
             except (tarfile.TarError, OSError, ValueError) as error:
                 raise ValueError(f"{tar} is no whole, uncompressed tar file ({error}): {WANTED}") from error
@@ -89,18 +105,18 @@ def _samples(path: Path, images: Members, classes: dict[tuple[Path, str], int]) 
 
 
 def _packed_folder(path: Path, images: Members) -> tuple[ImageFolder, list[Member]]:
-    """The images in the order of an image folder, without folders that contain all class folders.
+    """The images of the training split, or all, in the order of an image folder, without folders around the classes.
 
     Several tar files that begin the names of all their images, such as n01440764.tar that of n01440764_10026.JPEG, are
     the class folders.
     """
     if len({tar for tar, _ in images}) > 1 and all(name.startswith(f"{tar.stem}_") for tar, name in images):
         images = {(tar, f"{tar.stem}/{name}"): member for (tar, name), member in images.items()}
-    places = sorted(images, key=lambda place: place[1].split("/"))
-    parts = [name.split("/") for _, name in places]
-    while all(len(part) > 2 for part in parts) and len({part[0] for part in parts}) == 1:
-        parts = [part[1:] for part in parts]
-    return label_by_folder(str(path), ["/".join(part) for part in parts]), [images[place] for place in places]
+    around = around_classes(str(path), [name for _, name in images])
+    places = [place for place in images if place[1].startswith(around)]
+    places.sort(key=lambda place: by_parts(place[1]))
+    names = [name.removeprefix(around) for _, name in places]
+    return label_by_folder(str(path), names), [images[place] for place in places]
 
 
 def _members(archive: tarfile.TarFile, bar: tqdm) -> dict[str, Member]:
@@ -116,9 +132,8 @@ def _members(archive: tarfile.TarFile, bar: tqdm) -> dict[str, Member]:
         if any(part.startswith(".") for part in name.split("/")):
             continue
         if member.isfile() and name.endswith(".tar"):
-            with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
-                for below, (_, offset, size) in _members(inner, bar).items():
-                    members[f"{name[:-4]}/{below}"] = Member(archive.name, member.offset_data + offset, size)
+            for below, offset, size in _inner(archive, member, bar):
+                members[f"{name[:-4]}/{below}"] = Member(archive.name, member.offset_data + offset, size)
         elif member.isfile() or member.islnk() or member.issym():
             members[name] = Member(archive.name, member.offset_data, member.size if member.isfile() else 0)
         if member.islnk():  # a hard link
@@ -133,6 +148,20 @@ def _members(archive: tarfile.TarFile, bar: tqdm) -> dict[str, Member]:
 
     nothing = Member(archive.name, 0, 0)
     return members | {name: members.get(end_of(name), nothing) for name in links}
+
+
+def _inner(archive: tarfile.TarFile, member: tarfile.TarInfo, bar: tqdm) -> list[tuple[str, int, int]]:
+    """(name, offset, size) of the files in a tar file inside another; of itself, if it is damaged or compressed."""
+    try:
+        with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
+            return [(name, offset, size) for name, (_, offset, size) in _members(inner, bar).items()]
+    except tarfile.TarError:  # reported as an image that cannot be used
+        return [(os.path.basename(member.name), 0, member.size)]
+
+
+def _counts(name: str) -> bool:
+    """Whether a file in a tar file is an image, or stands for the images that it should hold."""
+    return is_image_name(name) or name.endswith(".tar")
 
 
 def _bytes(archive: tarfile.TarFile, member: Member) -> bytes:

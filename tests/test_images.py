@@ -314,6 +314,29 @@ def test_a_class_may_be_called_train(tmp_path):
     assert find_images(tmp_path / "split").paths == ["1.jpg"]
 
 
+def test_folders_around_the_classes_are_no_class(tmp_path):
+    make_tree(tmp_path, ["food-101/images/pie/1.jpg", "food-101/images/tart/1.jpg", "food-101/meta/classes.txt"])
+    assert find_images(tmp_path).class_names == ["pie", "tart"]
+    assert find_images(tmp_path).path(1) == str(tmp_path / "food-101/images/tart/1.jpg")
+    make_tree(tmp_path / "flowers", ["jpg/image_1.jpg"])
+    assert find_images(tmp_path / "flowers").class_names == ["jpg"]
+
+
+def test_splits_do_not_become_classes(tmp_path):
+    kaggle = tmp_path / "ILSVRC" / "Data"
+    make_tree(kaggle, ["CLS-LOC/train/n01/1.JPEG", "CLS-LOC/val/1.JPEG", "CLS-LOC/test/2.JPEG"])
+    with pytest.raises(ValueError, match=r"has its training images in .*CLS-LOC/train: give .*/Data/CLS-LOC$"):
+        find_images(tmp_path / "ILSVRC")
+    assert find_images(kaggle / "CLS-LOC").class_names == ["n01"]
+    make_tree(tmp_path / "parts", ["train.X1/a/1.jpg", "train.X2/b/1.jpg", "val.X/a/1.jpg", "Labels.json"])
+    make_tree(tmp_path / "named", ["Training/a/1.jpg", "Testing/a/1.jpg"])
+    for name, found in (("parts", r"train\.X1 and val\.X"), ("named", "Training and Testing")):
+        with pytest.raises(ValueError, match=f"{name} holds {found}, which look like splits"):
+            find_images(tmp_path / name)
+    make_tree(tmp_path / "toys", ["trains/wood/1.jpg", "tests/b/1.jpg", "train_set/1.jpg", "test_set/1.jpg"])
+    assert len(find_images(tmp_path / "toys").class_names) == 4
+
+
 def test_links_are_followed_but_not_in_circles(tmp_path):
     make_tree(tmp_path, ["real/1.jpg", "data/a/2.jpg"])
     os.symlink(tmp_path / "real", tmp_path / "data" / "b")

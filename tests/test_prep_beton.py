@@ -27,6 +27,7 @@ from fastssl.data_prep.write_beton import write_beton
 
 ONE = Work(workers=1)
 XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="%d"/></x:xmpmeta>'
+BIG_ENDIAN_LONG = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\4\0\0\0\1\0\0\0\6" + bytes(4)  # EXIF orientation 6
 SIZES = {"ant": [(40, 60), (64, 64), (30, 90)], "bee": [(20, 24), (100, 50)], "wasp": [(33, 47)]}
 
 
@@ -152,6 +153,8 @@ def test_originals_pass_byte_for_byte_where_they_can(tmp_path):
         "upright.jpg": (turned(1), None),
         "upright_by_xmp.jpg": (jpeg(30, 50, xmp=XMP % 1), None),
         "turned_by_xmp.jpg": (jpeg(30, 50, xmp=XMP % 6), "EXIF orientation 6"),
+        "turned_by_32_bits.jpg": (jpeg(30, 50, exif=BIG_ENDIAN_LONG), "EXIF orientation 6"),
+        "turned_twice_named.jpg": (jpeg(30, 50, exif=b"Exif\0\0" + BIG_ENDIAN_LONG), "EXIF orientation 6"),
         "longer.jpg": (jpeg(30, 50) + b"and something behind it", None),
     }
     data, out = write_kinds(tmp_path / "images", good, bad), tmp_path / "x.beton"

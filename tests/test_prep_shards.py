@@ -1,5 +1,6 @@
 """fastssl prep shards: WebDataset tar files with DALI's index, the same bytes every time; tar files as a source."""
 
+import gzip
 import io
 import itertools
 import json
@@ -204,6 +205,29 @@ def test_imagenets_archives_are_read_as_they_are_published(tmp_path):
         open_source(tmp_path / "cut.tar", Selection())
     shutil.copy(tars / "n01.tar", tars / "other.tar")
     assert open_source(tars, Selection()).folder.class_names == []  # shards without classes
+    shutil.move(whole, tars / "ILSVRC2012_img_train.tar")
+    shutil.move(tars / "n01.tar", tars / "ILSVRC2012_img_val.tar")
+    with pytest.raises(ValueError, match=r"several splits, ILSVRC2012_img_train\.tar and ILSVRC2012_img_val\.tar"):
+        open_source(tars, Selection())
+
+
+@pytest.mark.parametrize("top", ["", "imagenette2/", "ILSVRC/Data/CLS-LOC/"])
+def test_of_a_packed_data_set_the_training_split_is_taken(tmp_path, top):
+    names = [f"{top}{name}" for name in ("train/b/1.jpg", "val/a/9.jpg", "train/a/2.jpg", "test/3.jpg")]
+    source = open_source(pack(tmp_path / "x.tar", [(name, name.encode()) for name in names]), Selection())
+    assert source.folder.paths == ["a/2.jpg", "b/1.jpg"] and source.folder.class_names == ["a", "b"]
+    assert [read_place(source.place(i)).decode() for i in (0, 1)] == [names[2], names[0]]
+    splits = [(f"{top}{name}", b"x") for name in ("Train/a/1.jpg", "Test/a/1.jpg")]
+    with pytest.raises(ValueError, match="holds Train and Test, which look like splits"):
+        open_source(pack(tmp_path / "x.tar", splits), Selection())
+
+
+def test_a_class_whose_tar_file_is_damaged_is_named_and_left_out(tmp_path):
+    good = pack(tmp_path / "good.tar", [("n01_1.JPEG", jpeg(9, 9))]).read_bytes()
+    inner = [("n01.tar", good), ("n02.tar", gzip.compress(good)), ("n03.tar", good[:600])]
+    tally = write_beton(pack(tmp_path / "x.tar", inner), tmp_path / "x.beton", ORIGINALS, Selection(), Work(workers=1))
+    assert [image["path"] for image in tally.quarantined] == ["n02/n02.tar", "n03/n03.tar"]
+    assert tally.num_images == 1 and tally.has_classes
 
 
 def test_two_that_write_one_folder_do_not_mix(photos, tmp_path):

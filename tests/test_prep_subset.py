@@ -107,6 +107,17 @@ def test_a_class_missing_in_one_split_makes_nothing(imagenet, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_split_without_classes_is_named(tmp_path):
+    """ImageNet's val as unpacked, and Tiny ImageNet's."""
+    for below in ("x.JPEG", "images/x.JPEG"):
+        write_photos(tmp_path / below / "train", {IDS[0]: [(8, 8)]})
+        (tmp_path / below / "val" / below).parent.mkdir(parents=True)
+        (tmp_path / below / "val" / below).write_bytes(jpeg(8, 8))
+        with pytest.raises(ValueError, match="val has none of the classes of train"):
+            make_subset(tmp_path / below, tmp_path / "out", IDS[0])
+        assert make_subset(tmp_path / below / "train", tmp_path / "out", IDS[0], force=True) == {"": 1}
+
+
 def test_other_mistakes(imagenet, tmp_path):
     for data, out, classes, message in (
         (imagenet / "none", tmp_path / "out", IDS[0], "is not a folder"),
