@@ -52,9 +52,10 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        if not isinstance(error, (OSError, RuntimeError)):
-            raise
-        refusal = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides the disk's
+        hidden = isinstance(error.__context__, (OSError, KeyboardInterrupt))  # by torch.save: the disk's, or Ctrl-C
+        refusal = error.__context__ if hidden else error
+        if not isinstance(refusal, (OSError, RuntimeError)):
+            raise refusal from None
         cause = f"{type(refusal).__name__}: {str(refusal).splitlines()[0]}"
         raise CheckpointError(
             f"cannot write {path} ({cause}); earlier checkpoints are untouched: free some space or choose another place"

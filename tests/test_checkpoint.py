@@ -103,9 +103,24 @@ def test_files_whose_names_differ_in_the_suffix_are_written_at_the_same_time(tmp
     }
 
 
-def test_ctrl_c_while_writing_leaves_no_partial_file(tmp_path):
+@pytest.mark.parametrize("within_torch", [False, True])  # which then raises an error of its own
+def test_ctrl_c_while_writing_leaves_no_partial_file(tmp_path, within_torch):
+    class Stopped:
+        wrote = False
+
+        def write(self, data):
+            if self.wrote:
+                raise KeyboardInterrupt
+            self.wrote = True
+            return len(bytes(data))
+
+        def flush(self):
+            pass
+
     def write(file):
         file.write(b"half")
+        if within_torch:
+            torch.save(state(1), Stopped())
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
