@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastssl.data_prep.beton_format import RAW
 from fastssl.data_prep.convert import prepared_images
-from fastssl.data_prep.files import file_sum, partial_files, partial_folder, sync_folder
+from fastssl.data_prep.files import file_sum, partial_files, partial_folder, partial_path, sync_folder
 from fastssl.data_prep.manifest import Tally, make_manifest, read_manifest
 from fastssl.data_prep.prepare import Prepared, Store
 from fastssl.data_prep.sources import Selection, open_source
@@ -94,10 +94,15 @@ def write_shards(
             shards = _write(partial, prepared_images(source, store, work, tally), shard_size * 1_000_000)
             content = {**tally.summary(store, selection, "images.jsonl"), "shards": shards}
             facts.write(make_manifest("shards", content))
-        if out.exists():
-            shutil.rmtree(out)
+        old = partial_path(partial)
+        if old.exists():  # left by a killed run
+            shutil.rmtree(old)
+        if out.exists():  # moved first, because removing large files takes long enough to be stopped in the middle
+            os.replace(out, old)
         os.replace(partial, out)
     sync_folder(out.parent)
+    if old.exists():
+        shutil.rmtree(old)
     return tally
 
 

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import torch
 
-from fastssl.data_prep.files import sync_folder
+from fastssl.data_prep.files import partial_path, sync_folder
 
 FORMAT = 1
 PARTS = ("format", "step", "config", "num_images", "model", "optimizer", "scaler")
@@ -36,11 +36,11 @@ def save(state: dict, path: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Creates `path` with what `write` puts into the file, atomically: a kill or a full disk leaves no partial file.
+    """Creates `path` with what `write` puts into the file, atomically: Ctrl-C or a full disk leaves no partial file.
 
     Raises CheckpointError when the file cannot be written.
     """
-    partial = path.with_suffix(".partial")
+    partial = partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
@@ -49,10 +49,13 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
         sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        refusal = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides the disk's
+        hidden = isinstance(error.__context__, (OSError, KeyboardInterrupt))  # by torch.save: the disk's, or Ctrl-C
+        refusal = error.__context__ if hidden else error
+        if not isinstance(refusal, (OSError, RuntimeError)):
+            raise refusal from None
         cause = f"{type(refusal).__name__}: {str(refusal).splitlines()[0]}"
         raise CheckpointError(
             f"cannot write {path} ({cause}); earlier checkpoints are untouched: free some space or choose another place"

@@ -8,6 +8,7 @@ import torch
 
 from fastssl import checkpoint
 from fastssl.checkpoint import CheckpointError
+from fastssl.data_prep.files import partial_path
 
 
 def state(step, size=1000):
@@ -83,8 +84,48 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_no_litter(tmp_path):
 
 def test_a_kill_while_writing_leaves_only_a_partial_file_that_is_never_taken_for_a_checkpoint(tmp_path):
     save(tmp_path, 1)
-    (tmp_path / checkpoint.name(2)).with_suffix(".partial").write_bytes(b"half")
+    partial_path(tmp_path / checkpoint.name(2)).write_bytes(b"half")
     assert list(checkpoint.saved_steps(tmp_path)) == [1]
+
+
+def test_files_whose_names_differ_in_the_suffix_are_written_at_the_same_time(tmp_path):
+    """Two exports of one encoder, side by side."""
+
+    def write(file):
+        file.write(b"first, ")
+        checkpoint.write_whole(tmp_path / "encoder.safetensors", lambda other: other.write(b"other"))
+        file.write(b"last")
+
+    checkpoint.write_whole(tmp_path / "encoder.pth", write)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "encoder.pth": b"first, last",
+        "encoder.safetensors": b"other",
+    }
+
+
+@pytest.mark.parametrize("within_torch", [False, True])  # which then raises an error of its own
+def test_ctrl_c_while_writing_leaves_no_partial_file(tmp_path, within_torch):
+    class Stopped:
+        wrote = False
+
+        def write(self, data):
+            if self.wrote:
+                raise KeyboardInterrupt
+            self.wrote = True
+            return len(bytes(data))
+
+        def flush(self):
+            pass
+
+    def write(file):
+        file.write(b"half")
+        if within_torch:
+            torch.save(state(1), Stopped())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write_whole(tmp_path / "encoder.pth", write)
+    assert not list(tmp_path.iterdir())
 
 
 def test_pickled_code_is_refused(tmp_path):

@@ -102,6 +102,16 @@ def test_more_equal_distances_than_are_nominated():
     assert index.tolist() == [[0, 1, 2, 3, 4], [123, 0, 1, 2, 3]]
 
 
+def test_more_copies_of_a_query_than_are_nominated():
+    """Products give a copy's distance, 0, as noise that differs from block to block; the first copies are nearest."""
+    random = np.random.default_rng(0)
+    images = torch.tensor(random.normal(size=(40, 64))).float()
+    bank = images[torch.tensor(random.integers(0, 40, 2048))]
+    for chunk in (64, 100):
+        _, index = find_nearest(bank, images, 20, bank_chunk=chunk)
+        np.testing.assert_array_equal(index, nearest_slowly(bank, images, 20)[1])
+
+
 def test_neighbours_closer_than_float32_can_tell_by_products():
     base = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)) * 100
     steps = torch.arange(200, 0, -1)[:, None] * 2.0**-12  # bank row 199 is nearest

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -327,6 +328,24 @@ def test_what_is_in_the_way_stays(photos, tmp_path):
     write(data, tmp_path / "shards", Store(raw=True), force=True)
     assert describe(tmp_path / "shards").count("2 raw") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["few", "precious", "shards"]
+
+
+def test_a_stop_while_old_shards_are_removed_leaves_the_new_ones_whole(tmp_path, monkeypatch):
+    data, out = write_photos(tmp_path / "few", {"a": [(20, 20)] * 2}), tmp_path / "shards"
+    write(data, out)
+
+    def stop(folder):
+        (folder / "shard-000000.tar").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastssl.data_prep.write_shards.shutil", SimpleNamespace(rmtree=stop))
+    with pytest.raises(KeyboardInterrupt):
+        write(data, out, Store(raw=True), force=True)
+    monkeypatch.undo()
+    verify(out)
+    assert describe(out).count("2 raw") == 1
+    write(data, out, force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["few", "shards"]
 
 
 def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(tmp_path, monkeypatch):

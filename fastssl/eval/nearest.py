@@ -30,6 +30,7 @@ _SPARE = 16  # nominated beyond K, since float32 rounding may swap neighbours at
 _GROUP = 32  # columns whose minimum `_smallest` looks at first
 _MEASURED_AT_ONCE = {"cpu": 1 << 18}  # float64 differences at a time: on a CPU they stay in a core's cache
 _FLOAT32_NOISE = 1.2e-7  # relative rounding error of float32
+_FLOAT64_NOISE = 2.3e-16  # and of float64
 
 
 @torch.no_grad()
@@ -116,11 +117,13 @@ def _nominate_double(bank: Rows, q: Tensor, centre: Tensor, num: int, bank_chunk
     Slower than `_nominate`, but sure however many distances are equal.
     """
     best = torch.empty(len(q), 0, dtype=torch.int64, device=q.device)
+    q_square = q.square().sum(1, keepdim=True)
+    least = 4 * _FLOAT64_NOISE * (8 + math.sqrt(q.shape[1])) * q_square  # below it a product's distance is noise
     for start, b in _blocks(bank, bank_chunk, q.device):
         b = b - centre
-        distance = torch.addmm(b.square().sum(1), q, b.T, alpha=-2).add_(q.square().sum(1, keepdim=True))
+        distance = torch.addmm(b.square().sum(1), q, b.T, alpha=-2).add_(q_square)
         # the bits of a non-negative float sort as an integer, so one key holds the distance and the index
-        bits = distance.clamp_(min=0).float().view(torch.int32).long()
+        bits = torch.maximum(distance, least).float().view(torch.int32).long()
         key = (bits << 32) | torch.arange(start, start + len(b), device=q.device)
         best = torch.cat([best, key.topk(min(num, len(b)), largest=False).values], 1)
         best = best.topk(min(num, best.shape[1]), largest=False).values
