@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.arguments import positive
+from fastssl.bench.compare import announce
 from fastssl.bench.results import write_result
 from fastssl.bench.timing import Function, open_device, time_in_turn
 from fastssl.environment import environment
@@ -183,8 +184,9 @@ def main(argv: list[str]) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = open_device(args.device)
-    lines = []
-    for terms, num, queue_size in product(args.terms, args.num, args.queue_size):
+    lines, shapes = [], list(product(args.terms, args.num, args.queue_size))
+    announce({"lines": [{"num": n, "queue_size": k, "dim": args.dim, "terms": terms} for terms, n, k in shapes]})
+    for terms, num, queue_size in shapes:
         lines.append(measure(num, queue_size, args.dim, terms, device, args.rounds, not args.no_compiled))
         print_line(lines[-1])
         if args.output:

@@ -16,6 +16,7 @@ from statistics import median
 import torch
 
 from fastssl import distributed
+from fastssl.bench.compare import announce
 from fastssl.bench.loops import Loop, host_alone, our_loop, time_loops, trainee_of
 from fastssl.bench.results import loop_rows, show_row, write_result
 from fastssl.bench.step_flags import COMPILE, add_inner_flags, add_step_flags, make_config, parse_flags
@@ -73,6 +74,11 @@ def as_line(config: Config, seconds: dict[str, list[float]], steps: int, beside:
     if HOST in seconds:
         line["host_seconds"] = median(seconds[HOST])
     return line
+
+
+def announce_loops(configs: Sequence[Config], **about: object) -> None:
+    """Before measuring: what is otherwise in the result to compare with."""
+    announce({"lines": [as_line(config, {}, 0, "") | about for config in configs]})
 
 
 def step_loops(args: argparse.Namespace, arch: str, trainee: Trainee, ranks: distributed.Ranks) -> dict[str, Loop]:
@@ -161,4 +167,5 @@ def main(argv: Sequence[str]) -> None:
     args = parse_flags(parser, argv)
     ranks = distributed.start(args.device)
     args.device = ranks.device.type
+    announce_loops([make_config(args, arch) for arch in args.arch])
     measure_each(args, ranks, lambda arch, keep: measure(args, arch, ranks, keep))
