@@ -150,10 +150,13 @@ def test_the_verdict_of_augment_is_of_whole_policies():
     assert verdict.endswith("try smaller images or views")
 
 
-def test_the_verdict_of_a_sweep_is_of_twelve_settings_beside_one():
-    timings = {"one setting": Timing(2.0, 2.0, 2.0, 3)._asdict(), "12 settings": Timing(1.0, 1.0, 1.0, 3)._asdict()}
-    (verdict,) = verdicts("eval", {"lines": [{"what": "sweep", "seconds": timings}]})
-    assert verdict.startswith("sweep: 12 settings take 0.5 times as long as one setting")
+@pytest.mark.parametrize(
+    "one, said",
+    [(2.0, "0.5 times as long as one setting: train them together"), (0.05, "20.0 times as long as one setting")],
+)
+def test_the_verdict_of_a_sweep_is_of_twelve_settings_beside_one(one, said):
+    timings = {"one setting": Timing(one, one, one, 3)._asdict(), "12 settings": Timing(1.0, 1.0, 1.0, 3)._asdict()}
+    assert verdicts("eval", {"lines": [{"what": "sweep", "seconds": timings}]}) == [f"sweep: 12 settings take {said}"]
 
 
 @pytest.mark.parametrize("ours, word", [(0.5, "faster"), (2.0, "slower"), (1.0, "within the noise")])
@@ -329,6 +332,15 @@ def test_a_place_that_takes_no_result_is_refused_before_anything_is_measured(mon
     refusal = rf"{name} /proc/self/\w+\.json cannot be written \(.*\): choose another place"
     with pytest.raises(ValueError, match=refusal):
         bench_throughput.main(["all", name, value])
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that takes no files")
+def test_a_suite_asks_for_its_folder_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr(suite, "open_data", lambda *_: pytest.fail("it makes the images"))
+    with pytest.raises(
+        ValueError, match=r"--report /proc/self/suite-cpu\.json cannot be written \(.*\): choose another"
+    ):
+        suite.main(["--suite", "cpu", "--report", "/proc/self"])
 
 
 @pytest.mark.parametrize("option", ["--report", "--rep", "--output", "--out"])

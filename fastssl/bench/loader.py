@@ -79,8 +79,8 @@ def print_table(results: dict[str, dict], threads: int) -> None:
             f"{r['first_batch_seconds']:7.2f} s {r['extra_bytes'] / 2**20:5.0f} MB"
         )
     print(
-        f"with --threads {threads} (or workers) each; per core: pairs per second of CPU time; of raw: percent of the "
-        f"rate of {RAW}"
+        f"with --threads {threads} (or workers) each; per core: pairs per second of CPU time; of raw: percent of "
+        f"those of {RAW}"
     )
 
 
