@@ -20,7 +20,7 @@ from torch import Tensor
 from fastssl.arguments import positive
 from fastssl.bench.compare import announce
 from fastssl.bench.results import write_result
-from fastssl.bench.timing import Function, open_device, time_in_turn
+from fastssl.bench.timing import Function, open_device, silence_profiler, time_in_turn
 from fastssl.environment import environment
 from fastssl.kernels.reference import align_reference, contrast_reference, uniform_reference
 from fastssl.losses import LossConfig, choose_kernel, moco_loss
@@ -54,6 +54,7 @@ def peak_extra_bytes(function: Function, device: torch.device) -> int:
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    silence_profiler()
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
