@@ -19,7 +19,7 @@ from fastssl.bench.classical import classical_loop
 from fastssl.bench.loops import Loop, our_loop, time_loops, trainee_of
 from fastssl.bench.peer_loops import dali_loop, ffcv_loop
 from fastssl.bench.photos import SOURCE, open_data
-from fastssl.bench.step import announce_loops, as_line, print_line, save
+from fastssl.bench.step import as_line, check_loops, print_line, save
 from fastssl.bench.step_flags import add_step_flags, make_config, parse_flags
 from fastssl.distributed import Ranks
 from fastssl.limits import usable_cores
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     ranks = distributed.start(args.device)
     args.device = ranks.device.type
     images, config = args.data or args.beton or SOURCE, make_config(args, args.arch, loader="auto")
-    announce_loops([config], images=images)
+    check_loops([config], images=images)
     with tempfile.TemporaryDirectory() as scratch:
         data, beton = open_data(args.data, args.beton, Path(scratch), max(args.photos, args.batch_size))
         loops, missing = make_loops(args, data, beton, ranks)

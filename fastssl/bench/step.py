@@ -76,8 +76,13 @@ def as_line(config: Config, seconds: dict[str, list[float]], steps: int, beside:
     return line
 
 
-def announce_loops(configs: Sequence[Config], **about: object) -> None:
-    """Before measuring: what is otherwise in the result to compare with."""
+def check_loops(configs: Sequence[Config], **about: object) -> None:
+    """Before anything is made or measured: tells what is otherwise in the result to compare with.
+
+    Raises ValueError for encoders that cannot be built.
+    """
+    for config in configs:
+        check_parts(config)
     announce({"lines": [as_line(config, {}, 0, "") | about for config in configs]})
 
 
@@ -131,11 +136,9 @@ def measure_each(
 
     measure: is given an encoder, and a function that saves its line so far, which stands if it is cut short.
 
-    Raises ValueError for encoders that cannot be built, before any is measured, and at the end for those that failed.
+    Raises ValueError at the end for those that failed.
     """
     lines, failed = [], []
-    for arch in args.arch:
-        check_parts(make_config(args, arch))
     for arch in while_time_lasts(args.arch):
         torch.compiler.reset()  # frees the CUDA graphs of the last one,
         gc.collect()  # and this its weights, which compiled code holds in cycles
@@ -167,5 +170,5 @@ def main(argv: Sequence[str]) -> None:
     args = parse_flags(parser, argv)
     ranks = distributed.start(args.device)
     args.device = ranks.device.type
-    announce_loops([make_config(args, arch) for arch in args.arch])
+    check_loops([make_config(args, arch) for arch in args.arch])
     measure_each(args, ranks, lambda arch, keep: measure(args, arch, ranks, keep))
