@@ -39,6 +39,8 @@ def main(argv: list[str]) -> int:
     if argv and argv[0] == "report":
         import_module("fastssl.bench.report").main(argv[1:])
         return 0
+    if argv and argv[0] not in ("-h", "--help"):
+        refuse_ranks()
     if argv and argv[0].startswith("--suite"):
         return import_module("fastssl.bench.suite").main(argv)
     if argv and argv[0] in ("-h", "--help"):
@@ -50,6 +52,15 @@ def main(argv: list[str]) -> int:
         print(USAGE)
         import_module(STAGES[argv[0]]).main(argv[1:])
     return run_stage(argv[0], argv[1:])
+
+
+def refuse_ranks() -> None:
+    """Raises ValueError in one of several processes of torchrun, each of which would print and write its own result."""
+    from fastssl.distributed import read_ranks
+
+    if read_ranks()[1] > 1:
+        log = "how fast several train, the log of `torchrun -m fastssl.train` says, in images/s of all of them"
+        raise ValueError(f"a benchmark is of a single process: start it without torchrun; {log}")
 
 
 def run_stage(stage: str, argv: list[str]) -> int:
@@ -65,6 +76,7 @@ def run_stage(stage: str, argv: list[str]) -> int:
     shared, own = shared_parser().parse_known_args(argv)
     old = results.read_result(shared.compare) if shared.compare else None
     old_rows = results.rows(stage, old, str(shared.compare)) if old else []  # raises errors before measuring
+    compare.compare_with(old)
     timing.stop_after(shared.seconds or float("inf"))
     with tempfile.TemporaryDirectory() as scratch:
         output = shared.output or (shared.report or Path(scratch)) / f"{stage}.json"
@@ -81,11 +93,7 @@ def run_stage(stage: str, argv: list[str]) -> int:
         if old is None:
             return 0
         lines, slower = compare.compare(old_rows, results.rows(stage, result))
-        found = (
-            compare.differing_machines(old["environment"], result["environment"]),
-            compare.differing_options(old, result),
-        )
-        warnings = [warning for warning in found if warning]
+        warnings = compare.differences(old, result)
         print("\n".join(lines + warnings))
         return int(slower and not warnings)
 

@@ -15,10 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench_throughput
 from fastssl.bench import suite, timing
-from fastssl.bench.compare import compare, differing_machines, differing_options, judge
+from fastssl.bench.compare import announce, compare, differing_machines, differing_options, judge
 from fastssl.bench.eval import take_turns
 from fastssl.bench.loop_verdicts import ADVICE, all_verdict, peers_verdicts, shares, step_verdict
 from fastssl.bench.loss import TERMS, dot_products
+from fastssl.bench.pil_processes import in_processes
 from fastssl.bench.report import machine
 from fastssl.bench.results import Row, begun, read_result, rows, stage_of, write_result
 from fastssl.bench.suite_entries import Sizes, cpu_entries, gpu_entries
@@ -149,10 +150,13 @@ def test_the_verdict_of_augment_is_of_whole_policies():
     assert verdict.endswith("try smaller images or views")
 
 
-def test_the_verdict_of_a_sweep_is_of_twelve_settings_beside_one():
-    timings = {"one setting": Timing(2.0, 2.0, 2.0, 3)._asdict(), "12 settings": Timing(1.0, 1.0, 1.0, 3)._asdict()}
-    (verdict,) = verdicts("eval", {"lines": [{"what": "sweep", "seconds": timings}]})
-    assert verdict.startswith("sweep: 12 settings take 0.5 times as long as one setting")
+@pytest.mark.parametrize(
+    "one, said",
+    [(2.0, "0.5 times as long as one setting: train them together"), (0.05, "20.0 times as long as one setting")],
+)
+def test_the_verdict_of_a_sweep_is_of_twelve_settings_beside_one(one, said):
+    timings = {"one setting": Timing(one, one, one, 3)._asdict(), "12 settings": Timing(1.0, 1.0, 1.0, 3)._asdict()}
+    assert verdicts("eval", {"lines": [{"what": "sweep", "seconds": timings}]}) == [f"sweep: 12 settings take {said}"]
 
 
 @pytest.mark.parametrize("ours, word", [(0.5, "faster"), (2.0, "slower"), (1.0, "within the noise")])
@@ -283,6 +287,38 @@ def test_a_result_of_another_stage_is_refused_before_anything_is_measured(monkey
         bench_throughput.main([stage, "--compare", str(RESULTS / f"{old}.json")])
 
 
+@pytest.mark.parametrize(
+    "old, options",
+    [("eval-cpu", "--what knn --bank 99 --queries 9 -k 3"), ("loss-cpu-1-thread", "--num 4"), ("step-cpu", ""),
+     ("augment-v2-photos-1-thread", "--size 16 --batch-size 2"), ("peers-cpu", ""), ("all-cpu", "")],
+)  # fmt: skip
+def test_a_result_without_a_row_to_compare_is_refused_before_anything_is_measured(tmp_path, monkeypatch, old, options):
+    stage, output = stage_of(Path(old)), tmp_path / "x.json"
+    if stage in ("step", "peers", "all"):
+        options = "--arch deit_tiny --device cpu"
+    monkeypatch.setattr(timing, "turns", lambda rounds: pytest.fail("it measures"))
+    with pytest.raises(ValueError, match=r"no row to compare: the old result has .*; the new one has .*: use the same"):
+        bench_throughput.main([stage, *options.split(), "--compare", f"{RESULTS / old}.json", "--output", str(output)])
+
+
+def test_what_will_differ_from_the_old_result_is_said_before_anything_is_measured(monkeypatch, capsys):
+    old = read_result(RESULTS / "all-cpu.json")
+    monkeypatch.setattr("fastssl.bench.compare._old", old)
+    (line,) = ({key: line[key] for key in ("settings", "images")} for line in old["lines"])
+    monkeypatch.setattr("fastssl.bench.compare.environment", lambda: old["environment"])
+    announce({"lines": [line]})
+    assert capsys.readouterr().out == ""
+    announce({"lines": [line | {"settings": line["settings"] | {"queue_size": 7}}]})
+    said = capsys.readouterr().out
+    assert said == ("measured with other options, so slower need not be a regression: resnet18 queue_size 65536 -> 7\n")
+
+
+def test_a_process_of_torchvisions_that_ends_is_one_sentence():
+    views = in_processes(["image"], os._exit, 1)
+    with pytest.raises(ValueError, match="a process with torchvision's views has ended"):
+        views()
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_published_results_can_be_compared_with(path):
     stage = stage_of(path)
@@ -296,6 +332,15 @@ def test_a_place_that_takes_no_result_is_refused_before_anything_is_measured(mon
     refusal = rf"{name} /proc/self/\w+\.json cannot be written \(.*\): choose another place"
     with pytest.raises(ValueError, match=refusal):
         bench_throughput.main(["all", name, value])
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that takes no files")
+def test_a_suite_asks_for_its_folder_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr(suite, "open_data", lambda *_: pytest.fail("it makes the images"))
+    with pytest.raises(
+        ValueError, match=r"--report /proc/self/suite-cpu\.json cannot be written \(.*\): choose another"
+    ):
+        suite.main(["--suite", "cpu", "--report", "/proc/self"])
 
 
 @pytest.mark.parametrize("option", ["--report", "--rep", "--output", "--out"])
@@ -318,6 +363,15 @@ def test_what_was_measured_before_ctrl_c_is_judged_and_kept(tmp_path, monkeypatc
     files = ["all.json", "all.md", "all.png"] if report else ["all.json"]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == files
     assert "verdict: a verdict" in capsys.readouterr().out
+
+
+def test_one_of_several_processes_measures_nothing(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(bench_throughput.STAGES, "loss", "not imported, since nothing is measured")
+    for words in (["loss"], ["--suite", "cpu"]):
+        with pytest.raises(ValueError, match="a benchmark is of a single process: start it without torchrun"):
+            bench_throughput.main(words)
 
 
 def test_help_is_help_and_a_stage_that_there_is_not_is_named(capsys):

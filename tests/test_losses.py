@@ -395,6 +395,11 @@ def test_cpu_path_takes_a_tenth_of_the_memory():
     assert peak_extra_bytes(eager, cpu) >= 10 * peak_extra_bytes(ours, cpu)
 
 
+def test_memory_is_measured_in_silence(capfd):
+    peak_extra_bytes(lambda: torch.ones(3), torch.device("cpu"))
+    assert capfd.readouterr().err == ""  # torch's profiler tells when it starts, and that it finds no GPU
+
+
 def test_cpu_memory_does_not_grow_with_the_queue():
     small, large = (peak_extra_bytes(gradient_call("auto", size), torch.device("cpu")) for size in (8192, 32768))
     assert large <= 1.01 * small

@@ -34,6 +34,7 @@ from fastssl.bench.augment_peers import (
     per_image,
     torchvision_chain,
 )
+from fastssl.bench.compare import announce
 from fastssl.bench.pil_processes import in_processes
 from fastssl.bench.results import write_result
 from fastssl.bench.timing import Function, open_device, time_calls
@@ -159,9 +160,10 @@ def main(argv: list[str]) -> None:
     if device.type == "cpu":
         keep_freed_memory()  # as training does
     batch = read_batch(args, device)
-    speed, lines = copy_speed(device, args.rounds), []
     sources = {"photos": bool(args.photos), "short_side": args.short_side, "max_side": batch.max_side}
     settings = {"policy": args.policy, "batch_size": count, **sources}
+    announce(settings | {"lines": [{"size": size} for size in args.size]})
+    speed, lines = copy_speed(device, args.rounds), []
     result = {"environment": environment() | {"device": str(device)}, **settings, "copy": speed, "lines": lines}
     for size in args.size:
         contestants, missing = make_contestants(batch, policy, size, dtype)

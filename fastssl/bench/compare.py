@@ -1,13 +1,42 @@
-"""`--compare OLD.json`: compares a result with an earlier one, row by row, in view of the spread of both."""
+"""`--compare OLD.json`: compares a result with an earlier one, row by row, in view of the spread of both.
+
+What differs between the two measurements is said before the second one begins, as far as it is known then.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from fastssl.bench.results import Row
+from fastssl.bench.results import Row, group_of
 from fastssl.bench.timing import FEWEST_ROUNDS
+from fastssl.environment import environment
 
 MACHINE = ("device", "gpus", "cpu", "cpu_instructions", "cpus", "threads")
+_old: dict[str, object] | None = None  # the result to compare with
+
+
+def compare_with(old: dict[str, object] | None) -> None:
+    """The result with which that of this process will be compared, if any."""
+    global _old
+    _old = old
+
+
+def announce(planned: dict[str, object]) -> None:
+    """Prints what will be measured otherwise than in the result to compare with, before it is.
+
+    planned: the result of a stage without machine and figures. Raises ValueError if no row will be comparable.
+    """
+    if _old is None:
+        return
+    theirs, ours = ({group_of(line) for line in result.get("lines", [])} for result in (_old, planned))
+    if ours and not theirs & ours:
+        raise _nothing_in_common(theirs, ours)
+    print("".join(f"{found}\n" for found in differences(_old, planned | {"environment": environment()})), end="")
+
+
+def _nothing_in_common(theirs: set[str], ours: set[str]) -> ValueError:
+    theirs, ours = ("; ".join(sorted(groups)) for groups in (theirs, ours))
+    return ValueError(f"no row to compare: the old result has {theirs}; the new one has {ours}: use the same options")
 
 
 def judge(old: Row, new: Row) -> tuple[float, str]:
@@ -33,10 +62,7 @@ def compare(old: list[Row], new: list[Row]) -> tuple[list[str], bool]:
     before = {(row.group, row.name): row for row in old}
     after = {(row.group, row.name): row for row in new}
     if not before.keys() & after.keys():
-        theirs, ours = ("; ".join(sorted({group for group, _ in found})) for found in (before, after))
-        raise ValueError(
-            f"no row to compare: the old result has {theirs}; the new one has {ours}: use the same options"
-        )
+        raise _nothing_in_common(*({group for group, _ in found} for found in (before, after)))
     lines, slower = [], False
     for key in after:
         if key in before:
@@ -47,6 +73,12 @@ def compare(old: list[Row], new: list[Row]) -> tuple[list[str], bool]:
         if alone := [f"{group}: {name}" for group, name in found if (group, name) not in other]:
             lines.append(f"only in {which} result: {'; '.join(alone)}")
     return lines, slower
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Warnings, if machine or options of the two results differ."""
+    found = (differing_machines(old["environment"], new["environment"]), differing_options(old, new))
+    return [warning for warning in found if warning]
 
 
 def differing_machines(old: dict, new: dict) -> str | None:
@@ -63,7 +95,7 @@ def options(result: dict) -> dict[str, dict[str, object]]:
     for line in result.get("lines", []):
         if "settings" in line:
             found[line["settings"]["arch"]] = line["settings"]
-            found[""]["images"] = line.get("images", "")
+            found[""] |= {"images": line["images"]} if "images" in line else {}
     return {
         arch: {name: Path(value).name if isinstance(value, str) else value for name, value in settings.items()}
         for arch, settings in found.items()

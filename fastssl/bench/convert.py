@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from fastssl.arguments import positive
+from fastssl.bench.compare import announce
 from fastssl.bench.results import write_result
 from fastssl.bench.timing import read_in_turn, summarise, wall_clock
 from fastssl.data_prep.find import find_images
@@ -76,6 +77,7 @@ def main(argv: list[str]) -> None:
             "originals": lambda: beton(Store(originals=True)),
         }
         settings = {"images": count, "workers": args.workers}
+        announce(settings)
 
         def keep(seconds: dict[str, list[float]]) -> None:
             if args.output:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fastssl.arguments import positive
+from fastssl.bench.compare import announce
 from fastssl.bench.knn_peer import knn_the_reference_way, nearest_by_cdist
 from fastssl.bench.results import write_result
 from fastssl.bench.timing import Function, Timing, read_in_turn, stopwatch, summarise, time_calls
@@ -31,6 +32,7 @@ CPU = torch.device("cpu")
 CLASSES = 10
 REFERENCE, LEAN, OURS = "reference's way", "cdist and topk, no vote", "ours"
 SWEPT = [Setting(lr, wd) for lr, wd in product((0.1, 0.3, 1.0, 3.0, 10.0, 30.0), (0.0, 1e-6))]
+SIZES = {"knn": ("bank", "queries", "dim", "k", "batch_size", "max_mem_gb"), "sweep": ("bank", "dim", "epochs")}
 ONE, TWELVE = "one setting", f"{len(SWEPT)} settings"
 
 
@@ -40,6 +42,11 @@ def make_features(num: int, dim: int, seed: int) -> tuple[Tensor, Tensor]:
     labels = torch.randint(CLASSES, (num,), generator=generator)
     centres = torch.randn(CLASSES, dim, generator=torch.Generator().manual_seed(CLASSES)) / 4
     return normalize(centres[labels] + torch.randn(num, dim, generator=generator), dim=1), labels
+
+
+def setting(args: argparse.Namespace, what: str) -> dict[str, object]:
+    """The beginning of a line of the result: what is measured, with its sizes."""
+    return {"what": what, **{name: getattr(args, name) for name in SIZES[what]}}
 
 
 def take_turns(contestants: dict[str, Function], rounds: int) -> dict[str, Timing]:
@@ -73,8 +80,7 @@ def measure_knn(args: argparse.Namespace) -> dict[str, object]:
     timings = take_turns({name: partial(f, args.queries) for name, f in contestants.items()}, args.rounds)
     differ = max(abs(answers[OURS][k] - answers[REFERENCE][k]) for k in ks)
     return {
-        "what": "knn",
-        **{name: getattr(args, name) for name in ("bank", "queries", "dim", "k", "batch_size", "max_mem_gb")},
+        **setting(args, "knn"),
         "seconds": {name: timing._asdict() for name, timing in timings.items()},
         "largest_difference_in_percent": differ,
         "search": dict(tally),
@@ -89,8 +95,7 @@ def measure_sweep(args: argparse.Namespace) -> dict[str, object]:
     fit = partial(fit_linear, features, labels, CLASSES)
     timings = time_calls({ONE: partial(fit, SWEPT[:1], sweep), TWELVE: partial(fit, SWEPT, sweep)}, CPU, args.rounds)
     return {
-        "what": "sweep",
-        **{name: getattr(args, name) for name in ("bank", "dim", "epochs")},
+        **setting(args, "sweep"),
         "seconds": {name: timing._asdict() for name, timing in timings.items()},
         "twelve by one": timings[TWELVE].median / timings[ONE].median,
     }
@@ -131,6 +136,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"-k {args.k} must not exceed the number of training features, --bank {args.bank}")
     if args.threads:
         torch.set_num_threads(args.threads)
+    announce({"lines": [setting(args, what) for what in args.what]})
     measure = {"knn": measure_knn, "sweep": measure_sweep}
     lines = []
     for what in args.what:

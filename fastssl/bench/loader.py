@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fastssl.arguments import ListParser, positive
+from fastssl.bench.compare import announce
 from fastssl.bench.loader_peers import CONTESTANTS, DECODES, Options
 from fastssl.bench.loader_process import LoaderProcess, Round
 from fastssl.bench.photos import check_same_images, train_folder
@@ -78,8 +79,8 @@ def print_table(results: dict[str, dict], threads: int) -> None:
             f"{r['first_batch_seconds']:7.2f} s {r['extra_bytes'] / 2**20:5.0f} MB"
         )
     print(
-        f"with --threads {threads} (or workers) each; per core: pairs per second of CPU time; of raw: percent of the "
-        f"rate of {RAW}"
+        f"with --threads {threads} (or workers) each; per core: pairs per second of CPU time; of raw: percent of "
+        f"those of {RAW}"
     )
 
 
@@ -107,6 +108,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"{options.folder} has {counted(images, 'image')}: use a --batch-size of at most {images}")
     if args.beton:
         check_same_images(options.folder, args.beton)
+    announce({"options": options._asdict()})
     versions = {package: metadata.version(package) for package in PACKAGES if any(metadata.distributions(name=package))}
     machine = environment() | {"packages": versions, "cores": usable_cores()}
     for results, missing in measure(args.only, options, args.rounds):

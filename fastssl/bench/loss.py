@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.arguments import positive
+from fastssl.bench.compare import announce
 from fastssl.bench.results import write_result
-from fastssl.bench.timing import Function, open_device, time_in_turn
+from fastssl.bench.timing import Function, open_device, silence_profiler, time_in_turn
 from fastssl.environment import environment
 from fastssl.kernels.reference import align_reference, contrast_reference, uniform_reference
 from fastssl.losses import LossConfig, choose_kernel, moco_loss
@@ -53,6 +54,7 @@ def peak_extra_bytes(function: Function, device: torch.device) -> int:
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    silence_profiler()
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
@@ -183,8 +185,9 @@ def main(argv: list[str]) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = open_device(args.device)
-    lines = []
-    for terms, num, queue_size in product(args.terms, args.num, args.queue_size):
+    lines, shapes = [], list(product(args.terms, args.num, args.queue_size))
+    announce({"lines": [{"num": n, "queue_size": k, "dim": args.dim, "terms": terms} for terms, n, k in shapes]})
+    for terms, num, queue_size in shapes:
         lines.append(measure(num, queue_size, args.dim, terms, device, args.rounds, not args.no_compiled))
         print_line(lines[-1])
         if args.output:

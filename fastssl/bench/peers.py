@@ -19,7 +19,7 @@ from fastssl.bench.classical import classical_loop
 from fastssl.bench.loops import Loop, our_loop, time_loops, trainee_of
 from fastssl.bench.peer_loops import dali_loop, ffcv_loop
 from fastssl.bench.photos import SOURCE, open_data
-from fastssl.bench.step import as_line, print_line, save
+from fastssl.bench.step import as_line, check_loops, print_line, save
 from fastssl.bench.step_flags import add_step_flags, make_config, parse_flags
 from fastssl.distributed import Ranks
 from fastssl.limits import usable_cores
@@ -72,6 +72,8 @@ def main(argv: Sequence[str]) -> None:
     args = parse_flags(parser, argv)
     ranks = distributed.start(args.device)
     args.device = ranks.device.type
+    images, config = args.data or args.beton or SOURCE, make_config(args, args.arch, loader="auto")
+    check_loops([config], images=images)
     with tempfile.TemporaryDirectory() as scratch:
         data, beton = open_data(args.data, args.beton, Path(scratch), max(args.photos, args.batch_size))
         loops, missing = make_loops(args, data, beton, ranks)
@@ -82,8 +84,8 @@ def main(argv: Sequence[str]) -> None:
         beside = CLASSICAL if CLASSICAL in loops else list(loops)[-1]
 
         def line(seconds: dict[str, list[float]]) -> dict[str, object]:
-            found = as_line(make_config(args, args.arch, loader="auto"), seconds, args.steps, beside)
-            return found | {"not_measured": missing, "images": args.data or args.beton or SOURCE}
+            found = as_line(config, seconds, args.steps, beside)
+            return found | {"not_measured": missing, "images": images}
 
         seconds = time_loops(loops, args.steps, args.rounds, lambda seconds: save(args.output, [line(seconds)]))
     print_line(line(seconds), ranks.device)

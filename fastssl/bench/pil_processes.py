@@ -15,7 +15,8 @@ from fastssl.bench.timing import Function
 def in_processes(images: Sequence[Image.Image], chain: Callable, processes: int) -> Function:
     """A call that makes two views of every image with `chain`, in processes that already hold their share of them.
 
-    The views are neither stacked nor sent back, which a DataLoader would also have to do.
+    The views are neither stacked nor sent back, which a DataLoader would also have to do. The call raises ValueError
+    when a process has ended.
     """
     context = multiprocessing.get_context("spawn")
     pipes = []
@@ -25,10 +26,14 @@ def in_processes(images: Sequence[Image.Image], chain: Callable, processes: int)
         pipes.append(ours)
 
     def call() -> None:
-        for pipe in pipes:
-            pipe.send(True)
-        for pipe in pipes:
-            pipe.recv()
+        try:
+            for pipe in pipes:
+                pipe.send(True)
+            for pipe in pipes:
+                pipe.recv()
+        except (EOFError, OSError):
+            reason = "by a signal, such as where memory is full, or by the error above"
+            raise ValueError(f"a process with torchvision's views has ended, {reason}: try fewer --threads") from None
 
     return call
 
@@ -41,5 +46,5 @@ def _work(pipe: Connection, images: Sequence[Image.Image], chain: Callable) -> N
                 chain(image)
                 chain(image)
             pipe.send(True)
-    except (EOFError, KeyboardInterrupt):  # the parent has ended, or is about to
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):  # the parent has ended, or is about to
         return

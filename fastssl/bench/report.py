@@ -155,7 +155,7 @@ def loader_table(result: dict) -> str:
         time = f"{cpu['median']:.3f} ({cpu['low']:.3f} to {cpu['high']:.3f})"
         share = f"{100 * bare / cpu['median']:,.0f} %" if bare else "not measured"
         rows.append([name, time, rate, share, f"{line['first_batch_seconds']:.2f}"])
-    return as_table(["loader", "CPU ms a pair", "pairs/s", "of the bare decoder's rate", "first batch, s"], rows)
+    return as_table(["loader", "CPU ms a pair", "pairs/s", "of the bare decoder's, per core", "first batch, s"], rows)
 
 
 LAYOUTS: dict[str, Callable[..., str]] = {

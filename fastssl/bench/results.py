@@ -71,13 +71,20 @@ def invert(seconds: Timing, work: float) -> Timing:
     return Timing(work / seconds.median, work / seconds.high, work / seconds.low, seconds.rounds)
 
 
+def group_of(line: dict[str, object]) -> str:
+    """What a line is of: the main settings of loops, or its numbers and words."""
+    if s := line.get("settings"):
+        return f"{s['arch']}, {s['image_size']} pixels, batch {s['batch_size']}"
+    setting = {k: v for k, v in line.items() if isinstance(v, (int, str)) and k != "bytes"}
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in setting.items())
+
+
 def loop_rows(line: dict[str, object]) -> Iterator[Row]:
     """The training loops in a line of step, all or peers, in pairs/s."""
-    s, rounds = line["settings"], line["seconds_of_rounds"]
-    group = f"{s['arch']}, {s['image_size']} pixels, batch {s['batch_size']}"
+    settings, rounds = line["settings"], line["seconds_of_rounds"]
     for name, seconds in rounds.items():
-        rate = invert(summarise(seconds), s["batch_size"])
-        yield Row(group, name, rate, "pairs/s", True, times_faster(rounds, name, line["beside"]))
+        rate = invert(summarise(seconds), settings["batch_size"])
+        yield Row(group_of(line), name, rate, "pairs/s", True, times_faster(rounds, name, line["beside"]))
 
 
 def all_loop_rows(result: dict[str, object]) -> Iterator[Row]:
@@ -99,11 +106,9 @@ def convert_rows(result: dict[str, object]) -> Iterator[Row]:
 def seconds_rows(result: dict[str, object]) -> Iterator[Row]:
     """Lines with a timing for each contestant in `seconds`; their other numbers and words name the group."""
     for line in result["lines"]:
-        setting = {k: v for k, v in line.items() if isinstance(v, (int, str)) and k != "bytes"}
-        group = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in setting.items())
         for name, timing in line["seconds"].items():
             ms = {key: 1e3 * timing[key] for key in ("median", "low", "high")}
-            yield Row(group, name, Timing(**ms, rounds=timing["rounds"]), "ms", False)
+            yield Row(group_of(line), name, Timing(**ms, rounds=timing["rounds"]), "ms", False)
 
 
 READERS: dict[str, Callable[[dict], Iterator[Row]]] = {

@@ -16,6 +16,7 @@ from statistics import median
 import torch
 
 from fastssl import distributed
+from fastssl.bench.compare import announce
 from fastssl.bench.loops import Loop, host_alone, our_loop, time_loops, trainee_of
 from fastssl.bench.results import loop_rows, show_row, write_result
 from fastssl.bench.step_flags import COMPILE, add_inner_flags, add_step_flags, make_config, parse_flags
@@ -75,6 +76,16 @@ def as_line(config: Config, seconds: dict[str, list[float]], steps: int, beside:
     return line
 
 
+def check_loops(configs: Sequence[Config], **about: object) -> None:
+    """Before anything is made or measured: tells what is otherwise in the result to compare with.
+
+    Raises ValueError for encoders that cannot be built.
+    """
+    for config in configs:
+        check_parts(config)
+    announce({"lines": [as_line(config, {}, 0, "") | about for config in configs]})
+
+
 def step_loops(args: argparse.Namespace, arch: str, trainee: Trainee, ranks: distributed.Ranks) -> dict[str, Loop]:
     """The step, the eager step (unless --no-eager), on a GPU the host alone, and the parts of the step."""
     config = make_config(args, arch)
@@ -125,11 +136,9 @@ def measure_each(
 
     measure: is given an encoder, and a function that saves its line so far, which stands if it is cut short.
 
-    Raises ValueError for encoders that cannot be built, before any is measured, and at the end for those that failed.
+    Raises ValueError at the end for those that failed.
     """
     lines, failed = [], []
-    for arch in args.arch:
-        check_parts(make_config(args, arch))
     for arch in while_time_lasts(args.arch):
         torch.compiler.reset()  # frees the CUDA graphs of the last one,
         gc.collect()  # and this its weights, which compiled code holds in cycles
@@ -161,4 +170,5 @@ def main(argv: Sequence[str]) -> None:
     args = parse_flags(parser, argv)
     ranks = distributed.start(args.device)
     args.device = ranks.device.type
+    check_loops([make_config(args, arch) for arch in args.arch])
     measure_each(args, ranks, lambda arch, keep: measure(args, arch, ranks, keep))

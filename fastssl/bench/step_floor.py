@@ -1,9 +1,10 @@
 """The floor of a training step: the least time that its operations can take, by rates measured on the device.
 
 Arithmetic: the encoders' operations as torch's FlopCounterMode counts them (a forward for q and for k, twice a forward
-for the gradients of q) and the loss's matrix products, at the rate of a large matrix product. Memory: in a forward,
-each convolution and linear layer reads its input and writes its output once; in the backward it reads its input and the
-gradient of its output and writes the gradient of its input; everything else is fused; at the rate of a large copy.
+for the gradients of q, without that of the images) and the loss's matrix products, at the rate of a large matrix
+product. Memory: in a forward, each convolution and linear layer reads its input and writes its output once; in the
+backward it reads its input and the gradient of its output and writes the gradient of its input, the first one not;
+everything else is fused; at the rate of a large copy.
 
 Operations are those of direct convolutions. A step can beat the floor with fewer: by Winograd's way
 (`cpu_conv_winograd.py`, and cuDNN's) or by leaving the padding out (`cpu_conv_rows.py`).
@@ -51,10 +52,13 @@ def count_encoder(config: Config) -> tuple[float, float]:
     with torch.device("meta"):
         encoder = make_encoder(m.arch, head=m.head, dim=m.dim, stem=m.stem).eval()
         images = torch.empty(config.train.batch_size * directions(config), 3, size, size)
-    elements = 0
+    elements = spared = 0
 
     def count(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        nonlocal elements
+        nonlocal elements, spared
+        if not elements:  # the first layer: nobody asks for the gradient of the images
+            elements -= prod(inputs[0].shape)
+            spared += 2 * prod(output.shape) * prod(module.weight.shape[1:])
         elements += 4 * prod(inputs[0].shape) + 3 * prod(output.shape)
 
     for module in encoder.modules():
@@ -62,4 +66,4 @@ def count_encoder(config: Config) -> tuple[float, float]:
             module.register_forward_hook(count)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         encoder(images)
-    return 4.0 * counter.get_total_flops(), float(elements)
+    return 4.0 * counter.get_total_flops() - spared, float(elements)

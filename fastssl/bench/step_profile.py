@@ -15,6 +15,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from fastssl.bench.loops import WARM_UP, our_step
+from fastssl.bench.timing import silence_profiler
 from fastssl.build import Trainee, open_loader
 from fastssl.config import Config
 from fastssl.distributed import Ranks
@@ -29,6 +30,8 @@ ANNOTATIONS = ("Torch-Compiled", "## ")  # ranges that torch.compile marks; thei
 def profile_step(config: Config, ranks: Ranks, trainee: Trainee) -> dict[str, object]:
     """Averages over some steps: seconds, seconds in which the GPU was busy, launches, and the longest kernels."""
     cuda = ranks.device.type == "cuda"
+    if not cuda:
+        silence_profiler()
     loader, inputs = open_loader(config, ranks), InputStream(ranks.device)
     step = our_step(config, ranks, trainee, loader, inputs)
     with closing(inputs.draw(loader.batches())) as batches:

@@ -29,6 +29,7 @@ from fastssl.bench.results import begun, read_result, write_result
 from fastssl.bench.suite_entries import Entry, Sizes, compile_ahead, cpu_entries, gpu_entries
 from fastssl.bench.verdicts import verdicts
 from fastssl.command import tidy_on_signals
+from fastssl.data_prep.files import check_writable
 from fastssl.environment import environment
 
 PROGRAM = Path(__file__).resolve().parents[2] / "bench_throughput.py"
@@ -49,8 +50,9 @@ def main(argv: Sequence[str]) -> int:
     """Runs the stages and prints a summary. Returns exit code 1 if one of them failed or was killed."""
     args = parse(argv)
     begun()
-    args.report.mkdir(parents=True, exist_ok=True)
     suffix = f"{args.suite}-tiny" if args.tiny else args.suite
+    summary = args.report / f"suite-{suffix}.json"
+    check_writable(summary, "--report")  # makes the folder
     if args.suite == "cpu":
         sizes, make_entries = Sizes.cpu(), cpu_entries
     else:
@@ -70,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         for i, entry in enumerate(entries):
             others = sum(later.seconds for later in entries[i + 1 :])  # whose shares it must leave
             done.append(run_entry(entry, args.report / f"{entry.name}-{suffix}.json", finish - others))
-            save(args.report / f"suite-{suffix}.json", done, args.data or SOURCE)
+            save(summary, done, args.data or SOURCE)
     print_table(done)
     return int(any(one.state in ("killed", "failed") for one in done))
 

@@ -6,6 +6,7 @@ in Python are counted. On a CPU the wall clock is read around each call.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -59,6 +60,11 @@ def open_device(name: str) -> torch.device:
             raise ValueError(f"--device {name}: torch finds {counted(gpus, 'GPU')}, the last of them cuda:{gpus - 1}")
         torch.cuda.set_device(device.index or 0)
     return device
+
+
+def silence_profiler() -> None:
+    """On a CPU: torch's profiler would write to stderr whenever it starts and stops, and that it finds no GPU."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def stop_after(seconds: float) -> None:

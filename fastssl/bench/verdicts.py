@@ -39,7 +39,7 @@ def loader_verdicts(result: dict[str, object]) -> Iterator[str]:
             "only more cores, smaller images (fastssl prep beton) or --loader resident give more"
         )
     else:
-        yield f"bound by the loader itself: {name!r} reaches {share:.0%} of the bare decoder's rate ({rates})"
+        yield f"bound by the loader itself: {name!r} reaches {share:.0%} of the bare decoder's rate per core ({rates})"
 
 
 def loss_verdicts(result: dict[str, object]) -> Iterator[str]:
@@ -99,7 +99,8 @@ def eval_verdicts(result: dict[str, object]) -> Iterator[str]:
             yield f"k-NN: {ours[0].name!r} {beside(ours[0], others)}; try more cores, or fewer images"
         else:
             ratio = found[1].value.median / found[0].value.median
-            yield f"sweep: {found[1].name} take {ratio:.1f} times as long as {found[0].name}: train them together"
+            mend = ": train them together" if ratio < int(found[1].name.split()[0]) else ""
+            yield f"sweep: {found[1].name} take {ratio:.1f} times as long as {found[0].name}{mend}"
 
 
 VERDICTS: dict[str, Callable[[dict], Iterator[str]]] = {

@@ -15,11 +15,12 @@ from fastssl.arguments import positive
 from fastssl.bench.classical import classical_loop
 from fastssl.bench.loops import loader_alone, our_loops, trainee_of
 from fastssl.bench.photos import SOURCE, open_data
-from fastssl.bench.step import Keep, measure_each, step_loops, time_line
+from fastssl.bench.step import Keep, check_loops, measure_each, step_loops, time_line
 from fastssl.bench.step_flags import add_inner_flags, add_step_flags, make_config, parse_flags
 from fastssl.build import open_loader
 from fastssl.distributed import Ranks
 from fastssl.limits import usable_cores
+from fastssl.loaders.make import LOADERS
 
 
 def main(argv: Sequence[str]) -> None:
@@ -33,6 +34,7 @@ def main(argv: Sequence[str]) -> None:
     add(
         "--loader",
         nargs="+",
+        choices=("auto", *LOADERS),
         default=["auto"],
         help="loaders: auto and folder read the folder, others the .beton (default auto)",
     )
@@ -43,6 +45,7 @@ def main(argv: Sequence[str]) -> None:
     args = parse_flags(parser, argv)
     ranks = distributed.start(args.device)
     args.device = ranks.device.type
+    check_loops([make_config(args, arch) for arch in args.arch], images=args.data or args.beton or SOURCE)
     with tempfile.TemporaryDirectory() as scratch:
         data, beton = open_data(args.data, args.beton, Path(scratch), max(args.photos, args.batch_size))
         measure_each(args, ranks, lambda arch, keep: compare(args, arch, (data, beton), ranks, keep))
