@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import re
 import zipfile
 from collections.abc import Callable
@@ -77,6 +78,11 @@ def load(path: Path) -> dict:
         raise
     except FileNotFoundError:
         raise CheckpointError(f"the checkpoint {path} does not exist") from None
+    except pickle.UnpicklingError:  # whose own advice is to run what the file holds
+        raise CheckpointError(
+            f"{path} is damaged or not a checkpoint of fastssl, since it holds more than weights and numbers: add "
+            "--restart to start from its weights alone"
+        ) from None
     except Exception as error:
         reason = str(error).splitlines()[0][:200]
         raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason}") from error

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastssl import checkpoint
 from fastssl.foreign import Report, load_pretrained
+from fastssl.foreign.choose import is_told_by_tensors
 from fastssl.foreign.formats import (
     FORMATS,
     counterpart,
@@ -26,7 +27,7 @@ from fastssl.foreign.formats import (
     old_queue,
 )
 from fastssl.foreign.layout import strip_wrappers
-from fastssl.foreign.load import pads_more
+from fastssl.foreign.load import pads_more, with_stem
 from fastssl.foreign.read import Contents, read_weights
 from fastssl.models import Encoder
 from fastssl.verify_export import largest_difference
@@ -74,6 +75,8 @@ def export(source: str | Path, out: str | Path, to: str = "plain", *, arch: str 
         # of two networks whose tensors have timm's names, the file says which it is
         arch = name if (report.arch, to) == ("efficientnet_b0", "timm") else report.arch
         save_tensors(tensors, Path(out), {"format": "pt", "arch": arch, "stem": report.stem})
+        if to == "plain" and Path(out).suffix != ".safetensors" and not is_told_by_tensors(arch, report.stem):
+            report.notes.append(f"{out} cannot say that it is {with_stem(arch, report.stem)}: a .safetensors file can")
     return report, name
 
 

@@ -1,19 +1,25 @@
 """Checkpoints whose files are odd: names, types of numbers, what lies beside the weights."""
 
+import argparse
+import collections
+import io
 import pickle
 import sys
 import tarfile
 import types
+from pathlib import PosixPath, PurePosixPath
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from old_checkpoints import make_moco, make_network
+from old_checkpoints import make_head, make_moco, make_network
 
 from fastssl.checkpoint import CheckpointError
 from fastssl.export import export
 from fastssl.foreign import load_pretrained
 from fastssl.foreign.heads import build_head
+from fastssl.foreign.read import _harmless, read_weights
 
 
 class Evil:
@@ -95,6 +101,44 @@ def test_what_mocos_layout_cannot_be_whole_without_leaves_the_query_encoder(tmp_
     state = torch.load(tmp_path / "out.pth.tar", weights_only=True)["state_dict"]
     assert all(name.startswith("module.encoder_q.") for name in state)
     assert torch.equal(state["module.encoder_q.conv1.weight"], tensors["conv1.weight"])
+
+
+def test_what_scripts_keep_beside_their_weights_is_read(tmp_path, tensors):
+    beside = {
+        "args": argparse.Namespace(output=PosixPath("runs/x"), name=np.str_("x")),
+        "history": collections.defaultdict(list, loss=[1.0]),
+        "counts": collections.defaultdict(dict),
+        "rng": np.random.get_state(),
+    }
+    for zipped in (True, False):
+        torch.save({"model": tensors, **beside}, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+        entries = read_weights(tmp_path / "x.pth").entries
+        assert entries["args"].output == PurePosixPath("runs/x") and entries["history"] == {"loss": [1.0]}
+        assert np.array_equal(entries["rng"][1], beside["rng"][1])
+
+
+@pytest.mark.parametrize("name", ["pathlib\nPosixPath", "pathlib\nWindowsPath", "pathlib._local\nWindowsPath"])
+def test_paths_of_another_system_or_python(name):
+    pickled = b"\x80\x02c" + name.encode() + b"\nX\x01\x00\x00\x00a\x85R."
+    with torch.serialization.safe_globals(_harmless()):
+        assert torch._weights_only_unpickler.load(io.BytesIO(pickled)) == PurePosixPath("a")
+
+
+@pytest.mark.parametrize("start", ["<!DOCTYPE html>", "version https://git-lfs", "Not Found", ""])
+def test_what_was_downloaded_instead_is_shown(tmp_path, start):
+    (tmp_path / "x.pth").write_text(start)
+    with pytest.raises(CheckpointError, match=f"is damaged or not a checkpoint: it begins with b'{start}'"):
+        read_weights(tmp_path / "x.pth")
+
+
+def test_simclr_with_its_head_in_the_backbone(tmp_path, tensors):
+    """As its best-known script in PyTorch saves it."""
+    head = {f"fc.{k}": v for k, v in make_head("simple", 512).items()}
+    state = {f"backbone.{k}": v for k, v in {**tensors, **head}.items()}
+    torch.save({"epoch": 100, "arch": "resnet18", "state_dict": state}, tmp_path / "x.pth.tar")
+    encoder, report = load_pretrained(tmp_path / "x.pth.tar", with_head=True)
+    assert (report.head, report.dim, report.loaded) == ("simple", 128, len(state))
+    assert torch.equal(encoder.head[2].weight, head["fc.2.weight"])
 
 
 def test_garbage_is_not_taken_for_a_pickle(tmp_path, tensors):

@@ -48,6 +48,11 @@ def differences(backbone: dict[str, Tensor], shapes: dict[str, tuple[int, ...]])
     return found + [f"{name} is unexpected" for name in backbone if name not in shapes]
 
 
+def few(names: list[str]) -> str:
+    """The first of many names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def fits(layout: Layout, arch: str, stem: str) -> bool:
     """Whether these weights, without the head, belong to this architecture."""
     own = signature(arch, stem)

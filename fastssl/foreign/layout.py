@@ -169,7 +169,7 @@ def _split_own(kind: str, encoder: dict[str, Tensor], left_out: dict[str, list[s
     if encoder and _has_own_names(encoder):
         kind = kind.replace("MoCo checkpoint", "fastssl checkpoint")
         backbone = _name_children(strip_wrappers(_below(encoder, "backbone.")))
-        return Layout(kind, backbone, _below(encoder, "head."), left_out)
+        return Layout(kind, backbone, _below(encoder, "head.") or None, left_out)  # SimCLR scripts keep theirs as fc
     reasons = {k: reason for k in encoder for prefix, reason in _OTHER_HEADS.items() if k.startswith(prefix)}
     for name, reason in reasons.items():
         left_out.setdefault(reason, []).append(name)

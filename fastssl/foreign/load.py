@@ -9,15 +9,12 @@ from torch import nn
 from torchvision.models import ResNet
 
 from fastssl.checkpoint import CheckpointError
-from fastssl.foreign.fit import COUNTER, differences, fits, fitting_architectures
+from fastssl.foreign.choose import choose, doubt
+from fastssl.foreign.fit import COUNTER, differences, few, fitting_architectures
 from fastssl.foreign.heads import build_head, name_head, output_dim
 from fastssl.foreign.layout import SOLO_LEARN, Layout, find_encoder, split_classifier
 from fastssl.foreign.read import Contents, is_weights, read_weights
-from fastssl.models.encoders import Encoder, classifier_name, list_architectures, make_backbone
-
-# Pairs with the same names and shapes that compute differently: by their padding, or the number of attention heads.
-_TWINS = {f"tf_efficientnet_b{i}": f"timm:efficientnet_b{i}" for i in range(4)}
-_TWINS["mocov3_vit_small"] = "timm:vit_small_patch16_224"  # DINO's
+from fastssl.models.encoders import Encoder, classifier_name, make_backbone
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Report:
             f"{self.path}: {self.kind}{epoch}; {self.arch}{stem}, {self.feature_dim} features",
             f"  loaded {self.loaded} tensors",
         ]
-        lines += [f"  left out {reason} ({_few(names)})" for reason, names in self.left_out.items()]
+        lines += [f"  left out {reason} ({few(names)})" for reason, names in self.left_out.items()]
         return "\n".join(lines + [f"  {note}" for note in self.notes])
 
 
@@ -61,7 +58,7 @@ def load_pretrained(
     """
     contents = read_weights(path)
     layout = _find(contents, key)
-    arch, stem = _choose(contents, layout, arch, stem)
+    arch, stem = choose(contents, layout, arch, stem)
     backbone, classifier, feature_dim = make_backbone(arch, stem)
     layout, notes = _load_backbone(contents, layout, backbone, classifier, arch, stem)
     if pads_more(layout.kind, stem) and isinstance(backbone, ResNet):
@@ -73,7 +70,7 @@ def load_pretrained(
     left_out |= {f"the tensors of {name!r}": list(v) for name, v in contents.entries.items() if is_weights(v)}
     if with_head:
         if dim is None:
-            held = f"an unknown head ({_few(list(layout.head))})" if layout.head else "no head"
+            held = f"an unknown head ({few(list(layout.head))})" if layout.head else "no head"
             raise CheckpointError(f"{path} has {held}: leave out --head to use the {feature_dim} features")
         module = build_head(head, feature_dim, dim)
         module.load_state_dict(layout.head)
@@ -105,11 +102,11 @@ def load_into(path: str | Path, encoder: Encoder, arch: str, stem: str) -> list[
     encoder.head.load_state_dict({**own, **taken})
     lines = [f"weights of {path} ({layout.kind}): {len(layout.backbone)} tensors of the backbone"]
     if taken:
-        lines.append(f"head: loaded {_few(list(taken))}")
+        lines.append(f"head: loaded {few(list(taken))}")
     if other := [k for k in {**layout.head, **own} if k not in taken]:
         why = "names or shapes differ" if layout.head else "not in the file"
-        lines.append(f"head: kept random weights for {_few(other)} ({why})")
-    return lines + notes + [f"left out {reason} ({_few(names)})" for reason, names in layout.left_out.items()]
+        lines.append(f"head: kept random weights for {few(other)} ({why})")
+    return lines + notes + [f"left out {reason} ({few(names)})" for reason, names in layout.left_out.items()]
 
 
 def pads_more(kind: str, stem: str) -> bool:
@@ -124,37 +121,6 @@ def _find(contents: Contents, key: str) -> Layout:
         raise CheckpointError(f"{contents.path} {error}") from None
 
 
-def _choose(contents: Contents, layout: Layout, arch: str | None, stem: str | None) -> tuple[str, str]:
-    """(architecture, stem): as given, else what the file says if that fits, else the only ones that fit."""
-    config = contents.entries.get("config")
-    own = config if isinstance(config, dict) else contents.entries
-    said_arch, said_stem = own.get("arch"), own.get("stem")
-    said_stem = said_stem if isinstance(said_stem, str) else "imagenet"
-    if arch is not None:
-        return arch, stem or said_stem
-    named = said_arch in list_architectures() or (isinstance(said_arch, str) and said_arch.startswith("timm:"))
-    if named:
-        for choice in dict.fromkeys([stem or said_stem, stem or "imagenet"]):
-            if fits(layout, said_arch, choice):
-                return said_arch, choice
-    found = [pair for pair in fitting_architectures(layout) if stem in (None, pair[1])]
-    if len(found) == 1 and found[0][0] not in _TWINS:
-        return found[0]
-    if not found and named:
-        return said_arch, stem or "imagenet"  # `_load_backbone` then says what does not fit
-    if not found:
-        raise CheckpointError(
-            f"{contents.path} ({layout.kind} of {_few(list(layout.backbone))}) fits no architecture known here: name "
-            "one with -a"
-        )
-    names = []
-    for found_arch, _ in found:
-        names.append(found_arch)
-        if found_arch in _TWINS:
-            names.append(_TWINS[found_arch])
-    raise CheckpointError(f"{contents.path} fits {' and '.join(names)}, which compute differently: name one with -a")
-
-
 def _load_backbone(
     contents: Contents, whole: Layout, backbone: nn.Module, classifier: str, arch: str, stem: str
 ) -> tuple[Layout, list[str]]:
@@ -163,24 +129,22 @@ def _load_backbone(
     own = backbone.state_dict()
     wrong = differences(layout.backbone, {k: tuple(v.shape) for k, v in own.items()})
     if wrong:
-        others = [_with_stem(*pair) for pair in fitting_architectures(whole)]
-        held = _few(list(layout.backbone)) or "nothing"
+        others = [with_stem(*pair) for pair in fitting_architectures(whole)]
+        held = few(list(layout.backbone)) or "nothing"
         advice = f"it fits {', '.join(others)}" if others else f"no architecture known here has these layers: {held}"
-        raise CheckpointError(f"{contents.path} does not fit {_with_stem(arch, stem)}: {_few(wrong)}; {advice}")
+        raise CheckpointError(f"{contents.path} does not fit {with_stem(arch, stem)}: {few(wrong)}; {advice}")
     lacking = [k for k in own if k not in layout.backbone]  # counters, or it would not fit
     own.update(layout.backbone)  # own has an attribute that a new dict would lack: the version, which MNASNet needs
     backbone.load_state_dict(own)
-    return layout, [f"the file lacks {COUNTER}, so it starts at 0"] if lacking else []
+    notes = [f"the file lacks {COUNTER}, so it starts at 0"] if lacking else []
+    return layout, notes + doubt(contents, whole, arch, stem)
 
 
-def _with_stem(arch: str, stem: str) -> str:
+def with_stem(arch: str, stem: str) -> str:
+    """An architecture as a command line has it."""
     return arch if stem == "imagenet" else f"{arch} --stem {stem}"
 
 
 def _epoch(contents: Contents) -> int | None:
     epoch = contents.entries.get("epoch")
     return epoch if isinstance(epoch, int) else None
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

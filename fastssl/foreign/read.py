@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import collections
 import pickletools
 import re
 import warnings
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -136,7 +135,14 @@ def _read_torch(path: Path) -> object:
             ) from None
         # without torch's own advice, which is to load the file all the same
         reason = text.partition("WeightsUnpickler error:")[2].strip() or text or type(error).__name__
+        if "Unsupported operand" in text or isinstance(error, EOFError):  # a web page, Git LFS's pointer, nothing
+            reason = f"it begins with {_read_start(path)}"
         raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason.splitlines()[0][:200]}") from error
+
+
+def _read_start(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(32)
 
 
 def _is_pickle(path: Path) -> bool:
@@ -152,12 +158,20 @@ def _is_pickle(path: Path) -> bool:
 
 def _harmless() -> list:
     """Types that old checkpoints hold beside their weights (arguments, the best accuracy), and that run no code."""
-    scalar = (np._core if hasattr(np, "_core") else np.core).multiarray.scalar  # numpy 2, numpy 1
-    names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    own = (np._core if hasattr(np, "_core") else np.core).multiarray  # numpy 2, numpy 1
+    functions = {"scalar": own.scalar, "_reconstruct": own._reconstruct}
+    names = [(f, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name, f in functions.items()]
     # VICReg's optimizer keeps this function of its script among its options
     names += [(_nothing, f"{script}.exclude_bias_and_norm") for script in ("__main__", "main_vicreg")]
-    numbers = [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"]
-    return [argparse.Namespace, collections.defaultdict, np.dtype, *names, *dict.fromkeys(numbers)]
+    # of paths, those that need not be of this system
+    names += [(PurePath, f"{m}.{kind}Path") for m in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")]
+    numbers = [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdSU"]
+    names += [(_make_dict, "collections.defaultdict")]  # torch fills nothing else
+    return [argparse.Namespace, dict, list, np.ndarray, np.dtype, *names, *dict.fromkeys(numbers)]
+
+
+def _make_dict(_: object = None) -> dict:
+    return {}
 
 
 def _nothing(*_: object) -> None:
