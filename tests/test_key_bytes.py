@@ -42,10 +42,10 @@ def assert_same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [1, 7, 33])
-def test_a_view_of_bytes_once_normalised_is_the_view(kernel, dtype, size, nan_poisoned_empty) -> None:
+@pytest.mark.parametrize(("size", "sides"), [(1, ((2, 3), (1, 1))), (7, SIDES), (33, SIDES)])
+def test_a_view_of_bytes_once_normalised_is_the_view(kernel, dtype, size, sides, nan_poisoned_empty) -> None:
     skip_what_the_interpreter_rounds_otherwise(kernel, dtype)
-    batch, policy = photo_batch(SIDES).to(DEVICE), make_policy("v2", solarise_p=0.4, blur_p=0.6)
+    batch, policy = photo_batch(sides).to(DEVICE), make_policy("v2", solarise_p=0.4, blur_p=0.6)
     plain = make_views(batch, policy, size, 1, 2, dtype, kernel)
     view_q, view_k = make_views(batch, policy, size, 1, 2, dtype, kernel, key_bytes=True)
     assert view_k.dtype == torch.uint8 and view_k.is_contiguous(memory_format=torch.channels_last)
