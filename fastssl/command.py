@@ -82,7 +82,7 @@ def _refusal_of_torch(error: RuntimeError) -> str:
     if "DefaultCPUAllocator: can't allocate memory" in text or kind == "OutOfMemoryError":
         return f"there is not enough memory ({'. '.join(reason[:2])}): a smaller batch size needs less"
     if "TorchDynamoException" in kinds:
-        told = " ".join(text.partition("Set TORCHDYNAMO_VERBOSE")[0].split())  # what follows is about torch's own log
+        told = " ".join(text.partition("Set TORCH")[0].split())  # what follows is about torch's own log
         return (
             f"torch.compile failed ({kind}: {told[:200]}): use --compile off (bench_throughput.py loss: --no-compiled)"
         )

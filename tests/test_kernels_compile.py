@@ -10,7 +10,7 @@ import sys
 import pytest
 import triton
 
-from fastssl.bench import sweep_loss
+from fastssl.bench import compile_loss, sweep_loss
 from fastssl.kernels.row_lse_blocks import Blocks
 
 LOSS = [(80, "bf16", 128), (90, "bf16", 128), (100, "bf16", 128), (90, "fp16", 256), (80, "fp32", 64)]
@@ -70,3 +70,9 @@ def test_a_sweep_that_can_run_nothing_says_so(monkeypatch):
     monkeypatch.setattr("sys.argv", ["sweep_loss"])
     with pytest.raises(SystemExit, match="this machine can run none of the candidates"):
         sweep_loss.main()
+
+
+def test_a_triton_that_is_asked_in_another_way_is_named(monkeypatch):
+    monkeypatch.delattr("triton.backends.nvidia.compiler.get_ptxas", raising=False)  # as in 3.2
+    with pytest.raises(ValueError, match=r"needs Triton 3\.3"):
+        compile_loss.compile_finish(80, 64)

@@ -67,13 +67,14 @@ def compile_finish(arch: int, dim: int) -> list[dict[str, object]]:
 
 def compile_kernel(kernel, arch: int, kinds: dict[str, str], constants: dict, options: dict) -> dict[str, object]:
     """Compiles one kernel. Returns its name, registers, spilled and shared bytes and tensor-core instructions."""
+    ptxas = find_ptxas(arch)  # first of all, since a Triton without one cannot be asked to compile as below either
     signature = {name: "constexpr" if name in constants else kinds[name] for name in kernel.arg_names}
     constants = {name: constants[name] for name, kind in signature.items() if kind == "constexpr"}
     aligned = [i for i, kind in enumerate(signature.values()) if kind == "i32" or kind.startswith("*")]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     report = {"kernel": kernel.fn.__name__, "arch": arch, "dim": constants.get("D")}
-    return report | _assemble(compiled.asm["ptx"], arch) | {"shared": compiled.metadata.shared}
+    return report | _assemble(ptxas, compiled.asm["ptx"]) | {"shared": compiled.metadata.shared}
 
 
 def find_ptxas(arch: int) -> str:
@@ -86,13 +87,13 @@ def find_ptxas(arch: int) -> str:
     return tool[0] if isinstance(tool, tuple) else tool.path  # a (path, version) pair in older Tritons
 
 
-def _assemble(ptx: str, arch: int) -> dict[str, int]:
+def _assemble(ptxas: str, ptx: str) -> dict[str, int]:
     """Registers and spilled bytes as ptxas tells them, and the number of tensor-core instructions in the PTX."""
     target = re.search(r"\.target (\w+)", ptx).group(1)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "kernel.ptx"
         file.write_text(ptx)
-        command = [find_ptxas(arch), "-v", f"--gpu-name={target}", file, "-o", Path(scratch) / "kernel.cubin"]
+        command = [ptxas, "-v", f"--gpu-name={target}", file, "-o", Path(scratch) / "kernel.cubin"]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     return {
         "registers": int(re.search(r"Used (\d+) registers", said).group(1)),
