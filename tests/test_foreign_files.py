@@ -127,7 +127,8 @@ def test_paths_of_another_system_or_python(name):
 @pytest.mark.parametrize("start", ["<!DOCTYPE html>", "version https://git-lfs", "Not Found", ""])
 def test_what_was_downloaded_instead_is_shown(tmp_path, start):
     (tmp_path / "x.pth").write_text(start)
-    with pytest.raises(CheckpointError, match=f"is damaged or not a checkpoint: it begins with b'{start}'"):
+    shown = f"it begins with b'{start}'" if start else "it is empty"
+    with pytest.raises(CheckpointError, match=f"is damaged or not a checkpoint: {shown}"):
         read_weights(tmp_path / "x.pth")
 
 

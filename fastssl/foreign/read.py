@@ -136,7 +136,8 @@ def _read_torch(path: Path) -> object:
         # without torch's own advice, which is to load the file all the same
         reason = text.partition("WeightsUnpickler error:")[2].strip() or text or type(error).__name__
         if "Unsupported operand" in text or isinstance(error, EOFError):  # a web page, Git LFS's pointer, nothing
-            reason = f"it begins with {_read_start(path)}"
+            start = _read_start(path)
+            reason = f"it begins with {start}" if start else "it is empty"
         raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason.splitlines()[0][:200]}") from error
 
 
