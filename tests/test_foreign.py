@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import re
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -146,6 +147,20 @@ def test_torchvision_state_dicts(tmp_path, name):
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(logits(images), model(images))
     assert torch.equal(logits.head(backbone(images)), model(images))
+
+
+def test_densenets_as_torchvision_publishes_them(tmp_path):
+    """Their files have a "." more in the names of layers, and no counters."""
+    torch.manual_seed(0)
+    model = tv.densenet121(weights=None).eval()
+    published = {
+        re.sub(r"(denselayer\d+\.(norm|conv))([12])", r"\1.\3", name): tensor
+        for name, tensor in model.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+    assert "features.denseblock1.denselayer2.norm.1.weight" in published
+    path, images = write(tmp_path, published, "densenet121-a639ec97.pth"), torch.randn(2, 3, 64, 64)
+    assert torch.equal(load_pretrained(path, "densenet121", with_head=True)[0](images), model(images))
 
 
 def test_regnets_load_by_name(tmp_path):

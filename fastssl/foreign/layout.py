@@ -17,6 +17,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from torch import Tensor
@@ -56,6 +57,8 @@ _SIDES = {  # networks beside the encoders, by the first part of their names
 }
 # the children of a ResNet by their position
 _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+# torchvision's published DenseNets have layers norm.1 and conv.2, its code norm1 and conv2
+_OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
 _OTHER_HEADS = {"projection_head.": "SwAV's projection head", "prototypes": "SwAV's prototypes"}
 
 
@@ -173,5 +176,5 @@ def _split_own(kind: str, encoder: dict[str, Tensor], left_out: dict[str, list[s
     reasons = {k: reason for k in encoder for prefix, reason in _OTHER_HEADS.items() if k.startswith(prefix)}
     for name, reason in reasons.items():
         left_out.setdefault(reason, []).append(name)
-    backbone = _name_children({k: v for k, v in encoder.items() if k not in reasons})
-    return Layout(kind, backbone, None, left_out)
+    own = {_OLD_DENSENET.sub(r"\1\2.", k): v for k, v in encoder.items() if k not in reasons}
+    return Layout(kind, _name_children(own), None, left_out)
