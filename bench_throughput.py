@@ -39,13 +39,12 @@ def main(argv: list[str]) -> int:
     if argv and argv[0] == "report":
         import_module("fastssl.bench.report").main(argv[1:])
         return 0
-    if argv and argv[0] not in ("-h", "--help"):
-        refuse_ranks()
-    if argv and argv[0].startswith("--suite"):
-        return import_module("fastssl.bench.suite").main(argv)
     if argv and argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
+    refuse_ranks()
+    if argv and argv[0].startswith("--suite"):
+        return import_module("fastssl.bench.suite").main(argv)
     if not argv or argv[0] not in STAGES:
         sys.exit(f"{USAGE}\nthere is no stage {argv[0]!r}" if argv else USAGE)
     if {"-h", "--help"} & set(argv):

@@ -80,7 +80,7 @@ def around_classes(root: str, paths: list[str]) -> str:
         below = [folder[len(around) :] for folder in folders if folder != around]
         tops = {folder.partition("/")[0] for folder in below}
         holders = {folder[:-1] for folder in below if folder.count("/") == 1}  # of images, not of folders alone
-        if "train" in tops and ("train" not in holders or holders.issubset(SPLITS)):
+        if "train" in tops and ("train" not in holders or holders.issubset(SPLITS)):  # the rule of `has_train_split`
             return f"{around}train/"
         if splits := look_like_splits(tops - holders):
             where = os.path.join(root, around).rstrip("/")
