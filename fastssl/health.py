@@ -12,6 +12,7 @@ from fastssl.distributed import Ranks, gather_objects
 from fastssl.plural import counted
 
 REMEDY = "use a lower --lr, --warmup-epochs or --clip-grad"
+ADVICE = f"{REMEDY}; earlier checkpoints are good"
 COLLAPSED = 0.1  # a feature_std; encoders with random weights have 0.3 and more
 
 
@@ -43,7 +44,7 @@ class Health:
         self.values = torch.where(newly_bad, torch.stack(list(metrics.values())).float(), self.values)
         self.first_bad = torch.where(newly_bad, step, self.first_bad)
 
-    def check(self, encoder: nn.Module, advice: str) -> list[str]:
+    def check(self, encoder: nn.Module) -> list[str]:
         """Returns a sentence, once, when the features have collapsed, on every rank alike.
 
         Waits for the device: for log steps and before saving. Raises NonFiniteLoss with the step and the cause.
@@ -51,7 +52,7 @@ class Health:
         found = gather_objects(self.report(), self.ranks)
         bad = [(step, rank, values) for rank, (step, values, _) in enumerate(found) if step >= 0]
         if bad:
-            raise NonFiniteLoss(self.blame(*min(bad), encoder) + f"; {advice}")
+            raise NonFiniteLoss(f"{self.blame(*min(bad), encoder)}; {ADVICE}")
         spread = sum(spread for *_, spread in found) / len(found)
         if self.told or self.step < self.settled or not spread < COLLAPSED:
             return []
@@ -76,7 +77,7 @@ class Health:
         return step, ", ".join(f"{name} {value:g}" for name, value in zip(self.names, self.values.tolist())), spread
 
 
-def check_weights(encoder: nn.Module, ranks: Ranks, done: int, advice: str) -> None:
+def check_weights(encoder: nn.Module, ranks: Ranks, done: int) -> None:
     """Before saving: one step may spoil weights that no loss has met yet. Waits for the device.
 
     Raises NonFiniteLoss with the number of steps done, on every rank alike.
@@ -84,7 +85,7 @@ def check_weights(encoder: nn.Module, ranks: Ranks, done: int, advice: str) -> N
     broken = next(filter(None, gather_objects(not_finite(encoder), ranks)), None)
     if broken:
         tensors = f"{counted(len(broken), 'weight tensor')} not finite, first {broken[0]}"
-        raise NonFiniteLoss(f"the loss is finite, but step {done} left {tensors}; {advice}")
+        raise NonFiniteLoss(f"the loss is finite, but step {done} left {tensors}; {ADVICE}")
 
 
 def not_finite(encoder: nn.Module) -> list[str]:

@@ -34,7 +34,7 @@ from fastssl.describe_run import describe
 from fastssl.distributed import Ranks, gather_rows, mean_over_ranks, shuffle_rows, unshuffle_keys
 from fastssl.eval.online import make_probe
 from fastssl.flags import parse
-from fastssl.health import REMEDY, Health, check_weights
+from fastssl.health import Health, check_weights
 from fastssl.input_stream import IN_TURN, InputStream
 from fastssl.launch import launch_if_asked
 from fastssl.loaders.make import Loader
@@ -47,7 +47,6 @@ from fastssl.run import Run
 from fastssl.run_folder import choose_folder
 from fastssl.stop_signal import StopSignal
 
-ADVICE = f"{REMEDY}; earlier checkpoints are good"
 TrainStep = Callable[[ImageBatch, int], dict[str, Tensor]]
 
 
@@ -173,15 +172,15 @@ def train(config: Config, loader: Loader, folder: Path, ranks: Ranks, again: str
             done, last, asked = step + 1, step + 1 == plan.stop, stop()
             run.advance()
             if done % t.log_every == 0 or last:
-                run.say(*health.check(encoder, ADVICE))
+                run.say(*health.check(encoder))
                 run.log(done, {**mean_over_ranks(metrics, ranks), "lr": plan.learning_rate(step)})
                 run.say_bad_images(loader.bad_images)
                 run.say(*(inputs.news() if t.log_every > 1 else []))  # a log line itself makes the GPU idle
             asks = probe and plan.probes_after(done)
             if asked or last or asks or plan.saves_after(done):  # first: a probe may outlast a signal's patience
                 with run.clock.paused():
-                    run.say(*health.check(encoder, ADVICE))
-                    check_weights(encoder, ranks, done, ADVICE)
+                    run.say(*health.check(encoder))
+                    check_weights(encoder, ranks, done)
                     run.save(done, state_of(trainee, done, config, loader.num_images, ranks.world_size))
             if asked and not last:
                 run.say(f"stopped by a signal, saved after step {done}; continue with {again} --output {folder}")

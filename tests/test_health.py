@@ -23,16 +23,16 @@ def spread(value):
 
 def test_collapsed_features_are_named_once():
     health, encoder = Health(RANKS), nn.Linear(2, 2)
-    assert health.check(encoder, "") == []  # before the first step
+    assert health.check(encoder) == []  # before the first step
     health.update(0, spread(0.3))
-    assert health.check(encoder, "") == []
+    assert health.check(encoder) == []
     health.update(1, spread(0.02))
-    (line,) = health.check(encoder, "")
+    (line,) = health.check(encoder)
     assert "nearly the same features (feature_std 0.02" in line and "lower --lr" in line
-    assert health.check(encoder, "") == []
+    assert health.check(encoder) == []
     health.update(2, {"loss": torch.tensor(torch.nan)})  # a batch of one has no spread
-    with pytest.raises(NonFiniteLoss, match=r"not finite at step 3 \(loss nan\); advice"):
-        health.check(encoder, "advice")
+    with pytest.raises(NonFiniteLoss, match=r"not finite at step 3 \(loss nan\); use a lower --lr"):
+        health.check(encoder)
 
 
 def test_features_may_come_together_while_the_queue_is_random():
@@ -40,7 +40,7 @@ def test_features_may_come_together_while_the_queue_is_random():
     health, encoder = Health(RANKS, make_plan(config, 9).queue_filled()), nn.Linear(2, 2)
     for step, lines in ((0, 0), (2, 0), (3, 1)):
         health.update(step, spread(0.02))
-        assert len(health.check(encoder, "")) == lines
+        assert len(health.check(encoder)) == lines
 
 
 def test_a_run_without_anything_that_spreads_says_that_it_collapses(tmp_path, image_folder, capsys):
