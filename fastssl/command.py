@@ -12,10 +12,6 @@ import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # `fastssl --help` need not import torch
-    from fastssl.stop_signal import StopSignal
 
 FAILED = 1
 USAGE = 2
@@ -116,23 +112,5 @@ def tidy_on_signals() -> Iterator[None]:
     try:
         yield
     finally:
-        _restore(before)
-
-
-@contextmanager
-def stop_on_signals(stop: StopSignal) -> Iterator[None]:
-    """Inside the block SIGTERM and SIGUSR1 (Slurm's warning) set `stop.asked`, so the loop saves and stops."""
-
-    def ask(signum: int, frame: object) -> None:
-        stop.asked = True
-
-    before = {signum: signal.signal(signum, ask) for signum in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        _restore(before)
-
-
-def _restore(handlers: dict[int, object]) -> None:
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -1,6 +1,10 @@
-"""One decision of all ranks to stop."""
+"""A signal that asks a run to stop, and one decision of all ranks about it."""
 
 from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -32,3 +36,17 @@ class StopSignal:
         ballot = torch.tensor([int(self.asked)])
         self.vote = (dist.all_reduce(ballot, dist.ReduceOp.MAX, async_op=True), ballot)
         return agreed
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Inside the block SIGTERM and SIGUSR1 (Slurm's warning) ask this rank, so that the loop saves and stops."""
+
+        def ask(signum: int, frame: object) -> None:
+            self.asked = True
+
+        before = {signum: signal.signal(signum, ask) for signum in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)

@@ -28,7 +28,7 @@ from fastssl.build import (
     open_loader,
     open_policy,
 )
-from fastssl.command import PREEMPTED, run_command, stop_on_signals
+from fastssl.command import PREEMPTED, run_command
 from fastssl.config import Config
 from fastssl.describe_run import describe
 from fastssl.distributed import Ranks, gather_rows, mean_over_ranks, shuffle_rows, unshuffle_keys
@@ -162,7 +162,7 @@ def train(config: Config, loader: Loader, folder: Path, ranks: Ranks, again: str
     train_step = make_train_step(config, plan, trainee, policy, ranks, health, inputs)
     probe, note = make_probe(config, loader, ranks)
 
-    with stop_on_signals(stop), closing(Run(folder, config, plan, first, ranks)) as run:
+    with stop.on_signals(), closing(Run(folder, config, plan, first, ranks)) as run:
         run.say(*describe(config, plan, loader, trainee, ranks), note, *notes)
         run.preview(loader, policy)
         if probe and run.owes_probe(first):
