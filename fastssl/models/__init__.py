@@ -1,12 +1,11 @@
 """Image encoders by name, their projection heads, and the batch-normalisation variants they can be trained with."""
 
-from fastssl.models.batchnorm import check_sync_batchnorm, convert_sync_batchnorm, split_batchnorm
+from fastssl.models.batchnorm import convert_sync_batchnorm, split_batchnorm
 from fastssl.models.encoders import Encoder, list_architectures, make_encoder
 from fastssl.models.heads import list_heads, make_head
 
 __all__ = [
     "Encoder",
-    "check_sync_batchnorm",
     "convert_sync_batchnorm",
     "list_architectures",
     "list_heads",

@@ -121,18 +121,13 @@ def split_batchnorm(module: nn.Module, splits: int) -> None:
         layer.splits = splits
 
 
-def check_sync_batchnorm(device: torch.device) -> None:
-    """Raises ValueError unless the device is CUDA, which SyncBatchNorm needs."""
-    if device.type != "cuda":
-        raise ValueError(f"SyncBatchNorm needs CUDA, but this run is on {device.type}: leave it out or use --bn-splits")
-
-
 def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
     """`module` with every BatchNorm replaced by SyncBatchNorm (statistics over all ranks), for training on `device`.
 
     Raises ValueError when `device` is not CUDA, or when a layer has been split.
     """
-    check_sync_batchnorm(device)
+    if device.type != "cuda":
+        raise ValueError(f"SyncBatchNorm needs CUDA, but this run is on {device.type}: leave it out or use --bn-splits")
     layers = list(_batchnorm_layers(module).values())
     if any(isinstance(layer, _SplitForward) and layer.splits > 1 for layer in layers):
         raise ValueError("batch normalisation is either split or synchronised: choose --bn-splits or SyncBatchNorm")
