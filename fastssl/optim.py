@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ NAMES = ("sgd", "adamw", "lars")
 
 
 def make_optimizer(
-    parameters: nn.Module | Iterable[tuple[str, nn.Parameter]],
+    model: nn.Module,
     name: str,
     *,
     lr: float,
@@ -21,7 +20,7 @@ def make_optimizer(
     momentum: float = 0.9,
     exclude_norm_bias: bool = False,
 ) -> Optimizer:
-    """An optimizer for those of `parameters` (a module, or named parameters) that require a gradient.
+    """An optimizer for those parameters of `model` that require a gradient.
 
     `sgd` and `adamw` are torch's, fused on CUDA and on the CPU; `lars` (You et al., arXiv 1708.03888) is timm's. Weight
     decay acts on all parameters, as in MoCo; `exclude_norm_bias` exempts those of at most one dimension (biases, norm
@@ -29,8 +28,7 @@ def make_optimizer(
 
     Raises ValueError for an unknown name, or when nothing requires a gradient.
     """
-    named = parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters
-    trainable = [parameter for _, parameter in named if parameter.requires_grad]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError("nothing to optimise: no parameter requires a gradient")
     if name not in NAMES:

@@ -68,10 +68,10 @@ def test_steps_follow_the_formula_with_a_changing_rate(name, exclude, decay):
         torch.testing.assert_close(p.detach(), expected, rtol=1e-7, atol=1e-9)
 
 
-def test_frozen_parameters_are_left_out_and_named_pairs_are_taken():
+def test_frozen_parameters_are_left_out():
     model = make_model()
     model[0].requires_grad_(False)
-    optimizer = make_optimizer(model.named_parameters(), "sgd", lr=1.0, weight_decay=0.5)
+    optimizer = make_optimizer(model, "sgd", lr=1.0, weight_decay=0.5)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for m in (model[1], model[3]) for p in m.parameters()}
     with pytest.raises(ValueError, match="no parameter requires a gradient"):
