@@ -12,6 +12,7 @@ import tyro
 
 from fastssl.arguments import data_first
 from fastssl.config import Config
+from fastssl.models.heads import list_heads
 from fastssl.recipe import load_recipe, to_yaml
 
 # The reference projects' flags that stand for several of ours. Flags that only differ in name are aliases in config.py.
@@ -39,7 +40,6 @@ LISTS = {  # tests of their items, since the word after the last item may be the
     "--milestones": str.isdecimal,
     "--policy-set": lambda word: word.partition("=")[0].isidentifier() and "=" in word,
 }
-HEADS = ("linear", "simple", "deep", "wide", "dropout")
 
 
 def translate_reference_flags(argv: Sequence[str]) -> list[str]:
@@ -54,7 +54,7 @@ def translate_reference_flags(argv: Sequence[str]) -> list[str]:
     for i, word in enumerate(words):
         following = words[i + 1] if i + 1 < len(words) else ""
         if word == "--mlp":  # a switch in one project, takes a head's name in the other
-            result += ["--head"] if following in (*HEADS, "none") else ["--head", "simple"]
+            result += ["--head"] if following in (*list_heads(), "none") else ["--head", "simple"]
         elif word == "none" and words[i - 1 : i] == ["--mlp"]:  # there any unknown name leaves the linear head
             result += ["linear"]
         elif word in ("--compile", "--channels-last") and following in ("auto", "on", "off", "graphs"):
