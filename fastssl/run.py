@@ -8,6 +8,7 @@ Rank 0 writes; on other ranks every call is a no-op.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import sys
@@ -91,9 +92,10 @@ class Run:
         """Prints and counts the entries of this growing list that are new on any rank. Call on all ranks."""
         new_by_rank = gather_objects(list(bad_images[self.num_seen :]), self.ranks)
         self.num_seen = len(bad_images)
-        for line in {line: 0 for new in new_by_rank for line in new if line not in self.unreadable}:
-            self.unreadable.append(line)
-            self.say(f"unreadable image {len(self.unreadable)}: {line}")
+        for line in itertools.chain(*new_by_rank):
+            if line not in self.unreadable:
+                self.unreadable.append(line)
+                self.say(f"unreadable image {len(self.unreadable)}: {line}")
 
     def preview(self, loader: Loader, policy: Policy) -> None:
         """Draws views.png: eight images spread over the data set, each with its two views of epoch 0."""
