@@ -6,7 +6,6 @@ only ever read with `weights_only=True`.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 import re
@@ -17,7 +16,7 @@ from typing import BinaryIO
 
 import torch
 
-from fastssl.data_prep.files import partial_path, sync_folder
+from fastssl.data_prep.files import sync_folder, written_whole
 
 FORMAT = 1
 PARTS = ("format", "step", "config", "num_images", "model", "optimizer", "scaler")
@@ -41,18 +40,14 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     Raises CheckpointError when the file cannot be written.
     """
-    partial = partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
+        with written_whole(path) as partial, open(partial, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
         sync_folder(path.parent)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         hidden = isinstance(error.__context__, (OSError, KeyboardInterrupt))  # by torch.save: the disk's, or Ctrl-C
         refusal = error.__context__ if hidden else error
         if not isinstance(refusal, (OSError, RuntimeError)):
