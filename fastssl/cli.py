@@ -11,16 +11,16 @@ from fastssl.command import USAGE, refuse_word, run_command
 COMMANDS = {  # in the order a newcomer needs them
     "demo": ("fastssl.demo", "draw images, pretrain an encoder on them and evaluate it; takes minutes, needs no data"),
     "doctor": ("fastssl.doctor", "show what works on this machine, and the commands that fix what does not"),
-    "prep": ("fastssl.prep", "convert images to .beton files or tar shards, and check or describe such files"),
-    "preview": ("fastssl.preview", "draw images beside their augmented views"),
+    "prep": ("fastssl.commands.prep", "convert images to .beton files or tar shards, and check or describe such files"),
+    "preview": ("fastssl.commands.preview", "draw images beside their augmented views"),
     "pretrain": ("fastssl.train", "pretrain an encoder on a folder of images"),
-    "recipes": ("fastssl.recipes_command", "list the recipes, or print one"),
-    "models": ("fastssl.list_models", "list the architectures with their numbers of weights and features"),
+    "recipes": ("fastssl.commands.recipes", "list the recipes, or print one"),
+    "models": ("fastssl.commands.models", "list the architectures with their numbers of weights and features"),
     "eval": ("fastssl.eval.__main__", "evaluate an encoder: k-NN, linear, transfer, instance discrimination, ..."),
     "export": ("fastssl.export", "write an encoder for torchvision, timm, safetensors or MoCo's scripts"),
-    "convert": ("fastssl.convert", "rewrite a SEED student, or any checkpoint, for MoCo's scripts"),
-    "check-loader": ("fastssl.check_loader", "check that the loaders keep their contract on your images"),
-    "check-augment": ("fastssl.check_augment", "compare our augmentation with Pillow's and torchvision's"),
+    "convert": ("fastssl.commands.convert", "rewrite a SEED student, or any checkpoint, for MoCo's scripts"),
+    "check-loader": ("fastssl.commands.check_loader", "check that the loaders keep their contract on your images"),
+    "check-augment": ("fastssl.commands.check_augment", "compare our augmentation with Pillow's and torchvision's"),
 }
 
 

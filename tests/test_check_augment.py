@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 import bench_throughput
-from fastssl import check_augment, preview
 from fastssl.augment import parity, rates
 from fastssl.augment.policy import make_policy, sample_params
 from fastssl.bench import augment as bench_augment
 from fastssl.bench import augment_dali, augment_peers
 from fastssl.cli import main
+from fastssl.commands import check_augment, preview
 from fastssl.loaders.synthetic_loader import SyntheticLoader
 
 

@@ -15,10 +15,11 @@ import torchvision.models as tv
 from old_checkpoints import OldMoCo, make_head, make_moco, make_network, make_seed
 from torch import nn
 
-from fastssl import convert, export, list_models, verify_export
+from fastssl import export, verify_export
 from fastssl.build import make_trainee
 from fastssl.checkpoint import CheckpointError
 from fastssl.command import run_command
+from fastssl.commands import convert, models
 from fastssl.config import Config, replace
 from fastssl.distributed import Ranks
 from fastssl.eval import knn
@@ -351,13 +352,13 @@ def test_a_clone_without_links_has_the_encoders_too(tmp_path):
 
 
 def test_models_are_listed(capsys):
-    assert run_command(list_models.main, ["mobilenet"]) == 0
+    assert run_command(models.main, ["mobilenet"]) == 0
     lines = [line.split(maxsplit=3) for line in capsys.readouterr().out.splitlines()]
     assert ["mobilenetv3_small", "1.52", "1024", "small models"] in lines
     assert ["mobilenet_v3_small", "1.52", "1024", "torchvision"] in lines
-    assert run_command(list_models.main, ["regnet_y_128gf"]) == 0
+    assert run_command(models.main, ["regnet_y_128gf"]) == 0
     assert "7392  torchvision" in capsys.readouterr().out
-    assert run_command(list_models.main, ["nothing"]) == 1
+    assert run_command(models.main, ["nothing"]) == 1
 
 
 def test_an_evaluation_takes_the_run_folder_itself(tmp_path, capsys):

@@ -7,10 +7,11 @@ import torch
 from old_checkpoints import OldMoCo, make_moco
 from torch.nn.functional import normalize
 
-from fastssl import checkpoint, convert, train
+from fastssl import checkpoint, train
 from fastssl.build import make_trainee
 from fastssl.checkpoint import CheckpointError
 from fastssl.command import FAILED, run_command
+from fastssl.commands import convert
 from fastssl.config import Config, replace
 from fastssl.distributed import Ranks
 from fastssl.flags import parse

@@ -8,7 +8,7 @@ import torch
 from ranks import run_ranks
 from torch import distributed
 
-from fastssl.check_loader import main
+from fastssl.commands.check_loader import main
 from fastssl.conformance import faults, images, samples
 from fastssl.conformance.case import Case
 from fastssl.loaders import file_decode, folder_loader, order

@@ -5,10 +5,10 @@ import re
 import pytest
 
 from fastssl.cli import main
+from fastssl.commands.recipes import header
 from fastssl.config import replace
 from fastssl.flags import parse
 from fastssl.recipe import RECIPES, load_recipe
-from fastssl.recipes_command import header
 from fastssl.train import pretrain
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))

@@ -1,0 +1,1 @@
+"""The commands that only bring parts of the package together: NAME.py is `fastssl NAME`."""
