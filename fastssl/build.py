@@ -13,12 +13,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.augment.policy import CROP_PAIRS, Policy, make_policy, parse_settings
-from fastssl.compile_encoders import compile_encoders
 from fastssl.config import Config, DataConfig
 from fastssl.distributed import Ranks, read_ranks
-from fastssl.faster_sgd import choose_sgd
 from fastssl.host_memory import keep_freed_memory
-from fastssl.layout import choose_layout
 from fastssl.loaders.make import Loader, make_loader
 from fastssl.loaders.memory import is_small
 from fastssl.moco import MoCo
@@ -29,6 +26,9 @@ from fastssl.models.tryout import build_without_memory, why_refused
 from fastssl.optim import make_optimizer
 from fastssl.plan import DTYPES, choose_precision, encoder_batch_size, rank_batch_size
 from fastssl.same_on_ranks import check_images
+from fastssl.trials.compile_encoders import compile_encoders
+from fastssl.trials.faster_sgd import choose_sgd
+from fastssl.trials.layout import choose_layout
 
 READING_OPTIONS = ("shuffle", "read_ahead", "beton_cache")  # who sets one of these wants the files read
 

@@ -6,16 +6,16 @@ import math
 
 from fastssl.augment.choose import choose_augment_kernel
 from fastssl.build import Trainee
-from fastssl.compile_encoders import HOW_NAMES
 from fastssl.config import Config
 from fastssl.distributed import Ranks
 from fastssl.idle_options import idle_options
-from fastssl.layout import LAYOUT_NAMES
 from fastssl.loaders.make import Loader
 from fastssl.losses import LossConfig, choose_kernel
 from fastssl.optim import supports_scaler_without_sync
 from fastssl.plan import Plan, directions, explain_precision
 from fastssl.plural import counted
+from fastssl.trials.compile_encoders import HOW_NAMES
+from fastssl.trials.layout import LAYOUT_NAMES
 
 
 def describe(config: Config, plan: Plan, loader: Loader, trainee: Trainee, ranks: Ranks) -> list[str]:

@@ -11,12 +11,12 @@ from fastssl.config import Config, flat
 from fastssl.distributed import Ranks, broadcast_object
 from fastssl.foreign import find_moco_run, load_into, read_moco_run
 from fastssl.foreign.read import Contents
-from fastssl.layout import LAYOUT_NAMES
 from fastssl.moco import MoCo
 from fastssl.optim import load_optimizer_state
 from fastssl.plan import Plan
 from fastssl.plural import counted
 from fastssl.resume_checks import check_fits, check_same, describe_changes, keep_epoch, plain
+from fastssl.trials.layout import LAYOUT_NAMES
 
 
 def state_of(trainee: Trainee, step: int, config: Config, num_images: int, world_size: int) -> dict:

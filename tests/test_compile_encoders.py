@@ -10,13 +10,13 @@ from fake_cuda import fake_cuda, needs_fake_cuda
 from ranks import run_ranks
 from torch._dynamo.utils import counters
 
-from fastssl import compile_encoders
 from fastssl.build import compile_and_wrap, make_trainee
-from fastssl.compile_encoders import choose_by_clock, time_eager, try_compiled
 from fastssl.config import Config, replace
 from fastssl.distributed import Ranks
-from fastssl.encoder_timing import measure_what_fits
 from fastssl.moco import MoCo
+from fastssl.trials import compile_encoders
+from fastssl.trials.compile_encoders import choose_by_clock, time_eager, try_compiled
+from fastssl.trials.encoder_timing import measure_what_fits
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 CUDA = CPU._replace(device=torch.device("cuda", 0))

@@ -24,11 +24,11 @@ from fastssl.eval import nearest
 from fastssl.eval.features import extract_features
 from fastssl.eval.linear_cached import Setting, Sweep, fit_linear
 from fastssl.health import Health
-from fastssl.layout import LAYOUT_NAMES, choose_layout
 from fastssl.losses import LossConfig, moco_loss
 from fastssl.models.encoders import make_encoder
 from fastssl.plan import make_plan
 from fastssl.train import make_train_step
+from fastssl.trials.layout import LAYOUT_NAMES, choose_layout
 
 pytestmark = needs_fake_cuda
 TINY = {

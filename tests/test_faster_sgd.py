@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from fastssl import faster_sgd
 from fastssl.build import make_trainee
 from fastssl.config import Config, replace
 from fastssl.describe_run import describe
 from fastssl.distributed import Ranks
-from fastssl.faster_sgd import choose_sgd, import_apex_sgd, time_makers, torch_sgd, why_torch
 from fastssl.optim import load_optimizer_state, make_optimizer, set_lr
 from fastssl.plan import make_plan
+from fastssl.trials import faster_sgd
+from fastssl.trials.faster_sgd import choose_sgd, import_apex_sgd, time_makers, torch_sgd, why_torch
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 CUDA = torch.device("cuda")

@@ -6,15 +6,15 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from fastssl import layout
 from fastssl.build import choose_queue_dtype, make_trainee
 from fastssl.config import Config, replace
 from fastssl.distributed import Ranks
 from fastssl.host_memory import keep_freed_memory
-from fastssl.layout import LAYOUT_NAMES, choose_layout
 from fastssl.models.encoders import make_encoder
 from fastssl.plan import bf16_unit, explain_precision
 from fastssl.resume import keep_layout
+from fastssl.trials import layout
+from fastssl.trials.layout import LAYOUT_NAMES, choose_layout
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 TINY = replace(Config(), arch="resnet18", image_size=32, batch_size=4, queue_size=16, dim=8, device="cpu")

@@ -6,14 +6,14 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from fastssl import compile_encoders
 from fastssl.build import make_trainee, open_loader, open_policy, wrap_ddp
-from fastssl.compile_encoders import try_compiled
 from fastssl.config import Config, replace
 from fastssl.distributed import Ranks
 from fastssl.health import Health
 from fastssl.plan import make_plan
 from fastssl.train import make_train_step
+from fastssl.trials import compile_encoders
+from fastssl.trials.compile_encoders import try_compiled
 
 SMALL = {"image_size": 32, "batch_size": 8, "queue_size": 16, "dim": 8, "epochs": 1, "device": "cpu"}
 SYNTHETIC = {"loader": "synthetic", "synthetic_images": 16}

@@ -25,10 +25,10 @@ from fastssl.bench.step_parts import PART, step_parts
 from fastssl.bench.step_profile import print_profile, profile_step
 from fastssl.bench.timing import while_time_lasts
 from fastssl.build import Trainee, check_parts
-from fastssl.compile_encoders import HOW_NAMES
 from fastssl.config import Config, flat
 from fastssl.environment import environment
 from fastssl.models.cpu_conv import use_plain_convolutions
+from fastssl.trials.compile_encoders import HOW_NAMES
 
 ARCHS = ("resnet18", "mobilenetv3_small", "mobilenetv3_large", "efficientnet_b0", "deit_tiny", "resnet50")
 Keep = Callable[[dict[str, object]], None]

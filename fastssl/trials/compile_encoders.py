@@ -15,15 +15,15 @@ import torch
 
 from fastssl.config import Config
 from fastssl.distributed import Ranks, broadcast_object, gather_objects
-from fastssl.encoder_timing import (
+from fastssl.moco import MoCo
+from fastssl.plan import encoder_batch_size
+from fastssl.trials.encoder_timing import (
     images_to_time,
     make_eager_iteration,
     make_iteration,
     measure_what_fits,
     time_iterations,
 )
-from fastssl.moco import MoCo
-from fastssl.plan import encoder_batch_size
 from fastssl.triton_device import compile_obstacle
 
 MODES = {"on": "default", "graphs": "reduce-overhead"}  # torch.compile's names

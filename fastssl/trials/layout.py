@@ -7,8 +7,8 @@ from torch import nn
 
 from fastssl.config import Config
 from fastssl.distributed import Ranks, broadcast_object
-from fastssl.encoder_timing import images_to_time, make_eager_iteration, measure_what_fits, time_iterations
 from fastssl.plan import imitated
+from fastssl.trials.encoder_timing import images_to_time, make_eager_iteration, measure_what_fits, time_iterations
 
 LAYOUT_NAMES = {torch.channels_last: "channels_last", torch.contiguous_format: "contiguous"}
 USUAL = torch.channels_last  # what 16-bit convolutions want, on GPUs and on CPUs
