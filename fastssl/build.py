@@ -24,7 +24,8 @@ from fastssl.models.cpu_conv import use_cpu_convolutions
 from fastssl.models.encoders import make_encoder
 from fastssl.models.tryout import build_without_memory, why_refused
 from fastssl.optim import make_optimizer
-from fastssl.plan import DTYPES, choose_precision, encoder_batch_size, rank_batch_size
+from fastssl.plan import encoder_batch_size, rank_batch_size
+from fastssl.precision import DTYPES, choose_precision
 from fastssl.same_on_ranks import check_images
 from fastssl.trials.compile_encoders import compile_encoders
 from fastssl.trials.faster_sgd import choose_sgd

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastssl.plan import bf16_unit
+from fastssl.precision import bf16_unit
 
 
 def environment() -> dict[str, object]:

@@ -27,6 +27,7 @@ LEVELS = {
         "fastssl.distributed",
         "fastssl.nvidia",
         "fastssl.limits",
+        "fastssl.precision",
     ),
 }
 MAY_IMPORT_TRAIN = {"fastssl.cli", "fastssl.demo", "fastssl.bench.loops"}

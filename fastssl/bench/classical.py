@@ -27,7 +27,7 @@ from fastssl.bench.photos import train_folder
 from fastssl.config import Config
 from fastssl.distributed import Ranks
 from fastssl.models.encoders import make_encoder
-from fastssl.plan import explain_precision
+from fastssl.precision import explain_precision
 
 
 class Photos(datasets.ImageFolder):

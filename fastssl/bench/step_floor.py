@@ -22,7 +22,8 @@ from fastssl.bench.loss import make_ceilings
 from fastssl.bench.timing import time_in_turn
 from fastssl.config import Config
 from fastssl.models.encoders import make_encoder
-from fastssl.plan import DTYPES, choose_precision, directions
+from fastssl.plan import directions
+from fastssl.precision import DTYPES, choose_precision
 
 
 def step_floor(config: Config, device: torch.device) -> dict[str, float]:

@@ -20,7 +20,8 @@ from fastssl.config import Config
 from fastssl.distributed import Ranks
 from fastssl.losses import moco_loss
 from fastssl.optim import set_lr
-from fastssl.plan import DTYPES, choose_precision, directions
+from fastssl.plan import directions
+from fastssl.precision import DTYPES, choose_precision
 
 PART = "part: "  # the prefix of their names
 REST = "optimiser + EMA + queue"

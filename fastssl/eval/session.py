@@ -23,7 +23,7 @@ from fastssl.eval.memory import GB, Memory, peak_memory
 from fastssl.foreign import load_pretrained
 from fastssl.models.encoders import make_encoder
 from fastssl.models.tryout import why_refused
-from fastssl.plan import DTYPES
+from fastssl.precision import DTYPES
 
 PATIENCE = timedelta(days=7)  # t-SNE is rank 0's alone, and a sweep may have fewer settings than there are ranks
 

@@ -15,7 +15,8 @@ from torch import nn
 from fastssl.config import Config
 from fastssl.distributed import Ranks
 from fastssl.models.batchnorm import split_batchnorm
-from fastssl.plan import DTYPES, choose_precision, encoder_batch_size
+from fastssl.plan import encoder_batch_size
+from fastssl.precision import DTYPES, choose_precision
 
 ROUNDS = 3
 # Pixels in a measurement, at most: a whole batch can take minutes on a CPU and, uncompiled, more memory than a step on
