@@ -31,14 +31,16 @@ from fastssl.build import (
 from fastssl.command import PREEMPTED, run_command
 from fastssl.config import Config
 from fastssl.describe_run import describe
-from fastssl.distributed import Ranks, gather_rows, mean_over_ranks, shuffle_rows, unshuffle_keys
+from fastssl.distributed import Ranks, gather_rows, mean_over_ranks
 from fastssl.eval.online import make_probe
 from fastssl.flags import parse
 from fastssl.health import Health, check_weights
 from fastssl.input_stream import IN_TURN, InputStream
+from fastssl.key_shuffle import in_rank_order, shuffle_rows, unshuffle_keys
 from fastssl.launch import launch_if_asked
 from fastssl.loaders.make import Loader
-from fastssl.losses import check_loss_inputs, moco_loss
+from fastssl.loss_checks import check_loss_inputs
+from fastssl.losses import moco_loss
 from fastssl.optim import set_lr
 from fastssl.plan import Plan, directions, make_plan
 from fastssl.precision import DTYPES, choose_precision
@@ -130,7 +132,7 @@ def make_train_step(
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        moco.update_queue(distributed.in_rank_order(keys, ranks.world_size))
+        moco.update_queue(in_rank_order(keys, ranks.world_size))
         return metrics
 
     return train_step

@@ -12,7 +12,8 @@ from ranks import free_port, run_ranks
 
 from fastssl import distributed, nvidia
 from fastssl.command import FAILED, run_command
-from fastssl.distributed import Ranks, gather_rows, shuffle_rows, unshuffle_keys
+from fastssl.distributed import Ranks, gather_rows
+from fastssl.key_shuffle import shuffle_rows, unshuffle_keys
 from fastssl.random_key import STREAM_SHUFFLE, permutation
 from fastssl.stop_signal import StopSignal
 

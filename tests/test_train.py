@@ -16,9 +16,10 @@ from fastssl.augment.views import make_views
 from fastssl.batch import pack_images
 from fastssl.build import Trainee, compile_and_wrap, make_deterministic, make_trainee, wrap_ddp
 from fastssl.config import Config, replace
-from fastssl.distributed import Ranks, in_rank_order
+from fastssl.distributed import Ranks
 from fastssl.health import Health, NonFiniteLoss
 from fastssl.input_stream import IN_TURN, InputStream
+from fastssl.key_shuffle import in_rank_order
 from fastssl.moco import MoCo
 from fastssl.models.batchnorm import split_batchnorm
 from fastssl.optim import make_optimizer
