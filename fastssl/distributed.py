@@ -1,4 +1,4 @@
-"""The ranks of a run, from torchrun's environment, and what they tell each other: nothing where there is one process."""
+"""The ranks of a run, from torchrun's environment, and what they tell each other: nothing if there is one process."""
 
 from __future__ import annotations
 

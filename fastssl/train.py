@@ -39,8 +39,7 @@ from fastssl.input_stream import IN_TURN, InputStream
 from fastssl.key_shuffle import in_rank_order, shuffle_rows, unshuffle_keys
 from fastssl.launch import launch_if_asked
 from fastssl.loaders.make import Loader
-from fastssl.loss_checks import check_loss_inputs
-from fastssl.losses import moco_loss
+from fastssl.losses import check_loss_inputs, moco_loss
 from fastssl.optim import set_lr
 from fastssl.plan import Plan, directions, make_plan
 from fastssl.precision import DTYPES, choose_precision
@@ -73,7 +72,6 @@ def make_train_step(
     size, views_by = config.augment.image_size, config.augment.augment_kernel
     ways = directions(config)
     dtype = DTYPES[choose_precision(config.train.precision, ranks.device)]
-    parameters = [p for p in moco.encoder_q.parameters() if p.requires_grad]
     # The shuffle changes nothing if batch norm's statistics cover the whole global batch.
     shuffles = not config.model.sync_bn and ranks.world_size * config.model.bn_splits > 1
     # Views travel between ranks as bytes, unless they are queries too or hide-and-seek has set parts of them to zero.
@@ -127,7 +125,7 @@ def make_train_step(
             metrics["feature_std"] = q.detach().std(dim=0, correction=0).norm()  # 1: spread out; 0: collapsed
         if config.optim.clip_grad is not None:
             scaler.unscale_(optimizer)
-            metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.optim.clip_grad)
+            metrics["grad_norm"] = nn.utils.clip_grad_norm_(moco.encoder_q.parameters(), config.optim.clip_grad)
         health.update(step, metrics)
         scaler.step(optimizer)
         scaler.update()
