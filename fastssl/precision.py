@@ -7,6 +7,11 @@ import torch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type in which the encoders compute, for what `choose_precision` says."""
+    return DTYPES[choose_precision(precision, device)]
+
+
 def choose_precision(precision: str, device: torch.device) -> str:
     """fp32, bf16 or fp16; "auto" stands for a 16-bit type where the device computes in one."""
     return explain_precision(precision, device)[0]

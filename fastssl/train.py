@@ -42,7 +42,7 @@ from fastssl.loaders.make import Loader
 from fastssl.losses import check_loss_inputs, moco_loss
 from fastssl.optim import set_lr
 from fastssl.plan import Plan, directions, make_plan
-from fastssl.precision import DTYPES, choose_precision
+from fastssl.precision import compute_dtype
 from fastssl.random_key import STREAM_SHUFFLE, STREAM_STEP, derive_seed, permutation
 from fastssl.resume import start_or_resume, state_of
 from fastssl.run import Run
@@ -71,7 +71,7 @@ def make_train_step(
     seed, accumulate = config.train.seed, config.optim.accumulate
     size, views_by = config.augment.image_size, config.augment.augment_kernel
     ways = directions(config)
-    dtype = DTYPES[choose_precision(config.train.precision, ranks.device)]
+    dtype = compute_dtype(config.train.precision, ranks.device)
     # The shuffle changes nothing if batch norm's statistics cover the whole global batch.
     shuffles = not config.model.sync_bn and ranks.world_size * config.model.bn_splits > 1
     # Views travel between ranks as bytes, unless they are queries too or hide-and-seek has set parts of them to zero.

@@ -23,7 +23,7 @@ from fastssl.bench.timing import time_in_turn
 from fastssl.config import Config
 from fastssl.models.encoders import make_encoder
 from fastssl.plan import directions
-from fastssl.precision import DTYPES, choose_precision
+from fastssl.precision import compute_dtype
 
 
 def step_floor(config: Config, device: torch.device) -> dict[str, float]:
@@ -32,7 +32,7 @@ def step_floor(config: Config, device: torch.device) -> dict[str, float]:
     batch, queue, dim = config.train.batch_size * directions(config), config.moco.queue_size, config.model.dim
     products = 1 + (config.loss.contrast_weight > 0) + (config.loss.uniform_weight > 0)
     operations += 2 * batch * queue * dim * products
-    dtype = DTYPES[choose_precision(config.train.precision, device)]
+    dtype = compute_dtype(config.train.precision, device)
     itemsize, ceilings = dtype.itemsize, make_ceilings(device, dtype)
     timings = time_in_turn({name: call for name, (call, _) in ceilings.items()}, device, rounds=5)
     rates = {name: work / timings[name].median for name, (_, work) in ceilings.items()}

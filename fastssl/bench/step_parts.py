@@ -21,7 +21,7 @@ from fastssl.distributed import Ranks
 from fastssl.losses import moco_loss
 from fastssl.optim import set_lr
 from fastssl.plan import directions
-from fastssl.precision import DTYPES, choose_precision
+from fastssl.precision import compute_dtype
 
 PART = "part: "  # the prefix of their names
 REST = "optimiser + EMA + queue"
@@ -30,7 +30,7 @@ REST = "optimiser + EMA + queue"
 def step_parts(config: Config, trainee: Trainee, ranks: Ranks) -> dict[str, Loop]:
     """{name: a loop of that part alone}."""
     moco, device, seed = trainee.moco, ranks.device, config.train.seed
-    dtype = DTYPES[choose_precision(config.train.precision, device)]
+    dtype = compute_dtype(config.train.precision, device)
     policy, size, ways = open_policy(config), config.augment.image_size, directions(config)
     accumulate = config.optim.accumulate
     batch = split_batch(next(open_loader(config, ranks).batches()), accumulate)[0]

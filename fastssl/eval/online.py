@@ -18,7 +18,7 @@ from fastssl.eval.memory import Memory
 from fastssl.eval.search import knn_over_ranks
 from fastssl.eval.vote import to_rep_space
 from fastssl.loaders.make import Loader, make_loader
-from fastssl.precision import DTYPES, choose_precision
+from fastssl.precision import compute_dtype
 from fastssl.random_key import STREAM_HELD_OUT, random_bits
 from fastssl.same_on_ranks import check_images
 
@@ -114,7 +114,7 @@ def knn_percent(
 
     NaN if a feature is not finite, as when the running statistics have run away: the loss does not depend on them.
     """
-    dtype = DTYPES[choose_precision(config.train.precision, ranks.device)]
+    dtype = compute_dtype(config.train.precision, ranks.device)
 
     def features_of(batches: Iterable[ImageBatch]) -> tuple[Tensor, Tensor]:
         features, labels = extract_features(

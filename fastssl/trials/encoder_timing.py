@@ -16,7 +16,7 @@ from fastssl.config import Config
 from fastssl.distributed import Ranks
 from fastssl.models.batchnorm import split_batchnorm
 from fastssl.plan import encoder_batch_size
-from fastssl.precision import DTYPES, choose_precision
+from fastssl.precision import compute_dtype
 
 ROUNDS = 3
 # Pixels in a measurement, at most: a whole batch can take minutes on a CPU and, uncompiled, more memory than a step on
@@ -57,7 +57,7 @@ def make_iteration(
     That is encoder_k forward, then encoder_q forward and backward.
     """
     device, size = next(encoder_q.parameters()).device, config.augment.image_size
-    dtype = DTYPES[choose_precision(config.train.precision, device)]
+    dtype = compute_dtype(config.train.precision, device)
     view = torch.randn(images, 3, size, size, device=device, dtype=dtype).contiguous(memory_format=layout)
 
     def iteration() -> None:
