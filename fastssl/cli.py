@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from fastssl.command import USAGE, refuse_word, run_command
+from fastssl.command import USAGE, refuse_word, run_command, usage
 
 COMMANDS = {  # in the order a newcomer needs them
     "demo": ("fastssl.demo", "draw images, pretrain an encoder on them and evaluate it; takes minutes, needs no data"),
@@ -24,29 +24,15 @@ COMMANDS = {  # in the order a newcomer needs them
 }
 
 
-def usage() -> str:
-    """What `fastssl --help` prints."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: fastssl COMMAND [flags]",
-            "",
-            "Self-supervised pretraining of image encoders: MoCo with alignment, uniformity and contrastive losses.",
-            "",
-            *lines,
-            "",
-            "Run fastssl COMMAND --help for the flags of a command.",
-            "To train on several GPUs, run torchrun --nproc_per_node 8 -m fastssl.train with the flags of pretrain.",
-        ]
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage())
+        about = "Self-supervised pretraining of image encoders: MoCo with alignment, uniformity and contrastive losses."
+        texts = {name: text for name, (_, text) in COMMANDS.items()}
+        flags = "Run fastssl COMMAND --help for the flags of a command."
+        ranks = "To train on several GPUs, run torchrun --nproc_per_node 8 -m fastssl.train with the flags of pretrain."
+        print(usage("fastssl COMMAND [flags]", about, texts, flags, ranks))
         return 0 if argv else USAGE
     if argv[0] not in COMMANDS:
         return refuse_word("command", argv[0], COMMANDS)

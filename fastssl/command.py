@@ -10,7 +10,7 @@ import re
 import select
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 FAILED = 1
@@ -50,6 +50,13 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
         (number,) = interrupt.args or (signal.SIGINT,)
         print("fastssl: interrupted" if number == signal.SIGINT else "fastssl: terminated", file=sys.stderr)
         return 128 + number
+
+
+def usage(words: str, about: str, commands: Mapping[str, str], *end: str) -> str:
+    """What a command made of others prints for --help: a line for each of them, by name, between `about` and `end`."""
+    width = max(map(len, commands))
+    lines = [f"  {name:{width}}  {text}" for name, text in commands.items()]
+    return "\n".join([f"usage: {words}", "", about, "", *lines, "", *end])
 
 
 def refuse_word(what: str, word: str, known: Collection[str]) -> int:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from fastssl.command import USAGE, refuse_word, tidy_on_signals
+from fastssl.command import USAGE, refuse_word, tidy_on_signals, usage
 from fastssl.data_prep.describe import describe
 from fastssl.data_prep.manifest import Tally
 from fastssl.data_prep.prepare import Store
@@ -161,30 +161,15 @@ def print_summary(tally: Tally, out: str, seconds: float) -> None:
         print(f"left out: {len(left_out) - _MOST_NAMED:,} more; the manifest lists all of them", file=sys.stderr)
 
 
-def usage() -> str:
-    """What `fastssl prep --help` prints."""
-    texts = {name: command.__doc__.splitlines()[0] for name, command in COMMANDS.items()}
-    texts[VIEWS] = "Write images beside fixed augmented views of them, for fastssl eval instdisc and stats."
-    width = max(map(len, texts))
-    lines = [f"  {name:{width}}  {text}" for name, text in texts.items()]
-    return "\n".join(
-        [
-            "usage: fastssl prep COMMAND ...",
-            "",
-            "Convert images to files that load fast, and check or describe such files.",
-            "",
-            *lines,
-            "",
-            "Run fastssl prep COMMAND --help for the options of a command.",
-        ]
-    )
-
-
 def main(argv: Sequence[str]) -> int:
     """`fastssl prep`."""
     name, *rest = argv or [""]
     if name in ("", "-h", "--help", "help"):
-        print(usage())
+        texts = {name: command.__doc__.splitlines()[0] for name, command in COMMANDS.items()}
+        texts[VIEWS] = "Write images beside fixed augmented views of them, for fastssl eval instdisc and stats."
+        about = "Convert images to files that load fast, and check or describe such files."
+        end = "Run fastssl prep COMMAND --help for the options of a command."
+        print(usage("fastssl prep COMMAND ...", about, texts, end))
         return 0 if name else USAGE
     if name == VIEWS:
         from fastssl.data_prep import static_views  # imports torchvision, which takes seconds
