@@ -36,21 +36,22 @@ options of every STAGE, besides its own:
 
 def main(argv: list[str]) -> int:
     """Runs a stage, the suite, or the report; returns the exit code."""
-    if argv and argv[0] == "report":
-        import_module("fastssl.bench.report").main(argv[1:])
+    stage, *rest = argv or [""]
+    if stage == "report":
+        import_module("fastssl.bench.report").main(rest)
         return 0
-    if argv and argv[0] in ("-h", "--help"):
+    if stage in ("-h", "--help"):
         print(USAGE)
         return 0
     refuse_ranks()
-    if argv and argv[0].startswith("--suite"):
+    if stage.startswith("--suite"):
         return import_module("fastssl.bench.suite").main(argv)
-    if not argv or argv[0] not in STAGES:
-        sys.exit(f"{USAGE}\nthere is no stage {argv[0]!r}" if argv else USAGE)
-    if {"-h", "--help"} & set(argv):
+    if stage not in STAGES:
+        sys.exit(f"{USAGE}\nthere is no stage {stage!r}" if argv else USAGE)
+    if {"-h", "--help"} & set(rest):
         print(USAGE)
-        import_module(STAGES[argv[0]]).main(argv[1:])
-    return run_stage(argv[0], argv[1:])
+        import_module(STAGES[stage]).main(rest)
+    return run_stage(stage, rest)
 
 
 def refuse_ranks() -> None:
