@@ -30,7 +30,7 @@ from fastssl.data_prep.files import write_text, written_whole
 from fastssl.data_prep.find import ImageFolder, find_images
 from fastssl.data_prep.view_pairs import AUGS, count_views, make_view_pair
 from fastssl.data_prep.work_pool import Died, WorkPool, ahead
-from fastssl.limits import usable_cores
+from fastssl.machine.limits import usable_cores
 from fastssl.plural import counted
 
 _CHUNK = 4  # images per task

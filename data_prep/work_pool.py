@@ -23,7 +23,7 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from typing import Generic, Literal, NamedTuple, TypeVar
 
-from fastssl.limits import usable_cores
+from fastssl.machine.limits import usable_cores
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 _BROKEN = (BrokenProcessPool, EOFError, ConnectionError)  # a worker died, or the server that starts workers

@@ -15,9 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from fastssl.augment.policy import CROP_PAIRS, Policy, make_policy, parse_settings
 from fastssl.config import Config, DataConfig
 from fastssl.distributed import Ranks, read_ranks
-from fastssl.host_memory import keep_freed_memory
 from fastssl.loaders.make import Loader, make_loader
 from fastssl.loaders.memory import is_small
+from fastssl.machine.host_memory import keep_freed_memory
+from fastssl.machine.precision import DTYPES, choose_precision
 from fastssl.moco import MoCo
 from fastssl.models.batchnorm import convert_sync_batchnorm, split_batchnorm
 from fastssl.models.cpu_conv import use_cpu_convolutions
@@ -25,7 +26,6 @@ from fastssl.models.encoders import make_encoder
 from fastssl.models.tryout import build_without_memory, why_refused
 from fastssl.optim import make_optimizer
 from fastssl.plan import encoder_batch_size, rank_batch_size
-from fastssl.precision import DTYPES, choose_precision
 from fastssl.same_on_ranks import check_images
 from fastssl.trials.compile_encoders import compile_encoders
 from fastssl.trials.faster_sgd import choose_sgd

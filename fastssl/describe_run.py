@@ -11,10 +11,10 @@ from fastssl.distributed import Ranks
 from fastssl.idle_options import idle_options
 from fastssl.loaders.make import Loader
 from fastssl.losses import LossConfig, choose_kernel
+from fastssl.machine.precision import explain_precision
 from fastssl.optim import supports_scaler_without_sync
 from fastssl.plan import Plan, directions
 from fastssl.plural import counted
-from fastssl.precision import explain_precision
 from fastssl.trials.compile_encoders import HOW_NAMES
 from fastssl.trials.layout import LAYOUT_NAMES
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from fastssl import nvidia
-from fastssl.limits import usable_cores
+from fastssl.machine import nvidia
+from fastssl.machine.limits import usable_cores
 
 TIMEOUT = timedelta(minutes=10)  # for a collective of training, and for the ranks to meet
 TASKS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun"}  # who counts what it started in which

@@ -15,12 +15,12 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from fastssl import nvidia
-from fastssl.compilers import try_compiler
-from fastssl.imports import BETON_DECODER, REQUIRED, try_imports
-from fastssl.limits import MEMINFO, free_memory, usable_cores
+from fastssl.machine import nvidia
+from fastssl.machine.compilers import try_compiler
+from fastssl.machine.imports import BETON_DECODER, REQUIRED, try_imports
+from fastssl.machine.limits import MEMINFO, free_memory, usable_cores
+from fastssl.machine.system_packages import install_command, missing_for_ffcv
 from fastssl.plural import counted
-from fastssl.system_packages import install_command, missing_for_ffcv
 
 OK, ABSENT, BROKEN = "ok", "absent", "broken"  # only BROKEN stops training
 LOADERS = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastssl.precision import bf16_unit
+from fastssl.machine.precision import bf16_unit
 
 
 def environment() -> dict[str, object]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastssl.kernels.row_checks import check_rows
 from fastssl.kernels.row_lse_blocks import DIMS
 from fastssl.kernels.row_lse_tiled import MAX_SCALE
-from fastssl.triton_device import triton_obstacle
+from fastssl.machine.triton_device import triton_obstacle
 
 KERNELS = ("auto", "triton", "tiled", "reference")
 

@@ -6,8 +6,8 @@ from fastssl.config import Config, flat
 from fastssl.config_checks import flag_of
 from fastssl.distributed import Ranks, gather_objects
 from fastssl.loaders.make import Loader
+from fastssl.machine.precision import choose_precision
 from fastssl.plural import counted
-from fastssl.precision import choose_precision
 
 OWN = ("data", "val", "output", "workers", "read_ahead", "beton_cache")  # options that may be a node's own
 

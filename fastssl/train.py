@@ -40,9 +40,9 @@ from fastssl.key_shuffle import in_rank_order, shuffle_rows, unshuffle_keys
 from fastssl.launch import launch_if_asked
 from fastssl.loaders.make import Loader
 from fastssl.losses import check_loss_inputs, moco_loss
+from fastssl.machine.precision import compute_dtype
 from fastssl.optim import set_lr
 from fastssl.plan import Plan, directions, make_plan
-from fastssl.precision import compute_dtype
 from fastssl.random_key import STREAM_SHUFFLE, STREAM_STEP, derive_seed, permutation
 from fastssl.resume import start_or_resume, state_of
 from fastssl.run import Run

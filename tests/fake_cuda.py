@@ -136,7 +136,7 @@ def fake_cuda() -> Iterator[FakeCuda]:
         "torch.cuda.is_bf16_supported": lambda **_: True,
         "torch.cuda.is_current_stream_capturing": lambda: False,
         "torch.cuda.get_device_capability": lambda device=None: (9, 0),
-        "fastssl.triton_device.start_obstacle": lambda: None,
+        "fastssl.machine.triton_device.start_obstacle": lambda: None,
         "torch.cuda.get_device_properties": lambda device=None: properties,
         "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
         "torch.utils.weakref.getweakrefs": lambda tensor: [],  # fake weights have some, and could not change device

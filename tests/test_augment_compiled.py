@@ -22,7 +22,7 @@ pytest.importorskip("numba", reason="needs numba")
 
 from fastssl.augment.compiled_resample import resize_boxes
 from fastssl.augment.compiled_views import make_views_compiled
-from fastssl.threads import make_threads, run_in_threads
+from fastssl.machine.threads import make_threads, run_in_threads
 
 EVERYTHING = {"solarise_p": 0.4, "hide_and_seek": True, "blur_p": 0.6}
 SIDES = ((40, 52), (33, 20), (1, 1), (1, 60), (300, 200), (64, 64))

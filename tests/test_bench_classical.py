@@ -78,9 +78,9 @@ def test_a_loop_without_a_whole_batch_says_so_instead_of_waiting(tmp_path, loop,
 
 def test_amp_is_not_timed_on_a_cpu_that_imitates_it(tmp_path, monkeypatch, make_image_folder):
     folder, ranks = make_image_folder(tmp_path / "images", {"train": 4}), distributed.start("cpu")
-    monkeypatch.setattr("fastssl.precision.bf16_unit", lambda: "AMX")
+    monkeypatch.setattr("fastssl.machine.precision.bf16_unit", lambda: "AMX")
     assert classical_loop(str(folder), tiny_config(), ranks, 0, amp=True)(1) > 0
-    monkeypatch.setattr("fastssl.precision.bf16_unit", lambda: "")
+    monkeypatch.setattr("fastssl.machine.precision.bf16_unit", lambda: "")
     assert classical_loop(str(folder), tiny_config(), ranks, 0, amp=False)(1) > 0
     with pytest.raises(ValueError, match="AMP would only slow it down: no 16-bit arithmetic on this cpu"):
         classical_loop(str(folder), tiny_config(), ranks, 0, amp=True)

@@ -17,7 +17,7 @@ from fastssl.bench.step_flags import add_inner_flags, add_step_flags, make_confi
 from fastssl.bench.step_floor import count_encoder
 from fastssl.bench.step_profile import busy, profile_step
 from fastssl.config import flat
-from fastssl.precision import bf16_unit
+from fastssl.machine.precision import bf16_unit
 
 # only a CPU with instructions for bf16 gains from AMP
 CLASSICAL = {"classical", "classical, AMP"} if bf16_unit() else {"classical"}
@@ -279,7 +279,7 @@ def test_a_peers_loop_trains(tmp_path, peer, library):
 def test_a_peer_trains_in_16_bits_where_our_loop_does(tmp_path, monkeypatch, peer, library, unit, precision, amp):
     pytest.importorskip(library)
     asked = []
-    monkeypatch.setattr("fastssl.precision.bf16_unit", lambda: unit)
+    monkeypatch.setattr("fastssl.machine.precision.bf16_unit", lambda: unit)
     monkeypatch.setattr(peer_loops, "make_classical_step", lambda config, device, amp: asked.append(amp))
     write_photos(tmp_path / "photos", 4, sides=(60, 80))
     data, beton = peers.open_data(str(tmp_path / "photos"), None, tmp_path, 4)

@@ -27,7 +27,7 @@ from fastssl.bench.timing import Timing
 from fastssl.bench.verdicts import RAW, VERDICTS, verdicts
 from fastssl.command import FAILED, run_command
 from fastssl.environment import environment
-from fastssl.precision import bf16_unit
+from fastssl.machine.precision import bf16_unit
 
 ENVIRONMENT = {"gpus": [], "threads": 1, "cpu": "Z80", "cpus": 1, "command": ["x.py"], "torch": "2", "commit": "abc",
                "started": "2026-01-02T03"}  # fmt: skip

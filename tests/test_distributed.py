@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from ranks import free_port, run_ranks
 
-from fastssl import distributed, nvidia
+from fastssl import distributed
 from fastssl.command import FAILED, run_command
 from fastssl.distributed import Ranks, gather_rows
 from fastssl.key_shuffle import shuffle_rows, unshuffle_keys
+from fastssl.machine import nvidia
 from fastssl.random_key import STREAM_SHUFFLE, permutation
 from fastssl.stop_signal import StopSignal
 

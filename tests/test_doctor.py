@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fastssl import doctor, imports
+from fastssl import doctor
+from fastssl.machine import imports
 
 ROOT = Path(__file__).parents[1]
 

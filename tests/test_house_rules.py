@@ -25,9 +25,7 @@ LEVELS = {
         "fastssl.batch",
         "fastssl.random_key",
         "fastssl.distributed",
-        "fastssl.nvidia",
-        "fastssl.limits",
-        "fastssl.precision",
+        "fastssl.machine",
     ),
 }
 MAY_IMPORT_TRAIN = {"fastssl.cli", "fastssl.demo", "fastssl.bench.loops"}

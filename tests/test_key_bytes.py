@@ -18,8 +18,8 @@ from fastssl.augment.normalise import BITS, MEAN, STD, normalise_bytes
 from fastssl.augment.params import ViewParams, sample_both
 from fastssl.augment.policy import POLICIES, Policy, make_policy
 from fastssl.augment.views import make_view, make_views
-from fastssl.compiled import numba_obstacle
 from fastssl.config import Config
+from fastssl.machine.compiled import numba_obstacle
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NO_NUMBA = numba_obstacle() or ("numba's loops run on a CPU" if DEVICE.type == "cuda" else "")

@@ -9,9 +9,9 @@ from ranks import run_ranks
 from fastssl.build import choose_queue_dtype, make_trainee
 from fastssl.config import Config, replace
 from fastssl.distributed import Ranks
-from fastssl.host_memory import keep_freed_memory
+from fastssl.machine.host_memory import keep_freed_memory
+from fastssl.machine.precision import bf16_unit, explain_precision
 from fastssl.models.encoders import make_encoder
-from fastssl.precision import bf16_unit, explain_precision
 from fastssl.resume import keep_layout
 from fastssl.trials import layout
 from fastssl.trials.layout import LAYOUT_NAMES, choose_layout

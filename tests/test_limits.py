@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import bench_throughput
-from fastssl import distributed, limits
+from fastssl import distributed
+from fastssl.machine import limits
 
 MEMORY_STAT = "anon 900\ninactive_file {cached}\ntotal_inactive_file {cached}\n"
 

@@ -18,8 +18,8 @@ from fastssl.data_prep.decode import decode_image
 from fastssl.loaders import bad_images, file_decode, folder_loader, prefetch
 from fastssl.loaders.make import choose_loader, make_loader
 from fastssl.loaders.synthetic_loader import render_images
+from fastssl.machine.threads import YIELDING, reader_threads
 from fastssl.random_key import permutation
-from fastssl.threads import YIELDING, reader_threads
 
 NUM_IMAGES = 37
 

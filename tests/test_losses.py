@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastssl import triton_device
 from fastssl.bench.loss import peak_extra_bytes
 from fastssl.losses import LossConfig, check_loss_inputs, choose_kernel, moco_loss
+from fastssl.machine import triton_device
 
 ALL_ON = {"contrast_weight": 0.7, "align_weight": 1.3, "uniform_weight": 0.9}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the Triton kernel runs: compiled or interpreted

@@ -23,7 +23,7 @@ from fastssl import checkpoint
 from fastssl.cli import main as fastssl
 from fastssl.data_prep.class_list import IMAGENET100
 from fastssl.launch import launch_command
-from fastssl.limits import usable_cores
+from fastssl.machine.limits import usable_cores
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {  # what stands in place of a script's name

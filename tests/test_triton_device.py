@@ -18,7 +18,7 @@ ASK = """
 import json, torch
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_capability = lambda device=None: {capability}
-from fastssl.triton_device import compile_obstacle, triton_obstacle
+from fastssl.machine.triton_device import compile_obstacle, triton_obstacle
 print(json.dumps([ask(torch.device("cuda")) for ask in (triton_obstacle, compile_obstacle)]))
 """
 

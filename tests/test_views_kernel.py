@@ -7,7 +7,6 @@ import pytest
 import torch
 from photos import photo_batch, render_photo
 
-from fastssl import triton_device
 from fastssl.augment.choose import choose_augment_kernel
 from fastssl.augment.fused import MAX_BATCH, make_tables, make_views_fused, policy_table
 from fastssl.augment.normalise import MEAN, STD
@@ -18,6 +17,7 @@ from fastssl.batch import ImageBatch, pack_images
 from fastssl.kernels.views import COMPILED, INTERPRETED, Draw, Launch, Windows, empty_tables, views_triton
 from fastssl.kernels.views_jitter import jitter_rows
 from fastssl.loaders.synthetic_loader import SyntheticLoader
+from fastssl.machine import triton_device
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERYTHING = {"solarise_p": 0.4, "hide_and_seek": True, "blur_p": 0.6}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastssl.compiled import numba_obstacle
-from fastssl.triton_device import triton_obstacle
+from fastssl.machine.compiled import numba_obstacle
+from fastssl.machine.triton_device import triton_obstacle
 
 AUGMENT_KERNELS = ("auto", "triton", "numba", "reference")
 

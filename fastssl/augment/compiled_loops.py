@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastssl.augment.color import SECTOR_UNIT
-from fastssl.compiled import compiled
+from fastssl.machine.compiled import compiled
 
 F = np.float32
 _RED, _GREEN, _BLUE = F(19595 / 65536), F(38470 / 65536), F(7471 / 65536)  # Pillow's luma

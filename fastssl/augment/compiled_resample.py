@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastssl.augment.resample import PRECISION_BITS
-from fastssl.compiled import compiled
+from fastssl.machine.compiled import compiled
 
 _HALF = np.int32(1 << (PRECISION_BITS - 1))
 _ROWS = 16  # a vector register of sums

@@ -15,7 +15,7 @@ from fastssl.augment.normalise import BITS, byte_levels
 from fastssl.augment.params import ViewParams
 from fastssl.augment.resize import crop_boxes
 from fastssl.batch import ImageBatch
-from fastssl.threads import run_in_threads
+from fastssl.machine.threads import run_in_threads
 
 TASK = 4  # views per task: few, so that all threads finish at about the same time
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastssl.augment.params import ViewParams
 from fastssl.augment.resample import crop_axes, eval_axes, resample_reference
 from fastssl.batch import ImageBatch
-from fastssl.compiled import numba_obstacle
+from fastssl.machine.compiled import numba_obstacle
 
 NEEDLE = 8  # images with a larger ratio of sides are not resized as a whole, since most of that is cut off again
 

@@ -41,8 +41,8 @@ from fastssl.bench.timing import Function, open_device, time_calls
 from fastssl.data_prep.decode import decode_image
 from fastssl.data_prep.find import find_images
 from fastssl.environment import environment
-from fastssl.host_memory import keep_freed_memory
 from fastssl.loaders.synthetic_loader import SyntheticLoader
+from fastssl.machine.host_memory import keep_freed_memory
 
 KORNIA, DALI = "kornia, compiled", "DALI"
 # both with only crop, flip, jitter without hue, greyscale and normalisation

@@ -26,8 +26,8 @@ from fastssl.bench.loss import published_loss
 from fastssl.bench.photos import train_folder
 from fastssl.config import Config
 from fastssl.distributed import Ranks
+from fastssl.machine.precision import explain_precision
 from fastssl.models.encoders import make_encoder
-from fastssl.precision import explain_precision
 
 
 class Photos(datasets.ImageFolder):

@@ -20,7 +20,7 @@ from fastssl.data_prep.sources import Selection
 from fastssl.data_prep.work_pool import Work, make_pool
 from fastssl.data_prep.write_beton import write_beton
 from fastssl.environment import environment
-from fastssl.limits import usable_cores
+from fastssl.machine.limits import usable_cores
 
 ALONE = "decode + resize + encode alone"
 

@@ -19,7 +19,7 @@ from fastssl.bench.results import RAW, write_result
 from fastssl.bench.timing import in_turn, summarise
 from fastssl.data_prep.find import find_images
 from fastssl.environment import environment
-from fastssl.limits import usable_cores
+from fastssl.machine.limits import usable_cores
 from fastssl.plural import counted
 
 PACKAGES = ("torch", "torchvision", "pillow", "llvmlite", "ffcv", "numba", "nvidia-dali-cuda120", "nvidia-dali-cuda130")

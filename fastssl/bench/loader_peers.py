@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from fastssl.bench.results import RAW
 from fastssl.loaders.make import LOADERS, make_loader
-from fastssl.system_packages import install_command
+from fastssl.machine.system_packages import install_command
 
 SCALE = (0.2, 1.0)
 SIZE = 224

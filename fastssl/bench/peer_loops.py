@@ -19,7 +19,7 @@ from fastssl.bench.photos import train_folder
 from fastssl.config import Config
 from fastssl.data_prep.find import find_images
 from fastssl.distributed import Ranks
-from fastssl.precision import choose_precision
+from fastssl.machine.precision import choose_precision
 
 
 def uses_amp(config: Config, ranks: Ranks) -> bool:

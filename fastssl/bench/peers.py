@@ -22,7 +22,7 @@ from fastssl.bench.photos import SOURCE, open_data
 from fastssl.bench.step import as_line, check_loops, print_line, save
 from fastssl.bench.step_flags import add_step_flags, make_config, parse_flags
 from fastssl.distributed import Ranks
-from fastssl.limits import usable_cores
+from fastssl.machine.limits import usable_cores
 
 CLASSICAL = "classical"
 OURS = ("resident", "beton", "dali", "folder")

@@ -15,8 +15,8 @@ from fastssl.data_prep.prepare import Store
 from fastssl.data_prep.sources import Selection, open_source
 from fastssl.data_prep.work_pool import Work
 from fastssl.data_prep.write_beton import write_beton
-from fastssl.limits import usable_cores
 from fastssl.loaders.beton_file import open_beton
+from fastssl.machine.limits import usable_cores
 from fastssl.plural import counted
 
 CLASSES = 8

@@ -21,9 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastssl.bench.loss import make_ceilings
 from fastssl.bench.timing import time_in_turn
 from fastssl.config import Config
+from fastssl.machine.precision import compute_dtype
 from fastssl.models.encoders import make_encoder
 from fastssl.plan import directions
-from fastssl.precision import compute_dtype
 
 
 def step_floor(config: Config, device: torch.device) -> dict[str, float]:

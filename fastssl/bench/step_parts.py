@@ -19,9 +19,9 @@ from fastssl.build import Trainee, open_loader, open_policy
 from fastssl.config import Config
 from fastssl.distributed import Ranks
 from fastssl.losses import moco_loss
+from fastssl.machine.precision import compute_dtype
 from fastssl.optim import set_lr
 from fastssl.plan import directions
-from fastssl.precision import compute_dtype
 
 PART = "part: "  # the prefix of their names
 REST = "optimiser + EMA + queue"

@@ -19,8 +19,8 @@ from fastssl.bench.step import Keep, check_loops, measure_each, step_loops, time
 from fastssl.bench.step_flags import add_inner_flags, add_step_flags, make_config, parse_flags
 from fastssl.build import open_loader
 from fastssl.distributed import Ranks
-from fastssl.limits import usable_cores
 from fastssl.loaders.make import LOADERS
+from fastssl.machine.limits import usable_cores
 
 
 def main(argv: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from fastssl.threads import run_in_threads
+from fastssl.machine.threads import run_in_threads
 
 
 @contextlib.contextmanager

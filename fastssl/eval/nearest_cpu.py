@@ -23,7 +23,7 @@ from torch import Tensor
 from fastssl.eval.compute import full_float32, share, slices
 from fastssl.eval.memory import Rows
 from fastssl.eval.nearest_loops import measure_near, nearest_measured, nearest_of_all, quantise, sample_limits
-from fastssl.threads import run_in_threads
+from fastssl.machine.threads import run_in_threads
 
 _SAMPLE = 2048  # bank rows in the sample, evenly spread
 _QUERIES, _ROWS = 512, 1024  # a thread's block of products, which stays in its cache until it has been looked at

@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from fastssl.compiled import compiled
+from fastssl.machine.compiled import compiled
 
 _LANES = 16  # columns in a group: most groups hold nothing near and are skipped after one comparison
 

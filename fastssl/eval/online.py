@@ -18,7 +18,7 @@ from fastssl.eval.memory import Memory
 from fastssl.eval.search import knn_over_ranks
 from fastssl.eval.vote import to_rep_space
 from fastssl.loaders.make import Loader, make_loader
-from fastssl.precision import compute_dtype
+from fastssl.machine.precision import compute_dtype
 from fastssl.random_key import STREAM_HELD_OUT, random_bits
 from fastssl.same_on_ranks import check_images
 

@@ -11,7 +11,7 @@ import torch
 
 from fastssl.arguments import ListParser, numbers, positive, positive_float, rate
 from fastssl.launch import launch_if_asked
-from fastssl.limits import usable_cores
+from fastssl.machine.limits import usable_cores
 
 
 def make_parser(command: str, description: str, *, batch_size: int, data: str) -> argparse.ArgumentParser:

@@ -21,9 +21,9 @@ from fastssl.environment import environment
 from fastssl.eval.images import Images
 from fastssl.eval.memory import GB, Memory, peak_memory
 from fastssl.foreign import load_pretrained
+from fastssl.machine.precision import DTYPES
 from fastssl.models.encoders import make_encoder
 from fastssl.models.tryout import why_refused
-from fastssl.precision import DTYPES
 
 PATIENCE = timedelta(days=7)  # t-SNE is rank 0's alone, and a sweep may have fewer settings than there are ranks
 

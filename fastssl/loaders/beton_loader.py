@@ -24,7 +24,7 @@ from fastssl.loaders.order import FULL, Order, count_batches, eval_shares, train
 from fastssl.loaders.pending import PendingBatch, finish_batch, start_batch
 from fastssl.loaders.prefetch import Prefetcher
 from fastssl.loaders.recycle import RecycledBuffers
-from fastssl.threads import reader_threads
+from fastssl.machine.threads import reader_threads
 
 
 class BetonLoader:

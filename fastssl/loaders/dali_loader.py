@@ -21,7 +21,7 @@ from fastssl.loaders.folder_loader import default_workers
 from fastssl.loaders.order import FULL, Order, count_batches, eval_shares, train_shares
 from fastssl.loaders.prefetch import Prefetcher
 from fastssl.loaders.recycle import RecycledBuffers
-from fastssl.threads import reader_threads
+from fastssl.machine.threads import reader_threads
 
 _CHUNK = 16  # images per task at most
 

@@ -22,7 +22,7 @@ from fastssl.loaders.encoded import EncodedImages
 from fastssl.loaders.pending import PendingBatch, finish_batch, split_rows, start_batch
 from fastssl.loaders.prefetch import Prefetcher
 from fastssl.loaders.recycle import RecycledBuffers
-from fastssl.threads import reader_threads
+from fastssl.machine.threads import reader_threads
 
 try:
     from fastssl.loaders.jpeg_decode import decode_stored_images

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from fastssl.batch import ImageBatch
 from fastssl.data_prep.find import ImageFolder, find_images
-from fastssl.limits import usable_cores
 from fastssl.loaders.encoded import from_folder
 from fastssl.loaders.file_decode import FileDecoder
 from fastssl.loaders.memory import folder_pixel_bytes
 from fastssl.loaders.order import FULL, Order, count_batches, eval_shares, train_shares
 from fastssl.loaders.prefetch import Prefetcher
+from fastssl.machine.limits import usable_cores
 
 
 class FolderLoader:

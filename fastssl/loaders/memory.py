@@ -14,7 +14,7 @@ from PIL import Image
 from fastssl.data_prep.decode import MAX_PIXELS, BadImage, open_file, read_file
 from fastssl.data_prep.find import ImageFolder
 from fastssl.data_prep.jpeg import NotPlain, read_jpeg_facts
-from fastssl.limits import free_memory
+from fastssl.machine.limits import free_memory
 
 if TYPE_CHECKING:
     from fastssl.loaders.beton_loader import BetonLoader

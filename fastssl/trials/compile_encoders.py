@@ -15,6 +15,7 @@ import torch
 
 from fastssl.config import Config
 from fastssl.distributed import Ranks, broadcast_object, gather_objects
+from fastssl.machine.triton_device import compile_obstacle
 from fastssl.moco import MoCo
 from fastssl.plan import encoder_batch_size
 from fastssl.trials.encoder_timing import (
@@ -24,7 +25,6 @@ from fastssl.trials.encoder_timing import (
     measure_what_fits,
     time_iterations,
 )
-from fastssl.triton_device import compile_obstacle
 
 MODES = {"on": "default", "graphs": "reduce-overhead"}  # torch.compile's names
 HOW_NAMES = {"off": "not compiled", "on": "compiled", "graphs": "compiled, as CUDA graphs"}

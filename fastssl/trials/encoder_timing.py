@@ -14,9 +14,9 @@ from torch import nn
 
 from fastssl.config import Config
 from fastssl.distributed import Ranks
+from fastssl.machine.precision import compute_dtype
 from fastssl.models.batchnorm import split_batchnorm
 from fastssl.plan import encoder_batch_size
-from fastssl.precision import compute_dtype
 
 ROUNDS = 3
 # Pixels in a measurement, at most: a whole batch can take minutes on a CPU and, uncompiled, more memory than a step on

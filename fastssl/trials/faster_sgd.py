@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from fastssl.config import Config
 from fastssl.distributed import Ranks, broadcast_object, gather_objects
-from fastssl.precision import choose_precision
+from fastssl.machine.precision import choose_precision
 from fastssl.trials.encoder_timing import time_iterations
 
 MARGIN = 1.1  # apex must be this many times as fast: timings are noisy, and a restart should choose the same

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastssl.config import Config
 from fastssl.distributed import Ranks, broadcast_object
-from fastssl.precision import imitated
+from fastssl.machine.precision import imitated
 from fastssl.trials.encoder_timing import images_to_time, make_eager_iteration, measure_what_fits, time_iterations
 
 LAYOUT_NAMES = {torch.channels_last: "channels_last", torch.contiguous_format: "contiguous"}

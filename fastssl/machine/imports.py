@@ -70,7 +70,7 @@ def try_imports(groups: Sequence[Sequence[str]] = GROUPS, timeout: float = 300) 
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONWARNINGS": "ignore"}
     children = [
         subprocess.Popen(
-            [sys.executable, "-m", "fastssl.imports", *group],
+            [sys.executable, "-m", "fastssl.machine.imports", *group],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
