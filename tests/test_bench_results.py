@@ -533,10 +533,11 @@ def test_a_result_tells_the_command_and_not_where_the_program_lies(monkeypatch):
     assert environment()["command"] == ["bench_throughput.py", "step", "--output", "out/step.json"]
 
 
-def test_a_result_is_of_the_time_and_the_commit_at_which_it_was_begun(tmp_path):
+def test_a_result_is_of_the_time_and_the_commit_at_which_it_was_begun(tmp_path, monkeypatch):
     first, later = begun(), {"commit": "another", "started": "later"}
-    write_result(tmp_path / "a.json", {"environment": environment() | later, "lines": []})
-    assert read_result(tmp_path / "a.json")["environment"] == environment() | first
+    monkeypatch.setattr("fastssl.bench.results.environment", lambda: environment() | later)
+    write_result(tmp_path / "a.json", {"lines": []}, device="cpu")
+    assert read_result(tmp_path / "a.json")["environment"] == environment() | first | {"device": "cpu"}
 
 
 def test_the_gpu_suite_asks_for_a_gpu(monkeypatch, capsys):

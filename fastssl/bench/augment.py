@@ -40,7 +40,6 @@ from fastssl.bench.results import write_result
 from fastssl.bench.timing import Function, open_device, time_calls
 from fastssl.data_prep.decode import decode_image
 from fastssl.data_prep.find import find_images
-from fastssl.environment import environment
 from fastssl.host_memory import keep_freed_memory
 from fastssl.loaders.synthetic_loader import SyntheticLoader
 
@@ -164,7 +163,6 @@ def main(argv: list[str]) -> None:
     settings = {"policy": args.policy, "batch_size": count, **sources}
     announce(settings | {"lines": [{"size": size} for size in args.size]})
     speed, lines = copy_speed(device, args.rounds), []
-    result = {"environment": environment() | {"device": str(device)}, **settings, "copy": speed, "lines": lines}
     for size in args.size:
         contestants, missing = make_contestants(batch, policy, size, dtype)
         timings = time_calls(contestants, device, args.rounds)
@@ -178,8 +176,7 @@ def main(argv: list[str]) -> None:
             print(f"  {name:28} {reason}")
         seconds = {name: timing._asdict() for name, timing in timings.items()}
         lines.append({"size": size, "seconds": seconds, "not_measured": missing, "bytes": work})
-        if args.output:
-            write_result(args.output, result)
+        write_result(args.output, settings | {"copy": speed, "lines": lines}, device=str(device))
 
 
 def read_batch(args: argparse.Namespace, device: torch.device) -> ImageBatch:

@@ -22,7 +22,6 @@ from fastssl.bench.knn_peer import knn_the_reference_way, nearest_by_cdist
 from fastssl.bench.results import write_result
 from fastssl.bench.timing import Function, Timing, read_in_turn, stopwatch, summarise, time_calls
 from fastssl.distributed import Ranks
-from fastssl.environment import environment
 from fastssl.eval.linear_cached import Setting, Sweep, fit_linear
 from fastssl.eval.memory import Memory
 from fastssl.eval.search import knn_over_ranks
@@ -142,5 +141,4 @@ def main(argv: Sequence[str]) -> None:
     for what in args.what:
         lines.append(measure[what](args))
         print_line(lines[-1])
-        if args.output:
-            write_result(args.output, {"environment": environment(), "lines": lines})
+        write_result(args.output, {"lines": lines})

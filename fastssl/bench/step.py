@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -27,7 +26,6 @@ from fastssl.bench.timing import while_time_lasts
 from fastssl.build import Trainee, check_parts
 from fastssl.compile_encoders import HOW_NAMES
 from fastssl.config import Config, flat
-from fastssl.environment import environment
 from fastssl.models.cpu_conv import use_plain_convolutions
 
 ARCHS = ("resnet18", "mobilenetv3_small", "mobilenetv3_large", "efficientnet_b0", "deit_tiny", "resnet50")
@@ -54,12 +52,6 @@ def print_line(line: dict[str, object], device: torch.device) -> None:
     for name, reason in line.get("not_measured", {}).items():
         print(f"  {name:28} not measured: {reason}")
     print(end="", flush=True)
-
-
-def save(path: Path | None, lines: Sequence[dict[str, object]]) -> None:
-    """Writes the lines as JSON, with the machine and the command."""
-    if path:
-        write_result(path, {"environment": environment(), "lines": list(lines)})
 
 
 def as_line(config: Config, seconds: dict[str, list[float]], steps: int, beside: str) -> dict[str, object]:
@@ -143,13 +135,13 @@ def measure_each(
         torch.compiler.reset()  # frees the CUDA graphs of the last one,
         gc.collect()  # and this its weights, which compiled code holds in cycles
         try:
-            lines.append(measure(arch, lambda line: save(args.output, [*lines, line])))
+            lines.append(measure(arch, lambda line: write_result(args.output, {"lines": [*lines, line]})))
         except RuntimeError as error:  # no memory, or whatever the compiler raises
             failed.append(f"{arch} ({type(error).__name__}: {' '.join(str(error).split())[:300]})")
             print(f"not measured: {failed[-1]}", flush=True)
             continue
         print_line(lines[-1], ranks.device)
-        save(args.output, lines)
+        write_result(args.output, {"lines": lines})
     if failed:
         raise ValueError(f"not measured: {'; '.join(failed)}")
 

@@ -30,7 +30,6 @@ from fastssl.bench.suite_entries import Entry, Sizes, compile_ahead, cpu_entries
 from fastssl.bench.verdicts import verdicts
 from fastssl.command import tidy_on_signals
 from fastssl.data_prep.files import check_writable
-from fastssl.environment import environment
 
 PROGRAM = Path(__file__).resolve().parents[2] / "bench_throughput.py"
 LIMIT = {"cpu": 580, "gpu": 520}  # seconds, so that all is done within ten and nine minutes
@@ -146,8 +145,7 @@ def end_group(process: subprocess.Popen) -> None:
 
 def save(path: Path, done: Sequence[Done], images: str) -> None:
     """Writes the result of the suite and its page."""
-    result = {"environment": environment(), "images": images, "lines": [one._asdict() for one in done]}
-    write_result(path, result)
+    write_result(path, {"images": images, "lines": [one._asdict() for one in done]})
     write_report(path, "suite")
 
 
