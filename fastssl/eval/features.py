@@ -36,23 +36,21 @@ def extract_features(
     float32). With several ranks, each passes its own share of the images.
     Without images the tensors are empty: (0, 0) and (0,).
     """
-    device = torch.device(device)
     features, labels = [], []
-    with eval_mode(backbone), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+    with eval_mode(backbone):
         for batch in batches:
             view = make_eval_view(batch.to(device), size, resize, dtype)  # (B, 3, S, S)
-            features.append(backbone(view).float())
+            features.append(encode(backbone, view, dtype))
             labels.append(batch.label.to(device))
     if not features:
         return torch.empty(0, 0, device=device), torch.empty(0, dtype=torch.int64, device=device)
     return torch.cat(features), torch.cat(labels)
 
 
-@torch.no_grad()
-def encode(backbone: nn.Module, view: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Features (B, C) float32 of a view (B, 3, S, S), without gradients. dtype: autocast to it, unless float32."""
+def encode(backbone: nn.Module, view: Tensor, dtype: torch.dtype) -> Tensor:
+    """Features (B, C) float32 of a view (B, 3, S, S). dtype: of the computation (autocast unless float32)."""
     with torch.autocast(view.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        return backbone(view).float()
+        return backbone(view).flatten(1).float()
 
 
 def share_buffers(model: nn.Module, ranks: Ranks) -> None:
@@ -68,6 +66,7 @@ def eval_view(session: Session) -> View:
     return lambda batch: make_eval_view(batch, o.image_size, o.resize, session.dtype)
 
 
+@torch.no_grad()
 def collect_features(
     session: Session,
     backbone: nn.Module,
@@ -90,7 +89,7 @@ def collect_features(
     labels, done = [], 0
     with eval_mode(backbone):
         for batch in session.bar(images.read(iter(batches)), len(batches), what):
-            features = encode(backbone, view(batch.to(session.ranks.device)), session.dtype).flatten(1)
+            features = encode(backbone, view(batch.to(session.ranks.device)), session.dtype)
             if not bool(torch.isfinite(features).all()):
                 raise ValueError("the encoder's features are not finite: use another checkpoint, or --precision fp32")
             features = transform(features)

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from fastssl.batch import ImageBatch
 from fastssl.data_prep.files import check_writable
 from fastssl.distributed import Ranks, gather_objects
-from fastssl.eval.classifier import Classifier, Keeper, predict, read_classifier, validate
+from fastssl.eval.classifier import Classifier, Keeper, read_classifier, validate
 from fastssl.eval.features import View, share_buffers
 from fastssl.eval.images import Images
 from fastssl.eval.session import Session
@@ -113,7 +113,7 @@ def train_epoch(
         loss = torch.zeros((), device=ranks.device)
         if len(share):  # the last batch may hold fewer images than there are ranks
             batch = next(batches).to(ranks.device)
-            logits = predict(model, batch, lambda b: view(b, epoch), session.dtype)
+            logits = model(view(batch, epoch), session.dtype)
             loss = cross_entropy(logits, batch.label, reduction="sum") / len(step)
             loss.backward()
         sum_gradients(optimizer, ranks)
