@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl.eval.classifier import initial_weights
+from fastssl.eval.classifier import count_hits, initial_weights
 from fastssl.eval.memory import Rows
 from fastssl.loaders.order import epoch_order
 from fastssl.schedules import learning_rate
@@ -33,7 +33,6 @@ class Sweep(NamedTuple):
     epochs: int = 100
     batch_size: int = 256
     schedule: Sequence[int] = (60, 80)
-    drop: float = 0.1
     momentum: float = 0.9
     seed: int = 0
 
@@ -65,9 +64,8 @@ def fit_linear(
     labels = labels.to(device)
     for epoch in bar(range(sweep.epochs), sweep.epochs, "classifiers"):
         rate = base * learning_rate(
-            epoch, base_lr=1.0, epochs=sweep.epochs, steps_per_epoch=1, schedule="step", milestones=sweep.schedule,
-            drop=sweep.drop,
-        )  # fmt: skip
+            epoch, base_lr=1.0, epochs=sweep.epochs, steps_per_epoch=1, schedule="step", milestones=sweep.schedule
+        )
         # moved to the device once an epoch: such a copy waits for all steps before it
         order = epoch_order(len(labels), sweep.seed, epoch).to(features.device)
         for rows in order.split(sweep.batch_size):
@@ -111,6 +109,6 @@ def count_sweep_hits(features: Rows, labels: Tensor, weight: Tensor, bias: Tenso
     for start in range(0, len(labels), 4096):
         rows = torch.arange(start, min(start + 4096, len(labels)))
         logits = torch.addmm(b, take_rows(features, rows, w.device, w.dtype), w).view(-1, count, num_classes)
-        top = logits.topk(min(5, num_classes), dim=2).indices == labels[rows].to(w.device)[:, None, None]
-        hits += torch.stack([top[:, :, 0].sum(0), top.sum((0, 2))], 1).cpu()
+        truth = labels[rows].to(w.device)
+        hits += torch.stack([count_hits(own, truth) for own in logits.unbind(1)]).cpu()
     return hits

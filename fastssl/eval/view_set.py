@@ -79,17 +79,14 @@ def collect_views(session: Session, backbone: torch.nn.Module, views: ViewSet, w
     for column in which:
         view = eval_view(session) if column == 0 else uncropped_view(session)
         batches = [views.files[share, column] for share in shares]
-        features, labels = collect_features(
+        features, _ = collect_features(
             session, backbone, views.images, view, transform=normalize, batches=batches,
             what="originals" if column == 0 else f"views {column}",
         )  # fmt: skip
         if bad := list(views.images.bad_images):
             raise ValueError(f"{bad[0]}: make the view set again with fastssl prep views")
         session.memory.check(4 * len(views.files) * features.shape[1] * len(which), "features of a view set")
-        features = features[:].to(session.ranks.device, torch.float32)  # those of a rank without images lie on the CPU
-        if session.ranks.world_size > 1:
-            features, labels = gather_features(features, labels.to(features.device), session.ranks)
-        found.append(features)
+        found.append(gather_features(session, features)[:].to(session.ranks.device, torch.float32))
     return found
 
 
