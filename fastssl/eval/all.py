@@ -37,7 +37,7 @@ def make_all_parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--views", metavar="DIR", help="static view set; without one, only k-NN and linear run")
     add("-k", "--k", type=positive, default=101, metavar="K", help="k-NN: largest k (default 101)")
-    add("--rep-space", choices=(*REP_SPACES, "shifted-norm"), default="norm", help="k-NN: see knn (default norm)")
+    add("--rep-space", choices=REP_SPACES, default="norm", help="k-NN: see knn (default norm)")
     add("--epochs", type=positive, default=100, metavar="N", help="linear: epochs of training (default 100)")
     add("--schedule", type=int, nargs="*", default=[60, 80], metavar="N", help="linear: epochs at which the rate drops")
     add(

@@ -48,9 +48,9 @@ def train_classifier(
     Raises ValueError when the loss is not finite, RuntimeError when a frozen backbone has changed.
     """
     o, keeper = session.options, Keeper(folder, session.ranks)
-    trained = [p for p in (model if protocol.finetune else model.fc).parameters() if p.requires_grad]
-    for p in model.parameters():
-        p.requires_grad_(any(p is q for q in trained))
+    if not protocol.finetune:
+        model.backbone.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
     first, best = resume(session, model, optimizer)
     frozen = None if protocol.finetune else copy_state(model.backbone)

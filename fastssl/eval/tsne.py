@@ -6,7 +6,6 @@ fastssl eval tsne VIEWSET -a ARCH --pretrained CHECKPOINT --pic-name NAME [--zoo
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,12 +93,8 @@ def embed(session: Session, features: list[torch.Tensor], labels: torch.Tensor) 
     session.say(f"=> final error: {tsne.kl_divergence_:.4f}.")
     coordinates = dict(zip(PARTS, [*np.split(y, 3), labels.numpy()]))
     for name, array in coordinates.items():
-        buffer = io.BytesIO()
-        np.save(buffer, array)
-        path = Path(f"{o.pic_name}.{name}.npy")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as partial:
-            partial.write_bytes(buffer.getvalue())
+        with written_whole(Path(f"{o.pic_name}.{name}.npy")) as partial, open(partial, "wb") as file:
+            np.save(file, array)
     return coordinates
 
 
