@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench_throughput
 from fastssl.bench import suite, timing
 from fastssl.bench.compare import announce, compare, differing_machines, differing_options, judge
+from fastssl.bench.device import open_device
 from fastssl.bench.eval import take_turns
 from fastssl.bench.loop_verdicts import ADVICE, all_verdict, peers_verdicts, shares, step_verdict
 from fastssl.bench.loss import TERMS, dot_products
@@ -393,13 +394,13 @@ def test_the_gpu_that_is_measured_is_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert [str(timing.open_device(name)) for name in ("cuda:1", "cuda", "cpu")] == ["cuda:1", "cuda", "cpu"]
+    assert [str(open_device(name)) for name in ("cuda:1", "cuda", "cpu")] == ["cuda:1", "cuda", "cpu"]
     assert chosen == [1, 0]
     with pytest.raises(ValueError, match="--device cuda:2: torch finds 2 GPUs, the last of them cuda:1"):
-        timing.open_device("cuda:2")
+        open_device("cuda:2")
     for name in ("gpu", "meta"):
         with pytest.raises(ValueError, match=f"--device {name}: .*use cpu, cuda or cuda:N"):
-            timing.open_device(name)
+            open_device(name)
 
 
 def test_bad_input_of_a_stage_is_one_sentence(tmp_path, monkeypatch, capsys):

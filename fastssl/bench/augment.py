@@ -35,9 +35,10 @@ from fastssl.bench.augment_peers import (
     torchvision_chain,
 )
 from fastssl.bench.compare import announce
+from fastssl.bench.device import open_device
 from fastssl.bench.pil_processes import in_processes
 from fastssl.bench.results import write_result
-from fastssl.bench.timing import Function, open_device, time_calls
+from fastssl.bench.timing import Function, time_calls
 from fastssl.data_prep.decode import decode_image
 from fastssl.data_prep.find import find_images
 from fastssl.host_memory import keep_freed_memory
@@ -54,7 +55,7 @@ def make_contestants(
     """({name: a call that makes both views}, {name: why it is not measured})."""
     device = batch.pixels.device
     tensors = [batch.image(i).permute(2, 0, 1) for i in range(batch.size)]
-    pictures = [Image.fromarray(t.permute(1, 2, 0).cpu().numpy()) for t in tensors]
+    pictures = [Image.fromarray(batch.image(i).cpu().numpy()) for i in range(batch.size)]
     on_pil = torchvision_chain(policy, size, on_pil=True)
     on_tensors = torchvision_chain(policy, size, on_pil=False)
     reference = partial(make_views, batch, policy, size, 0, 0, dtype, "reference")

@@ -12,6 +12,7 @@ from contextlib import closing
 import torch
 
 from fastssl.batch import ImageBatch
+from fastssl.bench.device import wait
 from fastssl.bench.timing import read_in_turn
 from fastssl.build import (
     Trainee,
@@ -74,8 +75,7 @@ def host_alone(config: Config, ranks: Ranks, trainee: Trainee) -> Loop:
         seconds, batches = 0.0, loader.batches()
         for number in range(WARM_UP + steps):
             batch = next(batches)
-            if ranks.device.type == "cuda":
-                torch.cuda.synchronize()
+            wait(ranks.device)
             start = time.perf_counter()
             step(batch, number)
             if number >= WARM_UP:
@@ -105,7 +105,7 @@ def time_steps(batches: Iterable, step: Step, steps: int, warm_up: int | None = 
 
 
 def time_loops(
-    loops: dict[str, Loop], steps: int, rounds: int, keep: Callable[[dict[str, list[float]]], None] = lambda _: None
+    loops: dict[str, Loop], steps: int, rounds: int, keep: Callable[[dict[str, list[float]]], None]
 ) -> dict[str, list[float]]:
     """As `read_in_turn`, the seconds per step of loops."""
     return read_in_turn({name: lambda loop=loop: loop(steps) / steps for name, loop in loops.items()}, rounds, keep)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from fastssl.arguments import positive
 from fastssl.bench.compare import announce
+from fastssl.bench.device import open_device, silence_profiler, wait
 from fastssl.bench.results import write_result
-from fastssl.bench.timing import Function, open_device, silence_profiler, time_in_turn
+from fastssl.bench.timing import Function, time_in_turn
 from fastssl.kernels.reference import align_reference, contrast_reference, uniform_reference
 from fastssl.losses import LossConfig, choose_kernel, moco_loss
 
@@ -47,11 +48,11 @@ def peak_extra_bytes(function: Function, device: torch.device) -> int:
     """The peak memory of tensors during one call, beyond what they held before it."""
     function()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        wait(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         function()
-        torch.cuda.synchronize(device)
+        wait(device)
         return torch.cuda.max_memory_allocated(device) - before
     silence_profiler()
     with torch.profiler.profile(
