@@ -63,13 +63,9 @@ def features_to_show(session: Session) -> tuple[list[torch.Tensor], torch.Tensor
     """Unit features of the originals, first and second views of the samples shown, three of (n, C), and labels (n,)."""
     o = session.options
     views = open_view_set(o, session.ranks)
-    shown = views.labels < o.classes
-    views = views._replace(
-        files=views.files[shown], labels=views.labels[shown], class_names=views.class_names[: o.classes]
-    )
-    rows = first_rows(views.labels, samples_per_class(views, o.sample_per_class, SAMPLES))
-    views = views._replace(files=views.files[rows], labels=views.labels[rows])
-    check_perplexity(o.perplexity, 3 * len(rows))
+    views = views.take(views.labels < o.classes)
+    views = views.take(first_rows(views.labels, samples_per_class(views, o.sample_per_class, SAMPLES)))
+    check_perplexity(o.perplexity, 3 * len(views.labels))
     backbone = session.open_backbone()
     session.say("=> iterating through the dataset...")
     return collect_views(session, backbone, views, (0, 1, 2)), views.labels

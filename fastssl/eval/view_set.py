@@ -36,6 +36,10 @@ class ViewSet(NamedTuple):
     labels: Tensor  # (n,) int64, ascending
     class_names: list[str]
 
+    def take(self, rows: Tensor) -> ViewSet:
+        """Only these samples."""
+        return self._replace(files=self.files[rows], labels=self.labels[rows])
+
 
 def open_view_set(
     options: argparse.Namespace, ranks: Ranks, mode: str = "normal", images: Images | None = None
@@ -108,7 +112,7 @@ def uncropped_view(session: Session) -> View:
 
 def check_per_class(views: ViewSet, wanted: int) -> None:
     """Raises ValueError when a class has fewer than `wanted` samples."""
-    counts = np.bincount(views.labels.numpy(), minlength=len(views.class_names))
+    counts = np.bincount(views.labels.numpy())
     if counts.min() < wanted:
         name = views.class_names[int(counts.argmin())]
         raise ValueError(f"class {name} has fewer than {wanted} samples: use -s {counts.min()}")
