@@ -31,6 +31,7 @@ from fastssl.loaders.make import Loader
 from fastssl.plan import make_plan
 from fastssl.train import make_train_step
 
+HOST = "host alone"  # the name of the loop that only measures how long the host launches kernels
 WARM_UP = 3  # steps before the clock starts, in every turn, so that prefetch queues are as full as they stay
 Loop = Callable[[int], float]
 Step = Callable[[ImageBatch, int], torch.Tensor]

@@ -13,9 +13,10 @@ from pathlib import Path
 from fastssl import distributed
 from fastssl.arguments import positive
 from fastssl.bench.classical import classical_loop
+from fastssl.bench.loop_lines import Keep, check_loops, measure_each, time_line
 from fastssl.bench.loops import loader_alone, our_loops, trainee_of
 from fastssl.bench.photos import SOURCE, open_data
-from fastssl.bench.step import Keep, check_loops, measure_each, step_loops, time_line
+from fastssl.bench.step import step_loops
 from fastssl.bench.step_flags import add_inner_flags, add_step_flags, make_config, parse_flags
 from fastssl.build import open_loader
 from fastssl.distributed import Ranks
