@@ -18,6 +18,7 @@ from fastssl.data_prep.files import check_writable
 from fastssl.distributed import gather_objects
 from fastssl.eval import instdisc, knn, stats, tsne
 from fastssl.eval.all_figure import draw_page
+from fastssl.eval.compute import slices
 from fastssl.eval.features import collect_features, eval_view
 from fastssl.eval.images import open_splits
 from fastssl.eval.linear import LINE
@@ -108,10 +109,9 @@ def find_neighbours(session: Session, bank: tuple[Rows, Tensor], queries: tuple[
 
 def transform_rows(session: Session, rows: Rows, rep_space: str) -> Rows:
     """A copy of the rows in another representation space, transformed batch by batch as `knn` does it."""
-    size = session.options.batch_size
     copy = session.memory.make_rows(*rows.shape)
-    for start in range(0, len(rows), size):
-        copy[start : start + size] = to_rep_space(rows[start : start + size].float(), rep_space)
+    for part in slices(len(rows), session.options.batch_size):
+        copy[part] = to_rep_space(rows[part].float(), rep_space)
     return copy
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastssl.eval.classifier import count_hits, initial_weights
+from fastssl.eval.compute import slices
 from fastssl.eval.memory import Rows
 from fastssl.loaders.order import epoch_order
 from fastssl.schedules import learning_rate
@@ -69,7 +70,7 @@ def fit_linear(
         # moved to the device once an epoch: such a copy waits for all steps before it
         order = epoch_order(len(labels), sweep.seed, epoch).to(features.device)
         for rows in order.split(sweep.batch_size):
-            x = take_rows(features, rows, device, dtype)
+            x = features[rows].to(device, dtype)
             g = logit_gradient(torch.addmm(b, x, w), labels[rows.to(labels.device)], num_classes)
             velocity_w.addmm_(x.T, g, beta=sweep.momentum, alpha=1 / len(rows))
             velocity_b.mul_(sweep.momentum).add_(g.sum(0), alpha=1 / len(rows))
@@ -84,11 +85,6 @@ def fit_linear(
 def per_column(values: list[float], num_classes: int, like: Tensor) -> Tensor:
     """One value of each setting, repeated for that setting's columns: (S Y,)."""
     return torch.tensor(values, dtype=like.dtype, device=like.device).repeat_interleave(num_classes)
-
-
-def take_rows(features: Rows, rows: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    """The features of these rows, (B, C) on the device."""
-    return features[rows.to(features.device)].to(device, dtype)
 
 
 def logit_gradient(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -106,9 +102,8 @@ def count_sweep_hits(features: Rows, labels: Tensor, weight: Tensor, bias: Tenso
     """How often each setting of `fit_linear` has an image's label first, and among the first five: (S, 2) int64."""
     (count, num_classes, width), hits = weight.shape, torch.zeros(len(weight), 2, dtype=torch.int64)
     w, b = weight.reshape(-1, width).T, bias.flatten()
-    for start in range(0, len(labels), 4096):
-        rows = torch.arange(start, min(start + 4096, len(labels)))
-        logits = torch.addmm(b, take_rows(features, rows, w.device, w.dtype), w).view(-1, count, num_classes)
-        truth = labels[rows].to(w.device)
+    for part in slices(len(labels), 4096):
+        logits = torch.addmm(b, features[part].to(w.device, w.dtype), w).view(-1, count, num_classes)
+        truth = labels[part].to(w.device)
         hits += torch.stack([count_hits(own, truth) for own in logits.unbind(1)]).cpu()
     return hits
