@@ -129,7 +129,7 @@ def main(argv: Sequence[str]) -> None:
     add("--rounds", type=positive, default=3, help="measurements of each contestant (default 3)")
     add("--threads", type=positive, help="CPU threads (default all cores)")
     add("--output", type=Path, help="write the result to this JSON file")
-    args = parser.parse_args(list(argv))
+    args = parser.parse_args(argv)
     if args.k > args.bank:
         raise ValueError(f"-k {args.k} must not exceed the number of training features, --bank {args.bank}")
     if args.threads:

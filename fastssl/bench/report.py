@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     """Rewrites the tables; with --check, only says which pages are out of date."""
     parser = argparse.ArgumentParser(prog="bench_throughput.py report", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only check: exit with 1 if a page is out of date")
-    args = parser.parse_args(list(argv))
+    args = parser.parse_args(argv)
     stale = []
     for page in (ROOT / name for name in PAGES if (ROOT / name).exists()):
         text = page.read_text()

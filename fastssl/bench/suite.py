@@ -86,7 +86,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--report", type=Path, help="folder for the results (default: runs/bench-SUITE-<time>)")
     add("--only", nargs="+", help="run only these stages")
     add("--tiny", action="store_true", help="the smallest sizes, on the CPU, to test the suite itself")
-    args = parser.parse_args(list(argv))
+    args = parser.parse_args(argv)
     if args.suite == "gpu" and not args.tiny and not torch.cuda.is_available():
         parser.error("--suite gpu needs a CUDA device: use --suite cpu, or --tiny to test the suite on the CPU")
     args.report = args.report or Path("runs") / time.strftime(f"bench-{args.suite}-%Y%m%d-%H%M%S")

@@ -49,10 +49,10 @@ def main(argv: Sequence[str]) -> None:
     check_loops([make_config(args, arch) for arch in args.arch], images=args.data or args.beton or SOURCE)
     with tempfile.TemporaryDirectory() as scratch:
         data, beton = open_data(args.data, args.beton, Path(scratch), max(args.photos, args.batch_size))
-        measure_each(args, ranks, lambda arch, keep: compare(args, arch, (data, beton), ranks, keep))
+        measure_each(args, ranks, lambda arch, keep: measure(args, arch, (data, beton), ranks, keep))
 
 
-def compare(args: argparse.Namespace, arch: str, files: tuple[str, str], ranks: Ranks, keep: Keep) -> dict[str, object]:
+def measure(args: argparse.Namespace, arch: str, files: tuple[str, str], ranks: Ranks, keep: Keep) -> dict[str, object]:
     """Measures all loops of one architecture, and gives `keep` the line so far after each round.
 
     files: (folder, .beton). Returns a line of the JSON.

@@ -55,7 +55,7 @@ def train_classifier(
     first, best = resume(session, model, optimizer)
     frozen = None if protocol.finetune else copy_state(model.backbone)
     if o.evaluate:
-        return report(session, model, val, protocol, {"epochs_trained": first})
+        return {**report(session, model, val, protocol), "epochs_trained": first}
     if first >= o.epochs:
         raise ValueError(f"{o.resume} has already reached --epochs {o.epochs}: give more, or validate it with -e")
     if session.ranks.rank == 0:
@@ -76,7 +76,7 @@ def train_classifier(
         if frozen is not None and epoch == first:
             check_frozen(model.backbone, frozen)
             session.say("=> sanity check passed.")
-        result |= report(session, model, val, protocol, {"epochs_trained": epoch + 1})
+        result |= {"epochs_trained": epoch + 1, **report(session, model, val, protocol)}
         result["acc1_by_epoch"].append(result["acc1"])
         is_best = result["acc1"] > result["best_acc1"]
         if is_best:
@@ -86,11 +86,11 @@ def train_classifier(
     return {**result, "folder": str(folder)}
 
 
-def report(session: Session, model: Classifier, val: Images, protocol: Protocol, more: dict) -> dict:
-    """Validates and prints the protocol's line. Returns the accuracies and `more`."""
+def report(session: Session, model: Classifier, val: Images, protocol: Protocol) -> dict[str, float]:
+    """Validates and prints the protocol's line. Returns the accuracies."""
     acc1, acc5 = validate(session, model, val, protocol.val_view)
     session.say(protocol.line.format(acc1=acc1, acc5=acc5))
-    return {"acc1": acc1, "acc5": acc5, **more}
+    return {"acc1": acc1, "acc5": acc5}
 
 
 def train_epoch(
