@@ -18,6 +18,7 @@ from fastssl.eval.session import Session
 from fastssl.foreign.heads import Normalise
 from fastssl.foreign.layout import strip_wrappers
 from fastssl.foreign.read import Contents, read_weights
+from fastssl.models.tryout import why_refused
 
 
 class Classifier(nn.Module):
@@ -81,14 +82,11 @@ def check_single_images(model: Classifier, num_images: int, o: argparse.Namespac
     if 1 not in [len(part) for part in torch.arange(rest).tensor_split(ranks.world_size)]:
         return
     encoder = copy.deepcopy(model.backbone).train()
-    one = torch.zeros(1, 3, o.image_size, o.image_size, device=ranks.device)
-    try:
-        encoder(one)
-    except ValueError:  # batch norm's, when its maps have shrunk to a pixel
+    if why_refused(encoder, 1, o.image_size, str(ranks.device)):  # by batch norm, when its maps have shrunk to a pixel
         raise ValueError(
             f"the last batch of {num_images:,} images leaves a rank a single one, on which {o.arch} cannot be "
             f"fine-tuned at {o.image_size} pixels: choose another --batch-size"
-        ) from None
+        )
 
 
 def initial_weights(feature_dim: int, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
