@@ -18,14 +18,7 @@ from torch import Tensor, nn
 from fastssl import checkpoint
 from fastssl.foreign import Report, load_pretrained
 from fastssl.foreign.choose import is_told_by_tensors
-from fastssl.foreign.formats import (
-    FORMATS,
-    counterpart,
-    moco_checkpoint,
-    moco_optimizer,
-    name_tensors,
-    old_queue,
-)
+from fastssl.foreign.formats import FORMATS, counterpart, moco_checkpoint, moco_optimizer, name_tensors
 from fastssl.foreign.layout import strip_wrappers
 from fastssl.foreign.load import pads_more, with_stem
 from fastssl.foreign.read import Contents, read_weights
@@ -116,7 +109,7 @@ def _to_moco(contents: Contents, report: Report, module: nn.Module, path: Path, 
     key_tensors = name_tensors(report.arch, "moco", *_parts(encoder_k))
     queue, optimizer = tensors["queue"], contents.entries.get("optimizer")
     if report.kind.startswith("fastssl"):
-        queue = old_queue(queue)
+        queue = queue.float().T.contiguous()  # (K, D) -> (D, K)
         if isinstance(optimizer, dict):
             optimizer = moco_optimizer(report.arch, head, optimizer)
             if optimizer is None:

@@ -77,6 +77,7 @@ def test_a_peer_whose_import_fails_in_any_way_is_left_out(tmp_path, image_folder
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(loader, "check_same_images", lambda *_: None)
     flags = ["--threads", "1", "--batch-size", "5", "--rounds", "1", "--beton", "any.beton"]
+    flags += ["--output", str(tmp_path / "loader.json")]
     main([str(image_folder / "train"), "--only", FFCV, "ours, folder", *flags])
     said = capsys.readouterr().out
     assert f"left out: {FFCV} (AttributeError: numpy lacks what it wants)" in said and "\nours, folder " in said

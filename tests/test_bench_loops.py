@@ -10,7 +10,7 @@ import torch
 
 from bench_throughput import main
 from fastssl import distributed
-from fastssl.bench import loops, peer_loops, peers, step, step_parts, step_profile, whole_loop
+from fastssl.bench import loop_lines, loops, peer_loops, peers, step, step_parts, step_profile, whole_loop
 from fastssl.bench.peer_views import augment_crops, colour_maps
 from fastssl.bench.photos import write_photos
 from fastssl.bench.step_flags import add_inner_flags, add_step_flags, make_config, parse_flags
@@ -153,11 +153,11 @@ def test_an_encoder_that_fails_does_not_stop_the_others_and_none_stays_in_memory
             raise torch.OutOfMemoryError("too\nlarge")
         return {"settings": {"arch": arch}}
 
-    monkeypatch.setattr(step, "print_line", lambda *_: None)
+    monkeypatch.setattr(loop_lines, "print_line", lambda *_: None)
     gc.disable()
     try:
         with pytest.raises(ValueError, match=r"not measured: deit_tiny \(OutOfMemoryError: too large\)"):
-            step.measure_each(args, ranks, measure)
+            loop_lines.measure_each(args, ranks, measure)
     finally:
         gc.enable()
     lines = json.loads(args.output.read_text())["lines"]
@@ -223,7 +223,7 @@ def test_the_parts_of_a_step_that_accumulates_have_its_shapes():
 
 def test_the_seconds_of_a_part_are_its_median():
     config = make_config(tiny_args(), "resnet18")
-    line = step.as_line(config, {"step": [1.0, 1.0], f"{step_parts.PART}loss": [1.0, 2.0]}, 1, "step")
+    line = loop_lines.as_line(config, {"step": [1.0, 1.0], f"{step_parts.PART}loss": [1.0, 2.0]}, 1, "step")
     assert line["parts"] == {"loss": 1.5}
 
 

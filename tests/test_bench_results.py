@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench_throughput
 from fastssl.bench import suite, timing
 from fastssl.bench.compare import announce, compare, differing_machines, differing_options, judge
+from fastssl.bench.device import open_device
 from fastssl.bench.eval import take_turns
 from fastssl.bench.loop_verdicts import ADVICE, all_verdict, peers_verdicts, shares, step_verdict
 from fastssl.bench.loss import TERMS, dot_products
@@ -393,13 +394,13 @@ def test_the_gpu_that_is_measured_is_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert [str(timing.open_device(name)) for name in ("cuda:1", "cuda", "cpu")] == ["cuda:1", "cuda", "cpu"]
+    assert [str(open_device(name)) for name in ("cuda:1", "cuda", "cpu")] == ["cuda:1", "cuda", "cpu"]
     assert chosen == [1, 0]
     with pytest.raises(ValueError, match="--device cuda:2: torch finds 2 GPUs, the last of them cuda:1"):
-        timing.open_device("cuda:2")
+        open_device("cuda:2")
     for name in ("gpu", "meta"):
         with pytest.raises(ValueError, match=f"--device {name}: .*use cpu, cuda or cuda:N"):
-            timing.open_device(name)
+            open_device(name)
 
 
 def test_bad_input_of_a_stage_is_one_sentence(tmp_path, monkeypatch, capsys):
@@ -533,10 +534,11 @@ def test_a_result_tells_the_command_and_not_where_the_program_lies(monkeypatch):
     assert environment()["command"] == ["bench_throughput.py", "step", "--output", "out/step.json"]
 
 
-def test_a_result_is_of_the_time_and_the_commit_at_which_it_was_begun(tmp_path):
+def test_a_result_is_of_the_time_and_the_commit_at_which_it_was_begun(tmp_path, monkeypatch):
     first, later = begun(), {"commit": "another", "started": "later"}
-    write_result(tmp_path / "a.json", {"environment": environment() | later, "lines": []})
-    assert read_result(tmp_path / "a.json")["environment"] == environment() | first
+    monkeypatch.setattr("fastssl.bench.results.environment", lambda: environment() | later)
+    write_result(tmp_path / "a.json", {"lines": []}, device="cpu")
+    assert read_result(tmp_path / "a.json")["environment"] == environment() | first | {"device": "cpu"}
 
 
 def test_the_gpu_suite_asks_for_a_gpu(monkeypatch, capsys):

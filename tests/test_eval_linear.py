@@ -52,7 +52,7 @@ def fit_slowly(features, labels, setting, sweep, classes=4):
         for parameter, initial in zip(fc.parameters(), initial_weights(features.shape[1], classes, sweep.seed)):
             parameter.copy_(initial)
     optimizer = torch.optim.SGD(fc.parameters(), setting.lr, sweep.momentum, weight_decay=setting.weight_decay)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(sweep.schedule), sweep.drop)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(sweep.schedule), 0.1)
     for epoch in range(sweep.epochs):
         for rows in epoch_order(len(labels), sweep.seed, epoch).split(sweep.batch_size):
             optimizer.zero_grad()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fastssl.bench import report
+from fastssl.bench import report, tables
 
 
 def test_the_pages_show_what_was_measured():
@@ -51,17 +51,17 @@ def test_the_step_table_says_what_was_not_measured():
         "parts": parts,
         "floor": {"arithmetic_seconds": 1.0, "memory_seconds": 0.5},
     }
-    row = report.step_table([line]).splitlines()[-1]
+    row = tables.step_table({"lines": [line]}).splitlines()[-1]
     middle = "| 5 (5 to 5) | not measured | not measured | 25% | 50% | 12% | 12% | 50% | 25% |"
     assert row == f"| resnet18 | 32 | 10 {middle}"
     line |= {"beside": "eager step", "seconds_of_rounds": {"step": [2.0], "eager step": [4.0]}}
-    assert "| 2.5 (2.5 to 2.5) | 2 (2 to 2) |" in report.step_table([line])
+    assert "| 2.5 (2.5 to 2.5) | 2 (2 to 2) |" in tables.step_table({"lines": [line]})
 
 
 def test_the_loader_table_does_without_the_bare_decoder():
     timing = {"median": 2.0, "low": 1.0, "high": 3.0, "rounds": 3}
     line = {"cpu_ms_per_pair": timing, "pairs_per_second": timing, "first_batch_seconds": 0.5}
-    row = report.loader_table({"loaders": {"ours, beton": line}}).splitlines()[-1]
+    row = tables.loader_table({"loaders": {"ours, beton": line}}).splitlines()[-1]
     assert row == "| ours, beton | 2.000 (1.000 to 3.000) | 2 | not measured | 0.50 |"
 
 

@@ -35,12 +35,12 @@ from fastssl.bench.augment_peers import (
     torchvision_chain,
 )
 from fastssl.bench.compare import announce
+from fastssl.bench.device import open_device
 from fastssl.bench.pil_processes import in_processes
 from fastssl.bench.results import write_result
-from fastssl.bench.timing import Function, open_device, time_calls
+from fastssl.bench.timing import Function, time_calls
 from fastssl.data_prep.decode import decode_image
 from fastssl.data_prep.find import find_images
-from fastssl.environment import environment
 from fastssl.loaders.synthetic_loader import SyntheticLoader
 from fastssl.machine.host_memory import keep_freed_memory
 
@@ -55,7 +55,7 @@ def make_contestants(
     """({name: a call that makes both views}, {name: why it is not measured})."""
     device = batch.pixels.device
     tensors = [batch.image(i).permute(2, 0, 1) for i in range(batch.size)]
-    pictures = [Image.fromarray(t.permute(1, 2, 0).cpu().numpy()) for t in tensors]
+    pictures = [Image.fromarray(batch.image(i).cpu().numpy()) for i in range(batch.size)]
     on_pil = torchvision_chain(policy, size, on_pil=True)
     on_tensors = torchvision_chain(policy, size, on_pil=False)
     reference = partial(make_views, batch, policy, size, 0, 0, dtype, "reference")
@@ -164,7 +164,6 @@ def main(argv: list[str]) -> None:
     settings = {"policy": args.policy, "batch_size": count, **sources}
     announce(settings | {"lines": [{"size": size} for size in args.size]})
     speed, lines = copy_speed(device, args.rounds), []
-    result = {"environment": environment() | {"device": str(device)}, **settings, "copy": speed, "lines": lines}
     for size in args.size:
         contestants, missing = make_contestants(batch, policy, size, dtype)
         timings = time_calls(contestants, device, args.rounds)
@@ -178,8 +177,7 @@ def main(argv: list[str]) -> None:
             print(f"  {name:28} {reason}")
         seconds = {name: timing._asdict() for name, timing in timings.items()}
         lines.append({"size": size, "seconds": seconds, "not_measured": missing, "bytes": work})
-        if args.output:
-            write_result(args.output, result)
+        write_result(args.output, settings | {"copy": speed, "lines": lines}, device=str(device))
 
 
 def read_batch(args: argparse.Namespace, device: torch.device) -> ImageBatch:

@@ -12,14 +12,13 @@ from PIL import Image
 
 from fastssl.arguments import positive
 from fastssl.bench.compare import announce
-from fastssl.bench.results import write_result
-from fastssl.bench.timing import read_in_turn, summarise, wall_clock
+from fastssl.bench.results import invert, write_result
+from fastssl.bench.timing import read_in_turn, summarise_all, wall_clock
 from fastssl.data_prep.find import find_images
 from fastssl.data_prep.prepare import Store, encode_jpeg, shrink
 from fastssl.data_prep.sources import Selection
 from fastssl.data_prep.work_pool import Work, make_pool
 from fastssl.data_prep.write_beton import write_beton
-from fastssl.environment import environment
 from fastssl.machine.limits import usable_cores
 
 ALONE = "decode + resize + encode alone"
@@ -80,8 +79,7 @@ def main(argv: list[str]) -> None:
         announce(settings)
 
         def keep(seconds: dict[str, list[float]]) -> None:
-            if args.output:
-                write_result(args.output, as_result(seconds, settings))
+            write_result(args.output, as_result(seconds, settings))
 
         seconds = read_in_turn({name: wall_clock(convert) for name, convert in stages.items()}, args.rounds, keep)
     for line in as_result(seconds, settings)["lines"]:
@@ -91,10 +89,9 @@ def main(argv: list[str]) -> None:
 
 def as_result(seconds: dict[str, list[float]], settings: dict[str, int]) -> dict[str, object]:
     """The JSON of the rounds so far: images/s of each contestant, and their share of the rate of the work alone."""
-    timings, lines = {name: summarise(measured) for name, measured in seconds.items()}, []
+    timings, lines = summarise_all(seconds), []
     for name, timing in timings.items():
-        rate, low, high = (settings["images"] / each for each in (timing.median, timing.high, timing.low))
-        share = timings[ALONE].median / timing.median
-        lines.append({"what": name, "images_per_s": rate, "low": low, "high": high, "share_of_alone": share})
-    about = {"environment": environment(), **settings, "rounds": timing.rounds, "ended": time.ctime()}
-    return about | {"lines": lines}
+        rate, share = invert(timing, settings["images"]), timings[ALONE].median / timing.median
+        found = {"images_per_s": rate.median, "low": rate.low, "high": rate.high, "share_of_alone": share}
+        lines.append({"what": name, **found})
+    return {**settings, "rounds": timing.rounds, "ended": time.ctime(), "lines": lines}

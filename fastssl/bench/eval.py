@@ -18,17 +18,16 @@ from torch.nn.functional import normalize
 
 from fastssl.arguments import positive
 from fastssl.bench.compare import announce
+from fastssl.bench.device import CPU
 from fastssl.bench.knn_peer import knn_the_reference_way, nearest_by_cdist
 from fastssl.bench.results import write_result
-from fastssl.bench.timing import Function, Timing, read_in_turn, stopwatch, summarise, time_calls
+from fastssl.bench.timing import Function, Timing, read_in_turn, stopwatch, summarise_all, time_calls
 from fastssl.distributed import Ranks
-from fastssl.environment import environment
 from fastssl.eval.linear_cached import Setting, Sweep, fit_linear
 from fastssl.eval.memory import Memory
 from fastssl.eval.search import knn_over_ranks
 from fastssl.eval.vote import odd_ks
 
-CPU = torch.device("cpu")
 CLASSES = 10
 REFERENCE, LEAN, OURS = "reference's way", "cdist and topk, no vote", "ours"
 SWEPT = [Setting(lr, wd) for lr, wd in product((0.1, 0.3, 1.0, 3.0, 10.0, 30.0), (0.0, 1e-6))]
@@ -51,8 +50,7 @@ def setting(args: argparse.Namespace, what: str) -> dict[str, object]:
 
 def take_turns(contestants: dict[str, Function], rounds: int) -> dict[str, Timing]:
     """As `time_calls` on a CPU, without the call before the first round, which would take minutes."""
-    clocks = {name: stopwatch(contestant) for name, contestant in contestants.items()}
-    return {name: summarise(seconds) for name, seconds in read_in_turn(clocks, rounds).items()}
+    return summarise_all(read_in_turn({name: stopwatch(f) for name, f in contestants.items()}, rounds))
 
 
 def measure_knn(args: argparse.Namespace) -> dict[str, object]:
@@ -131,7 +129,7 @@ def main(argv: Sequence[str]) -> None:
     add("--rounds", type=positive, default=3, help="measurements of each contestant (default 3)")
     add("--threads", type=positive, help="CPU threads (default all cores)")
     add("--output", type=Path, help="write the result to this JSON file")
-    args = parser.parse_args(list(argv))
+    args = parser.parse_args(argv)
     if args.k > args.bank:
         raise ValueError(f"-k {args.k} must not exceed the number of training features, --bank {args.bank}")
     if args.threads:
@@ -142,5 +140,4 @@ def main(argv: Sequence[str]) -> None:
     for what in args.what:
         lines.append(measure[what](args))
         print_line(lines[-1])
-        if args.output:
-            write_result(args.output, {"environment": environment(), "lines": lines})
+        write_result(args.output, {"lines": lines})

@@ -18,7 +18,6 @@ from fastssl.bench.photos import check_same_images, train_folder
 from fastssl.bench.results import RAW, write_result
 from fastssl.bench.timing import in_turn, summarise
 from fastssl.data_prep.find import find_images
-from fastssl.environment import environment
 from fastssl.machine.limits import usable_cores
 from fastssl.plural import counted
 
@@ -110,11 +109,9 @@ def main(argv: list[str]) -> None:
         check_same_images(options.folder, args.beton)
     announce({"options": options._asdict()})
     versions = {package: metadata.version(package) for package in PACKAGES if any(metadata.distributions(name=package))}
-    machine = environment() | {"packages": versions, "cores": usable_cores()}
     for results, missing in measure(args.only, options, args.rounds):
-        if args.output:
-            content = {"environment": machine, "options": options._asdict(), "loaders": results, "left_out": missing}
-            write_result(args.output, content)
+        content = {"options": options._asdict(), "loaders": results, "left_out": missing}
+        write_result(args.output, content, packages=versions, cores=usable_cores())
     print_table(results, args.threads)
     for name, why in missing.items():
         print(f"left out: {name} ({why})")

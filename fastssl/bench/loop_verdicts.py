@@ -30,27 +30,26 @@ def shares(parts: dict[str, float]) -> dict[str, float]:
     return dict(sorted(merged.items(), key=lambda item: -item[1]))
 
 
-def step_verdict(line: dict[str, object]) -> str:
-    """Which part of the step takes longest, or that it waits for the host."""
-    seconds = median(line["seconds_of_rounds"]["step"])
+def bound_of_step(line: dict[str, object], seconds: float) -> str:
+    """What a step of so many seconds waits for: the host, nothing that runs by itself, or the longest of its parts."""
     host, compiled = line.get("host_seconds", 0.0), line["settings"]["compile"]
-    advice = ON_GPU if line["settings"].get("device") == "cuda" else ADVICE
     if host >= HOST_BOUND * seconds:
         tried = "graphs" in (compiled, line.get("compiled")) or "CUDA graphs" in line.get("why_compiled", "")
-        graphs = "" if tried else "--compile graphs, "
-        verdict = f"bound by the host, which takes {host / seconds:.0%} of the step to launch its kernels: "
-        verdict += f"try {graphs}a larger --batch-size or a faster core"
-    else:
-        part_shares = shares(line["parts"])
-        first, *rest = part_shares
-        others = ", ".join(f"{name} {part_shares[name]:.0%}" for name in rest)
-        compiling = "--compile on, " if first == "encoders" and compiled == "off" else ""  # auto: where it helps
-        verdict = f"bound by the {first}, {part_shares[first]:.0%} of the step ({others}): "
-        verdict += f"try {compiling}{advice[first]}"
-        if (explained := sum(line["parts"].values()) / seconds) < ALONE:
-            verdict = (
-                f"bound by the time between its parts, which take {explained:.0%} of it by themselves: try --profile"
-            )
+        mend = f"try {'' if tried else '--compile graphs, '}a larger --batch-size or a faster core"
+        return f"bound by the host, which takes {host / seconds:.0%} of the step to launch its kernels: {mend}"
+    if (explained := sum(line["parts"].values()) / seconds) < ALONE:
+        return f"bound by the time between its parts, which take {explained:.0%} of it by themselves: try --profile"
+    (first, share), *rest = shares(line["parts"]).items()
+    others = ", ".join(f"{name} {other:.0%}" for name, other in rest)
+    compiling = "--compile on, " if first == "encoders" and compiled == "off" else ""  # auto: where it helps
+    advice = (ON_GPU if line["settings"].get("device") == "cuda" else ADVICE)[first]
+    return f"bound by the {first}, {share:.0%} of the step ({others}): try {compiling}{advice}"
+
+
+def step_verdict(line: dict[str, object]) -> str:
+    """What binds the step, and how near it is to its floor."""
+    seconds = median(line["seconds_of_rounds"]["step"])
+    verdict = bound_of_step(line, seconds)
     if floor := line.get("floor"):
         kind = "arithmetic" if floor["arithmetic_seconds"] >= floor["memory_seconds"] else "memory traffic"
         share = max(floor["arithmetic_seconds"], floor["memory_seconds"]) / seconds

@@ -12,6 +12,7 @@ from contextlib import closing
 import torch
 
 from fastssl.batch import ImageBatch
+from fastssl.bench.device import wait
 from fastssl.bench.timing import read_in_turn
 from fastssl.build import (
     Trainee,
@@ -30,6 +31,7 @@ from fastssl.loaders.make import Loader
 from fastssl.plan import make_plan
 from fastssl.train import make_train_step
 
+HOST = "host alone"  # the name of the loop that only measures how long the host launches kernels
 WARM_UP = 3  # steps before the clock starts, in every turn, so that prefetch queues are as full as they stay
 Loop = Callable[[int], float]
 Step = Callable[[ImageBatch, int], torch.Tensor]
@@ -74,8 +76,7 @@ def host_alone(config: Config, ranks: Ranks, trainee: Trainee) -> Loop:
         seconds, batches = 0.0, loader.batches()
         for number in range(WARM_UP + steps):
             batch = next(batches)
-            if ranks.device.type == "cuda":
-                torch.cuda.synchronize()
+            wait(ranks.device)
             start = time.perf_counter()
             step(batch, number)
             if number >= WARM_UP:
@@ -105,7 +106,7 @@ def time_steps(batches: Iterable, step: Step, steps: int, warm_up: int | None = 
 
 
 def time_loops(
-    loops: dict[str, Loop], steps: int, rounds: int, keep: Callable[[dict[str, list[float]]], None] = lambda _: None
+    loops: dict[str, Loop], steps: int, rounds: int, keep: Callable[[dict[str, list[float]]], None]
 ) -> dict[str, list[float]]:
     """As `read_in_turn`, the seconds per step of loops."""
     return read_in_turn({name: lambda loop=loop: loop(steps) / steps for name, loop in loops.items()}, rounds, keep)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from fastssl.arguments import positive
 from fastssl.bench.compare import announce
+from fastssl.bench.device import open_device, silence_profiler, wait
 from fastssl.bench.results import write_result
-from fastssl.bench.timing import Function, open_device, silence_profiler, time_in_turn
-from fastssl.environment import environment
+from fastssl.bench.timing import Function, time_in_turn
 from fastssl.kernels.reference import align_reference, contrast_reference, uniform_reference
 from fastssl.losses import LossConfig, choose_kernel, moco_loss
 
@@ -48,11 +48,11 @@ def peak_extra_bytes(function: Function, device: torch.device) -> int:
     """The peak memory of tensors during one call, beyond what they held before it."""
     function()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        wait(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         function()
-        torch.cuda.synchronize(device)
+        wait(device)
         return torch.cuda.max_memory_allocated(device) - before
     silence_profiler()
     with torch.profiler.profile(
@@ -185,13 +185,11 @@ def main(argv: list[str]) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = open_device(args.device)
+    kernel = choose_kernel(device, torch.bfloat16 if device.type == "cuda" else torch.float32, args.dim)
     lines, shapes = [], list(product(args.terms, args.num, args.queue_size))
     announce({"lines": [{"num": n, "queue_size": k, "dim": args.dim, "terms": terms} for terms, n, k in shapes]})
     for terms, num, queue_size in shapes:
         lines.append(measure(num, queue_size, args.dim, terms, device, args.rounds, not args.no_compiled))
         print_line(lines[-1])
-        if args.output:
-            kernel = choose_kernel(device, torch.bfloat16 if device.type == "cuda" else torch.float32, args.dim)
-            result = {"environment": environment() | {"device": str(device)}, "kernel": kernel, "lines": lines}
-            settings = {name: asdict(TERMS[name]) for name in args.terms}
-            write_result(args.output, result | {"terms": settings})
+        settings = {name: asdict(TERMS[name]) for name in args.terms}
+        write_result(args.output, {"kernel": kernel, "lines": lines, "terms": settings}, device=str(device))

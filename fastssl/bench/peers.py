@@ -16,10 +16,11 @@ from pathlib import Path
 from fastssl import distributed
 from fastssl.arguments import ListParser, positive
 from fastssl.bench.classical import classical_loop
+from fastssl.bench.loop_lines import as_line, check_loops, print_line
 from fastssl.bench.loops import Loop, our_loop, time_loops, trainee_of
 from fastssl.bench.peer_loops import dali_loop, ffcv_loop
 from fastssl.bench.photos import SOURCE, open_data
-from fastssl.bench.step import as_line, check_loops, print_line, save
+from fastssl.bench.results import write_result
 from fastssl.bench.step_flags import add_step_flags, make_config, parse_flags
 from fastssl.distributed import Ranks
 from fastssl.machine.limits import usable_cores
@@ -87,5 +88,8 @@ def main(argv: Sequence[str]) -> None:
             found = as_line(config, seconds, args.steps, beside)
             return found | {"not_measured": missing, "images": images}
 
-        seconds = time_loops(loops, args.steps, args.rounds, lambda seconds: save(args.output, [line(seconds)]))
+        def keep(seconds: dict[str, list[float]]) -> None:
+            write_result(args.output, {"lines": [line(seconds)]})
+
+        seconds = time_loops(loops, args.steps, args.rounds, keep)
     print_line(line(seconds), ranks.device)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from fastssl.bench.timing import Timing, summarise, times_faster
 from fastssl.data_prep.files import write_text
-from fastssl.environment import commit, now
+from fastssl.environment import commit, environment, now
 
 RAW = "libjpeg-turbo alone"  # the contestant of the stage loader that sets the pace
 
@@ -44,9 +44,9 @@ def begun() -> dict[str, str | None]:
     return {"commit": commit(), "started": now()}
 
 
-def write_result(path: Path, result: dict[str, object]) -> None:
-    """Writes a result file whole or not at all: of the commit and the time at which it was begun."""
-    result = result | {"environment": result["environment"] | begun()}
+def write_result(path: Path, result: dict[str, object], **about_machine: object) -> None:
+    """Writes a result file whole or not at all, with the machine: of the commit and the time at which it was begun."""
+    result = {"environment": environment() | about_machine | begun(), **result}
     write_text(path, json.dumps(result, indent=1) + "\n")
 
 

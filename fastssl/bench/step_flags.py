@@ -52,13 +52,13 @@ def add_inner_flags(parser: argparse.ArgumentParser) -> None:
 
 def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """The command line; a recipe's settings stand in for flags that are not given. Adds `base`, a configuration."""
-    args = parser.parse_args(list(argv))
+    args = parser.parse_args(argv)
     base = replace(Config(), **MOCO_V2)
     if getattr(args, "config", None):
         base = load_recipe(args.config)
         settings = flat(base)
         parser.set_defaults(arch=[base.model.arch], **{name: settings[name] for name in SHARED})
-        args = parser.parse_args(list(argv))
+        args = parser.parse_args(argv)
     args.base = base
     return args
 

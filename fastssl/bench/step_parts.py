@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 
 from fastssl.augment.views import make_views
 from fastssl.batch import split_batch
+from fastssl.bench.device import wait
 from fastssl.bench.loops import WARM_UP, Loop
 from fastssl.build import Trainee, open_loader, open_policy
 from fastssl.config import Config
@@ -86,18 +87,14 @@ def step_parts(config: Config, trainee: Trainee, ranks: Ranks) -> dict[str, Loop
 def repeat(function: Callable[[], object], device: torch.device, calls: int) -> Loop:
     """A loop of so many calls of `function` a step; after some warm-up, and waiting for the device at the end."""
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     def loop(steps: int) -> float:
         for _ in range(WARM_UP):
             function()
-        wait()
+        wait(device)
         start = time.perf_counter()
         for _ in range(steps * calls):
             function()
-        wait()
+        wait(device)
         return time.perf_counter() - start
 
     return loop

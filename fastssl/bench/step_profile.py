@@ -14,8 +14,8 @@ from contextlib import closing
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from fastssl.bench.device import silence_profiler
 from fastssl.bench.loops import WARM_UP, our_step
-from fastssl.bench.timing import silence_profiler
 from fastssl.build import Trainee, open_loader
 from fastssl.config import Config
 from fastssl.distributed import Ranks

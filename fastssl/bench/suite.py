@@ -30,7 +30,6 @@ from fastssl.bench.suite_entries import Entry, Sizes, compile_ahead, cpu_entries
 from fastssl.bench.verdicts import verdicts
 from fastssl.command import tidy_on_signals
 from fastssl.data_prep.files import check_writable
-from fastssl.environment import environment
 
 PROGRAM = Path(__file__).resolve().parents[2] / "bench_throughput.py"
 LIMIT = {"cpu": 580, "gpu": 520}  # seconds, so that all is done within ten and nine minutes
@@ -87,7 +86,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--report", type=Path, help="folder for the results (default: runs/bench-SUITE-<time>)")
     add("--only", nargs="+", help="run only these stages")
     add("--tiny", action="store_true", help="the smallest sizes, on the CPU, to test the suite itself")
-    args = parser.parse_args(list(argv))
+    args = parser.parse_args(argv)
     if args.suite == "gpu" and not args.tiny and not torch.cuda.is_available():
         parser.error("--suite gpu needs a CUDA device: use --suite cpu, or --tiny to test the suite on the CPU")
     args.report = args.report or Path("runs") / time.strftime(f"bench-{args.suite}-%Y%m%d-%H%M%S")
@@ -146,8 +145,7 @@ def end_group(process: subprocess.Popen) -> None:
 
 def save(path: Path, done: Sequence[Done], images: str) -> None:
     """Writes the result of the suite and its page."""
-    result = {"environment": environment(), "images": images, "lines": [one._asdict() for one in done]}
-    write_result(path, result)
+    write_result(path, {"images": images, "lines": [one._asdict() for one in done]})
     write_report(path, "suite")
 
 

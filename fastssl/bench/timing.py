@@ -6,7 +6,6 @@ in Python are counted. On a CPU the wall clock is read around each call.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +14,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from fastssl.plural import counted
+from fastssl.bench.device import CPU, wait
 
 Function = Callable[[], object]
 FEWEST_ROUNDS = 3  # for a median and a spread
@@ -38,33 +37,6 @@ def in_words(times_faster: Timing) -> str:
     if times_faster.low > 1:
         return "faster"
     return "slower" if times_faster.high < 1 else "within the noise"
-
-
-def open_device(name: str) -> torch.device:
-    """The device called `name`, and makes it the current one, on which streams are made and graphs are captured.
-
-    Raises ValueError for a device that is no CPU or GPU, and for a GPU that is not there.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: use cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(
-                f"--device {name}: torch finds no GPU; run `fastssl doctor` to learn why, or use --device cpu"
-            )
-        if (device.index or 0) >= (gpus := torch.cuda.device_count()):
-            raise ValueError(f"--device {name}: torch finds {counted(gpus, 'GPU')}, the last of them cuda:{gpus - 1}")
-        torch.cuda.set_device(device.index or 0)
-    return device
-
-
-def silence_profiler() -> None:
-    """On a CPU: torch's profiler would write to stderr whenever it starts and stops, and that it finds no GPU."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def stop_after(seconds: float) -> None:
@@ -110,8 +82,9 @@ def in_turn(names: Iterable[str], rounds: int) -> Iterator[str]:
 
 def time_in_turn(functions: dict[str, Function], device: torch.device, rounds: int) -> dict[str, Timing]:
     """Times every function once per round; each round starts with another one."""
-    clocks = {name: _gpu_clock(f) if device.type == "cuda" else wall_clock(f) for name, f in functions.items()}
-    return {name: summarise(measured) for name, measured in read_in_turn(clocks, rounds).items()}
+    if device.type != "cuda":
+        return time_calls(functions, device, rounds)
+    return summarise_all(read_in_turn({name: _gpu_clock(f) for name, f in functions.items()}, rounds))
 
 
 def read_in_turn(
@@ -131,16 +104,7 @@ def read_in_turn(
 
 def time_calls(functions: dict[str, Function], device: torch.device, rounds: int) -> dict[str, Timing]:
     """As `time_in_turn`, for what cannot be captured in a graph: the wall clock until the device is done."""
-
-    def finished(function: Function) -> Function:
-        def call() -> None:
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-
-        return call
-
-    return time_in_turn({name: finished(f) for name, f in functions.items()}, torch.device("cpu"), rounds)
+    return summarise_all(read_in_turn({name: wall_clock(f, device) for name, f in functions.items()}, rounds))
 
 
 def summarise(seconds: list[float]) -> Timing:
@@ -149,26 +113,33 @@ def summarise(seconds: list[float]) -> Timing:
     return Timing(median.item(), low.item(), high.item(), len(seconds))
 
 
+def summarise_all(seconds: dict[str, list[float]]) -> dict[str, Timing]:
+    """Of the seconds of all rounds of each contestant."""
+    return {name: summarise(measured) for name, measured in seconds.items()}
+
+
 def times_faster(seconds: dict[str, list[float]], name: str, beside: str) -> Timing:
     """How many times faster `name` is than `beside`, by the ratio within each round: disturbances affect both."""
     return summarise([theirs / ours for theirs, ours in zip(seconds[beside], seconds[name])])
 
 
-def stopwatch(function: Function) -> Callable[[], float]:
-    """A clock: the seconds of a call of the function."""
+def stopwatch(function: Function, device: torch.device = CPU) -> Callable[[], float]:
+    """A clock: the seconds of a call of the function, until the device is done."""
 
     def read() -> float:
         start = time.perf_counter()
         function()
+        wait(device)
         return time.perf_counter() - start
 
     return read
 
 
-def wall_clock(function: Function) -> Callable[[], float]:
+def wall_clock(function: Function, device: torch.device = CPU) -> Callable[[], float]:
     """The same after a first call, which allocates memory and compiles."""
     function()
-    return stopwatch(function)
+    wait(device)
+    return stopwatch(function, device)
 
 
 def _gpu_clock(function: Function) -> Callable[[], float]:

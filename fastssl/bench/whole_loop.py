@@ -13,9 +13,10 @@ from pathlib import Path
 from fastssl import distributed
 from fastssl.arguments import positive
 from fastssl.bench.classical import classical_loop
+from fastssl.bench.loop_lines import Keep, check_loops, measure_each, time_line
 from fastssl.bench.loops import loader_alone, our_loops, trainee_of
 from fastssl.bench.photos import SOURCE, open_data
-from fastssl.bench.step import Keep, check_loops, measure_each, step_loops, time_line
+from fastssl.bench.step import step_loops
 from fastssl.bench.step_flags import add_inner_flags, add_step_flags, make_config, parse_flags
 from fastssl.build import open_loader
 from fastssl.distributed import Ranks
@@ -48,10 +49,10 @@ def main(argv: Sequence[str]) -> None:
     check_loops([make_config(args, arch) for arch in args.arch], images=args.data or args.beton or SOURCE)
     with tempfile.TemporaryDirectory() as scratch:
         data, beton = open_data(args.data, args.beton, Path(scratch), max(args.photos, args.batch_size))
-        measure_each(args, ranks, lambda arch, keep: compare(args, arch, (data, beton), ranks, keep))
+        measure_each(args, ranks, lambda arch, keep: measure(args, arch, (data, beton), ranks, keep))
 
 
-def compare(args: argparse.Namespace, arch: str, files: tuple[str, str], ranks: Ranks, keep: Keep) -> dict[str, object]:
+def measure(args: argparse.Namespace, arch: str, files: tuple[str, str], ranks: Ranks, keep: Keep) -> dict[str, object]:
     """Measures all loops of one architecture, and gives `keep` the line so far after each round.
 
     files: (folder, .beton). Returns a line of the JSON.

@@ -18,6 +18,7 @@ from fastssl.data_prep.files import check_writable
 from fastssl.distributed import gather_objects
 from fastssl.eval import instdisc, knn, stats, tsne
 from fastssl.eval.all_figure import draw_page
+from fastssl.eval.compute import slices
 from fastssl.eval.features import collect_features, eval_view
 from fastssl.eval.images import open_splits
 from fastssl.eval.linear import LINE
@@ -37,7 +38,7 @@ def make_all_parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--views", metavar="DIR", help="static view set; without one, only k-NN and linear run")
     add("-k", "--k", type=positive, default=101, metavar="K", help="k-NN: largest k (default 101)")
-    add("--rep-space", choices=(*REP_SPACES, "shifted-norm"), default="norm", help="k-NN: see knn (default norm)")
+    add("--rep-space", choices=REP_SPACES, default="norm", help="k-NN: see knn (default norm)")
     add("--epochs", type=positive, default=100, metavar="N", help="linear: epochs of training (default 100)")
     add("--schedule", type=int, nargs="*", default=[60, 80], metavar="N", help="linear: epochs at which the rate drops")
     add(
@@ -108,10 +109,9 @@ def find_neighbours(session: Session, bank: tuple[Rows, Tensor], queries: tuple[
 
 def transform_rows(session: Session, rows: Rows, rep_space: str) -> Rows:
     """A copy of the rows in another representation space, transformed batch by batch as `knn` does it."""
-    size = session.options.batch_size
     copy = session.memory.make_rows(*rows.shape)
-    for start in range(0, len(rows), size):
-        copy[start : start + size] = to_rep_space(rows[start : start + size].float(), rep_space)
+    for part in slices(len(rows), session.options.batch_size):
+        copy[part] = to_rep_space(rows[part].float(), rep_space)
     return copy
 
 

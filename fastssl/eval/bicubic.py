@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from fastssl.augment.normalise import MEAN, STD
+from fastssl.augment.normalise import normalise_bytes
 from fastssl.augment.params import ViewParams
 from fastssl.batch import ImageBatch
 
@@ -23,7 +23,7 @@ def bicubic_eval_view(batch: ImageBatch, size: int, resize: int, dtype: torch.dt
         rows, columns = height * resize // short, width * resize // short
         top, left = round((rows - size) / 2), round((columns - size) / 2)
         views.append(resize_bicubic(image, rows, columns)[:, top : top + size, left : left + size])
-    return normalise(torch.stack(views), dtype)
+    return normalise_views(views, dtype)
 
 
 def bicubic_crop_view(batch: ImageBatch, params: ViewParams, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -33,7 +33,7 @@ def bicubic_crop_view(batch: ImageBatch, params: ViewParams, size: int, dtype: t
     for i, (top, left, height, width, flip) in enumerate(boxes):
         view = resize_bicubic(batch.image(i)[top : top + height, left : left + width], size, size)
         views.append(view.flip(2) if flip else view)
-    return normalise(torch.stack(views), dtype)
+    return normalise_views(views, dtype)
 
 
 def resize_bicubic(image: Tensor, height: int, width: int) -> Tensor:
@@ -46,7 +46,6 @@ def resize_bicubic(image: Tensor, height: int, width: int) -> Tensor:
     return resized.round_().clamp_(0, 255).to(torch.uint8)[0]
 
 
-def normalise(views: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, 3, S, S) uint8 normalised by ImageNet's mean and standard deviation, channels_last."""
-    mean, std = (torch.tensor(v, device=views.device).view(3, 1, 1) for v in (MEAN, STD))
-    return views.float().div_(255).sub_(mean).div_(std).to(dtype, memory_format=torch.channels_last)
+def normalise_views(views: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """B views (3, S, S) uint8 as (B, 3, S, S), normalised, channels_last."""
+    return normalise_bytes(torch.stack(views).contiguous(memory_format=torch.channels_last), dtype)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import checkpoint
-from fastssl.batch import ImageBatch
 from fastssl.distributed import Ranks, gather_objects
-from fastssl.eval.features import View
+from fastssl.eval.features import View, encode
 from fastssl.eval.images import Images, rank_batches
 from fastssl.eval.session import Session
 from fastssl.foreign.heads import Normalise
 from fastssl.foreign.layout import strip_wrappers
 from fastssl.foreign.read import Contents, read_weights
+from fastssl.models.tryout import why_refused
 
 
 class Classifier(nn.Module):
@@ -31,8 +31,9 @@ class Classifier(nn.Module):
         linear.weight.data, linear.bias.data = initial_weights(feature_dim, num_classes, seed)
         self.fc = nn.Sequential(Normalise(), linear) if unit_length else linear
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.fc(self.backbone(images).flatten(1).float())
+    def forward(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        """Float32 logits (B, classes). dtype: the backbone's, by autocast; the classifier always runs in float32."""
+        return self.fc(encode(self.backbone, images, dtype))
 
     def export_state(self) -> dict[str, Tensor]:
         """The weights under the reference scripts' names: module.<name in the backbone> and module.fc.*."""
@@ -81,14 +82,11 @@ def check_single_images(model: Classifier, num_images: int, o: argparse.Namespac
     if 1 not in [len(part) for part in torch.arange(rest).tensor_split(ranks.world_size)]:
         return
     encoder = copy.deepcopy(model.backbone).train()
-    one = torch.zeros(1, 3, o.image_size, o.image_size, device=ranks.device)
-    try:
-        encoder(one)
-    except ValueError:  # batch norm's, when its maps have shrunk to a pixel
+    if why_refused(encoder, 1, o.image_size, str(ranks.device)):  # by batch norm, when its maps have shrunk to a pixel
         raise ValueError(
             f"the last batch of {num_images:,} images leaves a rank a single one, on which {o.arch} cannot be "
             f"fine-tuned at {o.image_size} pixels: choose another --batch-size"
-        ) from None
+        )
 
 
 def initial_weights(feature_dim: int, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -111,21 +109,13 @@ def validate(session: Session, model: Classifier, images: Images, view: View) ->
     hits, num = torch.zeros(2, dtype=torch.int64, device=device), 0
     batches = rank_batches(images.num_images, session.options.batch_size, session.ranks)
     for batch in session.bar(images.read(iter(batches)), len(batches), "val"):
-        hits += count_hits(predict(model, batch.to(device), view, session.dtype), batch.label.to(device))
+        hits += count_hits(model(view(batch.to(device)), session.dtype), batch.label.to(device))
         num += batch.size
     counts = gather_objects((*hits.tolist(), num), session.ranks)
     first, five, num = (sum(column) for column in zip(*counts))
     if not num:
         raise ValueError("none of the held-out images can be read: check the files of that split")
     return 100 * first / num, 100 * five / num
-
-
-def predict(model: Classifier, batch: ImageBatch, view: View, dtype: torch.dtype) -> Tensor:
-    """Float32 logits (B, classes). dtype: the backbone's, by autocast; the classifier always runs in float32."""
-    images = view(batch)
-    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        features = model.backbone(images).flatten(1)
-    return model.fc(features.float())
 
 
 class Keeper:

@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from fastssl.augment.views import make_eval_view
 from fastssl.batch import ImageBatch
-from fastssl.distributed import Ranks, gather_objects, gather_rows
+from fastssl.distributed import Ranks, gather_objects
 from fastssl.eval.images import Images, rank_batches
 from fastssl.eval.memory import DiskRows, Rows
+from fastssl.eval.search import share_chunk
 from fastssl.eval.session import Session
 
 View = Callable[[ImageBatch], Tensor]
+_AT_ONCE = 4096  # rows sent between ranks in one message
 
 
 @torch.inference_mode()
@@ -36,23 +37,21 @@ def extract_features(
     float32). With several ranks, each passes its own share of the images.
     Without images the tensors are empty: (0, 0) and (0,).
     """
-    device = torch.device(device)
     features, labels = [], []
-    with eval_mode(backbone), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+    with eval_mode(backbone):
         for batch in batches:
             view = make_eval_view(batch.to(device), size, resize, dtype)  # (B, 3, S, S)
-            features.append(backbone(view).float())
+            features.append(encode(backbone, view, dtype))
             labels.append(batch.label.to(device))
     if not features:
         return torch.empty(0, 0, device=device), torch.empty(0, dtype=torch.int64, device=device)
     return torch.cat(features), torch.cat(labels)
 
 
-@torch.no_grad()
-def encode(backbone: nn.Module, view: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Features (B, C) float32 of a view (B, 3, S, S), without gradients. dtype: autocast to it, unless float32."""
+def encode(backbone: nn.Module, view: Tensor, dtype: torch.dtype) -> Tensor:
+    """Features (B, C) float32 of a view (B, 3, S, S). dtype: of the computation (autocast unless float32)."""
     with torch.autocast(view.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        return backbone(view).float()
+        return backbone(view).flatten(1).float()
 
 
 def share_buffers(model: nn.Module, ranks: Ranks) -> None:
@@ -68,6 +67,7 @@ def eval_view(session: Session) -> View:
     return lambda batch: make_eval_view(batch, o.image_size, o.resize, session.dtype)
 
 
+@torch.no_grad()
 def collect_features(
     session: Session,
     backbone: nn.Module,
@@ -90,7 +90,7 @@ def collect_features(
     labels, done = [], 0
     with eval_mode(backbone):
         for batch in session.bar(images.read(iter(batches)), len(batches), what):
-            features = encode(backbone, view(batch.to(session.ranks.device)), session.dtype).flatten(1)
+            features = encode(backbone, view(batch.to(session.ranks.device)), session.dtype)
             if not bool(torch.isfinite(features).all()):
                 raise ValueError("the encoder's features are not finite: use another checkpoint, or --precision fp32")
             features = transform(features)
@@ -104,19 +104,20 @@ def collect_features(
     return rows.truncate(done) if isinstance(rows, DiskRows) else rows[:done], torch.cat(labels)
 
 
-def gather_features(features: Tensor, labels: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """All ranks' features (n, C) and labels (n,) in rank order, on every rank; n may differ from rank to rank."""
+def gather_features(session: Session, features: Rows) -> Rows:
+    """All ranks' features (n, C) in rank order, on every rank; n may differ from rank to rank."""
+    ranks = session.ranks
     if ranks.world_size == 1:
-        return features, labels
+        return features
     shapes = gather_objects(tuple(features.shape), ranks)
-    rows, width = max(n for n, _ in shapes), max(c for _, c in shapes)
-    padded = pad(features, (0, width - features.shape[1], 0, rows - features.shape[0]))
-    all_features = gather_rows(padded, ranks).chunk(ranks.world_size)
-    all_labels = gather_rows(pad(labels, (0, rows - labels.shape[0])), ranks).chunk(ranks.world_size)
-    return (
-        torch.cat([part[:n] for part, (n, _) in zip(all_features, shapes)]),
-        torch.cat([part[:n] for part, (n, _) in zip(all_labels, shapes)]),
-    )
+    everything = session.memory.make_rows(sum(n for n, _ in shapes), max(c for _, c in shapes))
+    done = 0
+    for owner, (num, _) in enumerate(shapes):
+        for start in range(0, num, _AT_ONCE):
+            chunk = share_chunk(features, start, min(_AT_ONCE, num - start), everything.shape[1], owner, ranks)
+            everything[done : done + len(chunk)] = chunk
+            done += len(chunk)
+    return everything
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from fastssl.eval.shards import ShardImages
 from fastssl.loaders.make import choose_loader, make_loader
 from fastssl.loaders.order import epoch_order
 from fastssl.loaders.prefetch import Prefetcher
+from fastssl.plural import counted
 from fastssl.same_on_ranks import check_images
 
 HELD_OUT = ("val", "valid", "validation", "test")  # names of the held-out split; the first that exists is taken
@@ -79,7 +80,7 @@ def open_images(
         what = "class folders" if os.path.isdir(path) else "labels"
         raise ValueError(f"{os.fspath(path)} has no {what}: evaluations need images in <class>/ folders")
     if without := int((images.label < 0).sum()):
-        count = "1 image" if without == 1 else f"{without:,} images"
+        count = counted(without, "image")
         raise ValueError(f"{os.fspath(path)} has {count} without a class: evaluations need a class for every image")
     check_images(images, os.path.basename(path), ranks)
     return images

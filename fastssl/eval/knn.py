@@ -36,7 +36,7 @@ def make_knn_parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--rep-space",
-        choices=(*REP_SPACES, "shifted-norm"),
+        choices=REP_SPACES,
         default="original",
         help="which features are compared: the encoder's own (original), scaled to unit length (norm), or first "
         "shifted by the mean of their batch of -b random images (shift-norm, shifted-norm) (default original)",

@@ -74,7 +74,7 @@ def make_classifier(
 ) -> Classifier:
     """A classifier with fresh weights on the device. The first image is encoded to count the backbone's features."""
     batch = next(images.read(iter([torch.arange(1)]), replace_bad=True))
-    features = encode(backbone.eval(), view(batch.to(session.ranks.device)), session.dtype).flatten(1)
+    features = encode(backbone.eval(), view(batch.to(session.ranks.device)), session.dtype)
     model = Classifier(backbone, features.shape[1], num_classes, session.options.seed, unit_length)
     return model.to(session.ranks.device)
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl.eval.classifier import initial_weights
+from fastssl.eval.classifier import count_hits, initial_weights
+from fastssl.eval.compute import slices
 from fastssl.eval.memory import Rows
 from fastssl.loaders.order import epoch_order
 from fastssl.schedules import learning_rate
@@ -33,7 +34,6 @@ class Sweep(NamedTuple):
     epochs: int = 100
     batch_size: int = 256
     schedule: Sequence[int] = (60, 80)
-    drop: float = 0.1
     momentum: float = 0.9
     seed: int = 0
 
@@ -65,13 +65,12 @@ def fit_linear(
     labels = labels.to(device)
     for epoch in bar(range(sweep.epochs), sweep.epochs, "classifiers"):
         rate = base * learning_rate(
-            epoch, base_lr=1.0, epochs=sweep.epochs, steps_per_epoch=1, schedule="step", milestones=sweep.schedule,
-            drop=sweep.drop,
-        )  # fmt: skip
+            epoch, base_lr=1.0, epochs=sweep.epochs, steps_per_epoch=1, schedule="step", milestones=sweep.schedule
+        )
         # moved to the device once an epoch: such a copy waits for all steps before it
         order = epoch_order(len(labels), sweep.seed, epoch).to(features.device)
         for rows in order.split(sweep.batch_size):
-            x = take_rows(features, rows, device, dtype)
+            x = features[rows].to(device, dtype)
             g = logit_gradient(torch.addmm(b, x, w), labels[rows.to(labels.device)], num_classes)
             velocity_w.addmm_(x.T, g, beta=sweep.momentum, alpha=1 / len(rows))
             velocity_b.mul_(sweep.momentum).add_(g.sum(0), alpha=1 / len(rows))
@@ -86,11 +85,6 @@ def fit_linear(
 def per_column(values: list[float], num_classes: int, like: Tensor) -> Tensor:
     """One value of each setting, repeated for that setting's columns: (S Y,)."""
     return torch.tensor(values, dtype=like.dtype, device=like.device).repeat_interleave(num_classes)
-
-
-def take_rows(features: Rows, rows: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    """The features of these rows, (B, C) on the device."""
-    return features[rows.to(features.device)].to(device, dtype)
 
 
 def logit_gradient(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -108,9 +102,8 @@ def count_sweep_hits(features: Rows, labels: Tensor, weight: Tensor, bias: Tenso
     """How often each setting of `fit_linear` has an image's label first, and among the first five: (S, 2) int64."""
     (count, num_classes, width), hits = weight.shape, torch.zeros(len(weight), 2, dtype=torch.int64)
     w, b = weight.reshape(-1, width).T, bias.flatten()
-    for start in range(0, len(labels), 4096):
-        rows = torch.arange(start, min(start + 4096, len(labels)))
-        logits = torch.addmm(b, take_rows(features, rows, w.device, w.dtype), w).view(-1, count, num_classes)
-        top = logits.topk(min(5, num_classes), dim=2).indices == labels[rows].to(w.device)[:, None, None]
-        hits += torch.stack([top[:, :, 0].sum(0), top.sum((0, 2))], 1).cpu()
+    for part in slices(len(labels), 4096):
+        logits = torch.addmm(b, features[part].to(w.device, w.dtype), w).view(-1, count, num_classes)
+        truth = labels[part].to(w.device)
+        hits += torch.stack([count_hits(own, truth) for own in logits.unbind(1)]).cpu()
     return hits

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from fastssl.distributed import gather_objects
+from fastssl.eval.features import gather_features
 from fastssl.eval.linear_cached import Setting, Sweep, count_sweep_hits, fit_linear
 from fastssl.eval.memory import Rows
-from fastssl.eval.search import share_chunk
 from fastssl.eval.session import Session
 
-_AT_ONCE = 4096  # rows sent between ranks in one message
 CACHED = "cached: frozen features of centre crops, no augmentation, accuracy after the last epoch"
 
 
@@ -25,8 +24,10 @@ def run_sweep(
     line: printed for every setting, with {acc1} and {acc5}. Raises ValueError when every setting diverges.
     """
     o, ranks = session.options, session.ranks
-    if ranks.world_size > 1:
-        train, val = gather_all(session, *train), gather_all(session, *val)
+    train, val = (
+        (gather_features(session, features), torch.cat(gather_objects(labels, ranks)))
+        for features, labels in (train, val)
+    )
     for name, (_, labels) in (("training", train), ("held-out", val)):
         if not len(labels):
             raise ValueError(f"none of the {name} images can be read: check the files of that split")
@@ -34,7 +35,7 @@ def run_sweep(
     mine = settings[ranks.rank :: ranks.world_size]
     results = []
     if mine:
-        sweep = Sweep(o.epochs, o.batch_size, o.schedule, 0.1, o.momentum, o.seed)
+        sweep = Sweep(o.epochs, o.batch_size, o.schedule, o.momentum, o.seed)
         weight, bias = fit_linear(*train, num_classes, mine, sweep, device=ranks.device, bar=session.bar)
         percent = 100 * count_sweep_hits(*val, weight, bias).double() / len(val[1])
         finite = torch.isfinite(weight).flatten(1).all(1).tolist()
@@ -52,17 +53,3 @@ def run_sweep(
     best = max(good, key=lambda r: r["acc1"])
     session.say(line.format(**best))
     return {"acc1": best["acc1"], "acc5": best["acc5"], "best": best, "settings": results}
-
-
-def gather_all(session: Session, rows: Rows, labels: Tensor) -> tuple[Rows, Tensor]:
-    """All ranks' features and labels in rank order, on every rank. rows: this rank's (n, C)."""
-    ranks = session.ranks
-    shapes = gather_objects(tuple(rows.shape), ranks)
-    everything = session.memory.make_rows(sum(n for n, _ in shapes), max(c for _, c in shapes))
-    done = 0
-    for owner, (num, _) in enumerate(shapes):
-        for start in range(0, num, _AT_ONCE):
-            chunk = share_chunk(rows, start, min(_AT_ONCE, num - start), everything.shape[1], owner, ranks)
-            everything[done : done + len(chunk)] = chunk
-            done += len(chunk)
-    return everything, torch.cat(gather_objects(labels.cpu(), ranks))

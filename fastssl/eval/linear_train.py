@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from fastssl.batch import ImageBatch
 from fastssl.data_prep.files import check_writable
 from fastssl.distributed import Ranks, gather_objects
-from fastssl.eval.classifier import Classifier, Keeper, predict, read_classifier, validate
+from fastssl.eval.classifier import Classifier, Keeper, read_classifier, validate
 from fastssl.eval.features import View, share_buffers
 from fastssl.eval.images import Images
 from fastssl.eval.session import Session
@@ -48,14 +48,14 @@ def train_classifier(
     Raises ValueError when the loss is not finite, RuntimeError when a frozen backbone has changed.
     """
     o, keeper = session.options, Keeper(folder, session.ranks)
-    trained = [p for p in (model if protocol.finetune else model.fc).parameters() if p.requires_grad]
-    for p in model.parameters():
-        p.requires_grad_(any(p is q for q in trained))
+    if not protocol.finetune:
+        model.backbone.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
     first, best = resume(session, model, optimizer)
     frozen = None if protocol.finetune else copy_state(model.backbone)
     if o.evaluate:
-        return report(session, model, val, protocol, {"epochs_trained": first})
+        return {**report(session, model, val, protocol), "epochs_trained": first}
     if first >= o.epochs:
         raise ValueError(f"{o.resume} has already reached --epochs {o.epochs}: give more, or validate it with -e")
     if session.ranks.rank == 0:
@@ -76,7 +76,7 @@ def train_classifier(
         if frozen is not None and epoch == first:
             check_frozen(model.backbone, frozen)
             session.say("=> sanity check passed.")
-        result |= report(session, model, val, protocol, {"epochs_trained": epoch + 1})
+        result |= {"epochs_trained": epoch + 1, **report(session, model, val, protocol)}
         result["acc1_by_epoch"].append(result["acc1"])
         is_best = result["acc1"] > result["best_acc1"]
         if is_best:
@@ -86,11 +86,11 @@ def train_classifier(
     return {**result, "folder": str(folder)}
 
 
-def report(session: Session, model: Classifier, val: Images, protocol: Protocol, more: dict) -> dict:
-    """Validates and prints the protocol's line. Returns the accuracies and `more`."""
+def report(session: Session, model: Classifier, val: Images, protocol: Protocol) -> dict[str, float]:
+    """Validates and prints the protocol's line. Returns the accuracies."""
     acc1, acc5 = validate(session, model, val, protocol.val_view)
     session.say(protocol.line.format(acc1=acc1, acc5=acc5))
-    return {"acc1": acc1, "acc5": acc5, **more}
+    return {"acc1": acc1, "acc5": acc5}
 
 
 def train_epoch(
@@ -113,7 +113,7 @@ def train_epoch(
         loss = torch.zeros((), device=ranks.device)
         if len(share):  # the last batch may hold fewer images than there are ranks
             batch = next(batches).to(ranks.device)
-            logits = predict(model, batch, lambda b: view(b, epoch), session.dtype)
+            logits = model(view(batch, epoch), session.dtype)
             loss = cross_entropy(logits, batch.label, reduction="sum") / len(step)
             loss.backward()
         sum_gradients(optimizer, ranks)

@@ -102,7 +102,6 @@ class Session:
             "peak_memory_gb": [round(peak, 3) for peak in peaks],
             "environment": environment(),
         }
-        Path(o.json).parent.mkdir(parents=True, exist_ok=True)
         write_text(Path(o.json), json.dumps(finite_or_null(record), indent=1, allow_nan=False) + "\n")
 
 

@@ -42,8 +42,7 @@ def evaluate(session: Session) -> dict:
     o = session.options
     views = open_view_set(o, session.ranks)
     check_per_class(views, o.sample_per_class)
-    rows = first_rows(views.labels, o.sample_per_class)
-    views = views._replace(files=views.files[rows], labels=views.labels[rows])
+    views = views.take(first_rows(views.labels, o.sample_per_class))
     backbone = session.open_backbone()
     session.say("=> iterating through the dataset...")
     original, view1, view2 = collect_views(session, backbone, views, (0, 1, 2))

@@ -6,7 +6,6 @@ fastssl eval tsne VIEWSET -a ARCH --pretrained CHECKPOINT --pic-name NAME [--zoo
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,13 +63,9 @@ def features_to_show(session: Session) -> tuple[list[torch.Tensor], torch.Tensor
     """Unit features of the originals, first and second views of the samples shown, three of (n, C), and labels (n,)."""
     o = session.options
     views = open_view_set(o, session.ranks)
-    shown = views.labels < o.classes
-    views = views._replace(
-        files=views.files[shown], labels=views.labels[shown], class_names=views.class_names[: o.classes]
-    )
-    rows = first_rows(views.labels, samples_per_class(views, o.sample_per_class, SAMPLES))
-    views = views._replace(files=views.files[rows], labels=views.labels[rows])
-    check_perplexity(o.perplexity, 3 * len(rows))
+    views = views.take(views.labels < o.classes)
+    views = views.take(first_rows(views.labels, samples_per_class(views, o.sample_per_class, SAMPLES)))
+    check_perplexity(o.perplexity, 3 * len(views.labels))
     backbone = session.open_backbone()
     session.say("=> iterating through the dataset...")
     return collect_views(session, backbone, views, (0, 1, 2)), views.labels
@@ -94,12 +89,8 @@ def embed(session: Session, features: list[torch.Tensor], labels: torch.Tensor) 
     session.say(f"=> final error: {tsne.kl_divergence_:.4f}.")
     coordinates = dict(zip(PARTS, [*np.split(y, 3), labels.numpy()]))
     for name, array in coordinates.items():
-        buffer = io.BytesIO()
-        np.save(buffer, array)
-        path = Path(f"{o.pic_name}.{name}.npy")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as partial:
-            partial.write_bytes(buffer.getvalue())
+        with written_whole(Path(f"{o.pic_name}.{name}.npy")) as partial, open(partial, "wb") as file:
+            np.save(file, array)
     return coordinates
 
 

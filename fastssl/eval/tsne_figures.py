@@ -80,7 +80,6 @@ def save_figure(figure: Figure, name: str) -> list[str]:
     names = []
     for kind in ("pdf", "png"):
         path = Path(f"{name}.{kind}")
-        path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as partial:
             figure.savefig(partial, format=kind)
         names.append(str(path))

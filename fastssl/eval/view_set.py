@@ -36,6 +36,10 @@ class ViewSet(NamedTuple):
     labels: Tensor  # (n,) int64, ascending
     class_names: list[str]
 
+    def take(self, rows: Tensor) -> ViewSet:
+        """Only these samples."""
+        return self._replace(files=self.files[rows], labels=self.labels[rows])
+
 
 def open_view_set(
     options: argparse.Namespace, ranks: Ranks, mode: str = "normal", images: Images | None = None
@@ -79,17 +83,14 @@ def collect_views(session: Session, backbone: torch.nn.Module, views: ViewSet, w
     for column in which:
         view = eval_view(session) if column == 0 else uncropped_view(session)
         batches = [views.files[share, column] for share in shares]
-        features, labels = collect_features(
+        features, _ = collect_features(
             session, backbone, views.images, view, transform=normalize, batches=batches,
             what="originals" if column == 0 else f"views {column}",
         )  # fmt: skip
         if bad := list(views.images.bad_images):
             raise ValueError(f"{bad[0]}: make the view set again with fastssl prep views")
         session.memory.check(4 * len(views.files) * features.shape[1] * len(which), "features of a view set")
-        features = features[:].to(session.ranks.device, torch.float32)  # those of a rank without images lie on the CPU
-        if session.ranks.world_size > 1:
-            features, labels = gather_features(features, labels.to(features.device), session.ranks)
-        found.append(features)
+        found.append(gather_features(session, features)[:].to(session.ranks.device, torch.float32))
     return found
 
 
@@ -111,7 +112,7 @@ def uncropped_view(session: Session) -> View:
 
 def check_per_class(views: ViewSet, wanted: int) -> None:
     """Raises ValueError when a class has fewer than `wanted` samples."""
-    counts = np.bincount(views.labels.numpy(), minlength=len(views.class_names))
+    counts = np.bincount(views.labels.numpy())
     if counts.min() < wanted:
         name = views.class_names[int(counts.argmin())]
         raise ValueError(f"class {name} has fewer than {wanted} samples: use -s {counts.min()}")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-REP_SPACES = ("original", "norm", "shift-norm")
 SHIFTED = ("shift-norm", "shifted-norm")  # by the mean of a batch; the small-model project's code and README
+REP_SPACES = ("original", "norm", *SHIFTED)
 TEMPERATURE = 0.07  # of the weighted vote (Wu et al., arXiv 1805.01978)
 
 

@@ -66,13 +66,13 @@ def moco_checkpoint(
 ) -> dict:  # fmt: skip
     """The dict that main_moco.py saves. query, key: named like a classifier's tensors; queue (D, K), pointer (1,).
 
+    Without a key, which comes with a queue and a pointer, it holds only the query encoder.
     scalar_label: with the constant that moco_align_uniform's script has, and demands, when its contrastive term is on.
     """
     state = {f"module.encoder_q.{name}": tensor for name, tensor in query.items()}
     if key is not None:
-        state.update({f"module.encoder_k.{name}": tensor for name, tensor in key.items()})
-    if queue is not None and pointer is not None:
-        state.update({"module.queue": queue, "module.queue_ptr": pointer})
+        state |= {f"module.encoder_k.{name}": tensor for name, tensor in key.items()}
+        state |= {"module.queue": queue, "module.queue_ptr": pointer}
         if scalar_label:
             state["module.scalar_label"] = torch.zeros((), dtype=torch.long)
     saved = {"epoch": epoch, "arch": arch, "state_dict": state}
@@ -113,8 +113,3 @@ def _timm_name(name: str) -> str:
         return f"blocks.{stage}.{i}.{layers[match[2]]}.{match[3]}"
     first, rest = name.split(".", 1)
     return f"{_TOP[first]}.{rest}"
-
-
-def old_queue(queue: Tensor) -> Tensor:
-    """Our queue (K, D) as MoCo's (D, K), float32."""
-    return queue.to(torch.float32).T.contiguous()

@@ -1,11 +1,16 @@
-"""The projection heads and classifiers of checkpoints, recognised by the positions and shapes of their layers."""
+"""The projection heads and classifiers of checkpoints, recognised by the names and shapes of their tensors."""
 
 from __future__ import annotations
+
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fastssl.models.heads import make_head
+from fastssl.models.heads import list_heads, make_head
+from fastssl.models.tryout import build_without_memory
+
+_OTHERS = ("simclr", "normalised linear")
 
 
 class Normalise(nn.Module):
@@ -15,43 +20,27 @@ class Normalise(nn.Module):
         return normalize(x, dim=1)
 
 
-def name_head(tensors: dict[str, Tensor], feature_dim: int) -> str | None:
-    """The name of a head: one of `models.heads`, or "simclr" (with batch norm), "normalised linear" (what transfer
-    trains) or "none" (no tensors). Returns None for a head that is not one of these.
+def recognise_head(tensors: dict[str, Tensor], feature_dim: int) -> tuple[str, int | None]:
+    """(name, output dimension) of a head: a name for `build_head`, or ("none", None) where there are no tensors, or
+    ("unknown", None).
     """
     if not tensors:
-        return "none"
-    weights = {k.removesuffix("weight").rstrip("."): v for k, v in tensors.items() if k.endswith("weight")}
-    linears = tuple(sorted(k for k, v in weights.items() if v.ndim == 2))
-    first = weights[linears[0]] if linears else None
-    if first is None or first.shape[1] != feature_dim:
-        return None
-    hidden = first.shape[0] / feature_dim
-    names = {
-        ("",): "linear",
-        ("1",): "normalised linear",
-        ("0", "2"): {1: "simple", 2: "wide"}.get(hidden),
-        ("0", "3"): "simclr" if "1.running_mean" in tensors else "dropout",
-        ("0", "2", "4"): "deep",
-    }
-    name = names.get(linears)
-    if name is None:
-        return None
-    expected = build_head(name, feature_dim, weights[linears[-1]].shape[0]).state_dict()
-    found = {k: v.shape for k, v in tensors.items()}
-    return name if found == {k: v.shape for k, v in expected.items()} else None
+        return "none", None
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if linears := [name for name, shape in found.items() if len(shape) == 2]:
+        dim = found[max(linears)][0]  # of the last by name: a file may hold them in any order
+        for head in (*list_heads(), *_OTHERS):
+            built = build_without_memory(partial(build_head, head, feature_dim, dim))
+            if {name: tensor.shape for name, tensor in built.state_dict().items()} == found:
+                return head, dim
+    return "unknown", None
 
 
 def build_head(name: str, feature_dim: int, dim: int) -> nn.Module:
-    """A head, by a name from `name_head`, with random weights."""
+    """A head with random weights: one of `models.heads`, simclr (with batch norm) or what transfer trains."""
     if name == "normalised linear":
         return nn.Sequential(Normalise(), nn.Linear(feature_dim, dim))
     if name == "simclr":
         hidden = nn.Linear(feature_dim, feature_dim)
         return nn.Sequential(hidden, nn.BatchNorm1d(feature_dim), nn.ReLU(), nn.Linear(feature_dim, dim))
     return make_head(name, feature_dim, dim)
-
-
-def output_dim(tensors: dict[str, Tensor]) -> int:
-    """The output dimension of a head: that of its last Linear layer, by name, whatever the order of the file."""
-    return tensors[max(name for name, v in tensors.items() if v.ndim == 2)].shape[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
@@ -11,7 +11,7 @@ from torchvision.models import ResNet
 from fastssl.checkpoint import CheckpointError
 from fastssl.foreign.choose import choose, doubt
 from fastssl.foreign.fit import COUNTER, differences, few, fitting_architectures
-from fastssl.foreign.heads import build_head, name_head, output_dim
+from fastssl.foreign.heads import build_head, recognise_head
 from fastssl.foreign.layout import SOLO_LEARN, Layout, find_encoder, split_classifier
 from fastssl.foreign.read import Contents, is_weights, read_weights
 from fastssl.models.encoders import Encoder, classifier_name, make_backbone
@@ -30,8 +30,8 @@ class Report:
     head: str  # "simple", "linear", ..., "none", "unknown"
     dim: int | None  # output dimension of the head
     epoch: int | None
-    left_out: dict[str, list[str]] = field(default_factory=dict)  # reason -> names
-    notes: list[str] = field(default_factory=list)
+    left_out: dict[str, list[str]]  # reason -> names
+    notes: list[str]
 
     def __str__(self) -> str:
         stem = "" if self.stem == "imagenet" else f" with the {self.stem} stem"
@@ -64,8 +64,7 @@ def load_pretrained(
     if pads_more(layout.kind, stem) and isinstance(backbone, ResNet):
         backbone.conv1.padding = (2, 2)
         notes.append("its first convolution pads images by 2 pixels, as solo-learn's does for CIFAR, where ours pads 1")
-    head = name_head(layout.head, feature_dim) or "unknown"
-    dim = None if head in ("none", "unknown") else output_dim(layout.head)
+    head, dim = recognise_head(layout.head, feature_dim)
     loaded, left_out = len(layout.backbone), dict(layout.left_out)
     left_out |= {f"the tensors of {name!r}": list(v) for name, v in contents.entries.items() if is_weights(v)}
     if with_head:
