@@ -26,6 +26,7 @@ def make_parser(command: str, description: str, *, batch_size: int, data: str) -
     add = p.add_argument
     add("data", metavar="DIR", help=data)
     add("-a", "--arch", help="backbone by name (default: the one the checkpoint names, else resnet50)")
+    add("--stem", choices=("imagenet", "cifar"), help="its stem (default: what the checkpoint says or fits)")
     add("--pretrained", default="", metavar="PATH", help="checkpoint or run folder (default: random weights)")
     add("-b", "--batch-size", type=positive, default=batch_size, help=f"images per batch (default {batch_size})")
     add("-j", "--workers", "--num-workers", type=positive, metavar="N", help="decoding threads (default all cores)")
