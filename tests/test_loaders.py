@@ -397,7 +397,7 @@ def test_auto_says_what_it_chose_and_why(good_folder):
         ({"name": "synthetic", "synthetic_images": 3}, "3 images but a step takes 4"),
         ({"name": "synthetic", "synthetic_size": 0}, "at least 1 pixel wide"),
         ({"on_bad_image": "ignore"}, "must be 'skip' or 'error', got 'ignore'"),
-        ({"workers": 0}, "workers must be at least 1"),
+        ({"workers": -1}, "workers must be 0 or more"),
         ({"rank": 3, "world_size": 2}, "rank must lie between 0 and world_size - 1, got 3 of 2"),
     ],
 )
@@ -410,11 +410,12 @@ def test_mistakes_are_one_clear_sentence(good_folder, changes, message):
 
 def test_workers_share_the_machine_between_its_ranks(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    assert folder_loader.default_workers() == 16
+    assert folder_loader.count_workers(None) == 16 and folder_loader.count_workers(3) == 3
+    assert folder_loader.count_workers(0) == 1  # as of a DataLoader
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert folder_loader.default_workers() == 2
+    assert folder_loader.count_workers(None) == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    assert folder_loader.default_workers() == 1
+    assert folder_loader.count_workers(None) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a thread has no niceness of its own")
