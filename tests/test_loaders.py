@@ -3,6 +3,7 @@
 import gc
 import itertools
 import os
+import signal
 import sys
 import threading
 import time
@@ -319,6 +320,21 @@ def test_a_reader_of_a_closed_loader_gets_an_error_not_silence(good_folder, read
     with pytest.raises(RuntimeError, match="the loader was closed"):
         take(batches, 5)
     assert time.monotonic() - start < 5
+
+
+def test_batches_that_a_forked_process_inherits_are_refused_there(good_folder):
+    batches = make_loader("folder", good_folder, batch_size=4, seed=0, device="cpu").batches()
+    next(batches)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)  # ends a process that waits for threads which only its parent has
+        try:
+            next(batches)
+        except RuntimeError as error:
+            os._exit("begun before this process was forked" not in str(error))
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert next(batches).size == 4
 
 
 def test_a_dead_producer_is_an_error_not_a_wait(good_folder, monkeypatch):
