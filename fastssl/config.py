@@ -28,7 +28,7 @@ class DataConfig:
     loader: Literal["auto", "folder", "beton", "dali", "resident", "synthetic"] = "auto"
     """How images are read. auto decides by the data, keeps a small data set decoded in memory, and logs its choice."""
     workers: Annotated[int | None, flag("-j")] = None
-    """Decoding threads per process; by default this machine's cores divided by its processes."""
+    """Decoding threads per process (0: one); by default this machine's cores divided by its processes."""
     read_ahead: int | None = None
     """Batches decoded while the device trains; by default 2 on a GPU and 0 on a CPU, where training needs the cores."""
     on_bad_image: Literal["skip", "error"] = "skip"

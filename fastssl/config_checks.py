@@ -12,11 +12,12 @@ if TYPE_CHECKING:
 SMALLEST = {
     1: (
         "batch_size", "epochs", "steps", "accumulate", "dim", "queue_size", "image_size", "bn_splits", "log_every",
-        "keep_last", "save_every_epochs", "save_every_steps", "knn_k", "knn_images", "workers", "block_size",
+        "keep_last", "save_every_epochs", "save_every_steps", "knn_k", "knn_images", "block_size",
         "synthetic_images", "synthetic_size",
     ),
     0: (
         "lr", "weight_decay", "lr_drop", "warmup_epochs", "start_epoch", "keep_every_epochs", "knn_every", "read_ahead",
+        "workers",
     ),
 }  # fmt: skip
 SHARES = ("ema_momentum", "momentum")  # must lie in [0, 1]

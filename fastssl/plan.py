@@ -44,7 +44,8 @@ class Plan(NamedTuple):
 
     def queue_filled(self) -> int:
         """The step before which the queue still holds some of its first, random rows."""
-        return math.ceil(self.config.moco.queue_size / (self.config.train.batch_size * directions(self.config)))
+        steps = math.ceil(self.config.moco.queue_size / (self.config.train.batch_size * directions(self.config)))
+        return self.config.train.start_epoch * self.steps_per_epoch + steps
 
     def ends_epoch(self, done: int, every: int) -> bool:
         """Whether `done` steps are a multiple of `every` epochs (0: never)."""

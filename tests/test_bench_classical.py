@@ -1,6 +1,7 @@
 """The classical loop, the peer of the benchmarks: a turn costs what its images cost, and ends when its clock stops."""
 
 import argparse
+import itertools
 import time
 
 import pytest
@@ -12,15 +13,27 @@ from fastssl.bench.classical import Photos, classical_loop
 from fastssl.bench.peer_loops import dali_loop, ffcv_loop
 from fastssl.bench.step_flags import add_step_flags, make_config, parse_flags
 
-SLOW = 0.15  # seconds for an image: long beside what a busy machine adds
 FLAGS = "--image-size 32 --batch-size 4 --queue-size 40 --device cpu".split()
 
 
-class SlowPhotos(Photos):
-    """Photos that take long, as on many cores beside a GPU, where the step is short."""
+WORKERS, NEEDED = 3, 8  # images of each worker in a turn: a wave of batches of 4 to warm up, and one that is timed
+
+
+class CountedPhotos(Photos):
+    """Photos whose workers make what a turn needs, and begin with the rest only when it is no longer wanted."""
+
+    made = torch.zeros(WORKERS, dtype=torch.int64).share_memory_()
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.made = CountedPhotos.made  # the class's own would not be shared with the workers
 
     def __getitem__(self, index):
-        time.sleep(SLOW if self.wanted else 0)
+        worker, deadline = torch.utils.data.get_worker_info().id, time.monotonic() + 120
+        while self.wanted and self.made[worker] == NEEDED:
+            assert time.monotonic() < deadline, "it waits for images beyond those of the turn"
+            time.sleep(0.001)
+        self.made[worker] += int(self.wanted)
         return super().__getitem__(index)
 
 
@@ -35,21 +48,19 @@ def test_a_turn_of_the_classical_loop_pays_for_its_images_and_leaves_no_work_beh
     tmp_path, monkeypatch, make_image_folder
 ):
     folder = make_image_folder(tmp_path / "images", {"train": 8})
-    monkeypatch.setattr(classical, "Photos", SlowPhotos)
+    monkeypatch.setattr(classical, "Photos", CountedPhotos)
     monkeypatch.setattr(classical, "make_classical_step", lambda *_: lambda view_q, view_k: view_q.mean())
-    workers = 3
-    loop = classical_loop(str(folder), tiny_config(), distributed.start("cpu"), workers, amp=False)
-    loop(1)  # starts the workers
-    turns = []
+
+    def time_steps(batches, step, steps, warm_up):
+        assert sum(1 for _ in itertools.islice(batches, warm_up + steps)) == steps + warm_up == 2 * WORKERS
+        return 6.0
+
+    monkeypatch.setattr(classical, "time_steps", time_steps)
+    loop = classical_loop(str(folder), tiny_config(), distributed.start("cpu"), WORKERS, amp=False)
     for _ in range(2):
-        start = time.perf_counter()
-        seconds = loop(1)
-        turns.append((seconds, time.perf_counter() - start))
-    images = 4 * SLOW / workers  # seconds that a batch takes all workers
-    for seconds, turn in turns:
-        assert 0.7 * images < seconds < turn
-        # two waves, of which one warms up; the two that the workers have begun take no time
-        assert turn < 3.5 * 4 * SLOW
+        CountedPhotos.made.zero_()
+        assert loop(1) == 6.0 / WORKERS  # a step of the wave that was timed
+        assert CountedPhotos.made.tolist() == [NEEDED] * WORKERS
 
 
 @pytest.mark.parametrize("loop", ["classical", "dali", "ffcv"])

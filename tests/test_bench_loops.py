@@ -245,6 +245,12 @@ def test_peers_names_what_cannot_run(tmp_path, monkeypatch, capsys, make_image_f
     assert "not measured: DALI, as solo-learn, FFCV, a decoder per view" in text
 
 
+def test_peers_refuse_too_few_images_before_they_make_anything(tmp_path, monkeypatch, make_image_folder):
+    monkeypatch.setattr(peers, "make_loops", lambda *_: pytest.fail("its encoders take minutes to compile"))
+    with pytest.raises(ValueError, match="3 images do not fill a batch of 4: use --batch-size 3 or less"):
+        main(["peers", str(make_image_folder(tmp_path / "images", {"train": 1})), *TINY])
+
+
 def test_peers_go_on_without_the_classical_loop(tmp_path, monkeypatch, capsys, make_image_folder):
     for peer in ("dali_loop", "classical_loop"):
         monkeypatch.setattr(peers, peer, broken)

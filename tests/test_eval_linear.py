@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -166,8 +167,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(image_folder, tmp_path):
     truth, model = train_on_rank(0, 1, image_folder, tmp_path / "whole", *FLAGS)
     first, _ = train_on_rank(0, 1, image_folder, tmp_path / "parts", "--epochs", 3, "--schedule", 2, 4)
     assert [p.name for p in sorted((tmp_path / "parts").iterdir())] == ["checkpoint_0002.pth.tar", "model_best.pth.tar"]
-    path = tmp_path / "parts" / "checkpoint_0002.pth.tar"
-    second, other = train_on_rank(0, 1, image_folder, tmp_path / "parts", *FLAGS, "--resume", path)
+    path = shutil.copy(tmp_path / "parts" / "checkpoint_0002.pth.tar", tmp_path / "copy.pth.tar")
+    own = tmp_path / "parts" / "checkpoint_0002.pth.tar"
+    second, other = train_on_rank(0, 1, image_folder, tmp_path / "parts", *FLAGS, "--resume", own)
+    assert [p.name for p in sorted((tmp_path / "parts").iterdir())] == ["checkpoint_0004.pth.tar", "model_best.pth.tar"]
     assert torch.equal(other.fc.weight, model.fc.weight) and second.keys() == truth.keys()
     assert first["acc1_by_epoch"] + second["acc1_by_epoch"] == truth["acc1_by_epoch"]
     only, _ = train_on_rank(0, 1, image_folder, tmp_path / "parts", *FLAGS, "--resume", path, "--evaluate")
@@ -175,7 +178,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(image_folder, tmp_path):
     with pytest.raises(ValueError, match="has already reached --epochs 3: give more, or validate it with -e"):
         train_on_rank(0, 1, image_folder, tmp_path / "parts", "--epochs", 3, "--resume", path)
     state = torch.load(path, weights_only=True)
-    assert set(state) == {"epoch", "arch", "state_dict", "best_acc1", "acc1", "acc5", "optimizer"}
+    assert set(state) == {"epoch", "arch", "stem", "state_dict", "best_acc1", "acc1", "acc5", "optimizer"}
     assert state["epoch"] == 3 and {"module.fc.weight", "module.norm.running_mean"} <= set(state["state_dict"])
 
 

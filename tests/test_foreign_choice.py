@@ -1,13 +1,20 @@
 """Networks with the same names and shapes that compute differently: what the file says decides, or is said."""
 
+from functools import cache
+
 import pytest
 import safetensors.torch
 import timm
 import torch
 
 from fastssl.checkpoint import CheckpointError
+from fastssl.distributed import Ranks
+from fastssl.eval.knn import make_knn_parser
+from fastssl.eval.options import finish_options
+from fastssl.eval.session import Session
 from fastssl.export import export
 from fastssl.foreign import fit, load_into, load_pretrained
+from fastssl.foreign.layout import Layout
 from fastssl.models import make_encoder
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -77,6 +84,32 @@ def test_an_export_says_where_no_shape_tells_the_stem(tmp_path, arch, noted):
     safetensors.torch.save_file(tensors, tmp_path / "x.safetensors", {"arch": arch, "stem": "cifar"})
     notes = export(tmp_path / "x.safetensors", tmp_path / "x.pth")[0].notes
     assert [note.endswith(f"it is {arch} --stem cifar: a .safetensors file can") for note in notes] == [True] * noted
+
+
+def test_the_stem_that_no_shape_tells_can_be_given(tmp_path, image_folder):
+    torch.manual_seed(0)
+    own = make_encoder("mobilenetv3_small", stem="cifar").backbone.eval()
+    torch.save(own.state_dict(), tmp_path / "x.pth")
+    assert load_pretrained(tmp_path / "x.pth", stem="cifar")[1].arch == "mobilenetv3_small"
+    words = [str(image_folder), "--stem", "cifar", "--pretrained", str(tmp_path / "x.pth"), "--image-size", "32"]
+    session = Session(finish_options(make_knn_parser().parse_args(words)), Ranks(0, 1, torch.device("cpu")))
+    assert_same(session.open_backbone(), own)
+
+
+def test_a_given_architecture_has_the_stem_that_fits(tmp_path):
+    torch.save(make_encoder("resnet18", stem="cifar").backbone.state_dict(), tmp_path / "x.pth")
+    assert load_pretrained(tmp_path / "x.pth", "resnet18")[1].stem == "cifar"
+    with pytest.raises(CheckpointError, match="does not fit resnet34: "):
+        load_pretrained(tmp_path / "x.pth", "resnet34")
+
+
+@pytest.mark.parametrize("arch", ["swav_resnet50w2", "tf_efficientnet_b0"])  # which replace weights they have made
+def test_few_architectures_are_built_to_recognise_a_bare_file(monkeypatch, arch):
+    own, built = fit.signature.__wrapped__, []
+    monkeypatch.setattr(fit, "signature", cache(lambda *which: built.append(which) or own(*which)))
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in own(arch).shapes.items()}
+    assert fit.fitting_architectures(Layout("", tensors, None, {})) == [(arch, "imagenet")]
+    assert len(built) < 15  # of a hundred
 
 
 def test_mocov3s_small_vit_has_more_heads_than_dinos(tmp_path, monkeypatch):

@@ -36,11 +36,12 @@ def test_collapsed_features_are_named_once():
 
 
 def test_features_may_come_together_while_the_queue_is_random():
-    config = replace(Config(), queue_size=40, batch_size=8, symmetric=True)
-    health, encoder = Health(RANKS, make_plan(config, 9).queue_filled()), nn.Linear(2, 2)
-    for step, lines in ((0, 0), (2, 0), (3, 1)):
-        health.update(step, spread(0.02))
-        assert len(health.check(encoder)) == lines
+    for start_epoch, first in ((0, 0), (2, 18)):
+        config = replace(Config(), queue_size=40, batch_size=8, symmetric=True, start_epoch=start_epoch)
+        health, encoder = Health(RANKS, make_plan(config, 9).queue_filled()), nn.Linear(2, 2)
+        for step, lines in ((0, 0), (2, 0), (3, 1)):
+            health.update(first + step, spread(0.02))
+            assert len(health.check(encoder)) == lines
 
 
 def test_a_run_without_anything_that_spreads_says_that_it_collapses(tmp_path, image_folder, capsys):

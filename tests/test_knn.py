@@ -122,6 +122,16 @@ def test_neighbours_closer_than_float32_can_tell_by_products():
     np.testing.assert_allclose(ours[0], distance, rtol=1e-12)
 
 
+@pytest.mark.parametrize("scale", [1e30, 1e19, 1e-19, 1e-21, 1e-30])
+@pytest.mark.parametrize("make", [make_clusters, make_grid])
+def test_features_that_float32_cannot_square(make, scale):
+    bank, queries = make(1, 400)[0] * scale, make(2, 50)[0] * scale
+    distance, index = find_nearest(bank, queries, 5)
+    truth, rows = nearest_slowly(bank, queries, 5)
+    assert np.array_equal(index, rows)
+    np.testing.assert_allclose(distance, truth, rtol=1e-12)
+
+
 @pytest.mark.parametrize("make", [make_clusters, make_grid])
 def test_weighted_vote(make):
     bank, bank_labels = make(0, 300)

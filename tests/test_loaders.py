@@ -3,6 +3,7 @@
 import gc
 import itertools
 import os
+import signal
 import sys
 import threading
 import time
@@ -321,6 +322,21 @@ def test_a_reader_of_a_closed_loader_gets_an_error_not_silence(good_folder, read
     assert time.monotonic() - start < 5
 
 
+def test_batches_that_a_forked_process_inherits_are_refused_there(good_folder):
+    batches = make_loader("folder", good_folder, batch_size=4, seed=0, device="cpu").batches()
+    next(batches)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)  # ends a process that waits for threads which only its parent has
+        try:
+            next(batches)
+        except RuntimeError as error:
+            os._exit("begun before this process was forked" not in str(error))
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert next(batches).size == 4
+
+
 def test_a_dead_producer_is_an_error_not_a_wait(good_folder, monkeypatch):
     monkeypatch.setattr(prefetch.Prefetcher, "_produce", lambda *_: None)
     start = time.monotonic()
@@ -397,7 +413,7 @@ def test_auto_says_what_it_chose_and_why(good_folder):
         ({"name": "synthetic", "synthetic_images": 3}, "3 images but a step takes 4"),
         ({"name": "synthetic", "synthetic_size": 0}, "at least 1 pixel wide"),
         ({"on_bad_image": "ignore"}, "must be 'skip' or 'error', got 'ignore'"),
-        ({"workers": 0}, "workers must be at least 1"),
+        ({"workers": -1}, "workers must be 0 or more"),
         ({"rank": 3, "world_size": 2}, "rank must lie between 0 and world_size - 1, got 3 of 2"),
     ],
 )
@@ -410,11 +426,12 @@ def test_mistakes_are_one_clear_sentence(good_folder, changes, message):
 
 def test_workers_share_the_machine_between_its_ranks(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    assert folder_loader.default_workers() == 16
+    assert folder_loader.count_workers(None) == 16 and folder_loader.count_workers(3) == 3
+    assert folder_loader.count_workers(0) == 1  # as of a DataLoader
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert folder_loader.default_workers() == 2
+    assert folder_loader.count_workers(None) == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    assert folder_loader.default_workers() == 1
+    assert folder_loader.count_workers(None) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a thread has no niceness of its own")

@@ -16,7 +16,7 @@ from fastssl.launch import launch_command, split_launch_flags
 
 PRETRAIN = {  # main_moco.py of the alignment + uniformity MoCo, main_moco_final.py of the small models
     "-a resnet18": {"arch": "resnet18"}, "--arch resnet18": {"arch": "resnet18"},
-    "-j 4": {"workers": 4}, "--workers 4": {"workers": 4},
+    "-j 4": {"workers": 4}, "--workers 4": {"workers": 4}, "-j 0": {"workers": 0},
     "--epochs 7": {"epochs": 7}, "--start-epoch 3": {"start_epoch": 3},
     "-b 64": {"batch_size": 64}, "--batch-size 64": {"batch_size": 64},
     "--lr 0.5": {"lr": 0.5}, "--learning-rate 0.5": {"lr": 0.5},
@@ -47,7 +47,7 @@ DEFAULTS = {  # of main_moco.py; workers, printing and an unset seed are ours
 
 ENCODER = {"-a resnet18": {"arch": "resnet18"}, "--arch resnet18": {"arch": "resnet18"}, "-b 64": {"batch_size": 64},
            "--batch-size 64": {"batch_size": 64}, "--pretrained x": {"pretrained": "x"}}  # fmt: skip
-WORKERS = {"-j 4": {"workers": 4}, "--workers 4": {"workers": 4}}
+WORKERS = {"-j 4": {"workers": 4}, "--workers 4": {"workers": 4}, "-j 0": {"workers": 0}}
 TRAINING = {
     **ENCODER, **WORKERS, "--epochs 7": {"epochs": 7}, "--start-epoch 3": {"start_epoch": 3}, "--lr 0.5": {"lr": 0.5},
     "--learning-rate 0.5": {"lr": 0.5}, "--schedule 3 5": {"schedule": [3, 5]}, "--schedule": {"schedule": []},

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fastssl import distributed
 from fastssl.arguments import ListParser, positive
-from fastssl.bench.classical import classical_loop
+from fastssl.bench.classical import check_fill, classical_loop
 from fastssl.bench.loop_lines import as_line, check_loops, print_line
 from fastssl.bench.loops import Loop, our_loop, time_loops, trainee_of
 from fastssl.bench.peer_loops import dali_loop, ffcv_loop
@@ -23,6 +23,7 @@ from fastssl.bench.photos import SOURCE, open_data
 from fastssl.bench.results import write_result
 from fastssl.bench.step_flags import add_step_flags, make_config, parse_flags
 from fastssl.distributed import Ranks
+from fastssl.loaders.beton_file import open_beton
 from fastssl.machine.limits import usable_cores
 
 CLASSICAL = "classical"
@@ -77,6 +78,7 @@ def main(argv: Sequence[str]) -> None:
     check_loops([config], images=images)
     with tempfile.TemporaryDirectory() as scratch:
         data, beton = open_data(args.data, args.beton, Path(scratch), max(args.photos, args.batch_size))
+        check_fill(len(open_beton(beton)), config)
         loops, missing = make_loops(args, data, beton, ranks)
         if not loops:
             raise ValueError(

@@ -119,11 +119,15 @@ def validate(session: Session, model: Classifier, images: Images, view: View) ->
 
 
 class Keeper:
-    """Rank 0 writes checkpoint_<epoch>.pth.tar, of which only the newest is kept, and model_best.pth.tar."""
+    """Rank 0 writes checkpoint_<epoch>.pth.tar, of which only the newest is kept, and model_best.pth.tar.
 
-    def __init__(self, folder: Path, ranks: Ranks) -> None:
+    resume: the checkpoint that the training goes on from; one of `folder` is among those.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, resume: str = "") -> None:
         self.folder, self.writes = folder, ranks.rank == 0
-        self.last: Path | None = None
+        own = Path(resume).resolve().parent == folder.resolve() and Path(resume).name.startswith("checkpoint_")
+        self.last = folder / Path(resume).name if own else None
 
     def save(self, state: dict, epoch: int, best: bool) -> None:
         """Writes the state after `epoch` (counted from 0); best: as model_best.pth.tar, too."""
@@ -133,6 +137,6 @@ class Keeper:
         if best:  # first: once a checkpoint tells --resume of this accuracy, only a better one is written here
             checkpoint.save(state, self.folder / "model_best.pth.tar")
         checkpoint.save(state, path)
-        if self.last:
+        if self.last and self.last != path:
             self.last.unlink(missing_ok=True)
         self.last = path

@@ -6,6 +6,7 @@ ranks' images. So the number of ranks changes only the speed (and, in fine-tunin
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -47,7 +48,7 @@ def train_classifier(
 
     Raises ValueError when the loss is not finite, RuntimeError when a frozen backbone has changed.
     """
-    o, keeper = session.options, Keeper(folder, session.ranks)
+    o, keeper = session.options, Keeper(folder, session.ranks, session.options.resume)
     if not protocol.finetune:
         model.backbone.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -82,7 +83,7 @@ def train_classifier(
         if is_best:
             result |= {"best_acc1": result["acc1"], "best_acc5": result["acc5"], "best_epoch": epoch}
             session.say(f"New best Acc1 {result['acc1']:.4f}")
-        keeper.save(state_of(o.arch, model, optimizer, result), epoch, is_best)
+        keeper.save(state_of(o, model, optimizer, result), epoch, is_best)
     return {**result, "folder": str(folder)}
 
 
@@ -163,11 +164,12 @@ def resume(session: Session, model: Classifier, optimizer: torch.optim.Optimizer
     return entries["epoch"], float(entries["best_acc1"])
 
 
-def state_of(arch: str, model: Classifier, optimizer: torch.optim.Optimizer, result: dict) -> dict:
-    """A checkpoint with the reference's keys."""
+def state_of(o: argparse.Namespace, model: Classifier, optimizer: torch.optim.Optimizer, result: dict) -> dict:
+    """A checkpoint with the reference's keys, and the stem."""
     return {
         "epoch": result["epochs_trained"],
-        "arch": arch,
+        "arch": o.arch,
+        "stem": o.stem,
         "state_dict": model.export_state(),
         "best_acc1": result["best_acc1"],
         "acc1": result["acc1"],

@@ -30,6 +30,7 @@ _SPARE = 16  # nominated beyond K, since float32 rounding may swap neighbours at
 _GROUP = 32  # columns whose minimum `_smallest` looks at first
 _MEASURED_AT_ONCE = {"cpu": 1 << 18}  # float64 differences at a time: on a CPU they stay in a core's cache
 _FLOAT32_NOISE = 1.2e-7  # relative rounding error of float32
+_FLOAT32_LEAST = 1.2e-38  # below it a product loses digits, or is 0
 _FLOAT64_NOISE = 2.3e-16  # and of float64
 
 
@@ -67,9 +68,10 @@ def find_nearest_torch(bank: Rows, queries: Tensor, k: int, bank_chunk: int, cen
     distance, index = _measure(bank, queries, index)
     if index.shape[1] < len(bank):
         # every row that was not nominated lies at least this far away
-        beyond = nominated[:, -1] - _FLOAT32_NOISE * (8 + math.sqrt(bank.shape[1])) * (q.square().sum(1) + largest)
-        unsure = distance[:, k - 1] >= beyond
-        if bool(unsure.any()):  # where many distances are equal
+        noise = _FLOAT32_NOISE * (8 + math.sqrt(bank.shape[1])) * (q.square().sum(1) + largest)
+        beyond = nominated[:, -1] - noise - bank.shape[1] * _FLOAT32_LEAST
+        unsure = ~(distance[:, k - 1] < beyond)  # NaN is
+        if bool(unsure.any()):  # where many distances are equal, or float32 cannot hold the squares
             nearest = _nominate_double(bank, q[unsure], centre, index.shape[1], bank_chunk)
             distance[unsure], index[unsure] = _measure(bank, queries[unsure], nearest)
     return distance[:, :k], index[:, :k]
@@ -118,12 +120,14 @@ def _nominate_double(bank: Rows, q: Tensor, centre: Tensor, num: int, bank_chunk
     """
     best = torch.empty(len(q), 0, dtype=torch.int64, device=q.device)
     q_square = q.square().sum(1, keepdim=True)
+    largest = max(float((b - centre).square().sum(1).max()) for _, b in _blocks(bank, bank_chunk, q.device))
+    scale = 1 / ((largest + float(q_square.max())) or 1)  # so that float32 can hold the distances
     least = 4 * _FLOAT64_NOISE * (8 + math.sqrt(q.shape[1])) * q_square  # below it a product's distance is noise
     for start, b in _blocks(bank, bank_chunk, q.device):
         b = b - centre
         distance = torch.addmm(b.square().sum(1), q, b.T, alpha=-2).add_(q_square)
         # the bits of a non-negative float sort as an integer, so one key holds the distance and the index
-        bits = torch.maximum(distance, least).float().view(torch.int32).long()
+        bits = (torch.maximum(distance, least) * scale).float().view(torch.int32).long()
         key = (bits << 32) | torch.arange(start, start + len(b), device=q.device)
         best = torch.cat([best, key.topk(min(num, len(b)), largest=False).values], 1)
         best = best.topk(min(num, best.shape[1]), largest=False).values

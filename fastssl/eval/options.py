@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastssl.arguments import ListParser, numbers, positive, positive_float, rate
+from fastssl.arguments import ListParser, not_negative, numbers, positive, positive_float, rate
 from fastssl.launch import launch_if_asked
 from fastssl.machine.limits import usable_cores
 
@@ -26,9 +26,10 @@ def make_parser(command: str, description: str, *, batch_size: int, data: str) -
     add = p.add_argument
     add("data", metavar="DIR", help=data)
     add("-a", "--arch", help="backbone by name (default: the one the checkpoint names, else resnet50)")
+    add("--stem", choices=("imagenet", "cifar"), help="its stem (default: what the checkpoint says or fits)")
     add("--pretrained", default="", metavar="PATH", help="checkpoint or run folder (default: random weights)")
     add("-b", "--batch-size", type=positive, default=batch_size, help=f"images per batch (default {batch_size})")
-    add("-j", "--workers", "--num-workers", type=positive, metavar="N", help="decoding threads (default all cores)")
+    add("-j", "--workers", "--num-workers", type=not_negative, metavar="N", help="decoding threads (default all cores)")
     add("--image-size", type=positive, default=224, metavar="PIXELS", help="side of the centre crop (default 224)")
     add("--resize", type=positive, metavar="PIXELS", help="short side before the crop (default 256/224 of it)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")

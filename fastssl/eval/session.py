@@ -56,25 +56,25 @@ class Session:
     def open_backbone(self, source: str = "") -> nn.Module:
         """The encoder of `source`, or of --pretrained, on its device and in eval mode.
 
-        Sets `options.arch` to the architecture it found. Raises ValueError if that refuses images of --image-size:
-        they are too small, or not its fixed size.
+        Sets `options.arch` and `options.stem` to what it found. Raises ValueError if that refuses images of
+        --image-size: they are too small, or not its fixed size.
         """
         o = self.options
         if source := source or o.pretrained:
             self.say(f"=> creating model '{o.arch or 'of the checkpoint'}'")
             self.say(f"=> loading checkpoint '{source}'")
             path = broadcast_object(checkpoint.find(source), self.ranks)  # a run may be writing newer ones
-            backbone, report = load_pretrained(path, o.arch)
-            o.arch, self.report = report.arch, str(report).splitlines()
+            backbone, report = load_pretrained(path, o.arch, stem=o.stem)
+            o.arch, o.stem, self.report = report.arch, report.stem, str(report).splitlines()
             for line in self.report:
                 self.note(line)
             self.say(f"=> loaded pre-trained model '{source}'")
         else:
-            o.arch = o.arch or "resnet50"
+            o.arch, o.stem = o.arch or "resnet50", o.stem or "imagenet"
             self.say(f"=> creating model '{o.arch}'")
             self.note("the encoder has random weights, since no checkpoint is given (--pretrained)")
             torch.manual_seed(o.seed)
-            backbone = make_encoder(o.arch).backbone
+            backbone = make_encoder(o.arch, stem=o.stem).backbone
         if reason := why_refused(backbone.eval(), 1, o.image_size):
             size = f"images of {o.image_size} pixels, choose another --image-size"
             raise ValueError(f"{o.arch} cannot take {size}: {reason}")

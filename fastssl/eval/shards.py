@@ -11,7 +11,7 @@ from torch import Tensor
 from fastssl.batch import ImageBatch
 from fastssl.loaders.encoded import open_encoded
 from fastssl.loaders.file_decode import FileDecoder
-from fastssl.loaders.folder_loader import default_workers
+from fastssl.loaders.folder_loader import count_workers
 from fastssl.loaders.prefetch import Prefetcher
 
 
@@ -31,7 +31,7 @@ class ShardImages:
     ) -> None:
         encoded = open_encoded(data, class_names)
         self.class_names, self.label, self.num_images = encoded.class_names, encoded.label, len(encoded.label)
-        self.workers = workers or default_workers()
+        self.workers = count_workers(workers)
         self._prefetcher = Prefetcher(device)
         self._files = FileDecoder(encoded, "skip", self.workers, self._prefetcher)
 

@@ -26,13 +26,13 @@ def choose(contents: Contents, layout: Layout, arch: str | None, stem: str | Non
     """
     said_stem = _entry(contents, "stem") or "imagenet"
     if arch is not None:
-        return arch, stem or said_stem
+        return arch, stem or next((name for name in (said_stem, "cifar") if fits(layout, arch, name)), said_stem)
     said = _said(contents)
     for name in said or _of_project(layout):
         for choice in dict.fromkeys([stem or said_stem, stem or "imagenet"]):
             if fits(layout, name, choice):
                 return name, choice
-    found = [pair for pair in fitting_architectures(layout) if stem in (None, pair[1])]
+    found = fitting_architectures(layout, stem)
     if len(found) == 1 and found[0][0] not in _TWINS:
         return found[0]
     if not found and said:

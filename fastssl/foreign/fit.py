@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastssl.foreign.layout import Layout, split_classifier
 from fastssl.models.encoders import list_architectures, make_backbone
-from fastssl.models.tryout import build_without_memory
+from fastssl.models.tryout import build_without_memory, first_weights
 
 # Other names of a network of torchvision's, which are not reported as another one that fits.
 ALIASES = {"swav_resnet50": "resnet50", "simclr_resnet50": "resnet50"}
@@ -36,6 +36,11 @@ def signature(arch: str, stem: str = "imagenet") -> Signature | None:
     return Signature(classifier, feature_dim, shapes)
 
 
+@cache
+def _first_weights(arch: str) -> set[tuple[int, ...]]:
+    return first_weights(partial(make_backbone, arch), 20)
+
+
 def differences(backbone: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> list[str]:
     """Why these weights do not fit: a phrase for each tensor, in the order of the layers; empty when they fit."""
     found = []
@@ -59,20 +64,23 @@ def fits(layout: Layout, arch: str, stem: str) -> bool:
     return own is not None and not differences(split_classifier(layout, own.classifier).backbone, own.shapes)
 
 
-def fitting_architectures(layout: Layout) -> list[tuple[str, str]]:
-    """All known (architecture, stem) that fit; with the CIFAR stem only if none fits with the ImageNet stem."""
+def fitting_architectures(layout: Layout, stem: str | None = None) -> list[tuple[str, str]]:
+    """All known (architecture, stem) that fit. Unless given, the stem is CIFAR's only if none fits with ImageNet's."""
     candidates = [arch for arch in list_architectures() if arch not in ALIASES and _may_fit(layout, arch)]
-    for stem in ("imagenet", "cifar"):
-        found = [(arch, stem) for arch in candidates if fits(layout, arch, stem)]
+    for choice in (stem,) if stem else ("imagenet", "cifar"):
+        found = [(arch, choice) for arch in candidates if fits(layout, arch, choice)]
         if found:
             return found
     return []
 
 
 def _may_fit(layout: Layout, arch: str) -> bool:
-    """Whether the number of tensors, without the head, is right: quicker to tell than names and shapes."""
-    own = signature(arch)
-    if own is None:
+    """Whether it has the first weights, but for a stem's, and the right number of tensors, without the head.
+
+    Both are quicker to tell than names and shapes.
+    """
+    if len(_first_weights(arch) - {tuple(tensor.shape) for tensor in layout.backbone.values()}) > 2:
         return False
+    own = signature(arch)
     names = split_classifier(layout, own.classifier).backbone
     return sum(not k.endswith(COUNTER) for k in own.shapes) == sum(not k.endswith(COUNTER) for k in names)

@@ -19,7 +19,7 @@ from fastssl.data_prep.work_pool import ahead
 from fastssl.loaders.bad_images import BadImages
 from fastssl.loaders.beton_decode import BetonDecoder
 from fastssl.loaders.beton_file import open_beton
-from fastssl.loaders.folder_loader import default_workers
+from fastssl.loaders.folder_loader import count_workers
 from fastssl.loaders.order import FULL, Order, count_batches, eval_shares, train_shares
 from fastssl.loaders.pending import PendingBatch, finish_batch, start_batch
 from fastssl.loaders.prefetch import Prefetcher
@@ -54,7 +54,7 @@ class BetonLoader:
         self.num_images, self.class_names, self.label = len(self.beton), self.beton.class_names, self.beton.label
         self.batches_per_epoch = count_batches(self.num_images, batch_size, world_size)
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-        self.order, self.workers = order, workers or default_workers()
+        self.order, self.workers = order, count_workers(workers)
         self._decoder = BetonDecoder(self.beton, cache)
         self._images = BadImages(on_bad_image, self.num_images, self._decoder.decode_one)
         self._buffers = RecycledBuffers()

@@ -17,7 +17,7 @@ from fastssl.data_prep.work_pool import ahead
 from fastssl.loaders.dali_decode import DEPTH, DaliFailed, JpegDecoder
 from fastssl.loaders.dali_read import Item, ItemReader
 from fastssl.loaders.encoded import open_encoded
-from fastssl.loaders.folder_loader import default_workers
+from fastssl.loaders.folder_loader import count_workers
 from fastssl.loaders.order import FULL, Order, count_batches, eval_shares, train_shares
 from fastssl.loaders.prefetch import Prefetcher
 from fastssl.loaders.recycle import RecycledBuffers
@@ -53,7 +53,7 @@ class DaliLoader:
         self.num_images, self.class_names = len(encoded.label), encoded.class_names
         self.batches_per_epoch = count_batches(self.num_images, batch_size, world_size)
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-        self.order, self.workers = order, workers or default_workers()
+        self.order, self.workers = order, count_workers(workers)
         self._reader = ItemReader(encoded, on_bad_image)
         self._prefetcher = Prefetcher(device, read_ahead)
         self._buffers = RecycledBuffers()

@@ -52,7 +52,7 @@ class FolderLoader:
         self.class_names = self.folder.class_names
         self.batches_per_epoch = count_batches(self.num_images, batch_size, world_size)
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-        self.workers = workers or default_workers()
+        self.workers = count_workers(workers)
         self.order = order
         self._prefetcher = Prefetcher(device, read_ahead)
         self._files = FileDecoder(from_folder(self.folder), on_bad_image, self.workers, self._prefetcher)
@@ -96,6 +96,11 @@ class FolderLoader:
         self._prefetcher.close()
 
 
-def default_workers() -> int:
-    """This process's share of the cores: those it may use, divided by the number of ranks on the machine."""
+def count_workers(asked: int | None) -> int:
+    """Decoding threads: as asked (0, as of a DataLoader: one), by default this process's share of the cores.
+
+    That is those it may use, divided by the number of ranks on the machine.
+    """
+    if asked is not None:
+        return max(1, asked)
     return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

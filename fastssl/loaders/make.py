@@ -96,8 +96,8 @@ def make_loader(
 def _check_options(on_bad_image: str, workers: int | None, read_ahead: int | None) -> None:
     if on_bad_image not in ("skip", "error"):
         raise ValueError(f"on_bad_image must be 'skip' or 'error', got {on_bad_image!r}")
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers must be 0 or more, got {workers}")
     if read_ahead is not None and read_ahead < 0:
         raise ValueError(f"read_ahead must be 0 or more batches, got {read_ahead}")
 

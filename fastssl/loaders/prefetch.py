@@ -6,6 +6,7 @@ decoding before it takes, since both need all cores.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 from fastssl.batch import ImageBatch
 
 CLOSED = "the loader was closed, or its thread died, while its batches were being read"
+FORKED = "these batches were begun before this process was forked: begin new ones here, with the loader's batches()"
 _PATIENCE = 1.0  # seconds between checks whether the producer is still alive
 
 
@@ -45,14 +47,18 @@ class Prefetcher:
 
     def _iterate_in_turn(self, source: Iterator[ImageBatch]) -> Iterator[ImageBatch]:
         self._in_turn.add(source)
+        process = os.getpid()
         try:
             for batch in source:
                 yield batch.to(self.device)
+                if os.getpid() != process:  # the threads that decode did not come along
+                    raise RuntimeError(FORKED)
             if source not in self._in_turn:
                 raise RuntimeError(CLOSED)
         finally:
-            self._in_turn.discard(source)
-            source.close()
+            if os.getpid() == process:  # DALI crashes when it is taken down in a forked process
+                self._in_turn.discard(source)
+                source.close()
 
     def _iterate_ahead(self, source: Iterator[ImageBatch]) -> Iterator[ImageBatch]:
         ready: queue.Queue = queue.Queue(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -21,17 +22,39 @@ def build_without_memory(build: Callable[[], Built]) -> Built:
         return build()
 
 
+def first_weights(build: Callable[[], object], num: int) -> set[tuple[int, ...]]:
+    """The shapes of the first `num` weights that `build` makes. It is stopped there: the rest takes far longer."""
+    unallocated = _Unallocated(num)
+    with contextlib.suppress(_Enough), unallocated:
+        build()
+    return set(unallocated.shapes)
+
+
+class _Enough(Exception):
+    """Ends the building of a network."""
+
+
 class _Unallocated(TorchFunctionMode):
-    """Makes torch.empty, from which weights come, return meta tensors.
+    """Makes torch.empty, from which weights come, return meta tensors, and does not draw values for them.
 
     torch.device("meta") would change all tensors, but RegNets compute their widths with real ones.
     """
 
+    def __init__(self, enough: int | None = None) -> None:
+        super().__init__()
+        self.enough, self.shapes = enough, []
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if func is torch.empty:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
+        if func in (torch.Tensor.normal_, torch.Tensor.uniform_) and args[0].is_meta:
+            return args[0]
+        if func is not torch.empty:
+            return func(*args, **kwargs)
+        if len(self.shapes) == self.enough:
+            raise _Enough
+        tensor = func(*args, **{**kwargs, "device": "meta"})
+        self.shapes.append(tuple(tensor.shape))
+        return tensor
 
 
 @torch.no_grad()
