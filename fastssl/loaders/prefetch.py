@@ -6,6 +6,7 @@ decoding before it takes, since both need all cores.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Iterator
@@ -13,9 +14,15 @@ from collections.abc import Iterator
 import torch
 
 from fastssl.batch import ImageBatch
+from fastssl.limits import usable_cores
 
 CLOSED = "the loader was closed, or its thread died, while its batches were being read"
 _PATIENCE = 1.0  # seconds between checks whether the producer is still alive
+
+
+def default_workers() -> int:
+    """This process's share of the cores: those it may use, divided by the number of ranks on the machine."""
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class Prefetcher:
