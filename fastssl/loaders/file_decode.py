@@ -93,8 +93,10 @@ class FileDecoder:
 
     def _start_decoding(self, pool: ThreadPoolExecutor, reading: list[Future]) -> PendingBatch:
         files = [file for future in reading for file in future.result()]
-        index, record = (np.array([file[i] for file in files], np.int64) for i in (0, 1))
-        height, width = (np.array([file[i] for file in files], np.int32) for i in (2, 3))
+        index = np.array([file.index for file in files], np.int64)
+        record = np.array([file.record for file in files], np.int64)
+        height = np.array([file.height for file in files], np.int32)
+        width = np.array([file.width for file in files], np.int32)
 
         def decode(rows: slice, pixels: np.ndarray, offset: np.ndarray) -> list[int]:
             return self._decode(files[rows], pixels, offset)
@@ -148,5 +150,6 @@ def _decode_jpegs(files: list[_File], pixels: np.ndarray, offset: np.ndarray) ->
         return []
     source = np.array([np.frombuffer(file.jpeg, np.uint8).ctypes.data for file in files])
     size = np.array([len(file.jpeg) for file in files])
-    height, width = (np.array([file[i] for file in files], np.int32) for i in (2, 3))
+    height = np.array([file.height for file in files], np.int32)
+    width = np.array([file.width for file in files], np.int32)
     return list(decode_stored_images(source, size, np.zeros(len(files), bool), height, width, pixels, offset))

@@ -81,7 +81,7 @@ def make_loader(
     _check_options(on_bad_image, workers, read_ahead)
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must lie between 0 and world_size - 1, got {rank} of {world_size}")
-    shares = (batch_size, seed, rank, world_size, Order(shuffle, block_size).check())
+    shares = (batch_size, seed, rank, world_size, Order(shuffle, block_size))
     if name == "synthetic":
         loader = SyntheticLoader(synthetic_images, synthetic_size, device, *shares)
     else:
