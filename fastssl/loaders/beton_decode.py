@@ -99,10 +99,6 @@ class StoredImages:
         self._file = os.open(beton.path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
 
-    def name(self, i: int) -> str:
-        """The name of image i in messages."""
-        return f"{self.beton.path}[{i}]"
-
     def decode(self, record: np.ndarray, pixels: np.ndarray, offset: np.ndarray, images: BadImages) -> list[int]:
         """Decodes the images `record` (n,) int64 into `pixels` (P,) uint8 at `offset` (n,) int64.
 
@@ -133,11 +129,11 @@ class StoredImages:
             return pixels.reshape(height, width, 3)
         status, reason = failed[0]
         if status != FATAL:
-            raise BadImage(self.name(i), reason)
-        image = decode_image(bytes(self.beton.bytes(i)), self.name(i))
+            raise BadImage(self.beton.name(i), reason)
+        image = decode_image(bytes(self.beton.bytes(i)), self.beton.name(i))
         if image.shape[:2] != (height, width):
             found = f"{image.shape[1]} x {image.shape[0]}"
-            raise BadImage(self.name(i), f"it is {found} but the index says {width} x {height}")
+            raise BadImage(self.beton.name(i), f"it is {found} but the index says {width} x {height}")
         return image
 
     def _decode_stored(self, record: np.ndarray, pixels: np.ndarray, offset: np.ndarray) -> dict[int, tuple[int, str]]:

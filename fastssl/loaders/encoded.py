@@ -71,7 +71,7 @@ def _from_beton(data: str, class_names: Sequence[str] | None) -> EncodedImages:
         )
     return EncodedImages(
         read=lambda i: bytes(beton.bytes(i)),
-        name=lambda i: f"{data}[{i}]",
+        name=beton.name,
         label=beton.label,
         class_names=beton.class_names,
     )
