@@ -1,11 +1,13 @@
 """The queue losses in plain PyTorch, as published: the truth with which the fast paths are tested and compared.
 
-Shapes: N = queries of this rank, K = rows of the queue, D = feature dimension.
+Shapes: N = queries of this rank, K = rows of the queue, D = feature dimension, C = number of scales.
 The rows of q, k and queue are unit vectors. Every function works in the dtype it is given (float64 for the truth) and
 stores N x K values several times; `row_lse_pass.py` and `row_lse_tiled.py` do the same work without storing them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -53,3 +55,22 @@ def uniform_reference(q_ND: Tensor, queue_KD: Tensor, t: float, intra_batch: boo
         wide_ND = q_ND.to(torch.promote_types(q_ND.dtype, torch.float32))  # pdist has no 16-bit kernel
         distance2 = torch.cat([distance2, torch.pdist(wide_ND).square().to(q_ND.dtype)])
     return distance2.mul(-t).exp().mean().log()
+
+
+def row_lse_reference(
+    x_ND: Tensor,
+    y_KD: Tensor,
+    scales: Sequence[float],
+    positive_N: Tensor | None = None,
+    exclude_self: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `row_lse_tiled` computes, with the N x K matrix and in the given dtype; arguments and results as there."""
+    dot_NK = x_ND @ y_KD.T
+    above_N = dot_NK.new_empty(0, dtype=torch.int32)
+    if positive_N is not None:
+        above_N = (dot_NK > positive_N[:, None] + TIE).sum(1, dtype=torch.int32)
+    if exclude_self:
+        dot_NK = dot_NK.masked_fill(torch.eye(*dot_NK.shape, dtype=torch.bool, device=dot_NK.device), -torch.inf)
+    logits_CNK = torch.stack([scale * (dot_NK - 1) for scale in scales])
+    mean_CND = torch.softmax(logits_CNK, dim=-1) @ y_KD
+    return torch.logsumexp(logits_CNK, dim=-1), mean_CND, above_N
