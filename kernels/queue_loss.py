@@ -15,6 +15,7 @@ from torch import Tensor, library
 
 from .launching import on_device_of, traceable
 from .queue_loss_finish import finish_rows, finish_scalars
+from .row_lse import rows_per_program
 from .row_lse_pass import pass_over_queue
 from .row_lse_plan import weights_need_float32
 from .row_lse_tiled import refuse_second_derivative
@@ -60,7 +61,7 @@ def queue_loss(
             inside = pass_over_queue(q_low_ND, q_low_ND, scales[-1:], None, True, widen)
         terms_TN, gradient_ND = q_ND.new_empty(4, num), torch.empty_like(q_ND)
         uniform_gradient_ND = q_ND.new_empty(num if uniform else 0, q_ND.shape[1])
-        rows = max(1, 256 // int(q_ND.shape[1])) if q_ND.is_cuda else 32  # of 256 elements; more in the interpreter
+        rows = rows_per_program(q_ND)
         traceable(finish_rows)[(triton.cdiv(num, rows),)](
             q_ND,
             k_ND,

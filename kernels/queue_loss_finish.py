@@ -8,16 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def sum_parts(part_ptr, stride, offsets, mask, num_parts, BLOCK_P: tl.constexpr):
-    """Adds the parts at the given offsets, in a fixed order. stride: elements in a part."""
-    p = tl.arange(0, BLOCK_P).to(tl.int64)[:, None]
-    total = tl.load(part_ptr + p * stride + offsets[None, :], mask=(p < num_parts) & mask[None, :], other=0)
-    for first in range(BLOCK_P, num_parts, BLOCK_P):
-        at = first + p
-        total += tl.load(part_ptr + at * stride + offsets[None, :], mask=(at < num_parts) & mask[None, :], other=0)
-    return tl.sum(total, 0)
+from .row_lse import sum_parts
 
 
 @triton.jit

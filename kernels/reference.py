@@ -2,7 +2,7 @@
 
 Shapes: N = queries of this rank, K = rows of the queue, D = feature dimension, C = number of scales.
 The rows of q, k and queue are unit vectors. Every function works in the dtype it is given (float64 for the truth) and
-stores N x K values several times; `row_lse_pass.py` and `row_lse_tiled.py` do the same work without storing them.
+stores N x K values several times; `row_lse.py` and `row_lse_tiled.py` do the same work without storing them.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def row_lse_reference(
     positive_N: Tensor | None = None,
     exclude_self: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `row_lse_tiled` computes, with the N x K matrix and in the given dtype; arguments and results as there."""
+    """What `row_lse` computes, with the N x K matrix and in the given dtype; arguments and results as there."""
     dot_NK = x_ND @ y_KD.T
     above_N = dot_NK.new_empty(0, dtype=torch.int32)
     if positive_N is not None:

@@ -127,10 +127,9 @@ class QueuePass(NamedTuple):
 def pass_over_queue(
     x_ND: Tensor, y_KD: Tensor, scales: Sequence[float], positive_N: Tensor | None, exclude_self: bool, widen: bool
 ) -> QueuePass:
-    """Launches the kernel, inside a `triton_op`. Arguments as in `row_lse_tiled`, but x has the dtype of y.
+    """Launches the kernel, inside a `triton_op`. Arguments as in `row_lse`, but x has the dtype of y.
 
-    x and y: contiguous, float32, float16 or bfloat16; D is one of DIMS; C is 1 or 2. widen: the answer of
-    `weights_need_float32`.
+    widen: the answer of `weights_need_float32`.
     """
     assert x_ND.dtype == y_KD.dtype
     num, num_keys, count = x_ND.shape[0], y_KD.shape[0], len(scales)

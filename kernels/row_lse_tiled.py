@@ -1,7 +1,7 @@
-"""Row-wise log-sum-exp of scaled dot products, tile by tile in PyTorch: its extra memory does not grow with the queue.
+"""`row_lse` in PyTorch, tile by tile: the CPU path, whose extra memory does not grow with the queue.
 
 A tile of dot products stays in the cache while it is turned into exponentials, sums and weighted means of queue rows,
-so the (N, K) matrix is never stored. This runs on any device; GPUs use the Triton kernel in `row_lse_pass.py`.
+so the (N, K) matrix is never stored. This runs on any device; GPUs use the Triton kernel in `row_lse.py`.
 
 Shapes: N = rows of x, K = rows of y, D = feature dimension, C = number of scales.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, library
 
 from .row_checks import check_rows
 
-_SCHEMA = (
+SCHEMA = (
     "(Tensor x_ND, Tensor y_KD, float[] scales, Tensor? positive_N=None, bool exclude_self=False)"
     " -> (Tensor, Tensor, Tensor)"
 )
@@ -24,7 +24,7 @@ TIE = 1e-6  # a row counts as above another only by more than rounding
 _TILE_N, _TILE_FLOATS = 256, 2**21  # 8 MB of dot products: small enough for the cache, large enough for the threads
 
 
-@library.custom_op("fastssl::row_lse_tiled", mutates_args=(), schema=_SCHEMA)
+@library.custom_op("fastssl::row_lse_tiled", mutates_args=(), schema=SCHEMA)
 def row_lse_tiled(
     x_ND: Tensor,
     y_KD: Tensor,
@@ -44,7 +44,7 @@ def row_lse_tiled(
     """
     check_rows(contiguous=False, x_ND=x_ND, y_KD=y_KD)
     num, count = len(x_ND), len(scales)
-    lse_CN, mean_CND, above_N = _empty_results(x_ND, y_KD, scales, positive_N)
+    lse_CN, mean_CND, above_N = empty_results(x_ND, y_KD, scales, positive_N)
     above_N.zero_()
     dtype = lse_CN.dtype
     num_buffers = 1 if count == 1 and positive_N is None else 2
@@ -75,7 +75,7 @@ def row_lse_tiled(
     return lse_CN, mean_CND, above_N
 
 
-def _empty_results(
+def empty_results(
     x_ND: Tensor,
     y_KD: Tensor,
     scales: Sequence[float],
@@ -90,7 +90,7 @@ def _empty_results(
     return lse_CN, mean_CND, x_ND.new_empty(0 if positive_N is None else num, dtype=torch.int32)
 
 
-def _save_for_gradient(ctx, inputs: tuple, output: tuple) -> None:
+def save_for_gradient(ctx, inputs: tuple, output: tuple) -> None:
     """Saves only the mean rows for the backward, neither x nor the queue."""
     _, mean_CND, above_N = output
     ctx.mark_non_differentiable(mean_CND, above_N)
@@ -104,7 +104,7 @@ def refuse_second_derivative() -> None:
         raise RuntimeError("the fast losses cannot be differentiated twice (create_graph): use --loss-kernel reference")
 
 
-def _gradient(ctx, grad_lse_CN: Tensor, grad_mean: None, grad_above: None) -> tuple:
+def row_lse_gradient(ctx, grad_lse_CN: Tensor, grad_mean: None, grad_above: None) -> tuple:
     """d lse[c, i] / d x_i = scales[c] mean[c, i], summed over the scales."""
     refuse_second_derivative()
     (mean_CND,) = ctx.saved_tensors
@@ -112,5 +112,5 @@ def _gradient(ctx, grad_lse_CN: Tensor, grad_mean: None, grad_above: None) -> tu
     return sum(parts[1:], parts[0]).to(ctx.dtype), None, None, None, None
 
 
-row_lse_tiled.register_fake(_empty_results)
-row_lse_tiled.register_autograd(_gradient, setup_context=_save_for_gradient)
+row_lse_tiled.register_fake(empty_results)
+row_lse_tiled.register_autograd(row_lse_gradient, setup_context=save_for_gradient)

@@ -24,6 +24,7 @@ from fastssl.augment.policy import make_policy
 from fastssl.augment.views import make_views
 from fastssl.batch import ImageBatch
 from fastssl.kernels.queue_loss import queue_loss
+from fastssl.kernels.row_lse import row_lse
 
 run = JITFunction.run
 
@@ -67,6 +68,7 @@ def compile_loss(device: torch.device) -> None:
     ]:
         q, k, queue = (torch.empty(rows, 128, device=device) for rows in (num, num, queue_size))
         queue_loss._init_fn(q, k, queue.to(dtype), *weights, True)
+        row_lse._init_fn(q, queue.to(dtype), [6.0], None, False)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import library
 
 from fastssl.bench.loss import published_loss
-from fastssl.kernels.queue_loss import queue_loss
 from fastssl.kernels.reference import row_lse_reference
+from fastssl.kernels.row_lse import row_lse
 from fastssl.kernels.row_lse_blocks import DIMS, Blocks, find_blocks, table_blocks
-from fastssl.kernels.row_lse_pass import _as_operand, pass_over_queue
+from fastssl.kernels.row_lse_pass import _as_operand
 from fastssl.kernels.row_lse_plan import dot_precision, split_queue, weight_factors, weights_need_float32
 from fastssl.kernels.row_lse_tiled import MAX_SCALE, row_lse_tiled
 from fastssl.losses import LossConfig, moco_loss
@@ -36,17 +36,6 @@ SHAPES = [
     "above blocks 128",
     "above blocks 256",
 ]
-
-
-def row_lse(x, y, scales, positive=None, exclude_self=False):
-    """`row_lse_tiled` from the Triton pass, its parts added here; lse has the gradient that the mean stands for."""
-    low = x.detach().to(y.dtype)
-    widen = weights_need_float32(scales, y.dtype)
-    sums, means, above, offsets = pass_over_queue(low, y, scales, positive, exclude_self, widen)
-    lse = sums.sum(0).log() + torch.tensor(offsets, device=x.device)[:, None]
-    mean = means.sum(0) / sums.sum(0)[:, :, None]
-    towards = torch.tensor(scales, device=x.device)[:, None, None] * mean
-    return lse + (towards * (x - x.detach())).sum(2), mean, above.sum(0)
 
 
 def shape_of(shape, scales):
@@ -139,6 +128,7 @@ def test_rows_above_the_positive_are_counted(n, k, implementation):
     assert above.tolist() == [(queue @ x[i] > positive[i]).sum().item() for i in range(n)]
 
 
+@pytest.mark.parametrize("implementation", [row_lse, row_lse_tiled], ids=["triton", "tiled"])
 @pytest.mark.parametrize(
     ("x_shape", "y_shape", "words"),
     [
@@ -148,9 +138,20 @@ def test_rows_above_the_positive_are_counted(n, k, implementation):
         ((32,), (9, 32), r"x_ND must have a row.*\(32,\)"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused(x_shape, y_shape, words):
+def test_tensors_that_do_not_fit_are_refused(x_shape, y_shape, words, implementation):
     with pytest.raises(ValueError, match=words):
-        row_lse_tiled(torch.ones(x_shape, device=DEVICE), torch.ones(y_shape, device=DEVICE), [6.0])
+        implementation(torch.ones(x_shape, device=DEVICE), torch.ones(y_shape, device=DEVICE), [6.0])
+
+
+def test_rows_that_the_kernel_would_misread_are_refused():
+    x, y = torch.ones(4, 32, device=DEVICE), torch.ones(32, 9, device=DEVICE).T
+    for tensors, words in (
+        ((x, y), r"y_KD is not contiguous.*\(9, 32\)"),
+        ((torch.ones(32, 4, device=DEVICE).T, x), "x_ND is not contiguous"),
+        ((x.repeat(1, 3), x.repeat(1, 3)), "D = 96 is not one of 32, 64, 128, 256: take row_lse_tiled"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            row_lse(*tensors, [6.0])
 
 
 def test_weights_of_16_bits_are_not_all_too_small():
@@ -186,22 +187,19 @@ def test_same_bits_every_time():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own doing
-@pytest.mark.parametrize("operator", [queue_loss, row_lse_tiled], ids=["triton", "tiled"])
-def test_opcheck(operator):
+@pytest.mark.parametrize("implementation", [row_lse, row_lse_tiled], ids=["triton", "tiled"])
+def test_opcheck(implementation):
     z, queue = make_rows(9, 50, 32, torch.float32)
     x = F.normalize(z, dim=1).requires_grad_()
     tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    given = [
+    if implementation is row_lse and DEVICE == "cpu":
+        tests.pop()  # the compiler cannot trace an interpreted kernel
+    for arguments in (
         (x, queue, [6.0]),
         (x, queue, [14.0, 6.0], torch.rand(9, device=DEVICE)),
         (x, x.detach(), [6.0], None, True),
-    ]
-    if operator is queue_loss:
-        weights = [(1.0, 0.2, 0.0, 2.0, 0.0, 3.0, False), (1.0, 0.2, 3.0, 1.5, 1.0, 3.0, True)]
-        given = [(x, x.detach(), queue, *settings) for settings in weights]
-        tests = tests if DEVICE == "cuda" else tests[:-1]  # the compiler cannot trace an interpreted kernel
-    for arguments in given:
-        library.opcheck(operator, arguments, test_utils=tests)
+    ):
+        library.opcheck(implementation, arguments, test_utils=tests)
 
 
 def plain_loss(z, z_k, queue, config):

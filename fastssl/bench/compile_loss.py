@@ -22,18 +22,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastssl.kernels.queue_loss_finish import finish_rows, finish_scalars
+from fastssl.kernels.row_lse import _add_parts
 from fastssl.kernels.row_lse_blocks import DIMS, Blocks, table_blocks
 from fastssl.kernels.row_lse_pass import _pass_over_queue
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 # types of the arguments, other than compile-time constants, of all loss kernels
-KINDS = {name: "*fp32" for name in ("q_ptr", "k_ptr", "terms_ptr", "parts_ptr", "total_ptr")}
-KINDS |= {f"{name}_ptr": "*fp32" for name in ("positive", "sum", "mean", "inside_sum", "inside_mean")}
+KINDS = {name: "*fp32" for name in ("q_ptr", "k_ptr", "lse_ptr", "terms_ptr", "parts_ptr", "total_ptr")}
+KINDS |= {f"{name}_ptr": "*fp32" for name in ("positive", "sum", "mean", "part_mean", "inside_sum", "inside_mean")}
 KINDS |= {f"{name}_ptr": "*fp32" for name in ("gradient", "uniform_gradient", "uniform_factor")}
-KINDS |= {"above_ptr": "*i32"}
+KINDS |= {name: "*i32" for name in ("above_ptr", "part_above_ptr")}
 KINDS |= {name: "i32" for name in ("N", "K", "keys_per_part", "num_parts", "num_inside")}
-KINDS |= {name: "fp32" for name in ("scale0", "shift0", "scale1", "shift1", "pairs")}
+KINDS |= {name: "fp32" for name in ("scale0", "shift0", "scale1", "shift1", "offset0", "offset1", "pairs")}
 KINDS |= {f"contrast_{name}": "fp32" for name in ("scale", "offset", "factor", "weight")}
 KINDS |= {name: "fp32" for name in ("align_alpha", "align_factor", "align_weight")}
 KINDS |= {f"uniform_{name}": "fp32" for name in ("offset", "scale", "weight")}
@@ -56,10 +57,11 @@ def compile_pass(arch: int, dtype: str, dim: int, scales: int, blocks: Blocks, *
 
 def compile_finish(arch: int, dim: int) -> list[dict[str, object]]:
     """Compiles the small kernels that follow the pass, with all terms switched on."""
-    rows = {"D": dim, "C": 2, "BLOCK_R": max(1, 256 // dim), "BLOCK_P": 16}
+    rows = {"D": dim, "C": 2, "COUNT_ABOVE": True, "BLOCK_R": max(1, 256 // dim), "BLOCK_P": 16}
     terms = {"CONTRAST": True, "UNIFORM": True, "INSIDE": True, "SQUARED": False, "BLOCK": 1024}
     return [
-        compile_kernel(kernel, arch, KINDS, rows | terms, {"num_warps": 4}) for kernel in (finish_rows, finish_scalars)
+        compile_kernel(kernel, arch, KINDS, rows | terms, {"num_warps": 4})
+        for kernel in (_add_parts, finish_rows, finish_scalars)
     ]
 
 

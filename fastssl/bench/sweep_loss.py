@@ -2,8 +2,8 @@
 
     python -m fastssl.bench.sweep_loss --dim 128 --dtype bf16
 
-Prints every candidate, fastest first, and then the lines for the table. Timed is the loss without the pairs of the
-batch, by default at N = 1024 and K = 65536; candidates for which the GPU lacks memory or registers are left out.
+Prints every candidate, fastest first, and then the lines for the table. Timed is `row_lse` (the pass and the sum of its
+parts), by default at N = 1024 and K = 65536; candidates for which the GPU lacks memory or registers are left out.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 
 from fastssl.bench.timing import time_in_turn
-from fastssl.kernels.queue_loss import queue_loss
+from fastssl.kernels.row_lse import row_lse
 from fastssl.kernels.row_lse_blocks import DIMS, TABLE, Blocks, capability, family
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-CONTRAST_WEIGHTS = {1: 0.0, 2: 1.0}  # by the number of scales: uniform alone, or with contrast
+SCALES = {1: [6.0], 2: [1 / 0.07, 6.0]}
 
 
 def candidates() -> Iterator[Blocks]:
@@ -33,16 +33,15 @@ def candidates() -> Iterator[Blocks]:
 
 
 def time_blocks(blocks: Blocks, dim: int, scales: int, dtype: torch.dtype, num: int, queue_size: int) -> float | None:
-    """Seconds of the loss with these blocks, or None when the GPU cannot run them."""
+    """Seconds of `row_lse` with these blocks, or None when the GPU cannot run them."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device).manual_seed(0)
-    q, queue = (F.normalize(torch.randn(n, dim, device=device, generator=generator), dim=1) for n in (num, queue_size))
-    queue = queue.to(dtype)
-    weights = (CONTRAST_WEIGHTS[scales], 0.07, 0.0, 2.0, 1.0, 3.0, False)
-    entry = TABLE[family(capability(device)), queue.element_size(), scales]
+    x, y = (F.normalize(torch.randn(n, dim, device=device, generator=generator), dim=1) for n in (num, queue_size))
+    x, y = x.to(dtype), y.to(dtype)
+    entry = TABLE[family(capability(device)), y.element_size(), scales]
     before, entry[dim] = entry[dim], blocks
     try:
-        return time_in_turn({"loss": lambda: queue_loss(q, q, queue, *weights)}, device, rounds=10)["loss"].median
+        return time_in_turn({"row_lse": lambda: row_lse(x, y, SCALES[scales])}, device, rounds=10)["row_lse"].median
     except Exception as error:  # Triton raises another class for each resource that runs out
         print(f"  {tuple(blocks)}: {type(error).__name__}")
         return None
