@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, library
-from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 
@@ -21,4 +20,4 @@ def traceable(kernel: object) -> object:
     The interpreter's functions (TRITON_INTERPRET=1) are not wrapped: older versions of torch refuse to, and there is
     nothing to compile.
     """
-    return library.wrap_triton(kernel) if isinstance(kernel, (JITFunction, Autotuner)) else kernel
+    return library.wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
+from triton import cdiv
 
 from .row_lse_blocks import Blocks
 
@@ -21,14 +22,14 @@ def split_queue(num: int, num_keys: int, blocks: Blocks, multiprocessors: int) -
     Of the numbers with the least work on the busiest multiprocessor, it is the smallest; a program's start and end
     count as one tile.
     """
-    row_blocks, tiles = _ceil_div(num, blocks.block_n), _ceil_div(num_keys, blocks.block_k)
+    row_blocks, tiles = cdiv(num, blocks.block_n), cdiv(num_keys, blocks.block_k)
     places = multiprocessors * blocks.programs_per_sm
     parts = min(
         range(1, min(tiles, places) + 1),
-        key=lambda parts: _ceil_div(row_blocks * parts, places) * (_ceil_div(tiles, parts) + 1),
+        key=lambda parts: cdiv(row_blocks * parts, places) * (cdiv(tiles, parts) + 1),
     )
-    tiles_per_part = _ceil_div(tiles, parts)
-    return _ceil_div(tiles, tiles_per_part), tiles_per_part * blocks.block_k
+    tiles_per_part = cdiv(tiles, parts)
+    return cdiv(tiles, tiles_per_part), tiles_per_part * blocks.block_k
 
 
 def weights_need_float32(scales: Sequence[float], dtype: torch.dtype) -> bool:
@@ -47,10 +48,6 @@ def weight_factors(scale: float, dtype: torch.dtype, widen: bool) -> tuple[float
     if dtype == torch.float16 and not widen:
         return factor, _float32(factor - 15)
     return factor, min(factor, _float32(87 / math.log(2) - factor))
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _float32(number: float) -> float:

@@ -21,8 +21,8 @@ from fastssl.augment.color import (
     update_solarise,
 )
 from fastssl.augment.hide import update_hide
-from fastssl.augment.params import ViewParams
-from fastssl.augment.policy import make_policy, sample_params
+from fastssl.augment.params import ViewParams, sample_params
+from fastssl.augment.policy import make_policy
 from fastssl.augment.resample import crop_axes, eval_axes, resample_reference
 from fastssl.augment.resize import crop_resize, eval_resize
 from fastssl.batch import pack_images

@@ -12,8 +12,8 @@ import torch
 
 from fastssl.augment.crops import exact_exp
 from fastssl.augment.jitter import jitter_order
-from fastssl.augment.params import NUM_DRAWS, ViewParams, sample_both
-from fastssl.augment.policy import CROP_PAIRS, POLICIES, Policy, make_policy, parse_settings, sample_params
+from fastssl.augment.params import NUM_DRAWS, ViewParams, sample_both, sample_params
+from fastssl.augment.policy import CROP_PAIRS, POLICIES, Policy, make_policy, parse_settings
 from fastssl.batch import ImageBatch
 from fastssl.build import open_policy
 from fastssl.config import Config, replace

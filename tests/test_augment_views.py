@@ -17,8 +17,8 @@ from PIL import Image
 from test_augment_ops import true_gaussian
 
 from fastssl.augment import jitter, views
-from fastssl.augment.params import ViewParams
-from fastssl.augment.policy import POLICIES, make_policy, sample_params
+from fastssl.augment.params import ViewParams, sample_params
+from fastssl.augment.policy import POLICIES, make_policy
 from fastssl.augment.preview import _in_two_lines, describe, save_preview
 from fastssl.augment.resample import crop_axes, resample_reference
 from fastssl.augment.views import make_eval_view, make_view, make_views

@@ -82,7 +82,7 @@ def test_images_beyond_two_and_four_gib_are_their_own(tmp_path):
         assert list(seen) == [0, 1, 2]
         for i, (_, pixels) in seen.items():
             assert np.abs(pixels.astype(int) - by_pillow(FILES[i])).max() <= 1
-    assert loaders[0].beton.pointer[1] > 1 << 31 and loaders[0].beton.pointer[2] > 1 << 32
+    assert loaders[0].decoder.beton.pointer[1] > 1 << 31 and loaders[0].decoder.beton.pointer[2] > 1 << 32
     assert "3 images decoded" in verify(large, decode=True, workers=1) and "3 samples" in describe(large)
 
 
@@ -102,10 +102,10 @@ def test_files_of_ffcv_s_own_writer(by_ffcv, mode):
     assert len(seen) == 12 and loader.bad_images == []
     for i, (label, pixels) in seen.items():
         assert label == i % 3
-        if loader.beton.mode[i] == RAW:
+        if loader.decoder.beton.mode[i] == RAW:
             np.testing.assert_array_equal(pixels, FFCV_PHOTOS[i])
         else:
-            np.testing.assert_allclose(pixels, by_pillow(bytes(loader.beton.bytes(i))), atol=1)
+            np.testing.assert_allclose(pixels, by_pillow(bytes(loader.decoder.beton.bytes(i))), atol=1)
 
 
 def test_auto_chooses_it_by_the_name_of_the_file(good):
@@ -114,7 +114,7 @@ def test_auto_chooses_it_by_the_name_of_the_file(good):
 
 
 def test_a_missing_library_is_one_sentence_with_the_mend(good, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fastssl.loaders.beton_loader", None)
+    monkeypatch.setitem(sys.modules, "fastssl.loaders.beton_decode", None)
     with pytest.raises(ValueError, match=r"'beton' needs a library that is missing .*'fastssl doctor' for the"):
         open_loader(good, "auto")
     with pytest.raises(ValueError, match=r"'resident' needs a library that is missing .*'fastssl doctor' for the"):
@@ -211,7 +211,7 @@ def test_each_image_is_decoded_exactly_once(good, monkeypatch):
     monkeypatch.setattr(beton_decode, "decode_stored_images", count)
     loader = open_loader(good)
     list(loader.eval_batches(4))
-    stored = loader.beton.data.ctypes.data + loader.beton.pointer
+    stored = loader.decoder.beton.data.ctypes.data + loader.decoder.beton.pointer
     assert sorted(decoded) == sorted(stored.tolist()) and loader.decoded == N
 
 
@@ -382,7 +382,7 @@ def test_batches_arrive_whole_on_the_gpu_through_pinned_memory(tmp_path):
     path = write_beton(tmp_path / "large.beton", [stored_jpeg(photo) for photo in photos])
     expected = images_of(open_loader(path).eval_batches(8))
     loader = open_loader(path, device="cuda", batch_size=8)
-    source = loader._decode_batches(iter([torch.arange(8)]), replace=True)
+    source = loader.decoder.batches(iter([torch.arange(8)]), replace=True)
     assert next(source).pixels.is_pinned()
     source.close()
     for n, batch in enumerate(take(loader.batches(), 100)):

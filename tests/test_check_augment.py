@@ -10,7 +10,8 @@ from PIL import Image
 
 import bench_throughput
 from fastssl.augment import parity, rates
-from fastssl.augment.policy import make_policy, sample_params
+from fastssl.augment.params import sample_params
+from fastssl.augment.policy import make_policy
 from fastssl.bench import augment as bench_augment
 from fastssl.bench import augment_dali, augment_peers
 from fastssl.cli import main

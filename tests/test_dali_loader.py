@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastssl.conformance import samples
 from fastssl.data_prep.decode import decode_image
-from fastssl.loaders import dali_loader, dali_read
+from fastssl.loaders import dali_batches, dali_read
 from fastssl.loaders.dali_decode import DaliFailed, JpegDecoder
 from fastssl.loaders.dali_read import is_plain_jpeg
 from fastssl.loaders.make import make_loader
@@ -81,7 +81,7 @@ def test_what_dali_gives_up_on_is_found_and_treated_as_elsewhere(tmp_path, trust
     for mine, theirs in zip(take(ours, 24), take(folder, 24)):
         assert contents(mine) == contents(theirs)
     assert sorted(ours.bad_images) == sorted(folder.bad_images) and len(ours.bad_images) == 3
-    assert ours._reader.refused == {samples.BAD[1]}  # the one that begins like a JPEG
+    assert ours.decoder.reader.refused == {samples.BAD[1]}  # the one that begins like a JPEG
     assert [contents(b) for b in ours.eval_batches(5)] == [contents(b) for b in folder.eval_batches(5)]
     with pytest.raises(ValueError, match=r"cannot decode \S+/0(03|04|11)\.jpg: .*--on-bad-image skip"):
         take(open_loader("dali", data, batch_size=12, on_bad_image="error"), 1)
@@ -101,20 +101,20 @@ def test_a_good_image_that_dali_refuses_is_decoded_elsewhere(tmp_path, monkeypat
     monkeypatch.setattr(JpegDecoder, "receive", refuse)
     ours = open_loader("dali", data)
     assert [contents(b) for b in take(ours, 8)] == [contents(b) for b in take(open_loader("folder", data), 8)]
-    assert ours.bad_images == [] and ours._reader.refused == {5}
+    assert ours.bad_images == [] and ours.decoder.reader.refused == {5}
 
 
 def test_a_failure_that_is_no_images_fault_is_raised(tmp_path, monkeypatch):
     data = samples.make_good("dali", tmp_path, 12)
     loader = open_loader("dali", data)
-    pack = dali_loader.DaliLoader._pack
+    pack = dali_batches.DaliDecoder._pack
 
     def fail(self, decoder, items):
         if len(items) > 1:
             raise DaliFailed("the device is on fire")
         return pack(self, decoder, items)
 
-    monkeypatch.setattr(dali_loader.DaliLoader, "_pack", fail)
+    monkeypatch.setattr(dali_batches.DaliDecoder, "_pack", fail)
     with pytest.raises(DaliFailed, match="on fire"):
         take(loader, 3)
 
@@ -182,5 +182,5 @@ def test_truth_is_what_pillow_says(mixed_folder):
     loader = open_loader("dali", mixed_folder)
     for batch in loader.eval_batches(7):
         for n, i in enumerate(batch.index.tolist()):
-            truth = decode_image(loader._reader.encoded.read(i))
+            truth = decode_image(loader.decoder.reader.encoded.read(i))
             np.testing.assert_array_equal(batch.image(n).numpy(), truth)

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fastssl.augment import views
-from fastssl.augment.policy import make_policy, sample_params
+from fastssl.augment.params import sample_params
+from fastssl.augment.policy import make_policy
 from fastssl.augment.views import make_view
 from fastssl.command import run_command
 from fastssl.distributed import Ranks

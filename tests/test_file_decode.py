@@ -13,7 +13,7 @@ from fastssl.conformance import samples
 from fastssl.data_prep import jpeg
 from fastssl.data_prep.decode import BadImage, decode_image
 from fastssl.data_prep.find import find_images
-from fastssl.loaders import file_decode
+from fastssl.loaders import encoded, file_decode
 from fastssl.loaders.make import make_loader
 
 needs_turbojpeg = pytest.mark.skipif(NO_TURBOJPEG, reason="needs libturbojpeg")
@@ -38,7 +38,7 @@ def read_all(data, **changes):
         found = {}
         for batch in loader.eval_batches(4):
             for n, i in enumerate(batch.index.tolist()):
-                found[loader.folder.paths[i]] = batch.image(n).numpy().copy()
+                found[loader.decoder.encoded.folder.paths[i]] = batch.image(n).numpy().copy()
         assert loader.decoded == len(found)
         return found, sorted(loader.bad_images)
 
@@ -65,7 +65,7 @@ def spy_on_pillow(monkeypatch):
     """The names of the images that are given to Pillow from now on."""
     given, decode = [], decode_image
     monkeypatch.setattr(
-        file_decode, "decode_image", lambda data, name: given.append(name.rpartition("/")[2]) or decode(data, name)
+        encoded, "decode_image", lambda data, name: given.append(name.rpartition("/")[2]) or decode(data, name)
     )
     return given
 

@@ -11,7 +11,7 @@ from torch import distributed
 from fastssl.commands.check_loader import main
 from fastssl.conformance import faults, images, samples
 from fastssl.conformance.case import Case
-from fastssl.loaders import file_decode, folder_loader, order
+from fastssl.loaders import encoded, file_decode, order, stream_loader
 from fastssl.loaders.make import LOADERS, make_loader
 from fastssl.loaders.prefetch import Prefetcher
 
@@ -82,15 +82,15 @@ def test_the_checks_can_fail(tmp_path, monkeypatch):
         Case("folder", samples.make_good("folder", tmp_path)),
         Case("folder", samples.make_bad("folder", tmp_path)),
     )
-    decode, train_shares = file_decode.decode_image, folder_loader.train_shares
+    decode, train_shares = encoded.decode_image, stream_loader.train_shares
     with monkeypatch.context() as patch:  # not what is in the file
         patch.setattr(file_decode, "decode_stored_images", None)
-        patch.setattr(file_decode, "decode_image", lambda data, name: decode(data, name) // 2)
+        patch.setattr(encoded, "decode_image", lambda data, name: decode(data, name) // 2)
         with pytest.raises(AssertionError, match="grey levels"):
             images.check_pixels(good)
     with monkeypatch.context() as patch:  # every rank takes the first rank's share
         patch.setattr(
-            folder_loader, "train_shares", lambda n, b, s, rank, *rest, **more: train_shares(n, b, s, 0, *rest, **more)
+            stream_loader, "train_shares", lambda n, b, s, rank, *rest, **more: train_shares(n, b, s, 0, *rest, **more)
         )
         with pytest.raises(AssertionError, match="came twice"):
             images.check_shares(good, 2)
@@ -98,16 +98,16 @@ def test_the_checks_can_fail(tmp_path, monkeypatch):
             images.check_order(good, 2)
     with monkeypatch.context() as patch:  # forgets where it was to begin
         patch.setattr(
-            folder_loader, "train_shares", lambda *a, **more: train_shares(*a[:-1], a[-1] and a[-1] + 1, **more)
+            stream_loader, "train_shares", lambda *a, **more: train_shares(*a[:-1], a[-1] and a[-1] + 1, **more)
         )
         with pytest.raises(AssertionError, match="starting at batch 1"):
             images.check_resume(good, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(folder_loader.FolderLoader, "bad_images", [])
+        patch.setattr(stream_loader.StreamLoader, "bad_images", [])
         with pytest.raises(AssertionError, match="0 of 3 unreadable images were reported"):
             faults.check_bad(bad)
     with monkeypatch.context() as patch:
-        patch.setattr(folder_loader.FolderLoader, "decoded", property(lambda self: 2 * self._files.images.decoded))
+        patch.setattr(stream_loader.StreamLoader, "decoded", property(lambda self: 2 * self.decoder.images.decoded))
         with pytest.raises(AssertionError, match="decodes for"):
             faults.check_decoded_once(good)
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastssl.data_prep.beton_format import RAW
 from fastssl.data_prep.decode import decode_image
-from fastssl.loaders import bad_images, file_decode, folder_loader, prefetch
+from fastssl.loaders import bad_images, encoded, prefetch
 from fastssl.loaders.make import choose_loader, make_loader
 from fastssl.loaders.synthetic_loader import render_images
 from fastssl.machine.threads import YIELDING, reader_threads
@@ -211,7 +211,7 @@ def test_folder_pixels_and_labels_are_the_files(good_folder):
 def test_each_image_is_decoded_once_per_epoch(good_folder, monkeypatch):
     decoded = []
     original = decode_image
-    monkeypatch.setattr(file_decode, "decode_image", lambda data, name: decoded.append(name) or original(data))
+    monkeypatch.setattr(encoded, "decode_image", lambda data, name: decoded.append(name) or original(data))
     loader = make_loader("folder", good_folder, batch_size=4, seed=0, device="cpu", workers=4, read_ahead=2)
     batches = loader.batches()
     take(batches, 9)
@@ -226,7 +226,7 @@ def test_each_image_is_decoded_once_per_epoch(good_folder, monkeypatch):
 def test_reading_ahead_is_bounded(good_folder, monkeypatch, read_ahead, batches_decoded):
     decoded = []
     original = decode_image
-    monkeypatch.setattr(file_decode, "decode_image", lambda data, name: decoded.append(name) or original(data))
+    monkeypatch.setattr(encoded, "decode_image", lambda data, name: decoded.append(name) or original(data))
     loader = make_loader("folder", good_folder, batch_size=2, seed=0, device="cpu", workers=4, read_ahead=read_ahead)
     batches = loader.batches()
     next(batches)
@@ -301,7 +301,7 @@ def test_a_failure_in_a_worker_reaches_the_reader_at_once(good_folder, monkeypat
             raise MemoryError("no room for 020")
         return decode_image(data)
 
-    monkeypatch.setattr(file_decode, "decode_image", fail)
+    monkeypatch.setattr(encoded, "decode_image", fail)
     loader = make_loader("folder", good_folder, batch_size=4, seed=0, device="cpu")
     start = time.monotonic()
     with pytest.raises(MemoryError, match="no room for 020"):
@@ -426,12 +426,12 @@ def test_mistakes_are_one_clear_sentence(good_folder, changes, message):
 
 def test_workers_share_the_machine_between_its_ranks(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    assert folder_loader.count_workers(None) == 16 and folder_loader.count_workers(3) == 3
-    assert folder_loader.count_workers(0) == 1  # as of a DataLoader
+    assert prefetch.count_workers(None) == 16 and prefetch.count_workers(3) == 3
+    assert prefetch.count_workers(0) == 1  # as of a DataLoader
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert folder_loader.count_workers(None) == 2
+    assert prefetch.count_workers(None) == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    assert folder_loader.count_workers(None) == 1
+    assert prefetch.count_workers(None) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a thread has no niceness of its own")

@@ -16,7 +16,7 @@ from fastssl.config import Config, replace
 from fastssl.data_prep.decode import decode_image
 from fastssl.data_prep.find import find_images
 from fastssl.distributed import Ranks
-from fastssl.loaders import folder_loader, memory
+from fastssl.loaders import memory, stream_loader
 from fastssl.loaders.make import make_loader
 from fastssl.loaders.order import epoch_order
 
@@ -175,7 +175,7 @@ def test_small_is_a_part_of_the_memory_that_is_free_for_each_rank(data, monkeypa
 
 def test_too_many_bytes_are_refused_before_anything_is_decoded(data, monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda _: 60_000)
-    monkeypatch.setattr(folder_loader.FolderLoader, "eval_batches", None)
+    monkeypatch.setattr(stream_loader.StreamLoader, "eval_batches", None)
     message = r"do not fit into memory \(0\.00 GB of 0\.0 GB free on cpu\): use smaller images .*, or --loader auto"
     with pytest.raises(ValueError, match=message):
         open_loader(data)
@@ -255,7 +255,7 @@ def test_nothing_readable_is_an_error(tmp_path):
 def test_a_folder_needs_no_libturbojpeg(folder, monkeypatch):
     import sys
 
-    monkeypatch.setitem(sys.modules, "fastssl.loaders.beton_loader", None)
+    monkeypatch.setitem(sys.modules, "fastssl.loaders.beton_decode", None)
     assert open_loader(folder).decoded == N
 
 

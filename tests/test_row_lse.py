@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import library
 
 from fastssl.bench.loss import published_loss
+from fastssl.kernels.queue_loss import queue_loss
 from fastssl.kernels.reference import row_lse_reference
 from fastssl.kernels.row_lse import row_lse
 from fastssl.kernels.row_lse_blocks import DIMS, Blocks, find_blocks, table_blocks
@@ -187,19 +188,23 @@ def test_same_bits_every_time():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own doing
-@pytest.mark.parametrize("implementation", [row_lse, row_lse_tiled], ids=["triton", "tiled"])
-def test_opcheck(implementation):
+@pytest.mark.parametrize("operator", [row_lse, row_lse_tiled, queue_loss], ids=lambda operator: operator._name)
+def test_opcheck(operator):
     z, queue = make_rows(9, 50, 32, torch.float32)
     x = F.normalize(z, dim=1).requires_grad_()
     tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    if implementation is row_lse and DEVICE == "cpu":
+    if operator is not row_lse_tiled and DEVICE == "cpu":
         tests.pop()  # the compiler cannot trace an interpreted kernel
-    for arguments in (
+    given = [
         (x, queue, [6.0]),
         (x, queue, [14.0, 6.0], torch.rand(9, device=DEVICE)),
         (x, x.detach(), [6.0], None, True),
-    ):
-        library.opcheck(implementation, arguments, test_utils=tests)
+    ]
+    if operator is queue_loss:
+        weights = (1.0, 0.2, 0.0, 2.0, 0.0, 3.0, False), (1.0, 0.2, 3.0, 1.5, 1.0, 3.0, True)
+        given = [(x, x.detach(), queue, *settings) for settings in weights]
+    for arguments in given:
+        library.opcheck(operator, arguments, test_utils=tests)
 
 
 def plain_loss(z, z_k, queue, config):

@@ -73,7 +73,7 @@ def sample_both(policy: Policy, batch: ImageBatch, seed: int, epoch: int) -> tup
     """`sample_params` for both views at once, which halves the launches on a GPU."""
     u = torch.cat([uniform(seed, epoch, batch.index, view, NUM_DRAWS) for view in (0, 1)]).double()
     both = _params_of(policy, u, batch.height.repeat(2), batch.width.repeat(2))
-    views = both.split(batch.size) if batch.size else [both, both]
+    views = [ViewParams(*part) for part in zip(*(t.chunk(2) for t in both))]
     view_q, view_k = _pair_up(policy, batch, seed, epoch, list(enumerate(views)))
     return view_q, view_k
 

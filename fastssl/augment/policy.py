@@ -7,9 +7,7 @@ import difflib
 import math
 from collections.abc import Iterable, Sequence
 
-from fastssl.augment.params import MAX_BLUR_SIGMA, MIN_BLUR_SIGMA, ViewParams, sample_params
-
-__all__ = ["POLICIES", "Policy", "ViewParams", "make_policy", "sample_params"]
+from fastssl.augment.params import MAX_BLUR_SIGMA, MIN_BLUR_SIGMA
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,10 +72,7 @@ def make_view(batch: ImageBatch, params: ViewParams, size: int, dtype: torch.dty
     params: from `sample_params`, on the batch's device. With dtype uint8 the view is neither normalised nor hidden.
     Raises ValueError for size < 1.
     """
-    _check_size(size)
     out = _empty_view(batch, size, dtype)
-    if batch.size == 0:
-        return out
     step = _images_at_once(batch, size)
     plans, taps = jitter_plan(params), gaussian_taps(params.sigma)
     for images, *part in zip(_split(batch, step), *(whole.split(step) for whole in (params, plans, taps, out))):
@@ -102,10 +99,7 @@ def make_crop_view(batch: ImageBatch, params: ViewParams, size: int, dtype: torc
 
     On a GPU `make_view` computes every operation for every image, because choosing would be a sync.
     """
-    _check_size(size)
     out = _empty_view(batch, size, dtype)
-    if batch.size == 0:
-        return out
     step = _images_at_once(batch, size)
     for images, p, view in zip(_split(batch, step), params.split(step), out.split(step)):
         _write_normalised(crop_resize(images, p, size), view)
@@ -118,14 +112,11 @@ def make_eval_view(batch: ImageBatch, size: int, resize: int, dtype: torch.dtype
     Equals torchvision's Resize and CenterCrop on Pillow images to 1/255.
     Raises ValueError for size < 1, and for resize < size, where the crop would not fit into the image.
     """
-    _check_size(size)
     if resize < size:
         raise ValueError(
             f"an evaluation view of {size} pixels needs a short side of at least {size} pixels, got {resize}"
         )
     out = _empty_view(batch, size, dtype)
-    if batch.size == 0:
-        return out
     step = _images_at_once(batch, size)
     for images, view in zip(_split(batch, step), out.split(step)):
         _write_normalised(eval_resize(images, size, resize), view)
@@ -149,6 +140,7 @@ def _check_size(size: int) -> None:
 
 
 def _empty_view(batch: ImageBatch, size: int, dtype: torch.dtype) -> Tensor:
+    _check_size(size)
     shape = (batch.size, 3, size, size)
     return torch.empty(shape, dtype=dtype, device=batch.pixels.device, memory_format=torch.channels_last)
 

@@ -19,7 +19,7 @@ from fastssl.augment.rates import DRAWS, anchor_check, count_checks
 from fastssl.batch import ImageBatch, pack_images
 from fastssl.command import FAILED
 from fastssl.demo_images import CLASSES, draw_picture
-from fastssl.loaders.folder_loader import FolderLoader
+from fastssl.loaders.make import make_loader
 from fastssl.plural import counted
 
 
@@ -65,7 +65,7 @@ def print_check(name: str, holds: bool, found: str) -> bool:
 
 def read_folder(folder: str, count: int) -> ImageBatch:
     """`count` images spread evenly over a folder. Raises ValueError when it has none, or none that can be read."""
-    with closing(FolderLoader(folder, batch_size=1, seed=0, device="cpu")) as loader:
+    with closing(make_loader("folder", folder, batch_size=1, seed=0, device="cpu")) as loader:
         return read_pictures(loader, count, folder)
 
 

@@ -9,14 +9,14 @@ from PIL import Image
 
 from fastssl.loaders.beton_file import open_beton
 
-KIND = {"folder": "folder", "dali": "folder", "synthetic": None}  # what a loader reads; all others read .beton files
+FOLDER_LOADERS = ("folder", "dali")  # what else reads files is given a .beton file
 BAD = (3, 4, 11)  # the unreadable images of `make_bad`: two in a row and the last
 NUM_BAD_SET = 12
 
 
 def reads_files(loader: str) -> bool:
     """Whether this loader reads files at all."""
-    return KIND.get(loader, "beton") is not None
+    return loader != "synthetic"
 
 
 def make_good(loader: str, root: Path, count: int = 26) -> Path | None:
@@ -90,9 +90,10 @@ def _pixels(i: int, height: int | None = None, width: int | None = None) -> np.n
 
 def _as_kind(loader: str, folder: Path) -> Path | None:
     """The folder in the form that `loader` reads."""
-    kind = KIND.get(loader, "beton")
-    if kind != "beton":
-        return folder if kind else None
+    if not reads_files(loader):
+        return None
+    if loader in FOLDER_LOADERS:
+        return folder
     from fastssl.data_prep.prepare import Store
     from fastssl.data_prep.sources import Selection
     from fastssl.data_prep.work_pool import Work

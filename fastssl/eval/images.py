@@ -14,10 +14,12 @@ from torch import Tensor
 
 from fastssl.batch import ImageBatch, pack_images
 from fastssl.distributed import Ranks
-from fastssl.eval.shards import ShardImages
+from fastssl.loaders.encoded import open_encoded
+from fastssl.loaders.file_decode import FileDecoder
 from fastssl.loaders.make import choose_loader, make_loader
 from fastssl.loaders.order import epoch_order
 from fastssl.loaders.prefetch import Prefetcher
+from fastssl.loaders.stream_loader import StreamLoader
 from fastssl.plural import counted
 from fastssl.same_on_ranks import check_images
 
@@ -48,7 +50,7 @@ class ArrayImages:
         self._prefetcher = Prefetcher(device)
 
     def read(self, shares: Iterator[Tensor], *, replace_bad: bool = False) -> Iterator[ImageBatch]:
-        """As `FolderLoader.read`; every image can be read."""
+        """As `StreamLoader.read`; every image can be read."""
 
         def pack() -> Iterator[ImageBatch]:
             for share in shares:
@@ -71,7 +73,7 @@ def open_images(
     Call on all ranks. Raises ValueError when any image has no class, or the ranks see different ones.
     """
     if choose_loader("auto", path)[0] == "dali":  # shards: on a GPU, DALI's decoder gives other pixels than Pillow
-        images = ShardImages(path, ranks.device, options.workers, class_names)
+        images = StreamLoader(FileDecoder(open_encoded(path, class_names), ranks.device, options.workers))
     else:
         images = make_loader(
             "auto", path, batch_size=1, seed=0, device=ranks.device, workers=options.workers, class_names=class_names

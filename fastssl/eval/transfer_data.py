@@ -12,8 +12,10 @@ from fastssl.data_prep.find import find_images, label_by_folder
 from fastssl.distributed import Ranks
 from fastssl.eval.images import HELD_OUT, ArrayImages, Images, open_splits
 from fastssl.eval.session import Session
-from fastssl.loaders.folder_loader import FolderLoader
+from fastssl.loaders.encoded import from_folder
+from fastssl.loaders.file_decode import FileDecoder
 from fastssl.loaders.order import epoch_order
+from fastssl.loaders.stream_loader import StreamLoader
 
 DATASETS = ("cifar10", "cifar100", "imagenet", "caltech101")
 _CIFAR = {"cifar10": (tvd.CIFAR10, "cifar-10-batches-py"), "cifar100": (tvd.CIFAR100, "cifar-100-python")}
@@ -64,9 +66,9 @@ def split_caltech(session: Session, folder: Path) -> tuple[Images, Images]:
     if not names:
         raise ValueError(f"{folder} has no class folders: unpack Caltech-101's archive again")
 
-    def open_rows(rows: Tensor) -> FolderLoader:  # two loaders: an unreadable image is replaced by one of its own split
+    def open_rows(rows: Tensor) -> StreamLoader:  # two loaders: an unreadable image is replaced by one of its own split
         part = label_by_folder(objects.root, [objects.paths[i] for i in rows.tolist()], names)
-        return FolderLoader(part, batch_size=1, seed=0, device=session.ranks.device, workers=o.workers)
+        return StreamLoader(FileDecoder(from_folder(part), session.ranks.device, o.workers))
 
     train, test = caltech_rows(torch.from_numpy(objects.labels), len(names), o.seed)
     return open_rows(train), open_rows(test)

@@ -17,7 +17,8 @@ class BadImages:
     """Decodes images one at a time, remembers the unreadable ones, and finds replacements for them. Thread-safe.
 
     decode: maps an index to pixels, (H, W, 3) uint8, or raises BadImage. policy: "skip" replaces an unreadable image by
-    the next readable one in file order; "error" raises ValueError.
+    the next readable one in file order (its pixels and label, but the index, and so the augmentation, of the unreadable
+    one), or leaves it out of an evaluation; "error" raises ValueError.
     """
 
     def __init__(self, policy: str, num_images: int, decode: Callable[[int], np.ndarray]) -> None:

@@ -38,6 +38,10 @@ class BetonFile:
         """(n,) int64: the decoded size of each image in bytes."""
         return self.height.astype(np.int64) * self.width * 3
 
+    def name(self, i: int) -> str:
+        """The name of image i in messages."""
+        return f"{self.path}[{i}]"
+
     def bytes(self, i: int) -> memoryview:
         """Image i as it is stored: a JPEG file, or height * width * 3 bytes of RGB."""
         start = int(self.pointer[i])

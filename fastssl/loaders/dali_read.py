@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastssl.data_prep.decode import MAX_PIXELS, BadImage, decode_image
+from fastssl.data_prep.decode import MAX_PIXELS, BadImage
 from fastssl.data_prep.jpeg import NotPlain, read_jpeg_facts
 from fastssl.loaders.bad_images import BadImages
 from fastssl.loaders.encoded import EncodedImages
@@ -40,7 +40,7 @@ class ItemReader:
 
     def __init__(self, encoded: EncodedImages, on_bad_image: str) -> None:
         self.encoded = encoded
-        self.images = BadImages(on_bad_image, len(encoded.label), self._decode)
+        self.images = BadImages(on_bad_image, len(encoded.label), encoded.decode)
         self.refused: set[int] = set()  # plain JPEGs that DALI nevertheless could not decode
 
     def read(self, index: int, replace: bool) -> Item | None:
@@ -57,6 +57,3 @@ class ItemReader:
         else:
             pixels, used = self.images.load(index), index
         return None if pixels is None else Item(index, int(self.encoded.label[used]), None, pixels)
-
-    def _decode(self, index: int) -> np.ndarray:
-        return decode_image(self.encoded.read(index), self.encoded.name(index))

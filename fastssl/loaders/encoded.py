@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastssl.data_prep.beton_format import RAW
-from fastssl.data_prep.decode import read_file
+from fastssl.data_prep.decode import decode_image, read_file
 from fastssl.data_prep.find import ImageFolder, find_images, is_image_name, number_labels
 from fastssl.data_prep.manifest import name_classes, read_manifest
 from fastssl.data_prep.sources import Place, read_place
@@ -28,6 +28,11 @@ class EncodedImages(NamedTuple):
     name: Callable[[int], str]  # the name of image i in messages
     label: np.ndarray  # (n,) int64, -1 where there are no classes
     class_names: list[str]
+    folder: ImageFolder | None = None  # if they are its files
+
+    def decode(self, i: int) -> np.ndarray:
+        """Image i, (H, W, 3) uint8, by Pillow. Raises BadImage."""
+        return decode_image(self.read(i), self.name(i))
 
 
 def open_encoded(data: str | os.PathLike, class_names: Sequence[str] | None = None) -> EncodedImages:
@@ -54,6 +59,7 @@ def from_folder(folder: ImageFolder) -> EncodedImages:
         name=folder.path,
         label=folder.labels,
         class_names=folder.class_names,
+        folder=folder,
     )
 
 
@@ -65,7 +71,7 @@ def _from_beton(data: str, class_names: Sequence[str] | None) -> EncodedImages:
         )
     return EncodedImages(
         read=lambda i: bytes(beton.bytes(i)),
-        name=lambda i: f"{data}[{i}]",
+        name=beton.name,
         label=beton.label,
         class_names=beton.class_names,
     )

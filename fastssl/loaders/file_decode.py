@@ -6,21 +6,23 @@ copies the pixels three times. Only files of which both make the same pixels go 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastssl.batch import ImageBatch
-from fastssl.data_prep.decode import MAX_PIXELS, BadImage, decode_image
+from fastssl.data_prep.decode import MAX_PIXELS, BadImage
 from fastssl.data_prep.jpeg import JpegFacts, NotPlain, read_jpeg_facts
 from fastssl.data_prep.work_pool import ahead
 from fastssl.loaders.bad_images import BadImages
 from fastssl.loaders.encoded import EncodedImages
+from fastssl.loaders.memory import folder_pixel_bytes
 from fastssl.loaders.pending import PendingBatch, finish_batch, split_rows, start_batch
-from fastssl.loaders.prefetch import Prefetcher
+from fastssl.loaders.prefetch import Prefetcher, count_workers
 from fastssl.loaders.recycle import RecycledBuffers
 from fastssl.machine.threads import reader_threads
 
@@ -45,27 +47,37 @@ class _File(NamedTuple):
 
 
 class FileDecoder:
-    """Makes batches of `encoded` images with `workers` threads. on_bad_image: "skip" or "error" (`BadImages`)."""
+    """Makes batches of `encoded` images with `workers` threads; the contract is `stream_loader.Decoder`.
 
-    def __init__(self, encoded: EncodedImages, on_bad_image: str, workers: int, prefetcher: Prefetcher) -> None:
-        self.encoded, self.workers = encoded, workers
-        # a lambda with self would make a cycle, which keeps buffers until garbage collection
-        self.images = BadImages(
-            on_bad_image, len(encoded.label), lambda i: decode_image(encoded.read(i), encoded.name(i))
-        )
-        self._buffers, self._device, self._read_ahead = RecycledBuffers(), prefetcher.device, prefetcher.read_ahead
+    workers: None for this process's share of the cores. read_ahead: see `Prefetcher`. on_bad_image: see `BadImages`.
+    """
+
+    def __init__(
+        self,
+        encoded: EncodedImages,
+        device: torch.device | str,
+        workers: int | None = None,
+        read_ahead: int | None = None,
+        on_bad_image: str = "skip",
+    ) -> None:
+        self.encoded, self.label, self.class_names = encoded, encoded.label, encoded.class_names
+        self.workers = count_workers(workers)
+        self.images = BadImages(on_bad_image, len(encoded.label), encoded.decode)
+        self.prefetcher = Prefetcher(device, read_ahead)
+        self._buffers = RecycledBuffers(self.prefetcher.device)
+
+    def pixel_bytes(self, chosen: Iterable[int]) -> int:
+        """The decoded size in bytes of the chosen images of a folder, from their headers."""
+        return folder_pixel_bytes(self.encoded.folder, chosen, self.workers)
 
     def batches(self, shares: Iterator[Tensor], replace: bool) -> Iterator[ImageBatch]:
-        """A CPU batch for each (n,) tensor of indices, in its order, whichever thread finishes first.
-
-        Unreadable images are replaced by the next readable one in file order, or left out, as is an empty batch.
-        """
-        pool = reader_threads(self.workers, "fastssl-decode", self._device)
-        read_ahead = min(1, self._read_ahead)  # batches of files, beside those being decoded
+        """CPU batches, see `stream_loader.Decoder`."""
+        pool = reader_threads(self.workers, "fastssl-decode", self.prefetcher.device)
+        read_ahead = min(1, self.prefetcher.read_ahead)  # batches of files, beside those being decoded
         try:
             reading = ahead((self._start_reading(pool, share.tolist(), replace) for share in shares), read_ahead)
             decoding = (self._start_decoding(pool, futures) for futures in reading)
-            for pending in ahead(decoding, self._read_ahead - read_ahead):
+            for pending in ahead(decoding, self.prefetcher.read_ahead - read_ahead):
                 batch = finish_batch(pending, self.images, self.encoded.label, replace)
                 if batch.size:
                     yield batch
@@ -81,16 +93,15 @@ class FileDecoder:
 
     def _start_decoding(self, pool: ThreadPoolExecutor, reading: list[Future]) -> PendingBatch:
         files = [file for future in reading for file in future.result()]
-        index, record = (np.array([file[i] for file in files], np.int64) for i in (0, 1))
-        height, width = (np.array([file[i] for file in files], np.int32) for i in (2, 3))
+        index = np.array([file.index for file in files], np.int64)
+        record = np.array([file.record for file in files], np.int64)
+        height = np.array([file.height for file in files], np.int32)
+        width = np.array([file.width for file in files], np.int32)
 
         def decode(rows: slice, pixels: np.ndarray, offset: np.ndarray) -> list[int]:
             return self._decode(files[rows], pixels, offset)
 
-        def allocate(num_bytes: int) -> Tensor:
-            return self._buffers.take_for(self._device, num_bytes)
-
-        return start_batch(index, record, height, width, allocate, decode, pool, self.workers)
+        return start_batch(index, record, height, width, self._buffers, decode, pool, self.workers)
 
     def _read(self, index: int, replace: bool) -> _File | None:
         record = self.images.next_readable(index) if replace else index
@@ -139,5 +150,6 @@ def _decode_jpegs(files: list[_File], pixels: np.ndarray, offset: np.ndarray) ->
         return []
     source = np.array([np.frombuffer(file.jpeg, np.uint8).ctypes.data for file in files])
     size = np.array([len(file.jpeg) for file in files])
-    height, width = (np.array([file[i] for file in files], np.int32) for i in (2, 3))
+    height = np.array([file.height for file in files], np.int32)
+    width = np.array([file.width for file in files], np.int32)
     return list(decode_stored_images(source, size, np.zeros(len(files), bool), height, width, pixels, offset))

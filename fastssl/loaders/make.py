@@ -5,15 +5,20 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import Protocol
 
 import torch
 
 from fastssl.batch import ImageBatch
+from fastssl.data_prep.find import find_images
 from fastssl.data_prep.tars import find_tars
 from fastssl.loaders import file_decode
-from fastssl.loaders.folder_loader import FolderLoader
+from fastssl.loaders.beton_file import open_beton
+from fastssl.loaders.encoded import from_folder, open_encoded
 from fastssl.loaders.order import Order
+from fastssl.loaders.resident_loader import LOAD_AHEAD, ResidentLoader
+from fastssl.loaders.stream_loader import Decoder, StreamLoader
 from fastssl.loaders.synthetic_loader import SyntheticLoader
 
 LOADERS = ("folder", "beton", "dali", "resident", "synthetic")
@@ -67,25 +72,25 @@ def make_loader(
     """The loader called `name` ("auto" chooses one) for `data`. batch_size: per rank (evaluation does not use it).
 
     workers: decoding threads, None for this process's share of the cores. read_ahead: batches decoded while the device
-    trains (`Prefetcher`). on_bad_image: "skip" or "error" (`FolderLoader`). shuffle: "full", or "blocks" of
+    trains (`Prefetcher`). on_bad_image: "skip" or "error" (`BadImages`). shuffle: "full", or "blocks" of
     `block_size` images for data sets larger than memory (`order.Order`). beton_cache: "page" or "process"
-    (`BetonDecoder`). resident_shard: each rank holds only its share (`ResidentLoader`).
+    (`StoredImages`). resident_shard: each rank holds only its share (`ResidentLoader`).
     Raises ValueError for an unknown name or option, data that the loader cannot read, and less than one global batch.
     """
     name, reason = choose_loader(name, data)
     _check_options(on_bad_image, workers, read_ahead)
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must lie between 0 and world_size - 1, got {rank} of {world_size}")
-    order = Order(shuffle, block_size).check()
-    shared = dict(batch_size=batch_size, seed=seed, device=device, rank=rank, world_size=world_size, order=order)
-    files = dict(workers=workers, on_bad_image=on_bad_image, class_names=class_names)
+    shares = (batch_size, seed, rank, world_size, Order(shuffle, block_size))
     if name == "synthetic":
-        loader = SyntheticLoader(num_images=synthetic_images, size=synthetic_size, **shared)
+        loader = SyntheticLoader(synthetic_images, synthetic_size, device, *shares)
     else:
-        files |= {"cache": beton_cache} if name in ("beton", "resident") else {}
-        files |= {"shard": resident_shard} if name == "resident" else {"read_ahead": read_ahead}
-        loader = _open_files(name, data, **files, **shared)
+        ahead = LOAD_AHEAD if name == "resident" else read_ahead
+        decoder = _open_decoder(name, data, class_names, beton_cache, (device, workers, ahead, on_bad_image))
+        loader = StreamLoader(decoder, *shares)
     if name == "resident":
+        with closing(loader) as source:
+            loader = ResidentLoader(source, os.fspath(data), resident_shard)
         reason = f"{reason}; holds {loader.held}"
     if name == "folder" and file_decode.decode_stored_images is None:
         reason += "; slower without libturbojpeg: 'fastssl doctor' says how to install it"
@@ -102,22 +107,20 @@ def _check_options(on_bad_image: str, workers: int | None, read_ahead: int | Non
         raise ValueError(f"read_ahead must be 0 or more batches, got {read_ahead}")
 
 
-def _open_files(name: str, data: str | os.PathLike, **options: object) -> Loader:
-    """A loader of files. Its class is imported only now, because the libraries that it needs may be missing."""
+def _open_decoder(
+    name: str, data: str | os.PathLike, class_names: Sequence[str] | None, beton_cache: str, reading: tuple
+) -> Decoder:
+    """What decodes the files, imported only now, because the libraries that it needs may be missing."""
     try:
-        if name == "beton":
-            from fastssl.loaders.beton_loader import BetonLoader
-
-            return BetonLoader(data, **options)
         if name == "dali":
-            from fastssl.loaders.dali_loader import DaliLoader
+            from fastssl.loaders.dali_batches import DaliDecoder
 
-            return DaliLoader(data, **options)
-        if name == "resident":
-            from fastssl.loaders.resident_loader import ResidentLoader
+            return DaliDecoder(open_encoded(data, class_names), *reading)
+        if name == "beton" or (name == "resident" and not os.path.isdir(data)):
+            from fastssl.loaders.beton_decode import BetonDecoder
 
-            return ResidentLoader(data, **options)
-        return FolderLoader(data, **options)
+            return BetonDecoder(open_beton(data, class_names), beton_cache, *reading)
+        return file_decode.FileDecoder(from_folder(find_images(data, class_names)), *reading)
     except ImportError as error:
         raise ValueError(
             f"the loader {name!r} needs a library that is missing ({error}): run 'fastssl doctor' for the command that "

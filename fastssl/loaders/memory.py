@@ -17,23 +17,21 @@ from fastssl.data_prep.jpeg import NotPlain, read_jpeg_facts
 from fastssl.machine.limits import free_memory
 
 if TYPE_CHECKING:
-    from fastssl.loaders.beton_loader import BetonLoader
-    from fastssl.loaders.folder_loader import FolderLoader
-
+    from fastssl.loaders.stream_loader import StreamLoader
 
 SMALL = (1 / 8, 8e9)  # a small data set takes at most this share of the free memory, and this many bytes
 _SAMPLED = 256  # images from whose sizes the size of all is estimated
 
 
-def is_small(source: FolderLoader | BetonLoader, device: torch.device) -> bool:
-    """Whether the decoded images would take little memory on each rank, estimated from a sample."""
+def is_small(source: StreamLoader, device: torch.device) -> bool:
+    """Whether the decoded images of a folder or a .beton file would take little memory on each rank, from a sample."""
     share, most = SMALL
     try:
         room = share * free_bytes(device) / copies(device)
     except OSError:  # the system does not say how much is free
         return False
     sampled = np.unique(np.linspace(0, source.num_images - 1, _SAMPLED).astype(np.int64))
-    needed = source.pixel_bytes(sampled) / len(sampled) * source.num_images
+    needed = source.decoder.pixel_bytes(sampled) / len(sampled) * source.num_images
     return needed <= min(most, room)
 
 

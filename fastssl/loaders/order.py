@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,19 +24,21 @@ from fastssl.random_key import STREAM_BLOCKS, STREAM_ORDER, permutation, random_
 WINDOW_BLOCKS = 128  # blocks shuffled together: up to 128 classes even if each block holds only one
 
 
-class Order(NamedTuple):
-    """How an epoch is shuffled: "full", all orders equally likely, or "blocks", with reads that stay in a window."""
+@dataclass(frozen=True)
+class Order:
+    """How an epoch is shuffled: "full", all orders equally likely, or "blocks", with reads that stay in a window.
+
+    Raises ValueError for another shuffle, or a block size below 1.
+    """
 
     shuffle: str = "full"
     block_size: int = 128  # consecutive images that are read together
 
-    def check(self) -> Order:
-        """Returns itself; raises ValueError for an unknown shuffle or a block size below 1."""
+    def __post_init__(self) -> None:
         if self.shuffle not in ("full", "blocks"):
             raise ValueError(f"--shuffle must be 'full' or 'blocks', got {self.shuffle!r}")
         if self.block_size < 1:
             raise ValueError(f"--block-size must be at least 1, got {self.block_size}")
-        return self
 
 
 FULL = Order()

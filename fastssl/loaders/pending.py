@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastssl.batch import ImageBatch
 from fastssl.loaders.bad_images import BadImages
+from fastssl.loaders.recycle import RecycledBuffers
 
 _CHUNK = 32  # images per task at most, enough to make the cost of handing out tasks negligible
 
@@ -39,20 +40,19 @@ def start_batch(
     record: np.ndarray,
     height: np.ndarray,
     width: np.ndarray,
-    allocate: Callable[[int], Tensor],
+    buffers: RecycledBuffers,
     decode: Callable[[slice, np.ndarray, np.ndarray], list[int]],
     pool: ThreadPoolExecutor,
     workers: int,
 ) -> PendingBatch:
     """Lays a batch out, back to back, and gives it to the `workers` threads of `pool` in small tasks.
 
-    index, record: (B,) int64; height, width: (B,) int32. allocate(n) returns an (n,) uint8 tensor. decode(rows, pixels,
-    offset) writes the images `rows` into `pixels`, each at its `offset`, and returns which of them it could not decode,
-    counted from the first of `rows`.
+    index, record: (B,) int64; height, width: (B,) int32. decode(rows, pixels, offset) writes the images `rows` into
+    `pixels`, each at its `offset`, and returns which of them it could not decode, counted from the first of `rows`.
     """
     end = np.cumsum(height.astype(np.int64) * width * 3)
     offset = np.concatenate([[0], end])[:-1]
-    pixels = allocate(int(end[-1]) if len(end) else 0)
+    pixels = buffers.take(int(end[-1]) if len(end) else 0)
 
     def decode_rows(rows: slice) -> list[int]:
         return [rows.start + i for i in decode(rows, pixels.numpy(), offset[rows])]

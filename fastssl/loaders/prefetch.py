@@ -14,10 +14,21 @@ from collections.abc import Iterator
 import torch
 
 from fastssl.batch import ImageBatch
+from fastssl.machine.limits import usable_cores
 
 CLOSED = "the loader was closed, or its thread died, while its batches were being read"
 FORKED = "these batches were begun before this process was forked: begin new ones here, with the loader's batches()"
 _PATIENCE = 1.0  # seconds between checks whether the producer is still alive
+
+
+def count_workers(asked: int | None) -> int:
+    """Decoding threads: as asked (0, as of a DataLoader: one), by default this process's share of the cores.
+
+    That is those it may use, divided by the number of ranks on the machine.
+    """
+    if asked is not None:
+        return max(1, asked)
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class Prefetcher:

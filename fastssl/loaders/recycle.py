@@ -14,14 +14,20 @@ _ROOM = 1.125  # buffers are larger than requested by this factor, as the next b
 
 
 class RecycledBuffers:
-    """Gives out uint8 arrays, and reuses the memory of an array once it and all views and tensors of it are gone."""
+    """Gives out uint8 tensors in host memory, which is used again once a tensor and all views of it are gone.
 
-    def __init__(self) -> None:
+    device: where they will be copied. For a GPU they are in pinned memory, whose reuse torch's events guard.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._pinned = device.type == "cuda"
         self._free: list[np.ndarray] = []
         self._lock = threading.RLock()  # the garbage collector may return an array while one is taken
 
-    def take(self, num_bytes: int) -> np.ndarray:
-        """A (num_bytes,) uint8 array with undefined content."""
+    def take(self, num_bytes: int) -> Tensor:
+        """A (num_bytes,) uint8 tensor with undefined content."""
+        if self._pinned:
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
         with self._lock:
             fitting = [buffer for buffer in self._free if len(buffer) >= num_bytes]
             buffer = min(fitting, key=len, default=None)
@@ -30,13 +36,7 @@ class RecycledBuffers:
             buffer = np.empty(int(num_bytes * _ROOM), dtype=np.uint8)
         view = np.frombuffer(memoryview(buffer), dtype=np.uint8, count=num_bytes)
         weakref.finalize(view, self._give_back, buffer).atexit = False
-        return view
-
-    def take_for(self, device: torch.device, num_bytes: int) -> Tensor:
-        """The same as a tensor; for a GPU in pinned memory, whose reuse torch's events guard."""
-        if device.type == "cuda":
-            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        return torch.from_numpy(self.take(num_bytes))
+        return torch.from_numpy(view)
 
     def _give_back(self, buffer: np.ndarray) -> None:
         with self._lock:

@@ -3,72 +3,55 @@
 from __future__ import annotations
 
 import itertools
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from fastssl.batch import ImageBatch
-from fastssl.loaders.folder_loader import FolderLoader
 from fastssl.loaders.memory import check_room
-from fastssl.loaders.order import FULL, Order, count_batches, epoch_order, eval_share
+from fastssl.loaders.order import batch_share, epoch_order, eval_share
+from fastssl.loaders.stream_loader import StreamLoader
 
 _LOAD_BATCH = 64  # images per batch while loading
-_READ_AHEAD = 2  # such batches decoded ahead, on a CPU too, as nothing else needs the cores yet
+LOAD_AHEAD = 2  # such batches decoded ahead, on a CPU too, as nothing else needs the cores yet
 
 
 class ResidentLoader:
-    """Loader that holds a .beton file or an image folder decoded on the device; the contract is `make.Loader`.
+    """Loader that holds the images of `source` decoded on the device; the contract is `make.Loader`.
 
-    shard: each rank holds only its share, contiguous in file order, and sees no other images. The order within a share
-    is that of the whole epoch without the other images, so it is still a function of (seed, epoch). In an evaluation
-    each rank gets images of its own share; an evaluation by a single rank sees only that rank's share.
-    on_bad_image: as in `FolderLoader`, but replacements come from the same share.
+    source: a loader of a folder or a .beton file, of the same batches. data: its name in messages. shard: each rank
+    holds only its share, contiguous in file order, and sees no other images. The order within a share is that of the
+    whole epoch without the other images, so it is still a function of (seed, epoch). In an evaluation each rank gets
+    images of its own share; an evaluation by a single rank sees only that rank's share. Replacements of unreadable
+    images come from the same share.
     Raises ValueError before anything is decoded when the images do not fit into the free memory.
     """
 
-    def __init__(
-        self,
-        data: str | os.PathLike,
-        *,
-        batch_size: int,
-        seed: int,
-        device: torch.device | str,
-        rank: int = 0,
-        world_size: int = 1,
-        order: Order = FULL,
-        workers: int | None = None,
-        on_bad_image: str = "skip",
-        class_names: Sequence[str] | None = None,
-        cache: str = "page",
-        shard: bool = False,
-    ) -> None:
-        self.device, self.order = torch.device(device), order
-        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-        self.shard = shard and world_size > 1
-        options = {"workers": workers, "on_bad_image": on_bad_image, "class_names": class_names, "device": device}
-        options["read_ahead"] = _READ_AHEAD
-        with closing(_open_source(data, cache, options)) as source:
-            self.num_images, self.class_names = source.num_images, source.class_names
-            self.batches_per_epoch = count_batches(self.num_images, batch_size, world_size)
-            part = (rank, world_size) if self.shard else (0, 1)
-            held = eval_share(self.num_images, *part)
-            self.start, self.count = int(held[0]), len(held)
-            needed = source.pixel_bytes(range(self.start, self.start + self.count))
-            self.held = check_room(needed, self.device, os.fspath(data), can_shard=not self.shard and world_size > 1)
-            self._load(source, part, needed)
-            self.bad_images, self.decoded = source.bad_images, source.decoded
+    def __init__(self, source: StreamLoader, data: str, shard: bool) -> None:
+        self.device, self.seed, self.order = source.decoder.prefetcher.device, source.seed, source.order
+        self.batch_size, self.rank, self.world_size = source.batch_size, source.rank, source.world_size
+        self.num_images, self.batches_per_epoch = source.num_images, source.batches_per_epoch
+        self.class_names, self.shard = source.class_names, shard and self.world_size > 1
+        part = (self.rank, self.world_size) if self.shard else (0, 1)
+        held = eval_share(self.num_images, *part)
+        self.start, self.count = int(held[0]), len(held)
+        needed = source.decoder.pixel_bytes(range(self.start, self.start + self.count))
+        self.held = check_room(needed, self.device, data, can_shard=not self.shard and self.world_size > 1)
+        self._load(source, part, needed)
+        self.bad_images, self.decoded = source.bad_images, source.decoded
 
     def batches(self, first: int = 0) -> Iterator[ImageBatch]:
         """Batches first, first + 1, ... of this rank, of `batch_size` images each, without end."""
         first_epoch, first_step = divmod(first, self.batches_per_epoch)
         for epoch in itertools.count(first_epoch):
-            share = self._epoch_share(epoch)
+            order = epoch_order(self.num_images, self.seed, epoch, self.device, self.order)
+            part = (self.rank, self.world_size)
+            if self.shard:
+                order, part = self._held_of(order), (0, 1)
             for step in range(first_step if epoch == first_epoch else 0, self.batches_per_epoch):
-                yield self._windows(share[step * self.batch_size : (step + 1) * self.batch_size])
+                yield self._windows(batch_share(order, step, self.batch_size, *part))
 
     def eval_batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1, limit: int | None = None
@@ -84,7 +67,7 @@ class ResidentLoader:
     def close(self) -> None:
         """Does nothing: there are no threads."""
 
-    def _load(self, source: FolderLoader, part: tuple[int, int], needed: int) -> None:
+    def _load(self, source: StreamLoader, part: tuple[int, int], needed: int) -> None:
         """Decodes the images into one buffer, and makes windows of unreadable ones point to the next readable image."""
         self._pixels = torch.empty(needed, dtype=torch.uint8, device=self.device)
         windows = torch.zeros(4, self.count, dtype=torch.int64, device=self.device)  # offset, height, width, label
@@ -111,13 +94,9 @@ class ResidentLoader:
         self._height, self._width = windows[1].int(), windows[2].int()
         self._sides = torch.maximum(self._height, self._width).cpu()
 
-    def _epoch_share(self, epoch: int) -> Tensor:
-        """This rank's images of an epoch in order, (n,) int64; with shards n may exceed what the batches need."""
-        order = epoch_order(self.num_images, self.seed, epoch, self.device, self.order)
-        if self.shard:
-            return order[(order >= self.start) & (order < self.start + self.count)]
-        steps = order[: self.batches_per_epoch * self.batch_size * self.world_size]
-        return steps.view(-1, self.world_size, self.batch_size)[:, self.rank].reshape(-1)
+    def _held_of(self, index: Tensor) -> Tensor:
+        """Those of the images that this rank holds, in their order."""
+        return index[(index >= self.start) & (index < self.start + self.count)]
 
     def _eval_share(self, rank: int, world_size: int, limit: int | None) -> Tensor:
         if not self.shard:
@@ -129,19 +108,9 @@ class ResidentLoader:
                 f"rank {self.rank} of {self.world_size} does not hold the images of rank {rank} of {world_size}: "
                 "remove --resident-shard"
             )
-        chosen = eval_share(self.num_images, limit=limit)
-        return chosen[(chosen >= self.start) & (chosen < self.start + self.count)]
+        return self._held_of(eval_share(self.num_images, limit=limit))
 
     def _windows(self, index: Tensor) -> ImageBatch:
         rows = index - self.start
         windows = (tensor[rows] for tensor in (self._offset, self._height, self._width))
         return ImageBatch(self._pixels, *windows, index, self._label[rows], self._max_side)
-
-
-def _open_source(data: str | os.PathLike, cache: str, options: dict[str, object]) -> FolderLoader:
-    """The loader that decodes the images once."""
-    if os.path.isdir(data):
-        return FolderLoader(data, batch_size=1, seed=0, **options)
-    from fastssl.loaders.beton_loader import BetonLoader  # needs libturbojpeg, which a folder does not
-
-    return BetonLoader(data, batch_size=1, seed=0, cache=cache, **options)

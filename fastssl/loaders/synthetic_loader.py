@@ -24,12 +24,11 @@ class SyntheticLoader:
 
     def __init__(
         self,
-        *,
         num_images: int,
         size: int,
+        device: torch.device | str,
         batch_size: int,
         seed: int,
-        device: torch.device | str,
         rank: int = 0,
         world_size: int = 1,
         order: Order = FULL,
