@@ -119,8 +119,8 @@ def test_whole_caltech_is_split_by_the_seed(make_image_folder, tmp_path, monkeyp
             torch.cat([b.label for b in s.read(iter([torch.arange(s.num_images)]))]).tolist() for s in (train, test)
         ]
         assert labels == [[0, 0, 0, 1, 1, 1], [0, 0, 1, 1]]
-        assert not set(train.decoder.encoded.folder.paths) & set(test.decoder.encoded.folder.paths)
-    chosen = [train.decoder.encoded.folder.paths for train, _ in splits]
+        assert not set(train.folder.paths) & set(test.folder.paths)
+    chosen = [train.folder.paths for train, _ in splits]
     assert chosen[0] == chosen[1] != chosen[2]
 
 
@@ -141,9 +141,7 @@ def test_an_unreadable_training_image_of_caltech_is_replaced_by_one_of_them(make
     (folder / "class1").rename(folder / "class0")
     session = session_of(tmp_path, "--dataset", "caltech101")
     train, _ = transfer_data.open_transfer_data(session)
-    Path(train.decoder.encoded.folder.path(2)).write_bytes(
-        b"no image"
-    )  # the last one: the next in file order is the first
+    Path(train.folder.path(2)).write_bytes(b"no image")  # the last one: the next in file order is the first
     (batch,) = train.read(iter([torch.tensor([0, 2])]), replace_bad=True)
     first, last = batch.pixels.chunk(2)
     assert torch.equal(first, last) and batch.label.tolist() == [0, 0] and len(train.bad_images) == 1

@@ -120,8 +120,8 @@ def _nominate_double(bank: Rows, q: Tensor, centre: Tensor, num: int, bank_chunk
     """
     best = torch.empty(len(q), 0, dtype=torch.int64, device=q.device)
     q_square = q.square().sum(1, keepdim=True)
-    largest = max(float((b - centre).square().sum(1).max()) for _, b in _blocks(bank, bank_chunk, q.device))
-    scale = 1 / ((largest + float(q_square.max())) or 1)  # so that float32 can hold the distances
+    largest = [(b - centre).square().sum(1).max() for _, b in _blocks(bank, bank_chunk, q.device)]
+    scale = 1 / torch.stack([*largest, q_square.max()]).sum().clamp_min(1e-300)  # so that float32 can hold distances
     least = 4 * _FLOAT64_NOISE * (8 + math.sqrt(q.shape[1])) * q_square  # below it a product's distance is noise
     for start, b in _blocks(bank, bank_chunk, q.device):
         b = b - centre
