@@ -382,5 +382,8 @@ def test_no_images_is_one_clear_sentence(tmp_path):
         find_images(tmp_path / "targets")
     make_tree(tmp_path / "shards", [f"shard-000000.{kind}" for kind in ("tar", "idx", "idx2", "json", "jsonl")])
     make_tree(tmp_path / "shards", [f"{n}.{kind}" for kind in ("idx", "idx2", "json", "jsonl") for n in "ab"])
-    with pytest.raises(ValueError, match=r"3 \.\w+ file.*: tar shards are read by --loader dali"):
+    with pytest.raises(
+        ValueError,
+        match=r"3 \.\w+ file.*: fastssl prep beton converts the tar files in .*/shards, and --loader dali reads",
+    ):
         find_images(tmp_path / "shards")

@@ -30,6 +30,7 @@ class Images(Protocol):
     class_names: list[str]
     label: np.ndarray  # (num_images,) int64, -1 for none
     bad_images: list[str]  # "path: reason" of the unreadable images met so far
+    notices: Sequence[str]  # sentences on what one might not expect of the files
 
     def read(self, shares: Iterator[Tensor], *, replace_bad: bool = False) -> Iterator[ImageBatch]: ...
 
@@ -40,6 +41,7 @@ class ArrayImages:
     """Images in memory, all of one size: (n, H, W, 3) uint8 and (n,) labels."""
 
     bad_images: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
 
     def __init__(self, pixels: np.ndarray, labels: Sequence[int], class_names: Sequence[str], device: torch.device):
         self.pixels, self.label = pixels, np.asarray(labels, dtype=np.int64)
@@ -75,9 +77,10 @@ def open_images(
         images = make_loader(
             "auto", path, batch_size=1, seed=0, device=ranks.device, workers=options.workers, class_names=class_names
         )
-    if not images.class_names:
+    if len(images.class_names) < 2:
         what = "class folders" if os.path.isdir(path) else "labels"
-        raise ValueError(f"{os.fspath(path)} has no {what}: evaluations need images in <class>/ folders")
+        what = f"but one class, {images.class_names[0]}" if images.class_names else f"no {what}"
+        raise ValueError(f"{os.fspath(path)} has {what}: evaluations need images in <class>/ folders")
     if without := int((images.label < 0).sum()):
         count = "1 image" if without == 1 else f"{without:,} images"
         raise ValueError(f"{os.fspath(path)} has {count} without a class: evaluations need a class for every image")

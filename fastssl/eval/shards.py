@@ -22,6 +22,8 @@ class ShardImages:
     Raises ValueError when there is nothing to read, or a class is not among `class_names`.
     """
 
+    notices: Sequence[str] = ()
+
     def __init__(
         self,
         data: str | os.PathLike,

@@ -34,6 +34,8 @@ class BetonLoader:
     Raises ValueError as `open_beton` does, and when there are fewer images than one global batch.
     """
 
+    notices: Sequence[str] = ()
+
     def __init__(
         self,
         data: str | os.PathLike,

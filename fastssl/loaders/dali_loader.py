@@ -50,7 +50,7 @@ class DaliLoader:
         read_ahead: int | None = None,
     ) -> None:
         encoded = open_encoded(data, class_names)
-        self.num_images, self.class_names = len(encoded.label), encoded.class_names
+        self.num_images, self.class_names, self.notices = len(encoded.label), encoded.class_names, encoded.notices
         self.batches_per_epoch = count_batches(self.num_images, batch_size, world_size)
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.order, self.workers = order, workers or default_workers()

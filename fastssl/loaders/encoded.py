@@ -12,10 +12,11 @@ import numpy as np
 
 from fastssl.data_prep.beton_format import RAW
 from fastssl.data_prep.decode import read_file
-from fastssl.data_prep.find import ImageFolder, find_images, is_image_name, number_labels
+from fastssl.data_prep.find import ImageFolder, find_images, number_labels
 from fastssl.data_prep.manifest import name_classes, read_manifest
 from fastssl.data_prep.sources import Place, read_place
 from fastssl.data_prep.tars import class_number, find_tars
+from fastssl.data_prep.walk import is_image_name
 from fastssl.loaders.beton_file import open_beton
 
 _INDEX_VERSIONS = ("v1.1", "v1.2")
@@ -28,6 +29,7 @@ class EncodedImages(NamedTuple):
     name: Callable[[int], str]  # the name of image i in messages
     label: np.ndarray  # (n,) int64, -1 where there are no classes
     class_names: list[str]
+    notices: Sequence[str] = ()  # of `ImageFolder`
 
 
 def open_encoded(data: str | os.PathLike, class_names: Sequence[str] | None = None) -> EncodedImages:
@@ -54,6 +56,7 @@ def from_folder(folder: ImageFolder) -> EncodedImages:
         name=folder.path,
         label=folder.labels,
         class_names=folder.class_names,
+        notices=folder.notices,
     )
 
 

@@ -49,7 +49,7 @@ class FolderLoader:
     ) -> None:
         self.folder = data if isinstance(data, ImageFolder) else find_images(data, class_names)
         self.num_images, self.label = len(self.folder.paths), self.folder.labels
-        self.class_names = self.folder.class_names
+        self.class_names, self.notices = self.folder.class_names, self.folder.notices
         self.batches_per_epoch = count_batches(self.num_images, batch_size, world_size)
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.workers = workers or default_workers()

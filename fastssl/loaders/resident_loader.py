@@ -52,7 +52,7 @@ class ResidentLoader:
         options = {"workers": workers, "on_bad_image": on_bad_image, "class_names": class_names, "device": device}
         options["read_ahead"] = _READ_AHEAD
         with closing(_open_source(data, cache, options)) as source:
-            self.num_images, self.class_names = source.num_images, source.class_names
+            self.num_images, self.class_names, self.notices = source.num_images, source.class_names, source.notices
             self.batches_per_epoch = count_batches(self.num_images, batch_size, world_size)
             part = (rank, world_size) if self.shard else (0, 1)
             held = eval_share(self.num_images, *part)
