@@ -15,7 +15,7 @@ from fastssl.data_prep.find import find_images
 from fastssl.data_prep.sources import Selection, open_source
 from fastssl.data_prep.splits import look_like_splits
 from fastssl.distributed import Ranks
-from fastssl.eval.images import open_images
+from fastssl.eval.images import open_splits
 from fastssl.eval.online import make_probe
 from fastssl.eval.session import Session
 from fastssl.loaders.make import make_loader
@@ -147,8 +147,8 @@ def test_a_single_class_is_none_for_an_accuracy(tmp_path):
         "no k-NN probe: it needs classes, and all images are in one, cat",
     )
     loader.close()
-    with pytest.raises(ValueError, match="train has but one class, cat: evaluations need images in <class>/ folders"):
-        open_images(tmp_path / "train", SimpleNamespace(workers=1), ALONE)
+    with pytest.raises(ValueError, match="train has but one class, cat: an accuracy needs several"):
+        open_splits(SimpleNamespace(data=tmp_path, workers=1), ALONE)
 
 
 def test_tar_files_further_down_are_named(tmp_path):

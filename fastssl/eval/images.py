@@ -77,10 +77,9 @@ def open_images(
         images = make_loader(
             "auto", path, batch_size=1, seed=0, device=ranks.device, workers=options.workers, class_names=class_names
         )
-    if len(images.class_names) < 2:
+    if not images.class_names:
         what = "class folders" if os.path.isdir(path) else "labels"
-        what = f"but one class, {images.class_names[0]}" if images.class_names else f"no {what}"
-        raise ValueError(f"{os.fspath(path)} has {what}: evaluations need images in <class>/ folders")
+        raise ValueError(f"{os.fspath(path)} has no {what}: evaluations need images in <class>/ folders")
     if without := int((images.label < 0).sum()):
         count = "1 image" if without == 1 else f"{without:,} images"
         raise ValueError(f"{os.fspath(path)} has {count} without a class: evaluations need a class for every image")
@@ -106,6 +105,10 @@ def open_splits(options: argparse.Namespace, ranks: Ranks, held_out: Sequence[st
         names = " or ".join(name + train.suffix for name in held_out)
         raise ValueError(f"{train.parent} has no {kind} {names} beside {train.name}: put the held-out images there")
     found = open_images(train, options, ranks)
+    if len(found.class_names) == 1:
+        raise ValueError(
+            f"{train} has but one class, {found.class_names[0]}: an accuracy needs several <class>/ folders"
+        )
     return found, open_images(other, options, ranks, found.class_names)
 
 
