@@ -18,7 +18,8 @@ MAX_PIXELS = 89_478_485  # 256 MB of RGB; Pillow's own limit for suspecting a de
 
 Image.init()  # now, because Pillow would do so at the first unknown file, which is not thread-safe
 # Only these: Pillow would start Ghostscript for an EPS file.
-_FORMATS = [f for f in ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM") if f in Image.OPEN]
+_WANTED = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000")
+_FORMATS = [name for name in _WANTED if name in Image.OPEN]
 
 
 class BadImage(ValueError):

@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -59,6 +60,11 @@ class Tally:
     def has_classes(self) -> bool:
         """Whether the images have labels."""
         return bool(self._source.folder.class_names)
+
+    @property
+    def notices(self) -> Sequence[str]:
+        """What one might not expect of the source."""
+        return self._source.folder.notices
 
     def add(self, place: Place, image: Prepared, label: int) -> None:
         """Counts and lists an image that was stored."""

@@ -63,7 +63,7 @@ class Source:
         """Some of the images, with new labels."""
         paths = [self.folder.paths[i] for i in rows]
         members = None if self.members is None else [self.members[i] for i in rows]
-        return Source(ImageFolder(self.folder.root, paths, labels, class_names), members)
+        return Source(self.folder._replace(paths=paths, labels=labels, class_names=class_names), members)
 
 
 def read_place(place: Place) -> bytes:

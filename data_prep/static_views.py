@@ -96,7 +96,7 @@ def make_static_views(
     if out_of_band:
         images = counted(out_of_band, "image")
         notes.append(f"{images}: no two crops found with the overlap of --aug {aug}, so the last two tried were used")
-    return notes
+    return [*folder.notices, *notes]
 
 
 def _claim(out: Path, options: dict) -> None:

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from fastssl.data_prep.class_list import read_classes
-from fastssl.data_prep.find import SPLITS, has_train_split
+from fastssl.data_prep.find import has_train_split
+from fastssl.data_prep.splits import SPLITS
 
 
 def make_subset(data: str | os.PathLike, out: str | os.PathLike, classes: str, force: bool = False) -> dict[str, int]:

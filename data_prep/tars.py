@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import os
 import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from fastssl.data_prep.find import (
-    ImageFolder,
-    around_classes,
-    by_parts,
-    is_image_name,
-    label_by_folder,
-    look_like_splits,
-    walk_images,
-)
+from fastssl.data_prep.find import ImageFolder, by_parts, label_by_folder
 from fastssl.data_prep.manifest import name_classes, read_manifest
+from fastssl.data_prep.splits import around_classes, look_like_splits
+from fastssl.data_prep.walk import count_unread, is_image_name, unread_notice, walk_images
 
 _MOST_LINKS = 40  # that lead to one another, as in Linux; a circle ends at one of its links, an empty file
 WANTED = "give an image folder, a tar file of images, or a folder of those"
@@ -43,7 +38,7 @@ def find_tars(folder: str | os.PathLike) -> list[Path]:
     split and of another one, such as ImageNet's, which must not become one data set.
     """
     tars = sorted(Path(folder).glob("[!.]*.tar"))
-    if tars and any("/" in path for path in walk_images(os.fspath(folder))):
+    if tars and any("/" in path for path in walk_images(os.fspath(folder), Counter())):
         return []
     if splits := look_like_splits(tar.stem for tar in tars):
         raise ValueError(
@@ -62,6 +57,7 @@ def read_tars(path: Path, tars: list[Path]) -> tuple[ImageFolder, list[Member]]:
     """
     images: Members = {}
     classes: dict[tuple[Path, str], int] = {}
+    unread: Counter[str] = Counter()
     with tqdm(unit=" files", desc="listing", dynamic_ncols=True, disable=None, delay=1, leave=False) as bar:
         for tar in tars:
             try:
@@ -71,13 +67,16 @@ def read_tars(path: Path, tars: list[Path]) -> tuple[ImageFolder, list[Member]]:
                     texts = {name: _bytes(archive, m) for name, m in members.items() if name.endswith(".cls")}
             except (tarfile.TarError, OSError, ValueError) as error:
                 raise ValueError(f"{tar} is no whole, uncompressed tar file ({error}): {WANTED}") from error
+            for name in members:
+                count_unread(name, unread)
             for name, text in texts.items():
                 if (tar, _key(name)) in classes:
                     raise ValueError(f"{tar}/{name}: another sample has the same name up to the first dot, rename one")
                 classes[tar, _key(name)] = class_number(text, f"{tar}/{name}")
     if not images:
         raise ValueError(f"{path} holds no images: {WANTED}")
-    return _samples(path, images, classes) if classes else _packed_folder(path, images)
+    folder, places = _samples(path, images, classes) if classes else _packed_folder(path, images)
+    return folder._replace(notices=(*folder.notices, *unread_notice(unread))), places
 
 
 def class_number(text: bytes, name: str) -> int:

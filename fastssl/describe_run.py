@@ -48,7 +48,7 @@ def warn(config: Config, loader: Loader, trainee: Trainee, precision: str) -> li
     """Choices that are allowed but may be mistakes."""
     optimizer, queue, ways = config.optim.optimizer, len(trainee.moco.queue), directions(config)
     of_an_epoch = ways * loader.num_images
-    lines = []
+    lines = list(loader.notices)
     if idle := idle_options(config):
         lines.append(f"without effect: {', '.join(idle)}")
     if precision == "fp16" and not supports_scaler_without_sync(trainee.optimizer):

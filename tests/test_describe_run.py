@@ -19,6 +19,8 @@ CPU = Ranks(0, 1, torch.device("cpu"))
 class Loader:
     """What `describe` asks of one."""
 
+    notices = ("passed over 1 file of a kind that is not read",)
+
     def __init__(self, num_images):
         self.num_images, self.class_names, self.name, self.reason = num_images, ["a", "b"], "folder", "asked for"
 
@@ -30,7 +32,8 @@ def lines_of(num_images, **options):
 
 
 def test_the_loss_the_policy_and_the_optimiser_are_named():
-    images, model, machine, loss, how = lines_of(16, policy="v2", cj=None, align_weight=2)
+    notice, images, model, machine, loss, how = lines_of(16, policy="v2", cj=None, align_weight=2)
+    assert notice == Loader.notices[0]
     assert images == "16 images in 2 classes; loader folder (asked for)"
     assert model.startswith("resnet18, linear head, 11.2 M weights; batch size 4, 1 step per epoch, 200 in all")
     assert machine.startswith("1 x cpu, ") and "channels_last (requested)" in machine

@@ -34,9 +34,19 @@ def test_rgb_png_is_exact_and_owns_its_memory():
     np.testing.assert_array_equal(decoded, picture())
 
 
-@pytest.mark.parametrize("kind", ["BMP", "TIFF", "PPM"])
+@pytest.mark.parametrize("kind", ["BMP", "TIFF", "PPM", "JPEG2000"])
 def test_other_lossless_formats(kind):
     np.testing.assert_array_equal(decode_image(encode(Image.fromarray(picture()), kind)), picture())
+
+
+@pytest.mark.skipif("AVIF" not in Image.SAVE, reason="this Pillow has no AVIF")
+def test_avif_upright_and_over_white():
+    turned, clear = Image.Exif(), Image.fromarray(picture()).convert("RGBA")
+    turned[0x0112] = 6
+    decoded = decode_image(encode(Image.fromarray(picture()), "AVIF", exif=turned, quality=95))
+    assert np.abs(decoded.astype(int) - np.rot90(picture(), -1)).mean() < 3
+    clear.putalpha(0)
+    assert decode_image(encode(clear, "AVIF")).min() >= 254
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (375, 500)])
@@ -372,5 +382,8 @@ def test_no_images_is_one_clear_sentence(tmp_path):
         find_images(tmp_path / "targets")
     make_tree(tmp_path / "shards", [f"shard-000000.{kind}" for kind in ("tar", "idx", "idx2", "json", "jsonl")])
     make_tree(tmp_path / "shards", [f"{n}.{kind}" for kind in ("idx", "idx2", "json", "jsonl") for n in "ab"])
-    with pytest.raises(ValueError, match=r"3 \.\w+ file.*: tar shards are read by --loader dali"):
+    with pytest.raises(
+        ValueError,
+        match=r"3 \.\w+ file.*: fastssl prep beton converts the tar files in .*/shards, and --loader dali reads",
+    ):
         find_images(tmp_path / "shards")

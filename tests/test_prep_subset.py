@@ -7,7 +7,8 @@ from prep_images import jpeg, write_photos
 
 from fastssl.cli import main
 from fastssl.data_prep.class_list import IMAGENET100, read_classes
-from fastssl.data_prep.find import SPLITS, find_images
+from fastssl.data_prep.find import find_images
+from fastssl.data_prep.splits import SPLITS
 from fastssl.data_prep.subset import make_subset
 
 IDS = ["n01440764", "n01443537", "n02869837"]

@@ -185,7 +185,9 @@ def test_bad_images_are_named_and_the_next_ones_taken(make_image_folder, tmp_pat
     data = make_image_folder(tmp_path / "data", {"train": 4}, classes=2) / "train"
     (data / "class1/0.jpg").write_bytes(b"not an image")
     (data / "class1/1.jpg").write_bytes((data / "class1/1.jpg").read_bytes()[:200])
-    notes = make_static_views(str(data), str(tmp_path / "set"), "moco", 2, workers=1)
+    (data / "class1/0.heic").touch()
+    kinds, *notes = make_static_views(str(data), str(tmp_path / "set"), "moco", 2, workers=1)
+    assert "(.heic 1)" in kinds
     assert len(notes) == 2 and all("left out: " in n for n in notes) and "class1/0.jpg" in notes[0]
     assert {f for f in files(tmp_path / "set") if f.endswith("-0.jpeg")} == {
         "class0/0-0.jpeg", "class0/1-0.jpeg", "class1/2-0.jpeg", "class1/3-0.jpeg",

@@ -155,6 +155,8 @@ def print_summary(tally: Tally, out: str, seconds: float) -> None:
     speed = (tally.num_images + len(left_out)) / seconds
     images = counted(tally.num_images, "image") + ("" if tally.has_classes else " without classes")
     print(f"{out}: {images}, {tally.bytes:,} bytes, {speed:,.0f} images/s")
+    for notice in tally.notices:
+        print(f"{out}: {notice}", file=sys.stderr)
     for image in left_out[:_MOST_NAMED]:
         print(f"left out: {image['path']}: {image['reason']}", file=sys.stderr)
     if len(left_out) > _MOST_NAMED:

@@ -33,6 +33,7 @@ class Images(Protocol):
     class_names: list[str]
     label: np.ndarray  # (num_images,) int64, -1 for none
     bad_images: list[str]  # "path: reason" of the unreadable images met so far
+    notices: Sequence[str]  # sentences on what one might not expect of the files
 
     def read(self, shares: Iterator[Tensor], *, replace_bad: bool = False) -> Iterator[ImageBatch]: ...
 
@@ -43,6 +44,7 @@ class ArrayImages:
     """Images in memory, all of one size: (n, H, W, 3) uint8 and (n,) labels."""
 
     bad_images: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
 
     def __init__(self, pixels: np.ndarray, labels: Sequence[int], class_names: Sequence[str], device: torch.device):
         self.pixels, self.label = pixels, np.asarray(labels, dtype=np.int64)
@@ -106,6 +108,10 @@ def open_splits(options: argparse.Namespace, ranks: Ranks, held_out: Sequence[st
         names = " or ".join(name + train.suffix for name in held_out)
         raise ValueError(f"{train.parent} has no {kind} {names} beside {train.name}: put the held-out images there")
     found = open_images(train, options, ranks)
+    if len(found.class_names) == 1:
+        raise ValueError(
+            f"{train} has but one class, {found.class_names[0]}: an accuracy needs several <class>/ folders"
+        )
     return found, open_images(other, options, ranks, found.class_names)
 
 

@@ -39,6 +39,8 @@ def make_probe(config: Config, loader: Loader, ranks: Ranks) -> tuple[Probe | No
         return None, "no k-NN probe: --knn-every is 0"
     if not loader.class_names:
         return None, "no k-NN probe: it needs classes, and these images are not in class folders"
+    if len(loader.class_names) == 1:
+        return None, f"no k-NN probe: it needs classes, and all images are in one, {loader.class_names[0]}"
     held_out, found = open_held_out(config, loader, ranks.device)
     check_images(held_out, "held-out", ranks)
     images = min(loader.num_images, config.eval.knn_images)
@@ -87,7 +89,7 @@ def _try_held_out(path: Path, config: Config, loader: Loader, device: torch.devi
     if next(keep_labelled(held_out.eval_batches(_BATCH, limit=config.eval.knn_images)), None) is None:
         what = "has a class" if held_out.decoded else "can be read"
         return None, f"no image that the probe would take from {path} {what}"
-    return held_out, str(path)
+    return held_out, "; ".join([str(path), *held_out.notices])
 
 
 def keep_labelled(batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:

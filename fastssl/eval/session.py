@@ -81,7 +81,9 @@ class Session:
         return backbone.to(self.ranks.device, memory_format=torch.channels_last).eval()
 
     def warn_bad(self, *sets: Images) -> int:
-        """Names the unreadable images of all ranks on stderr; returns how many there are."""
+        """Names the unreadable images of all ranks on stderr, after the sets' notices; returns how many there are."""
+        for notice in dict.fromkeys(notice for images in sets for notice in images.notices):
+            self.note(notice)
         found = gather_objects([line for images in sets for line in images.bad_images], self.ranks)
         lines = list(dict.fromkeys(line for rank in found for line in rank))  # several ranks may meet the same image
         for line in lines:

@@ -49,23 +49,24 @@ def open_view_set(
     Raises ValueError for files whose names are not those of a view set, and for a sample that lacks a file.
     """
     images = images or open_images(options.data, options, ranks)
-    if not hasattr(images, "folder"):
+    folder = getattr(images, "folder", None)
+    if folder is None:
         raise ValueError(f"{options.data} is not a folder of image files: make a view set with fastssl prep views")
     wanted, found = MODES[mode], {}
-    for i, path in enumerate(images.folder.paths):
+    for i, path in enumerate(folder.paths):
         match = _NAME.fullmatch(path)
         if not match:
             raise ValueError(
-                f"{images.folder.path(i)} is not named <stem>-<number>.jpeg, as in a static view set: make one with "
+                f"{folder.path(i)} is not named <stem>-<number>.jpeg, as in a static view set: make one with "
                 "fastssl prep views"
             )
-        found.setdefault((int(images.folder.labels[i]), match[1]), {})[int(match[2])] = i
+        found.setdefault((int(folder.labels[i]), match[1]), {})[int(match[2])] = i
     samples = sorted(found)
     missing = [(name, number) for label, name in samples for number in wanted if number not in found[label, name]]
     if missing:
         name, number = missing[0]
         raise ValueError(
-            f"{images.folder.root}/{name}-{number}.jpeg is missing, so --dataset-mode {mode} is incomplete: make the "
+            f"{folder.root}/{name}-{number}.jpeg is missing, so --dataset-mode {mode} is incomplete: make the "
             "view set again with fastssl prep views"
         )
     files = torch.tensor([[found[sample][number] for number in wanted] for sample in samples])

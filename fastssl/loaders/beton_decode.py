@@ -44,7 +44,7 @@ class BetonDecoder:
         read_ahead: int | None = None,
         on_bad_image: str = "skip",
     ) -> None:
-        self.beton, self.label, self.class_names = beton, beton.label, beton.class_names
+        self.beton, self.label, self.class_names, self.folder = beton, beton.label, beton.class_names, None
         self.workers = count_workers(workers)
         self._stored = StoredImages(beton, cache)
         self.images = BadImages(on_bad_image, len(beton), self._stored.decode_one)

@@ -38,7 +38,7 @@ class DaliDecoder:
         read_ahead: int | None = None,
         on_bad_image: str = "skip",
     ) -> None:
-        self.label, self.class_names = encoded.label, encoded.class_names
+        self.label, self.class_names, self.folder = encoded.label, encoded.class_names, encoded.folder
         self.workers = count_workers(workers)
         self.reader = ItemReader(encoded, on_bad_image)
         self.images = self.reader.images

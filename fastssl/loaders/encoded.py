@@ -12,10 +12,11 @@ import numpy as np
 
 from fastssl.data_prep.beton_format import RAW
 from fastssl.data_prep.decode import decode_image, read_file
-from fastssl.data_prep.find import ImageFolder, find_images, is_image_name, number_labels
+from fastssl.data_prep.find import ImageFolder, find_images, number_labels
 from fastssl.data_prep.manifest import name_classes, read_manifest
 from fastssl.data_prep.sources import Place, read_place
 from fastssl.data_prep.tars import class_number, find_tars
+from fastssl.data_prep.walk import is_image_name
 from fastssl.loaders.beton_file import open_beton
 
 _INDEX_VERSIONS = ("v1.1", "v1.2")

@@ -60,7 +60,8 @@ class FileDecoder:
         read_ahead: int | None = None,
         on_bad_image: str = "skip",
     ) -> None:
-        self.encoded, self.label, self.class_names = encoded, encoded.label, encoded.class_names
+        self.encoded, self.folder = encoded, encoded.folder
+        self.label, self.class_names = encoded.label, encoded.class_names
         self.workers = count_workers(workers)
         self.images = BadImages(on_bad_image, len(encoded.label), encoded.decode)
         self.prefetcher = Prefetcher(device, read_ahead)
@@ -68,7 +69,7 @@ class FileDecoder:
 
     def pixel_bytes(self, chosen: Iterable[int]) -> int:
         """The decoded size in bytes of the chosen images of a folder, from their headers."""
-        return folder_pixel_bytes(self.encoded.folder, chosen, self.workers)
+        return folder_pixel_bytes(self.folder, chosen, self.workers)
 
     def batches(self, shares: Iterator[Tensor], replace: bool) -> Iterator[ImageBatch]:
         """CPU batches, see `stream_loader.Decoder`."""

@@ -39,6 +39,7 @@ class Loader(Protocol):
     class_names: list[str]  # empty when the data set has no classes
     bad_images: list[str]  # "path: reason" of the unreadable images met so far; only ever appended to
     decoded: int  # images decoded so far, including those read ahead
+    notices: Sequence[str]  # sentences on what one might not expect of the files
 
     def batches(self, first: int = 0) -> Iterator[ImageBatch]: ...
 

@@ -33,7 +33,8 @@ class ResidentLoader:
         self.device, self.seed, self.order = source.decoder.prefetcher.device, source.seed, source.order
         self.batch_size, self.rank, self.world_size = source.batch_size, source.rank, source.world_size
         self.num_images, self.batches_per_epoch = source.num_images, source.batches_per_epoch
-        self.class_names, self.shard = source.class_names, shard and self.world_size > 1
+        self.class_names, self.notices = source.class_names, source.notices
+        self.shard = shard and self.world_size > 1
         part = (self.rank, self.world_size) if self.shard else (0, 1)
         held = eval_share(self.num_images, *part)
         self.start, self.count = int(held[0]), len(held)

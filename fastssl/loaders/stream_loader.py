@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from fastssl.batch import ImageBatch
+from fastssl.data_prep.find import ImageFolder
 from fastssl.loaders.bad_images import BadImages
 from fastssl.loaders.order import FULL, Order, count_batches, eval_shares, train_shares
 from fastssl.loaders.prefetch import Prefetcher
@@ -24,6 +25,7 @@ class Decoder(Protocol):
 
     label: np.ndarray  # (num_images,) int64, -1 for none
     class_names: list[str]
+    folder: ImageFolder | None  # if they are its files
     images: BadImages  # those that cannot be decoded, and how many were
     prefetcher: Prefetcher
 
@@ -51,6 +53,7 @@ class StreamLoader:
         order: Order = FULL,
     ) -> None:
         self.decoder, self.label, self.class_names = decoder, decoder.label, decoder.class_names
+        self.folder, self.notices = decoder.folder, decoder.folder.notices if decoder.folder else ()
         self.num_images = len(self.label)
         self.batches_per_epoch = count_batches(self.num_images, batch_size, world_size)
         self.batch_size, self.seed, self.rank, self.world_size, self.order = batch_size, seed, rank, world_size, order

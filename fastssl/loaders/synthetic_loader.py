@@ -40,7 +40,7 @@ class SyntheticLoader:
         self.batches_per_epoch = count_batches(num_images, batch_size, world_size)
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.order = order
-        self.bad_images: list[str] = []
+        self.bad_images, self.notices = list[str](), list[str]()
         self.decoded = 0
         self.device = torch.device(device)
         self._pixels = render_images(num_images, size, seed, self.device).reshape(-1)
