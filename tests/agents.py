@@ -2,29 +2,18 @@
 
 import hashlib
 import json
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 from fastssl import checkpoint
 
 FLAGS = (
-    "--loader synthetic --synthetic-images 48 --synthetic-size 40 -a resnet18 --image-size 32 -b 16 --queue-size 40 "
-    "--dim 16 --epochs 4 --log-every 1 --save-every-steps 4 --knn-every 0 --deterministic --device cpu --seed 3"
+    "--loader synthetic --synthetic-images 48 --synthetic-size 40 -a mobilenetv3_small --image-size 32 -b 16 "
+    "--queue-size 40 --dim 16 --epochs 4 --log-every 1 --save-every-epochs 4 --knn-every 0 --deterministic "
+    "--device cpu --seed 3"
 ).split()
 STEPS = 12
-ALONE = "--standalone --local-addr localhost"  # a single agent, on a host whose name need not resolve
-
-
-def torchrun(launch: str, output: Path, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", *launch.split(), "-m", "fastssl.train", *FLAGS]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, "--output", str(output), *flags],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-    )  # fmt: skip
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
@@ -51,3 +40,15 @@ def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
     while not ((folder / "metrics.jsonl").exists() and any(done >= step for done, _ in losses(folder))):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
+
+
+def worker(folder: Path, rank: int) -> int:
+    """The process id of a rank of the run in `folder`."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command, environment = (entry / "cmdline").read_bytes(), (entry / "environ").read_bytes()
+        except OSError:
+            continue  # gone, or another user's
+        if str(folder).encode() in command and f"\0RANK={rank}\0".encode() in b"\0" + environment:
+            return int(entry.name)
+    raise AssertionError(f"no process of rank {rank}")

@@ -54,7 +54,7 @@ def main(more: str) -> None:
     cap = None if more == "none" else before + float(more)
     found = evaluate(knn, knn.make_knn_parser(), "-k", "21", cap=cap)
     found |= evaluate(
-        linear, linear.make_linear_parser(), "--protocol", "cached", "--epochs", "2", "--lrs", "0.1,1", cap=cap
+        linear, linear.make_linear_parser(), "--protocol", "cached", "--epochs", "1", "--lrs", "0.1,1", cap=cap
     )
     result = {name: found[name] for name in ("accuracy", "weighted_accuracy", "settings")}
     print(json.dumps({"result": result, "before": before, "cap": cap, "peak": peak_memory() / GB}))

@@ -83,6 +83,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"not run: {reasons.count(reason)} tests, {reason}")
 
 
+@pytest.fixture(autouse=True)
+def undrawn_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process draw no curves.png: it takes ten times as long as the rest of a small run."""
+    if run := sys.modules.get("fastssl.run"):
+        monkeypatch.setattr(run, "draw_curves", lambda metrics, picture: None)
+
+
 @pytest.fixture
 def nan_poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills what torch.empty and its kin return with NaN (integers: the largest), so that unwritten memory shows."""

@@ -27,6 +27,8 @@ KERNELS = ["reference", "triton", pytest.param("numba", marks=pytest.mark.skipif
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = [torch.channels_last, torch.contiguous_format]
 SIDES = ((9, 12), (1, 1), (1, 20))  # small: the interpreter takes a millisecond for a pixel and tap
+SIZES = [(1, ((2, 3), (1, 1))), (7, SIDES), (33, SIDES)]
+IN_ONE_TYPE = (1, 33)  # views that the interpreter, which takes seconds, makes in float32 alone
 
 
 def skip_what_the_interpreter_rounds_otherwise(kernel: str, dtype: torch.dtype) -> None:
@@ -42,9 +44,15 @@ def assert_same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("size", "sides"), [(1, ((2, 3), (1, 1))), (7, SIDES), (33, SIDES)])
-def test_a_view_of_bytes_once_normalised_is_the_view(kernel, dtype, size, sides, nan_poisoned_empty) -> None:
+def test_a_view_of_bytes_once_normalised_is_the_view(kernel, dtype, nan_poisoned_empty) -> None:
     skip_what_the_interpreter_rounds_otherwise(kernel, dtype)
+    interpreted = (kernel, DEVICE.type) == ("triton", "cpu")
+    for size, sides in SIZES:
+        if not (interpreted and size in IN_ONE_TYPE and dtype != torch.float32):
+            assert_bytes_are_the_view(kernel, dtype, size, sides)
+
+
+def assert_bytes_are_the_view(kernel: str, dtype: torch.dtype, size: int, sides: tuple) -> None:
     batch, policy = photo_batch(sides).to(DEVICE), make_policy("v2", solarise_p=0.4, blur_p=0.6)
     plain = make_views(batch, policy, size, 1, 2, dtype, kernel)
     view_q, view_k = make_views(batch, policy, size, 1, 2, dtype, kernel, key_bytes=True)

@@ -78,18 +78,19 @@ def wait_for_members(session: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "number", "moment"),
+    ("kind", "number", "moment", "send"),
     [
-        ("beton", signal.SIGINT, "at the start"),
-        ("beton", signal.SIGTERM, "in the middle"),
-        ("shards", signal.SIGTERM, "at the start"),
-        ("shards", signal.SIGINT, "in the middle"),
+        ("beton", signal.SIGINT, "at the start", os.killpg),
+        ("beton", signal.SIGTERM, "in the middle", os.killpg),
+        ("shards", signal.SIGTERM, "at the start", os.kill),
+        ("shards", signal.SIGINT, "in the middle", os.killpg),
     ],
 )
-def test_a_signal_ends_it_with_one_sentence(images, tmp_path, kind, number, moment):
+def test_a_signal_ends_it_with_one_sentence(images, tmp_path, kind, number, moment, send):
+    """To its group, as a terminal sends it, or to one process, as `kill PID` or a service manager does."""
     with start(images, tmp_path, kind) as process:
         wait_for(process, tmp_path / LISTING[kind], moment)
-        os.killpg(process.pid, number)
+        send(process.pid, number)
         assert process.communicate(timeout=60) == ("", SAID[number])
         wait_for_members(process.pid)
     assert process.returncode == 128 + number
@@ -110,16 +111,6 @@ def test_a_signal_leaves_whole_views_that_the_same_command_completes(images, tmp
     with start(tmp_path / "in", tmp_path, "views") as process:
         assert "50 images with 2 views each" in process.communicate(timeout=60)[0]
     assert before.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*-2.jpeg")}.items()
-
-
-def test_a_parent_s_own_sigterm_reaches_its_processes(images, tmp_path):
-    """As `kill PID` or a service manager sends it: to one process, not to its group."""
-    with start(images, tmp_path, "beton") as process:
-        wait_for(process, tmp_path / LISTING["beton"], "at the start")
-        process.terminate()
-        assert process.communicate(timeout=60) == ("", SAID[signal.SIGTERM])
-        wait_for_members(process.pid)
-    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("moment", ["_lock_partial", "lock"])

@@ -1,6 +1,6 @@
 """A run that is killed and resumed is, bit for bit, the run that was never stopped.
 
-Each start is a process, forked after its imports; test_torchrun.py kills and resumes commands begun by an interpreter.
+Each start is a process, forked after its imports; test_slurm.py kills and resumes commands begun by an interpreter.
 """
 
 import hashlib

@@ -1,6 +1,7 @@
 """The Slurm scripts as they are, with programs in the place of Slurm's that do as Slurm's do, and real torchrun.
 
-Two processes each; that of the second node has rank 1 and local rank 0.
+Two processes each; that of the second node has rank 1 and local rank 0. A start costs many steps, so that one job goes
+through all that can happen to a job.
 """
 
 import os
@@ -9,12 +10,11 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from agents import ALONE, FLAGS, STEPS, finish, losses, torchrun, wait_for_step, weights
+from agents import FLAGS, STEPS, finish, losses, wait_for_step, weights, worker
 from ranks import free_port
 
 from fastssl import checkpoint
@@ -28,6 +28,9 @@ def signal_step(tmp_path: Path, name: str) -> str:
     return f"grep -lzs '^STEP={tmp_path}$' /proc/[0-9]*/environ | cut -d/ -f3 | xargs -r kill -{name}"
 
 
+Nodes = tuple[str, dict[str, str], tuple[str, str], str]
+
+
 def one_node(tmp_path: Path) -> subprocess.Popen:
     """The script for one node, which has two GPUs."""
     tools = {
@@ -37,11 +40,11 @@ def one_node(tmp_path: Path) -> subprocess.Popen:
     return sbatch("one_node", tmp_path, tools, {"SLURM_GPUS_ON_NODE": "2"})
 
 
-def many_nodes(tmp_path: Path) -> subprocess.Popen:
-    """The script for many nodes, with two on this machine."""
-    environment = TWO_NODES | {"SLURM_JOB_NODELIST": "node[1-2]", "RDZV_PORT": str(free_port())}
-    tools = fake_cluster(tmp_path, "127.0.0.1", ("env", "env"), "--local-addr localhost")
-    return sbatch("many_nodes", tmp_path, tools, environment)
+def many_nodes(tmp_path: Path, nodes: Nodes) -> subprocess.Popen:
+    """The script for many nodes."""
+    first, environment, commands, address = nodes
+    tools = fake_cluster(tmp_path, first, commands, address)
+    return sbatch("many_nodes", tmp_path, tools, TWO_NODES | environment)
 
 
 # As Slurm's: every node's command at once; SIGTERM to srun itself kills them.
@@ -70,46 +73,62 @@ def fake_cluster(tmp_path: Path, first: str, nodes: tuple[str, str], address: st
 
 
 @pytest.fixture(scope="module")
-def one_agent(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("torchrun") / "one"
-    finish(torchrun(f"{ALONE} --nproc_per_node 2", folder))
-    return folder
+def undisturbed(tmp_path_factory) -> Path:
+    """The run folder of a job that nothing happens to."""
+    tmp_path = tmp_path_factory.mktemp("undisturbed")
+    finish(one_node(tmp_path))
+    assert not (tmp_path / "asked").exists()
+    return tmp_path / "slurm"
 
 
-def test_the_one_node_script_saves_and_asks_to_be_requeued(one_agent, tmp_path):
-    """The script as it is, with a scontrol that only notes what it was asked."""
-    folder = stop_and_requeue(partial(one_node, tmp_path), tmp_path)
-    assert losses(folder) == losses(one_agent)
-    assert weights(folder) == weights(one_agent)
+def test_a_job_of_one_node_is_requeued_cancelled_and_goes_on_without_a_worker(undisturbed, tmp_path):
+    folder = tmp_path / "slurm"
+    stop_and_requeue(one_node(tmp_path), tmp_path)
+    cancel(one_node(tmp_path), tmp_path)
+    job = one_node(tmp_path)
+    wait_for_step(job, folder, losses(folder)[-1][0] + 1)
+    os.kill(worker(folder, rank=1), signal.SIGKILL)
+    assert finish(job).count("resuming from") == 2  # at the start, and when torchrun had started both once more
+    assert losses(folder) == losses(undisturbed)
+    assert weights(folder) == weights(undisturbed)
 
 
-def test_the_many_node_script_on_one_machine_is_one_agent_of_two(one_agent, tmp_path):
-    """Two agents of a process each, started by the script as it is with an srun that knows two "nodes"."""
-    folder = stop_and_requeue(partial(many_nodes, tmp_path), tmp_path)
-    assert losses(folder) == losses(one_agent)
-    assert weights(folder) == weights(one_agent)
+def test_a_job_of_two_nodes_is_one_of_two_processes_requeued_and_cancelled(undisturbed, tmp_path, nodes):
+    folder = tmp_path / "slurm"
+    stop_and_requeue(many_nodes(tmp_path, nodes), tmp_path)
+    cancel(many_nodes(tmp_path, nodes), tmp_path)
+    finish(many_nodes(tmp_path, nodes))
+    assert losses(folder) == losses(undisturbed)
+    assert weights(folder) == weights(undisturbed)
 
 
-def test_the_many_node_script_in_two_network_namespaces(one_agent, tmp_path, two_nodes):
-    """Each agent on a network, a host name and an address of its own, with a cable between them."""
-    tools = fake_cluster(tmp_path, "node-a", two_nodes)
-    environment = TWO_NODES | {"SLURM_JOB_NODELIST": "node-[a-b]", "GLOO_SOCKET_IFNAME": "cable"}
-    job = sbatch("many_nodes", tmp_path, tools, environment)
-    finish(job)
-    assert losses(tmp_path / "slurm") == losses(one_agent)
-    assert weights(tmp_path / "slurm") == weights(one_agent)
+def stop_and_requeue(job: subprocess.Popen, tmp_path: Path) -> None:
+    """Stops a job as Slurm does before the time limit."""
+    folder = tmp_path / "slurm"
+    wait_for_step(job, folder, 2)
+    job.send_signal(signal.SIGUSR1)
+    assert "stopped by a signal" in finish(job)
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    (tmp_path / "asked").unlink()
+    assert_saved(folder)
 
 
-@pytest.mark.parametrize("start", [one_node, many_nodes])
-def test_a_cancelled_job_saves_and_is_not_requeued(start, tmp_path):
-    """`scancel JOB` signals the script and all that it has started."""
-    folder, job = tmp_path / "slurm", start(tmp_path)
-    wait_for_step(job, folder, 5)
+def cancel(job: subprocess.Popen, tmp_path: Path) -> None:
+    """Stops a job that continues as `scancel JOB` does, which signals the script and all that it has started."""
+    folder = tmp_path / "slurm"
+    wait_for_step(job, folder, losses(folder)[-1][0] + 1)
     subprocess.run(["bash", "-c", signal_step(tmp_path, "TERM")], check=True)
     job.send_signal(signal.SIGTERM)
-    assert "stopped by a signal" in finish(job, 1)
-    assert max(checkpoint.saved_steps(folder / "checkpoints")) == losses(folder)[-1][0]
+    output = finish(job, 1)
+    assert "resuming from" in output and "stopped by a signal" in output
     assert not (tmp_path / "asked").exists()
+    assert_saved(folder)
+
+
+def assert_saved(folder: Path) -> None:
+    """The run was saved after its last step, and has more before it."""
+    stopped_at = losses(folder)[-1][0]
+    assert max(checkpoint.saved_steps(folder / "checkpoints")) == stopped_at < STEPS
 
 
 @pytest.mark.parametrize("script", ["one_node", "many_nodes"])
@@ -120,59 +139,55 @@ def test_a_job_whose_program_is_missing_ends_with_that_code(script, tmp_path):
         assert "numeric argument" not in finish(job, 127)
 
 
-def sbatch(script: str, tmp_path: Path, tools: dict[str, str], environment: dict[str, str] | None = None):
+def sbatch(script: str, tmp_path: Path, tools: dict[str, str], environment: dict[str, str]):
     """The script as it is, with these programs in front of the others, saving to tmp_path/slurm."""
     (tmp_path / "bin").mkdir(exist_ok=True)
     for name, text in tools.items():
         path = tmp_path / "bin" / name
         path.write_text(f"#!/bin/bash\n{text}\n")
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    environment = os.environ | {"SLURM_JOB_ID": "7", "OMP_NUM_THREADS": "1"} | (environment or {})
+    environment = os.environ | {"SLURM_JOB_ID": "7", "OMP_NUM_THREADS": "1"} | environment
     environment["PATH"] = f"{tmp_path}/bin:{environment['PATH']}"
     command = ["bash", str(RECIPES / "slurm" / f"{script}.sbatch"), *FLAGS, "--output", str(tmp_path / "slurm")]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-def stop_and_requeue(start: Callable[[], subprocess.Popen], tmp_path: Path) -> Path:
-    """Starts the job, stops it as Slurm does before the time limit, starts it again; its run folder."""
-    folder, job = tmp_path / "slurm", start()
-    wait_for_step(job, folder, 5)
-    job.send_signal(signal.SIGUSR1)
-    assert "stopped by a signal" in finish(job)
-    assert (tmp_path / "asked").read_text() == "requeue 7\n"
-    stopped_at = losses(folder)[-1][0]
-    assert max(checkpoint.saved_steps(folder / "checkpoints")) == stopped_at < STEPS
-    assert "resuming from" in finish(start())
-    assert [step for step, _ in losses(folder)] == list(range(1, STEPS + 1))
-    return folder
-
-
 @pytest.fixture
-def two_nodes(tmp_path):
-    """Commands that run another one on node-a and on node-b: network namespaces, a veth pair between them."""
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    """What makes two nodes of this machine: (the first's name, variables, a command on each, torchrun's options).
+
+    Where the machine permits it, each is on a network, a host name and an address of its own, with a cable between.
+    """
     names = [f"fastssl-{os.getpid()}-{end}" for end in "ab"]
-    hosts = tmp_path / "hosts"
-    hosts.write_text("127.0.0.1 localhost\n10.77.0.1 node-a\n10.77.0.2 node-b\n")
-
-    def ip(*words: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["ip", *words], capture_output=True, text=True)
-
-    if shutil.which("ip") is None or shutil.which("unshare") is None:
-        pytest.skip("needs ip and unshare")
     try:
-        if ip("netns", "add", names[0]).returncode:
-            pytest.skip("needs the right to make network namespaces")
-        made = [ip("netns", "add", names[1])]
-        made += [ip("-n", names[0], "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", names[1])]
-        for number, name in enumerate(names, 1):
-            made += [ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "cable")]
-            made += [ip("-n", name, "link", "set", link, "up") for link in ("lo", "cable")]
-        if any(done.returncode for done in made):
-            pytest.skip(f"needs network namespaces: {' '.join(done.stderr.strip() for done in made)}")
-        inside = f'mount --bind {hosts} /etc/hosts; hostname $0; exec "$@"'
-        yield tuple(
-            f"ip netns exec {name} unshare --uts --mount sh -c '{inside}' node-{end}" for name, end in zip(names, "ab")
-        )
+        if connect(names):
+            hosts = tmp_path / "hosts"
+            hosts.write_text("127.0.0.1 localhost\n10.77.0.1 node-a\n10.77.0.2 node-b\n")
+            inside = f'mount --bind {hosts} /etc/hosts; hostname $0; exec "$@"'
+            a, b = (
+                f"ip netns exec {name} unshare --uts --mount sh -c '{inside}' node-{end}"
+                for name, end in zip(names, "ab")
+            )
+            yield "node-a", {"SLURM_JOB_NODELIST": "node-[a-b]", "GLOO_SOCKET_IFNAME": "cable"}, (a, b), ""
+        else:
+            environment = {"SLURM_JOB_NODELIST": "node[1-2]", "RDZV_PORT": str(free_port())}
+            yield "127.0.0.1", environment, ("env", "env"), "--local-addr localhost"
     finally:
-        for name in names:
+        for name in names if shutil.which("ip") else ():
             ip("netns", "delete", name)
+
+
+def connect(names: list[str]) -> bool:
+    """Two network namespaces of these names and a cable between them, if this machine permits it."""
+    if shutil.which("ip") is None or shutil.which("unshare") is None or not ip("netns", "add", names[0]):
+        return False
+    made = [ip("netns", "add", names[1])]
+    made += [ip("-n", names[0], "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", names[1])]
+    for number, name in enumerate(names, 1):
+        made += [ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "cable")]
+        made += [ip("-n", name, "link", "set", link, "up") for link in ("lo", "cable")]
+    return all(made)
+
+
+def ip(*words: str) -> bool:
+    return subprocess.run(["ip", *words], capture_output=True).returncode == 0
