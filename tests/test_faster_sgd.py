@@ -149,7 +149,7 @@ def test_the_log_says_whose_it_is() -> None:
     trainee = make_trainee(config, CPU)
 
     class Loader:
-        num_images, class_names, name, reason = 4, (), "synthetic", "asked for"
+        num_images, class_names, notices, name, reason = 4, (), (), "synthetic", "asked for"
 
     lines = describe(config, make_plan(config, 1), Loader(), trainee, CPU)
     assert lines[-1].endswith("sgd torch's: no CUDA device")
