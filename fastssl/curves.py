@@ -6,8 +6,6 @@ import json
 import math
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from fastssl.data_prep.files import written_whole
 
 PANELS = (("loss",), ("contrast", "align", "uniform"), ("knn",), ("top1", "top5"), ("lr",), ("feature_std",))
@@ -16,6 +14,8 @@ MOST_COLUMNS = 3
 
 def draw_curves(metrics: Path, picture: Path) -> None:
     """Draws every panel that has values, over the steps; the PNG appears whole or not at all."""
+    from matplotlib.figure import Figure  # half a second, which only the rank that draws spends
+
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     panels = [names for names in PANELS if any(name in line for line in lines for name in names)]
     if not panels:
