@@ -103,21 +103,29 @@ def _nobody_reads() -> bool:
 
 
 @contextmanager
+def on_signals(handler: Callable[[int, object], None], *signums: int) -> Iterator[None]:
+    """Inside the block `handler(signum, frame)` answers these signals; behind it, whatever did before."""
+    before = {signum: signal.signal(signum, handler) for signum in signums}
+    try:
+        yield
+    finally:
+        for signum, earlier in before.items():
+            signal.signal(signum, earlier)
+
+
+@contextmanager
 def tidy_on_signals() -> Iterator[None]:
     """Inside the block SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so unfinished files are removed.
 
     A second signal kills the process at once. Not for commands of several ranks: Python cannot answer a signal while
     it waits in a collective.
     """
+    signums = signal.SIGINT, signal.SIGTERM
 
     def interrupt(signum: int, frame: object) -> None:
-        for handled in before:
+        for handled in signums:
             signal.signal(handled, signal.SIG_DFL)
         raise KeyboardInterrupt(signum)
 
-    before = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with on_signals(interrupt, *signums):
         yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastssl.command import on_signals
 from fastssl.distributed import Ranks
 
 
@@ -37,16 +37,10 @@ class StopSignal:
         self.vote = (dist.all_reduce(ballot, dist.ReduceOp.MAX, async_op=True), ballot)
         return agreed
 
-    @contextmanager
-    def on_signals(self) -> Iterator[None]:
+    def on_signals(self) -> AbstractContextManager[None]:
         """Inside the block SIGTERM and SIGUSR1 (Slurm's warning) ask this rank, so that the loop saves and stops."""
 
         def ask(signum: int, frame: object) -> None:
             self.asked = True
 
-        before = {signum: signal.signal(signum, ask) for signum in (signal.SIGTERM, signal.SIGUSR1)}
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
+        return on_signals(ask, signal.SIGTERM, signal.SIGUSR1)
