@@ -82,13 +82,14 @@ def make_loader(
     _check_options(on_bad_image, workers, read_ahead)
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must lie between 0 and world_size - 1, got {rank} of {world_size}")
-    shares = (batch_size, seed, rank, world_size, Order(shuffle, block_size))
+    order = Order(shuffle, block_size)
+    shares = dict(batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, order=order)
     if name == "synthetic":
-        loader = SyntheticLoader(synthetic_images, synthetic_size, device, *shares)
+        loader = SyntheticLoader(synthetic_images, synthetic_size, device, **shares)
     else:
         ahead = LOAD_AHEAD if name == "resident" else read_ahead
-        decoder = _open_decoder(name, data, class_names, beton_cache, (device, workers, ahead, on_bad_image))
-        loader = StreamLoader(decoder, *shares)
+        reading = dict(device=device, workers=workers, read_ahead=ahead, on_bad_image=on_bad_image)
+        loader = StreamLoader(_open_decoder(name, data, class_names, beton_cache, **reading), **shares)
     if name == "resident":
         with closing(loader) as source:
             loader = ResidentLoader(source, os.fspath(data), resident_shard)
@@ -109,19 +110,19 @@ def _check_options(on_bad_image: str, workers: int | None, read_ahead: int | Non
 
 
 def _open_decoder(
-    name: str, data: str | os.PathLike, class_names: Sequence[str] | None, beton_cache: str, reading: tuple
+    name: str, data: str | os.PathLike, class_names: Sequence[str] | None, beton_cache: str, **reading: object
 ) -> Decoder:
     """What decodes the files, imported only now, because the libraries that it needs may be missing."""
     try:
         if name == "dali":
             from fastssl.loaders.dali_batches import DaliDecoder
 
-            return DaliDecoder(open_encoded(data, class_names), *reading)
+            return DaliDecoder(open_encoded(data, class_names), **reading)
         if name == "beton" or (name == "resident" and not os.path.isdir(data)):
             from fastssl.loaders.beton_decode import BetonDecoder
 
-            return BetonDecoder(open_beton(data, class_names), beton_cache, *reading)
-        return file_decode.FileDecoder(from_folder(find_images(data, class_names)), *reading)
+            return BetonDecoder(open_beton(data, class_names), beton_cache, **reading)
+        return file_decode.FileDecoder(from_folder(find_images(data, class_names)), **reading)
     except ImportError as error:
         raise ValueError(
             f"the loader {name!r} needs a library that is missing ({error}): run 'fastssl doctor' for the command that "
