@@ -82,10 +82,11 @@ def check_single_images(model: Classifier, num_images: int, o: argparse.Namespac
     if 1 not in [len(part) for part in torch.arange(rest).tensor_split(ranks.world_size)]:
         return
     encoder = copy.deepcopy(model.backbone).train()
-    if why_refused(encoder, 1, o.image_size, str(ranks.device)):  # by batch norm, when its maps have shrunk to a pixel
+    # by batch norm, when its maps have shrunk to a pixel
+    if reason := why_refused(encoder, 1, o.image_size, str(ranks.device)):
         raise ValueError(
             f"the last batch of {num_images:,} images leaves a rank a single one, on which {o.arch} cannot be "
-            f"fine-tuned at {o.image_size} pixels: choose another --batch-size"
+            f"fine-tuned at {o.image_size} pixels ({reason}): choose another --batch-size"
         )
 
 
@@ -121,7 +122,7 @@ def validate(session: Session, model: Classifier, images: Images, view: View) ->
 class Keeper:
     """Rank 0 writes checkpoint_<epoch>.pth.tar, of which only the newest is kept, and model_best.pth.tar.
 
-    resume: the checkpoint that the training goes on from; one of `folder` is among those.
+    resume: the checkpoint that the training goes on from. If it is one of these, it gives way to the next like them.
     """
 
     def __init__(self, folder: Path, ranks: Ranks, resume: str = "") -> None:
