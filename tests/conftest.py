@@ -91,6 +91,14 @@ def undrawn_curves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def drawn_curves(undrawn_curves: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But in a test that asks for this they are drawn, as outside of the tests."""
+    from fastssl.curves import draw_curves
+
+    monkeypatch.setattr("fastssl.run.draw_curves", draw_curves)
+
+
+@pytest.fixture
 def nan_poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills what torch.empty and its kin return with NaN (integers: the largest), so that unwritten memory shows."""
 

@@ -11,15 +11,8 @@ from sklearn.linear_model import LogisticRegression
 from fastssl import demo, train
 from fastssl.cli import main
 from fastssl.command import PREEMPTED
-from fastssl.curves import draw_curves
 from fastssl.demo import free_folder
 from fastssl.demo_images import CLASSES, draw_picture, write_demo_images
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The curves are drawn, as outside of the tests."""
-    monkeypatch.setattr("fastssl.run.draw_curves", draw_curves)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +66,7 @@ def small_demo(monkeypatch, *argv):
     return main(["demo", "--device", "cpu", *map(str, argv)])
 
 
-def test_from_nothing_to_the_table_and_again(tmp_path, monkeypatch, capsys, drawn):
+def test_from_nothing_to_the_table_and_again(tmp_path, monkeypatch, capsys, drawn_curves):
     folder = tmp_path / "out"
     assert small_demo(monkeypatch, "--output", folder) == 0
     table = capsys.readouterr().out

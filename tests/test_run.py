@@ -10,7 +10,6 @@ import torch
 from fastssl import run as run_module
 from fastssl.augment.policy import make_policy
 from fastssl.config import Config, replace
-from fastssl.curves import draw_curves
 from fastssl.distributed import Ranks
 from fastssl.loaders.make import make_loader
 from fastssl.plan import make_plan
@@ -89,13 +88,7 @@ def test_the_picture_of_views_is_that_of_this_run(tmp_path, monkeypatch):
         assert (tmp_path / "views.png").read_text() == shown
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The curves are drawn, as outside of the tests."""
-    monkeypatch.setattr(run_module, "draw_curves", draw_curves)
-
-
-def test_the_curves_are_drawn_at_every_checkpoint_and_answer_of_the_probe(tmp_path, drawn):
+def test_the_curves_are_drawn_at_every_checkpoint_and_answer_of_the_probe(tmp_path, drawn_curves):
     record, picture = open_run(tmp_path), tmp_path / "curves.png"
     record.save(0, {})
     assert not picture.exists()  # there is nothing to draw
@@ -108,4 +101,4 @@ def test_the_curves_are_drawn_at_every_checkpoint_and_answer_of_the_probe(tmp_pa
     record.save(6, {})
     pictures.add(picture.read_bytes())
     record.close()
-    assert len(pictures) == 3 and all(drawn.startswith(b"\x89PNG") for drawn in pictures)
+    assert len(pictures) == 3 and all(found.startswith(b"\x89PNG") for found in pictures)

@@ -21,14 +21,12 @@ from fastssl import checkpoint
 from fastssl.recipe import RECIPES
 
 TWO_NODES = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_CPUS_PER_TASK": "4"}
+Nodes = tuple[str, dict[str, str], tuple[str, str], str]
 
 
 def signal_step(tmp_path: Path, name: str) -> str:
     """A shell command that signals the processes of the step, which fake programs mark."""
     return f"grep -lzs '^STEP={tmp_path}$' /proc/[0-9]*/environ | cut -d/ -f3 | xargs -r kill -{name}"
-
-
-Nodes = tuple[str, dict[str, str], tuple[str, str], str]
 
 
 def one_node(tmp_path: Path) -> subprocess.Popen:
