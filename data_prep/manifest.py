@@ -150,6 +150,15 @@ def read_manifest(data: Path) -> dict | None:
     return content
 
 
+def check_count(data: str | Path, manifest: dict | None, num_images: int) -> None:
+    """Raises ValueError when a data set has more or fewer images than its manifest, if there is one, says."""
+    if manifest and manifest["num_images"] != num_images:
+        raise ValueError(
+            f"{data} has {counted(num_images, 'image')}, and its manifest says {manifest['num_images']:,}: copy it "
+            "again, or convert the images again"
+        )
+
+
 def name_classes(data: Path, manifest: dict | None, largest: int) -> list[str]:
     """The names of the classes 0 to `largest` (-1: none): those in the manifest or, without one, the numbers.
 

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fastssl.data_prep.find import ImageFolder, by_parts, label_by_folder
-from fastssl.data_prep.manifest import name_classes, read_manifest
+from fastssl.data_prep.manifest import check_count, name_classes, read_manifest
 from fastssl.data_prep.splits import around_classes, look_like_splits
 from fastssl.data_prep.walk import count_unread, is_image_name, unread_notice, walk_images
 
@@ -99,6 +99,8 @@ def _samples(path: Path, images: Members, classes: dict[tuple[Path, str], int]) 
         raise ValueError(f"{missing[0]} has no .cls file beside it, unlike {len(classes)} other images: add its class")
     labels = np.array([classes[sample] for sample in names], dtype=np.int64)
     manifest = read_manifest(path if path.is_dir() else path.parent)
+    if path.is_dir():  # not a single shard: none may be missing
+        check_count(path, manifest, len(names))
     folder = ImageFolder(str(path), shown, labels, name_classes(path, manifest, int(labels.max())))
     return folder, [images[tar, name] for (tar, _), name in names.items()]
 

@@ -92,9 +92,18 @@ def test_the_dali_loader_reads_all_three(everywhere, folder, tmp_path):
 
 
 def test_class_names_of_shards_come_from_their_manifest(everywhere, tmp_path):
-    put_manifest(tmp_path / "shards", class_names=["cat", "dog", "emu"])
+    put_manifest(tmp_path / "shards", num_images=11, class_names=["cat", "dog", "emu"])
     assert open_encoded(tmp_path / "shards").class_names == ["cat", "dog", "emu"]
     assert len(open_encoded(tmp_path / "shards" / "004.tar").label) == 4
+
+
+def test_a_shard_that_is_missing_is_noticed(everywhere, tmp_path):
+    put_manifest(tmp_path / "shards", num_images=11, class_names=["cat", "dog", "emu"])
+    for name in ("004.tar", "004.idx"):
+        (tmp_path / "shards" / name).unlink()
+    for read in (open_encoded, lambda data: open_source(data, Selection())):
+        with pytest.raises(ValueError, match="shards has 7 images, and its manifest says 11: copy it again"):
+            read(tmp_path / "shards")
 
 
 def test_labels_follow_the_classes_of_another_split(everywhere, tmp_path):

@@ -12,8 +12,7 @@ import numpy as np
 from fastssl.data_prep.beton_format import HEADER, IMAGE_FIELD, INT_FIELD, RAW, read_tables, record_sizes, truncated
 from fastssl.data_prep.decode import MAX_PIXELS
 from fastssl.data_prep.find import number_labels
-from fastssl.data_prep.manifest import name_classes, read_manifest
-from fastssl.plural import counted
+from fastssl.data_prep.manifest import check_count, name_classes, read_manifest
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,7 @@ def open_beton(path: str | os.PathLike, class_names: Sequence[str] | None = None
     manifest = read_manifest(Path(path))
     if manifest and manifest["file_bytes"] != len(data):
         raise truncated(path, f"it has {len(data):,} bytes, and its manifest says {manifest['file_bytes']:,}")
-    if manifest and manifest["num_images"] != len(label):
-        images = counted(len(label), "image")
-        raise ValueError(
-            f"{path} has {images}, and its manifest says {manifest['num_images']:,}: convert the images again"
-        )
+    check_count(path, manifest, len(label))
     names = name_classes(Path(path), manifest, int(label.max(initial=-1)))
     label, names = number_labels(path, label, names, class_names)
     mode, height, width = image["mode"].copy(), image["height"].astype(np.int32), image["width"].astype(np.int32)

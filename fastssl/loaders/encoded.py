@@ -13,7 +13,7 @@ import numpy as np
 from fastssl.data_prep.beton_format import RAW
 from fastssl.data_prep.decode import decode_image, read_file
 from fastssl.data_prep.find import ImageFolder, find_images, number_labels
-from fastssl.data_prep.manifest import name_classes, read_manifest
+from fastssl.data_prep.manifest import check_count, name_classes, read_manifest
 from fastssl.data_prep.sources import Place, read_place
 from fastssl.data_prep.tars import class_number, find_tars
 from fastssl.data_prep.walk import is_image_name
@@ -85,7 +85,10 @@ def _from_shards(data: str, folder: str, tars: Sequence[str], class_names: Seque
         raise ValueError(f"the shards of {data} hold no images: make them again with 'fastssl prep shards'")
     places = [place for place, _ in samples]
     label = np.array([label for _, label in samples], dtype=np.int64)
-    found_names = name_classes(Path(data), read_manifest(Path(folder)), int(label.max()))
+    manifest = read_manifest(Path(folder))
+    if data == folder:  # not a single shard: none may be missing
+        check_count(data, manifest, len(samples))
+    found_names = name_classes(Path(data), manifest, int(label.max()))
     label, found_names = number_labels(data, label, found_names, class_names)
     return EncodedImages(lambda i: read_place(places[i]), lambda i: places[i].name, label, found_names)
 
