@@ -53,9 +53,11 @@ def find_images(root: str | os.PathLike, class_names: Sequence[str] | None = Non
     if not paths:
         raise ValueError(explain_none(base))
     if around := around_classes(base, paths):
+        outside, split, _ = f"/{around}".partition("/train/")
+        if split:
+            train = os.path.join(base, outside[1:], "train")
+            raise ValueError(f"{root} has its training images in {train}: give {os.path.dirname(train)}")
         base = os.path.join(base, around[:-1])
-        if os.path.basename(base) == "train":
-            raise ValueError(f"{root} has its training images in {base}: give {os.path.dirname(base)}")
         paths = [path.removeprefix(around) for path in paths]
     found = label_by_folder(base, paths, class_names, read_annotations(base, paths))
     return found._replace(notices=(*found.notices, *unread_notice(unread)))

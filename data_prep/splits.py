@@ -38,7 +38,9 @@ def around_classes(root: str, paths: list[str]) -> str:
         tops = {folder.partition("/")[0] for folder in below}
         holders = {folder[:-1] for folder in below if folder.count("/") == 1}  # of images, not of folders alone
         if holds_train_split(tops, holders.__contains__):
-            return f"{around}train/"
+            around += "train/"
+            folders = {folder for folder in folders if folder.startswith(around)}
+            continue
         _refuse_false_classes(os.path.join(root, around).rstrip("/"), tops)
         if around in folders or holders or len(tops) > 1:
             return around

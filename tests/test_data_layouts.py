@@ -89,6 +89,20 @@ def test_a_folder_around_the_classes_of_a_split_is_no_class(tmp_path):
     assert find_images(tmp_path / "val", train.class_names).labels.tolist() == [0, 1]
 
 
+def test_within_a_training_split_a_tar_file_is_read_as_a_folder_is(tmp_path):
+    names = ["train/images/a/1.jpg", "train/images/b/2.jpg", "val/images/a/3.jpg"]
+    make_tree(tmp_path / "data", *names)
+    make_tar(tmp_path / "classes.tar", names)
+    packed, folder = open_source(tmp_path / "classes.tar", Selection()).folder, find_images(tmp_path / "data")
+    assert packed.paths == folder.paths == ["a/1.jpg", "b/2.jpg"] and packed.class_names == folder.class_names
+    make_tar(tmp_path / "masks.tar", ["train/images/1.jpg", "train/masks/1.png", "val/images/2.jpg"])
+    with pytest.raises(ValueError, match=r"masks\.tar/train holds images and masks, which are no classes"):
+        open_source(tmp_path / "masks.tar", Selection())
+    make_tree(tmp_path / "outer", "set/train/images/a/1.jpg", "set/train/images/b/2.jpg")
+    with pytest.raises(ValueError, match="outer has its training images in .*/set/train: give .*/set$"):
+        find_images(tmp_path / "outer")
+
+
 def test_a_hidden_folder_of_images_is_no_class_beside_train(tmp_path):
     make_tree(tmp_path, "train/1.jpg", "val/1.jpg", ".thumbnails/1.jpg")
     assert find_images(tmp_path).paths == ["1.jpg"]
