@@ -99,7 +99,7 @@ def test_within_a_training_split_a_tar_file_is_read_as_a_folder_is(tmp_path):
     with pytest.raises(ValueError, match=r"masks\.tar/train holds images and masks, which are no classes"):
         open_source(tmp_path / "masks.tar", Selection())
     make_tree(tmp_path / "outer", "set/train/images/a/1.jpg", "set/train/images/b/2.jpg")
-    with pytest.raises(ValueError, match="outer has its training images in .*/set/train: give .*/set$"):
+    with pytest.raises(ValueError, match=r"outer has its training images in .*/set/train: give .*/set$"):
         find_images(tmp_path / "outer")
 
 
