@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from fastssl.kernels.row_checks import check_rows
 from fastssl.kernels.row_lse_blocks import DIMS
@@ -65,6 +66,12 @@ def check_shapes(q: Tensor, k: Tensor, queue: Tensor) -> None:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, queue {tuple(queue.shape)}"
         raise ValueError(f"q and k must both be (N, D), one row per image, got {shapes}")
     check_rows(q=q, k=k, queue=queue)
+
+
+def refuse_forward_mode(q: Tensor) -> None:
+    """Raises RuntimeError if q has a tangent, which torch would silently take for 0 in operators like the fast ones."""
+    if unpack_dual(q).tangent is not None:
+        raise RuntimeError("the fast losses have no forward-mode derivative (jvp): use --loss-kernel reference")
 
 
 def check_loss_inputs(q: Tensor, k: Tensor, queue: Tensor) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastssl.kernels.reference import align_reference, contrast_reference, uniform_reference
 from fastssl.kernels.row_lse_tiled import row_lse_tiled
-from fastssl.loss_checks import check_loss_inputs, check_shapes, choose_kernel
+from fastssl.loss_checks import check_loss_inputs, check_shapes, choose_kernel, refuse_forward_mode
 
 __all__ = ["LossConfig", "MoCoLoss", "check_loss_inputs", "choose_kernel", "moco_loss"]
 
@@ -81,13 +81,15 @@ def moco_loss(q: Tensor, k: Tensor, queue: Tensor, config: LossConfig, kernel: s
     kernel: a name, or "auto" for what `choose_kernel` says.
 
     Raises ValueError when shapes, devices or layouts do not fit, without a host sync (`check_loss_inputs` also looks at
-    the values). Only "reference" can be differentiated twice; the others raise RuntimeError.
+    the values). Only "reference" can be differentiated twice or forwards; the others raise RuntimeError.
     """
     check_shapes(q, k, queue)
     # float64, which no Triton kernel takes, is for checking gradients with the plain PyTorch paths
     dtype = torch.float64 if q.dtype == torch.float64 else queue.dtype
     temperature = config.temperature if config.contrast_weight else None
     name, _ = choose_kernel(q.device, dtype, q.shape[1], kernel, temperature)
+    if name != "reference":
+        refuse_forward_mode(q)
     with torch.autocast(q.device.type, enabled=False):
         q, queue = q.to(torch.promote_types(q.dtype, torch.float32)), queue.detach()
         k = k.detach().to(q.dtype)

@@ -44,6 +44,7 @@ def finish_rows(
     BLOCK_P: tl.constexpr,
 ):
     """One program: BLOCK_R queries. A term's factor is its weight divided by N."""
+    N = tl.cast(N, tl.int64)  # C * N * D may pass 2^31
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     element = tl.program_id(0).to(tl.int64) * (BLOCK_R * D) + tl.arange(0, BLOCK_R * D)
     valid = row < N

@@ -56,6 +56,7 @@ def _add_parts(
     BLOCK_P: tl.constexpr,
 ):
     """One program: BLOCK_R rows of the (C, N) results."""
+    N = tl.cast(N, tl.int64)  # C * N * D may pass 2^31
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     total = sum_parts(sum_ptr, C * N, row, row < C * N, num_parts, BLOCK_P)
     total = tl.where(row < C * N, total, 1.0)

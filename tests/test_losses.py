@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from fastssl.bench.loss import peak_extra_bytes
 from fastssl.losses import LossConfig, check_loss_inputs, choose_kernel, moco_loss
@@ -159,6 +160,24 @@ def test_second_derivatives_are_right_or_refused(term):
         norm, z = penalty(kernel)
         with pytest.raises(RuntimeError, match=r"differentiated twice \(create_graph\): use --loss-kernel reference"):
             norm(z)
+
+
+@pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # by torch itself
+def test_forward_mode_is_right_or_refused(kernel):
+    """Torch drops the tangent of q in an operator that has a backward alone."""
+    config = LossConfig(contrast_weight=1.0, intra_batch=False)  # pdist has no derivative in forward mode
+    z_q, z_k, queue = make_projections(4, 20, 32, kernel)
+    q, k, tangent = F.normalize(z_q, dim=1), F.normalize(z_k, dim=1), torch.ones_like(z_q)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, tangent)
+        if kernel != "reference":
+            with pytest.raises(RuntimeError, match=r"no forward-mode derivative .*use --loss-kernel reference"):
+                moco_loss(dual, k, queue, config, kernel)
+            return
+        found = forward_ad.unpack_dual(moco_loss(dual, k, queue, config, kernel).total).tangent
+    (gradient,) = torch.autograd.grad(moco_loss(q.requires_grad_(), k, queue, config, kernel).total, q)
+    torch.testing.assert_close(found, gradient.sum())
 
 
 @pytest.mark.parametrize("kernel", IMPLEMENTATIONS)

@@ -14,8 +14,9 @@ from torch import library
 
 from fastssl.bench.loss import published_loss
 from fastssl.kernels.queue_loss import queue_loss
+from fastssl.kernels.queue_loss_finish import finish_rows
 from fastssl.kernels.reference import row_lse_reference
-from fastssl.kernels.row_lse import row_lse
+from fastssl.kernels.row_lse import _add_parts, row_lse
 from fastssl.kernels.row_lse_blocks import DIMS, Blocks, find_blocks, table_blocks
 from fastssl.kernels.row_lse_pass import _as_operand
 from fastssl.kernels.row_lse_plan import dot_precision, split_queue, weight_factors, weights_need_float32
@@ -179,6 +180,22 @@ def test_rounding_to_tf32_keeps_nan():
     _round_to_tf32[(1,)](bits.int(), found, NUM=8)
     assert found[:3].isnan().all()
     assert found[3:].tolist() == [float("inf"), 1.0, 1.0, 1 + 2**-10, 0.0]
+
+
+def test_numbers_of_elements_may_pass_the_range_of_int32():
+    """The first program of as many rows as have 2^31 elements; none of the others' rows are needed."""
+    num, dim, rows = 2**26, 32, 32
+    sums, means = torch.full((rows,), 2.0, device=DEVICE), torch.ones(rows, dim, device=DEVICE)
+    lse, mean, terms = torch.empty_like(sums), torch.empty_like(means), torch.empty(4, num, device=DEVICE)
+    sizes = {"D": dim, "C": 1, "BLOCK_R": rows, "BLOCK_P": 16}
+    _add_parts[(1,)](sums, means, sums, lse, mean, sums, num, 1, 0.0, 0.0, COUNT_ABOVE=False, **sizes)
+    assert (mean == 0.5).all()
+    q, gradient, uniform = means, torch.empty_like(means), torch.empty_like(means)
+    parts = (sums, means, sums, sums, means)
+    flags = {"CONTRAST": True, "UNIFORM": True, "INSIDE": False, "SQUARED": True}
+    numbers = (num, 1, 1, 6.0, 0.0, 1.0, 2.0, 0.0)
+    finish_rows[(1,)](q, 0 * q, 0 * sums, *parts, terms, gradient, uniform, *numbers, **flags, **sizes)
+    assert (uniform == 1).all() and (gradient > 0).all()
 
 
 def test_same_bits_every_time():
