@@ -43,7 +43,7 @@ def read_classes(classes: str, existing: Sequence[str], where: str) -> list[str]
     known = set(existing)
     if missing := [name for name in names if name not in known]:
         near = difflib.get_close_matches(missing[0], existing, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else ": name some that it has with --classes"
         more = f" (it lacks {len(missing)} of them)" if len(missing) > 1 else ""
         raise ValueError(f"{where} has no class {missing[0]}, which {origin} names{more}{hint}")
     return names

@@ -27,7 +27,7 @@ def describe(path: str | os.PathLike) -> str:
     manifest = read_manifest(path)
     if path.is_dir():
         if manifest is None:
-            raise ValueError(f"{path} has no manifest.json, so it is not a folder of shards: name one")
+            raise ValueError(f"{path} has no manifest.json, so it is no folder of shards: name one, or a .beton file")
         images, shards = counted(manifest["num_images"], "image"), counted(len(manifest["shards"]) // 2, "shard")
         total = sum(shard["bytes"] for shard in manifest["shards"])
         return "\n".join([f"{path}: {images} in {shards}, {total:,} bytes", *_manifest_lines(manifest)])

@@ -38,7 +38,8 @@ def verify(path: str | os.PathLike, decode: bool = False, workers: int | None = 
     manifest = read_manifest(path)
     if path.is_dir():
         if manifest is None:
-            raise ValueError(f"{path} has no manifest.json, so it cannot be checked: name a folder of our shards")
+            mend = "name a .beton file, or a folder of our shards"
+            raise ValueError(f"{path} has no manifest.json, so it cannot be checked: {mend}")
         if decode:
             raise ValueError(f"--decode is for .beton files, but {path} is a folder of shards: remove --decode")
         return _verify_shards(path, manifest, workers)

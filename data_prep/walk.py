@@ -57,16 +57,20 @@ def unread_notice(unread: Counter[str]) -> list[str]:
 
 def explain_none(folder: str) -> str:
     """A sentence on what a folder without images holds, and what to give instead."""
-    files, folders, tars = Counter(), 0, ""
+    files, folders, tars, betons = Counter(), 0, "", []
     for where, folder_names, file_names in os.walk(folder):
         if not tars and any(name.endswith(".tar") for name in file_names):
             tars = where
+        betons += [os.path.join(where, name) for name in file_names if name.endswith(".beton")]
         folders += len(folder_names)
         files.update((os.path.splitext(name)[1] or "no-extension") + " file" for name in file_names)
     kinds = files.most_common(3) + ([("folder", folders)] if folders else [])
     found = ", ".join(counted(number, kind) for kind, number in kinds)
     mend = "give a folder that holds images, <class>/ folders or train/<class>/ folders, with files named "
     mend += " ".join(EXTENSIONS)
+    if betons:
+        first = min(betons, key=lambda path: ("train" not in os.path.basename(path), path))
+        mend = f"give a .beton file itself, as {first}"
     if tars:
         mend = f"fastssl prep beton converts the tar files in {tars}, and --loader dali reads them if they are shards"
     return f"{folder} holds no images ({f'only {found}' if found else 'it is empty'}): {mend}"

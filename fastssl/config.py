@@ -203,8 +203,11 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Pretrain an image encoder by MoCo with the alignment, uniformity and contrastive losses. --config RECIPE starts
-    from a recipe (see fastssl recipes), which flags override; --print-config prints all settings and exits."""
+    """Pretrain an image encoder by MoCo with the alignment, uniformity and contrastive losses.
+
+    --config RECIPE starts from a recipe (see fastssl recipes), which flags override.
+    --print-config prints all settings and exits.
+    """
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")] = ""
     """Folder of images (train/<class>/*, <class>/* or a flat folder), .beton file, or tar shards."""

@@ -63,8 +63,7 @@ class DemoOptions:
     data: str | None = None
     """Use this folder of images instead: train/<class>/* and val/<class>/*, or <class>/*, or a flat folder."""
     output: str | None = None
-    """Folder for everything the demo writes; by default a new one, runs/demo or runs/demo-2 and so on. A demo that was
-    interrupted is continued if its folder is named."""
+    """Folder of all it writes, by default a new one below runs; name that of an interrupted demo to go on with it."""
     seed: int = 0
     """Seed of the images, the initial weights, the order and the augmentation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

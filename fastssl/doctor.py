@@ -48,8 +48,8 @@ def library_rows(facts: dict[str, dict[str, str]]) -> list[Row]:
     for module, package in REQUIRED.items():
         version = facts[module].get("version")
         if version is None:
-            together = "--upgrade torch torchvision" if package in ("torch", "torchvision") else package
-            rows.append(Row(package, BROKEN, facts[module]["error"], f"{PIP} {together}"))
+            together = "torch torchvision" if package in ("torch", "torchvision") else package
+            rows.append(Row(package, BROKEN, facts[module]["error"], f"{PIP} --upgrade {together}"))
         elif package in ("torch", "torchvision", "timm"):
             rows.append(Row(package, OK, version))
         else:

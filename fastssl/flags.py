@@ -82,7 +82,8 @@ def parse(argv: Sequence[str], program: str = "fastssl pretrain", description: s
 
     program, description: for --help; by default those of `fastssl pretrain`.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    usage = f"{program} DATA [flags]"  # not the two flags of this parser alone
+    first = argparse.ArgumentParser(prog=program, usage=usage, add_help=False, allow_abbrev=False)
     first.add_argument("--config", metavar="RECIPE")
     first.add_argument("--print-config", action="store_true")
     own, rest = first.parse_known_args(list(argv))

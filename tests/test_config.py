@@ -98,6 +98,10 @@ def test_compile_switches():
         (["D", "--restart"], "--restart needs --resume PATH"),
         (["D", "--restart", "--resume", "auto"], "--restart needs --resume PATH"),
         (["D", "--resume", "auto:"], "--resume auto: names no checkpoint"),
+        (
+            ["D", "--config"],
+            "DATA [flags] fastssl pretrain: error: argument --config: expected one",
+        ),
     ],
 )
 def test_a_wrong_flag_is_an_error_that_names_the_mend(argv, words, capsys):

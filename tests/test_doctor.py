@@ -30,9 +30,9 @@ def run_doctor(tmp_path, fakes=(), path=None, arguments=("--json",)):
 
 
 # Everything heavy is faked, so that a report takes a second.
-LIGHT = {name: "__version__ = '9.9'" for name in (*imports.REQUIRED, "triton", "nvidia", "apex")}
+LIGHT = {name: "__version__ = '99.9'" for name in (*imports.REQUIRED, "triton", "nvidia", "apex")}
 LIGHT["torch"] = """
-__version__ = "9.9"
+__version__ = "99.9"
 class version: cuda = "13.0"
 class cuda:
     def is_available(): return False
@@ -49,7 +49,7 @@ def report(tmp_path, **fakes):
 def test_broken_and_missing_optional_parts_are_reported_with_their_cure(tmp_path):
     code, can_train, rows = report(tmp_path)
     assert (code, can_train) == (0, True)
-    assert rows["torch"]["detail"] == "9.9"
+    assert rows["torch"]["detail"] == "99.9"
     assert "Numba needs NumPy 2.4 or less." in rows["FFCV"]["detail"]
     assert rows["FFCV"]["mend"].startswith("sudo apt-get install -y pkg-config libturbojpeg0-dev libopencv-dev && ")
     assert rows["FFCV"]["mend"].endswith(f"{sys.executable} -m pip install ffcv")
@@ -70,6 +70,7 @@ def test_dali_follows_the_cuda_version_of_torch(tmp_path):
         ({"yaml": "raise ImportError('no libyaml')"}, "PyYAML", "ImportError: no libyaml"),
         ({"torch": "import os; os._exit(7)"}, "torch", "importing it ended Python with code 7"),
         ({"timm": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"}, "timm", "with code -11"),
+        ({"torch": LIGHT["torch"].replace("99.9", "2.4.1+cu121")}, "torch", "2.4.1+cu121, but 2.6 or later is needed"),
     ],
 )
 def test_a_broken_required_library_is_named_and_stops_training(tmp_path, fakes, name, detail):
@@ -77,7 +78,7 @@ def test_a_broken_required_library_is_named_and_stops_training(tmp_path, fakes, 
     assert (code, can_train) == (1, False)
     assert rows[name]["state"] == "broken"
     assert detail in rows[name]["detail"]
-    assert re.search(r"-m pip install .*" + name, rows[name]["mend"])
+    assert re.search(r"-m pip install --upgrade .*" + name, rows[name]["mend"])
     if name == "timm":
         assert rows["torch"]["state"] == "ok", "what was imported before the crash is known"
 
@@ -117,7 +118,7 @@ def test_a_gpu_that_torch_cannot_use_is_not_silent(monkeypatch):
 def test_a_gpu_that_torch_has_no_kernels_for_is_named(tmp_path):
     """As torch itself does: it warns at the first use of CUDA."""
     old = """
-__version__ = "9.9"
+__version__ = "99.9"
 import types, warnings
 class version: cuda = "13.2"
 class backends:

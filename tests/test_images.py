@@ -380,6 +380,9 @@ def test_no_images_is_one_clear_sentence(tmp_path):
     make_tree(tmp_path / "targets", ["1.target"])
     with pytest.raises(ValueError, match=r"1 \.target file\): give a folder"):
         find_images(tmp_path / "targets")
+    make_tree(tmp_path / "training", ["test.beton", "train.beton"])
+    with pytest.raises(ValueError, match=r"2 \.beton files\): give a \.beton file itself, as .*/train\.beton$"):
+        find_images(tmp_path / "training")
     make_tree(tmp_path / "shards", [f"shard-000000.{kind}" for kind in ("tar", "idx", "idx2", "json", "jsonl")])
     make_tree(tmp_path / "shards", [f"{n}.{kind}" for kind in ("idx", "idx2", "json", "jsonl") for n in "ab"])
     with pytest.raises(

@@ -82,7 +82,7 @@ def test_force_replaces_links_and_nothing_else(imagenet, tmp_path):
         ("n0144076\n", r"entry 1: 'n0144076' is not a WordNet id"),
         ("# list\n\nn01440764\nn01440764x\n", r"entry 4: 'n01440764x'"),
         ("n01440764\nn01440764\n", "names n01440764 twice"),
-        ("n01440764\nn99999999\n", "no class n99999999, which"),
+        ("n01440764\nn99999999\n", "no class n99999999, which .*: name some that it has with --classes"),
         ("n01440763\nn99999999\n", r"n01440763, .* \(it lacks 2 of them\); did you mean n01440764"),
         ("\n# nothing\n", "names no classes"),
         ("n01440764\udcff\n", r"list\.txt is not a text file"),

@@ -1,6 +1,9 @@
 """The recipes: each trains its own architecture, each says where it comes from."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -67,3 +70,15 @@ def test_the_list_names_every_recipe_and_prints_one(capsys):
     assert capsys.readouterr().out == (RECIPES / "smoke.yaml").read_text()
     assert main(["recipes", "resnet81"]) == 1
     assert "did you mean 'resnet18'" in capsys.readouterr().err
+
+
+def test_a_recipe_is_printed_from_utf8_whatever_the_locale(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("# gr\u00f6\u00dfer\n", "utf-8")
+    code = (  # without the options of a run, which import torch
+        "import sys, types, pathlib as p; recipe = types.SimpleNamespace(RECIPES=None, find_recipe=p.Path)\n"
+        "sys.modules['fastssl.recipe'] = recipe; from fastssl.commands.recipes import main; main(sys.argv[1:])"
+    )
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run([sys.executable, "-c", code, recipe], env=os.environ | plain, capture_output=True, check=True)
+    assert done.stdout == recipe.read_bytes()

@@ -141,12 +141,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--device", default="cuda" if cuda else "cpu", help="device (default: the GPU if there is one)")
     policies = [name for name, policy in POLICIES.items() if policy.crop_scale]
     add("--policy", default="v2", choices=policies, help="augmentation policy (default v2)")
-    add("--batch-size", type=positive, default=256 if cuda else 32, help="images per batch")
+    add("--batch-size", type=positive, default=256 if cuda else 32, help="images per batch (default %(default)s)")
     add("--size", type=positive, nargs="+", default=[224], help="sides of the views in pixels (default 224)")
     add("--source-size", type=positive, default=256, help="side of a synthetic image in pixels (default 256)")
     add("--short-side", type=positive, help="first reduce photographs to this short side")
     add("--threads", type=positive, default=1, help="CPU threads (default 1)")
-    add("--rounds", type=positive, default=30 if cuda else 7, help="measurements of each contestant")
+    add("--rounds", type=positive, default=30 if cuda else 7, help="measurements of each (default %(default)s)")
     add("--output", type=Path, help="write the result to this JSON file")
     return parser.parse_args(argv)
 

@@ -9,6 +9,7 @@ of the queries). Without a GPU the kernels run in Triton's interpreter, whose bf
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -67,6 +68,7 @@ def print_errors(dtype: torch.dtype, name: str, peaked: bool, device: str) -> No
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # --help, and no flags
     on_gpu = torch.cuda.is_available()
     if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         sys.exit("there is no CUDA device: run the kernels interpreted, with TRITON_INTERPRET=1 in the environment")

@@ -28,15 +28,15 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that step, all and peers share."""
     cuda = torch.cuda.is_available()
     add = parser.add_argument
-    add("--image-size", type=positive, default=224 if cuda else 64, help="side of the views in pixels")
-    add("--batch-size", type=positive, default=256 if cuda else 64, help="images per batch")
+    add("--image-size", type=positive, default=224 if cuda else 64, help="views' side in pixels (default %(default)s)")
+    add("--batch-size", type=positive, default=256 if cuda else 64, help="images per batch (default %(default)s)")
     add("--queue-size", type=positive, default=65536, help="rows of the queue (default 65536)")
     add("--head", default="simple", help="projection head (default simple)")
     add("--policy", default="v2", help="augmentation policy (default v2)")
     add("--precision", default="auto", help="as for fastssl pretrain (default auto)")
     add("--compile", default="auto", choices=COMPILE, help="as for fastssl pretrain (default auto)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the GPU if there is one")
-    add("--steps", type=positive, default=50 if cuda else 6, help="steps in a turn")
+    add("--steps", type=positive, default=50 if cuda else 6, help="steps in a turn (default %(default)s)")
     add("--rounds", type=positive, default=7, help="turns of each contestant (default 7)")
     add("--output", type=Path, help="write the result to this JSON file")
 

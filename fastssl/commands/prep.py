@@ -41,8 +41,7 @@ class Beton:
     """
 
     data: Data
-    """A folder with train/<class>/*, <class>/* or images, a tar file of one, ImageNet's tar file of tar files, or a
-    folder of tar files or shards."""
+    """A folder with train/<class>/*, <class>/* or images; a tar of one, ImageNet's tar of tars; a folder of tars."""
     out: Out
     """The file to write, beside OUT.json (counts, options, checksums) and OUT.images.jsonl (one line per image)."""
     store: Store = field(default_factory=Store)
@@ -69,8 +68,7 @@ class Shards:
     """
 
     data: Data
-    """A folder with train/<class>/*, <class>/* or images, a tar file of one, ImageNet's tar file of tar files, or a
-    folder of tar files or shards."""
+    """A folder with train/<class>/*, <class>/* or images; a tar of one, ImageNet's tar of tars; a folder of tars."""
     out: Out
     """The folder to write, with shard-000000.tar, shard-000000.idx and so on, manifest.json and images.jsonl."""
     store: Store = field(default_factory=Store)

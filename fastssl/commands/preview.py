@@ -21,8 +21,8 @@ from fastssl.plural import counted
 
 COUNT = 8  # images, spread evenly over the data
 DESCRIPTION = (
-    "Draw images beside their two augmented views, into --output (views.png by default). Takes the flags and recipes "
-    "of fastssl pretrain, though only those of the data and the augmentation matter."
+    "Draw images beside their two augmented views, into --output (views.png by default).\n\n"
+    "Takes the flags and recipes of fastssl pretrain, though only those of the data and the augmentation matter."
 )
 
 

@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("name", nargs="?", help="the recipe to print: its name, or the path of a YAML file")
     name = parser.parse_args(list(argv)).name
     if name:
-        print(find_recipe(name).read_text().rstrip())
+        print(find_recipe(name).read_text("utf-8").rstrip())
     else:
         print(as_list(sorted(RECIPES.glob("*.yaml"))))
     return 0
@@ -36,5 +36,5 @@ def as_list(paths: Sequence[Path]) -> str:
 
 def header(path: Path) -> list[str]:
     """The lines of the comment at the top of a recipe, without their #."""
-    comment = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    comment = itertools.takewhile(lambda line: line.startswith("#"), path.read_text("utf-8").splitlines())
     return [line.lstrip("#").strip() for line in comment]

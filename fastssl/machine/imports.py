@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -36,6 +37,8 @@ def import_facts(module: str) -> dict[str, str]:
     try:
         imported = importlib.import_module(module)
         facts = {"version": _version(imported)}
+        if least := _asked_for(REQUIRED.get(module, ""), facts["version"]):
+            return {"error": f"{facts['version']}, but {least} or later is needed"}
         return facts | _torch_facts(imported) if module == "torch" else facts
     except Exception as error:  # a broken library may raise anything
         if isinstance(error, ModuleNotFoundError) and error.name in (module, module.split(".")[0]):
@@ -47,6 +50,17 @@ def _version(module: ModuleType) -> str:
     if module.__name__ == "ffcv":  # 1.0.2 calls itself 0.0.3rc1
         return metadata.version("ffcv")
     return str(getattr(module, "__version__", "found"))
+
+
+def _asked_for(package: str, version: str) -> str:
+    """The version of a package that our installation asks for at least, if this one is older; else ""."""
+    try:
+        asked = metadata.requires("fastssl-pretrain") or ()
+    except metadata.PackageNotFoundError:  # run from a clone
+        return ""
+    least = next((line.partition(">=")[2] for line in asked if re.fullmatch(rf"{package}>=[\d.]+", line)), "")
+    wanted, found = ([int(n) for n in re.findall(r"\d+", text)] for text in (least, version))
+    return least if found and found[: len(wanted)] < wanted else ""
 
 
 def _torch_facts(torch: ModuleType) -> dict[str, str]:
