@@ -41,7 +41,7 @@ class Beton:
     """
 
     data: Data
-    """A folder with train/<class>/*, <class>/* or images; a tar of one, ImageNet's tar of tars; a folder of tars."""
+    """A folder with train/<class>/*, <class>/* or images, a tar file of one, a folder of shards, or ImageNet's tar."""
     out: Out
     """The file to write, beside OUT.json (counts, options, checksums) and OUT.images.jsonl (one line per image)."""
     store: Store = field(default_factory=Store)
@@ -68,7 +68,7 @@ class Shards:
     """
 
     data: Data
-    """A folder with train/<class>/*, <class>/* or images; a tar of one, ImageNet's tar of tars; a folder of tars."""
+    """A folder with train/<class>/*, <class>/* or images, a tar file of one, a folder of shards, or ImageNet's tar."""
     out: Out
     """The folder to write, with shard-000000.tar, shard-000000.idx and so on, manifest.json and images.jsonl."""
     store: Store = field(default_factory=Store)
