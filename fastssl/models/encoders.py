@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torchvision.models as tv
@@ -167,7 +167,7 @@ def make_classifier(arch: str) -> nn.Module:
     return _ARCHITECTURES[arch].build()
 
 
-@lru_cache(maxsize=None)
+@cache
 def classifier_name(arch: str) -> str:
     """The name of the classifier's last layer in an architecture: `fc`, `classifier.3`, ..."""
     return find_classifier(build_without_memory(lambda: make_classifier(arch)))[0]
