@@ -1,13 +1,12 @@
 """Compiles every kernel exactly as the product would launch it on an H200 that is not there, and launches nothing.
 
-python compile_launches.py views|loss: run by test_fake_cuda.py in a process of its own, without Triton's interpreter.
-One JSON object per launch: kernel, types of its arguments as Triton specialises them, grid, shared memory.
+Run by test_fake_cuda.py in a process of its own, without Triton's interpreter. One JSON object per launch: kernel,
+types of its arguments as Triton specialises them, grid, shared memory. First the views, after an empty line the loss.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from types import SimpleNamespace
 from unittest import mock
 
@@ -81,4 +80,6 @@ if __name__ == "__main__":
     no_launch = mock.patch.object(JITFunction, "run", compile_only)
     no_device = mock.patch("torch.cuda.device", mock.MagicMock())
     with no_launch, no_device, set_wrap_triton_enabled(False), fake_cuda() as fake:
-        {"views": compile_views, "loss": compile_loss}[sys.argv[1]](fake.device)
+        compile_views(fake.device)
+        print(flush=True)
+        compile_loss(fake.device)

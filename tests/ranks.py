@@ -97,12 +97,14 @@ def _rank_main(
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             message = True, function(rank, world_size, *args)
-        distributed.barrier()
+        if distributed.is_initialized():  # a whole training run ends it
+            distributed.barrier()
     except BaseException:
         message = False, traceback.format_exc()
     # plain pickle copies tensors; torch's own would hand over the memory of a process that is about to end
     pipe.send_bytes(pickle.dumps(message))
-    distributed.destroy_process_group()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def redirect_output(path: str) -> None:

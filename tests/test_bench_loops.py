@@ -10,14 +10,16 @@ import torch
 
 from bench_throughput import main
 from fastssl import distributed
-from fastssl.bench import loop_lines, loops, peer_loops, peers, step, step_parts, step_profile, whole_loop
+from fastssl.bench import loop_lines, loops, peer_loops, peers, step, step_floor, step_parts, step_profile, whole_loop
 from fastssl.bench.peer_views import augment_crops, colour_maps
 from fastssl.bench.photos import write_photos
 from fastssl.bench.step_flags import add_inner_flags, add_step_flags, make_config, parse_flags
 from fastssl.bench.step_floor import count_encoder
 from fastssl.bench.step_profile import busy, profile_step
+from fastssl.bench.timing import time_in_turn
 from fastssl.config import flat
 from fastssl.machine.precision import bf16_unit
+from fastssl.trials import layout
 
 # only a CPU with instructions for bf16 gains from AMP
 CLASSICAL = {"classical", "classical, AMP"} if bf16_unit() else {"classical"}
@@ -25,9 +27,13 @@ TINY = "--image-size 32 --batch-size 4 --queue-size 40 --steps 1 --rounds 2 --de
 
 
 @pytest.fixture(autouse=True)
-def short_warm_up(monkeypatch):
+def short_measurements(monkeypatch):
+    """Less of what is done before and beside the turns; which layout a run takes is tested with layouts."""
     for module in (loops, step_parts, step_profile):
         monkeypatch.setattr(module, "WARM_UP", 1)
+    monkeypatch.setattr(step_profile, "STEPS", 2)
+    monkeypatch.setattr(step_floor, "time_in_turn", lambda calls, device, rounds: time_in_turn(calls, device, 1))
+    monkeypatch.setattr(layout, "time_layouts", lambda *_: dict.fromkeys(layout.LAYOUT_NAMES, 1.0))
 
 
 def tiny_args(*flags: str) -> argparse.Namespace:

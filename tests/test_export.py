@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -60,9 +61,11 @@ def assert_same(a, b):
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-@pytest.mark.parametrize("head", [True, False])
-@pytest.mark.parametrize("arch, stem", [("resnet18", "cifar"), ("mobilenetv3_small", "imagenet")])
+@pytest.mark.parametrize(
+    "arch, stem, head, suffix",
+    [("mobilenetv3_small", "imagenet", head, suffix) for head in (True, False) for suffix in (".safetensors", ".pth")]
+    + [("resnet18", "cifar", True, ".safetensors"), ("resnet18", "cifar", False, ".pth")],
+)
 def test_plain_files_come_back_whole(tmp_path, capsys, suffix, head, arch, stem):
     trainee = save_run(tmp_path / "run", arch=arch, stem=stem, head="wide")
     out = tmp_path / f"encoder{suffix}"
@@ -131,7 +134,7 @@ def test_the_old_scripts_can_resume_our_runs(tmp_path, arch):
 
 @pytest.mark.parametrize("options", [{"optimizer": "adamw"}, {"exclude_norm_bias": True}])
 def test_an_optimizer_that_the_old_scripts_have_not_is_named(tmp_path, capsys, options):
-    save_run(tmp_path / "run", **options)
+    save_run(tmp_path / "run", arch="mobilenetv3_small", **options)
     assert run_command(convert.main, ["moco", str(tmp_path / "run"), str(tmp_path / "old.pth.tar")]) == 0
     assert "optimizer" not in torch.load(tmp_path / "old.pth.tar", weights_only=True)
     said = capsys.readouterr().out
@@ -170,28 +173,47 @@ def test_seed_becomes_what_its_converter_meant(tmp_path, capsys):
     assert not missing
 
 
-@pytest.mark.parametrize("to, arch", [("torchvision", "resnet18"), ("moco", "mobilenetv3_small")])
-def test_verify_loads_in_a_new_process(tmp_path, capsys, to, arch):
-    saved, _, _ = make_moco(arch)
+@pytest.fixture
+def verified_here(monkeypatch):
+    """What verifies an export runs in this process: that it starts one of its own is the first of these tests."""
+
+    def run(command, **_):
+        monkeypatch.setattr(sys, "argv", command[2:])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delitem(sys.modules, command[2])  # runpy warns of a module that is there already
+            runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(verify_export.subprocess, "run", run)
+
+
+def test_verify_loads_in_a_new_process(tmp_path, capsys, monkeypatch):
+    saved, _, _ = make_moco("mobilenetv3_small")
     torch.save(saved, tmp_path / "in.pth.tar")
-    out = tmp_path / "out.pth.tar"
-    assert run_command(export.main, [str(tmp_path / "in.pth.tar"), str(out), "--to", to, "--verify"]) == 0
+    monkeypatch.setattr(verify_export, "load_as", lambda *_: pytest.fail("it loads in this process"))
+    words = [str(tmp_path / "in.pth.tar"), str(tmp_path / "out.pth.tar"), "--to", "moco", "--verify"]
+    assert run_command(export.main, words) == 0
     assert "verified: it loads in a new process" in capsys.readouterr().out
-    if to == "torchvision":
-        broken = torch.load(out, weights_only=True)
-        broken["layer4.1.bn2.bias"] += 1
-        torch.save(broken, out)
-        with pytest.raises(ValueError, match=r"its features differ by .* of the largest: do not use it"):
-            verify_export.largest_difference(
-                str(tmp_path / "in.pth.tar"), str(out), to, arch, arch, "imagenet", "q", False
-            )
-        del broken["layer4.1.bn2.bias"]
-        torch.save(broken, out)
-        with pytest.raises(RuntimeError, match=r"layer4.1.bn2.bias"):
-            verify_export.load_as(str(out), to, arch, "imagenet", False)
 
 
-def test_verify_asks_timms_models_at_their_own_size(tmp_path, capsys):
+def test_verify_names_other_features_and_missing_tensors(tmp_path, capsys, verified_here):
+    saved, _, _ = make_moco("resnet18")
+    torch.save(saved, tmp_path / "in.pth.tar")
+    source, out = str(tmp_path / "in.pth.tar"), str(tmp_path / "out.pth.tar")
+    assert run_command(export.main, [source, out, "--to", "torchvision", "--verify"]) == 0
+    assert "verified: it loads" in capsys.readouterr().out
+    broken = torch.load(out, weights_only=True)
+    broken["layer4.1.bn2.bias"] += 1
+    torch.save(broken, out)
+    with pytest.raises(ValueError, match=r"its features differ by .* of the largest: do not use it"):
+        verify_export.largest_difference(source, out, "torchvision", "resnet18", "resnet18", "imagenet", "q", False)
+    del broken["layer4.1.bn2.bias"]
+    torch.save(broken, out)
+    with pytest.raises(RuntimeError, match=r"layer4.1.bn2.bias"):
+        verify_export.load_as(out, "torchvision", "resnet18", "imagenet", False)
+
+
+def test_verify_asks_timms_models_at_their_own_size(tmp_path, capsys, verified_here):
     model = timm.create_model("vit_tiny_patch16_384")
     torch.save(model.state_dict(), tmp_path / "in.pth")
     words = ["-a", "timm:vit_tiny_patch16_384", "--to", "timm", "--verify"]
@@ -383,7 +405,7 @@ def test_an_evaluation_takes_the_run_folder_itself(tmp_path, capsys):
 )
 def test_the_constant_of_the_align_uniform_script(tmp_path, weights, flags, has):
     terms = dict(zip(("contrast_weight", "align_weight", "uniform_weight"), weights))
-    save_run(tmp_path / "run", **terms)
+    save_run(tmp_path / "run", arch="mobilenetv3_small", **terms)
     for name, source in (("old", tmp_path / "run"), ("again", tmp_path / "old.pth.tar")):
         assert run_command(convert.main, ["moco", str(source), str(tmp_path / f"{name}.pth.tar"), *flags]) == 0
         state = torch.load(tmp_path / f"{name}.pth.tar", weights_only=True)["state_dict"]

@@ -1,7 +1,7 @@
 """The Slurm scripts as they are, with programs in the place of Slurm's that do as Slurm's do, and real torchrun.
 
-Two processes each; that of the second node has rank 1 and local rank 0. A start costs many steps, so that one job goes
-through all that can happen to a job.
+Two processes each; that of the second node has rank 1 and local rank 0. A start costs many steps, so that two jobs go
+through what happens to processes, and what a script alone decides is seen with a torchrun that trains nothing.
 """
 
 import os
@@ -10,14 +10,16 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from agents import FLAGS, STEPS, finish, losses, wait_for_step, weights, worker
-from ranks import free_port
+from ranks import free_port, run_ranks
 
-from fastssl import checkpoint
+from fastssl import checkpoint, train
+from fastssl.command import run_command
 from fastssl.recipe import RECIPES
 
 TWO_NODES = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_CPUS_PER_TASK": "4"}
@@ -70,23 +72,26 @@ def fake_cluster(tmp_path: Path, first: str, nodes: tuple[str, str], address: st
     }
 
 
+def train_undisturbed(rank: int, world_size: int, folder: str) -> None:
+    assert run_command(train.main, [*FLAGS, "--output", folder]) == 0
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
-    """The run folder of a job that nothing happens to."""
-    tmp_path = tmp_path_factory.mktemp("undisturbed")
-    finish(one_node(tmp_path))
-    assert not (tmp_path / "asked").exists()
-    return tmp_path / "slurm"
+    """The run folder of two processes that nothing happens to."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "slurm"
+    run_ranks(train_undisturbed, 2, str(folder), timeout=300)
+    return folder
 
 
-def test_a_job_of_one_node_is_requeued_cancelled_and_goes_on_without_a_worker(undisturbed, tmp_path):
+def test_a_job_of_one_node_is_requeued_and_goes_on_without_a_worker(undisturbed, tmp_path):
     folder = tmp_path / "slurm"
     stop_and_requeue(one_node(tmp_path), tmp_path)
-    cancel(one_node(tmp_path), tmp_path)
     job = one_node(tmp_path)
     wait_for_step(job, folder, losses(folder)[-1][0] + 1)
     os.kill(worker(folder, rank=1), signal.SIGKILL)
     assert finish(job).count("resuming from") == 2  # at the start, and when torchrun had started both once more
+    assert not (tmp_path / "asked").exists()
     assert losses(folder) == losses(undisturbed)
     assert weights(folder) == weights(undisturbed)
 
@@ -94,10 +99,36 @@ def test_a_job_of_one_node_is_requeued_cancelled_and_goes_on_without_a_worker(un
 def test_a_job_of_two_nodes_is_one_of_two_processes_requeued_and_cancelled(undisturbed, tmp_path, nodes):
     folder = tmp_path / "slurm"
     stop_and_requeue(many_nodes(tmp_path, nodes), tmp_path)
+    before = losses(folder)
     cancel(many_nodes(tmp_path, nodes), tmp_path)
-    finish(many_nodes(tmp_path, nodes))
-    assert losses(folder) == losses(undisturbed)
-    assert weights(folder) == weights(undisturbed)
+    after = losses(folder)
+    assert before == losses(undisturbed)[: len(before)]
+    assert len(after) > len(before) and after == losses(undisturbed)[: len(after)]
+
+
+# Trains nothing: says that it began, and after SIGTERM takes a while to save. `wait` goes on when a signal has come.
+FAKE_TORCHRUN = """trap 'sleep 0.5; touch {tmp_path}/saved; exit 1' TERM
+touch {tmp_path}/began
+[ -e {tmp_path}/short ] && exit 0
+sleep 60 & wait"""
+
+
+@pytest.mark.parametrize("script", ["one_node", "many_nodes"])
+def test_a_cancelled_job_waits_for_its_processes_and_one_that_ends_is_not_requeued(script, tmp_path):
+    tools = fake_cluster(tmp_path, "node-a", ("env", "env")) | {"torchrun": FAKE_TORCHRUN.format(tmp_path=tmp_path)}
+    if script == "one_node":
+        tools["torchrun"] = f'[ "$STEP" ] || STEP={tmp_path} exec "$0"\n{tools["torchrun"]}'
+    job = sbatch(script, tmp_path, tools, TWO_NODES)
+    while not (tmp_path / "began").exists():
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.02)
+    subprocess.run(["bash", "-c", signal_step(tmp_path, "TERM")], check=True)
+    job.send_signal(signal.SIGTERM)
+    finish(job, 1)
+    assert (tmp_path / "saved").exists() and not (tmp_path / "asked").exists()
+    (tmp_path / "short").touch()
+    finish(sbatch(script, tmp_path, tools, TWO_NODES))
+    assert not (tmp_path / "asked").exists()
 
 
 def stop_and_requeue(job: subprocess.Popen, tmp_path: Path) -> None:

@@ -60,8 +60,9 @@ DRAWN = {
 def test_parameters_drawn_in_the_kernel_have_the_bits_of_the_reference(name: str, seed: int, epoch: int) -> None:
     """Crops that fit at the first try, at a later one and never; indices and keys beyond 32 bits."""
     policy = make_policy(name if name in POLICIES else "small", **EVERYTHING, **DRAWN[name])
-    batch = photo_batch(((9, 12), (1, 1), (1, 40), (40, 1), (7, 3)))
-    batch = batch._replace(index=batch.index + torch.tensor([0, 2**33, 5, 2**40 + 1, 3])).to(DEVICE)
+    sides = ((9, 12), (1, 1)) if name in ("v1", "v2", "none") else ((9, 12), (1, 1), (1, 40), (40, 1), (7, 3))
+    batch = photo_batch(sides)
+    batch = batch._replace(index=batch.index + torch.tensor([0, 2**33, 5, 2**40 + 1, 3])[: len(sides)]).to(DEVICE)
     drawn = draw_tables(batch, policy, seed, epoch)
     both = ViewParams(*(torch.cat(fields) for fields in zip(*sample_both(policy, batch, seed, epoch))))
     for found, expected in zip(drawn, make_tables(both)):
@@ -155,16 +156,16 @@ def test_every_sigma() -> None:
 
 def test_crops_that_touch_every_border_and_sizes_above_the_image() -> None:
     sides = (13, 17)
-    batch = photo_batch((sides,) * 8)
+    batch = photo_batch((sides,) * 4)
     h, w = sides
     corners = [(0, 0, 5, 9), (0, w - 9, 5, 9), (h - 5, 0, 5, 9), (h - 5, w - 9, 5, 9)]
     edges = [(0, 0, h, w), (0, 3, h, 1), (h - 1, 0, 1, w), (h - 1, w - 1, 1, 1)]
     params = sample_both(make_policy("v1"), batch, 0, 0)
     for size in (12, 40):
-        assert_same_bits(batch, [with_boxes(p, corners + edges) for p in params], size)
+        assert_same_bits(batch, [with_boxes(p, boxes) for p, boxes in zip(params, (corners, edges))], size)
 
 
-@pytest.mark.parametrize("sides", [(1, 1), (1, 1500), (1500, 1), (400, 300)])
+@pytest.mark.parametrize("sides", [(1, 1), (1, 500), (500, 1), (200, 150)])
 def test_awkward_windows(sides: tuple[int, int]) -> None:
     batch = photo_batch((sides,))
     whole = [(0, 0, *sides)]
@@ -230,11 +231,12 @@ def test_the_kernel_never_makes_the_host_wait() -> None:
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the compiled kernels have one way of being cut")
 def test_the_cut_does_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes end within a tile, and a program of launch two has more than one block."""
     batch = photo_batch(((33, 20),))
     params = sample_both(make_policy("small", **EVERYTHING), batch, 0, 0)
-    for cut in (Launch(16, 2, 100, 64), COMPILED):
+    for cut, size in ((Launch(16, 2, 100, 64), 17), (COMPILED, 33)):
         monkeypatch.setattr(f"{views_triton.__module__}.INTERPRETED", cut)
-        assert_same_bits(batch, params, 33)
+        assert_same_bits(batch, params, size)
     assert INTERPRETED != COMPILED
 
 

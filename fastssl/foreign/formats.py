@@ -10,6 +10,7 @@ from torch import Tensor
 from fastssl.foreign.fit import ALIASES
 from fastssl.models.efficientnet import STAGES
 from fastssl.models.encoders import classifier_name, make_backbone, source_of
+from fastssl.models.tryout import build_without_memory
 
 FORMATS = ("plain", "torchvision", "timm", "moco")
 _RESNETS = "resnet18 resnet34 resnet50 resnet101 resnet152 wide_resnet50_2 wide_resnet101_2".split()
@@ -98,7 +99,7 @@ def trained_places(arch: str, num_head: int) -> tuple[list[int], int]:
 
     It lists those of the query encoder, frozen ones too, with the head's `num_head` last; then the key encoder's.
     """
-    parameters = list(make_backbone(arch)[0].parameters())
+    parameters = list(build_without_memory(lambda: make_backbone(arch))[0].parameters())
     trained = [i for i, p in enumerate(parameters) if p.requires_grad]
     trained += [len(parameters) + i for i in range(num_head)]
     return trained, 2 * (len(parameters) + num_head)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torchvision.models as tv
@@ -23,6 +23,7 @@ from fastssl.models.efficientnet import SIZES, SmallModelEfficientNet
 from fastssl.models.heads import make_head
 from fastssl.models.mobilenetv3 import SmallModelMobileNetV3, initialise, mobilenetv3_large, mobilenetv3_small
 from fastssl.models.resnets import WidenedResNet, resnext152_32x8d
+from fastssl.models.tryout import build_without_memory
 from fastssl.models.vit import SmallModelViT
 
 # Auxiliary classifiers would make their output a tuple in training.
@@ -166,9 +167,10 @@ def make_classifier(arch: str) -> nn.Module:
     return _ARCHITECTURES[arch].build()
 
 
+@cache
 def classifier_name(arch: str) -> str:
     """The name of the classifier's last layer in an architecture: `fc`, `classifier.3`, ..."""
-    return find_classifier(make_classifier(arch))[0]
+    return find_classifier(build_without_memory(lambda: make_classifier(arch)))[0]
 
 
 def find_classifier(model: nn.Module) -> tuple[str, nn.Linear]:
