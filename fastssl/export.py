@@ -107,6 +107,8 @@ def _to_moco(contents: Contents, report: Report, module: nn.Module, path: Path, 
         return moco_checkpoint(report.arch, named, None, None, None, epoch, None)
     encoder_k, _ = load_pretrained(path, report.arch, key="k", with_head=bool(head), stem=report.stem)
     key_tensors = name_tensors(report.arch, "moco", *_parts(encoder_k))
+    for reason in ("the key encoder", "the queue", "a constant"):  # it is the query encoder that was read without them
+        report.left_out.pop(reason, None)
     queue, optimizer = tensors["queue"], contents.entries.get("optimizer")
     if report.kind.startswith("fastssl"):
         queue = queue.float().T.contiguous()  # (K, D) -> (D, K)

@@ -1,10 +1,12 @@
 """The command line: defaults, recipes, flags, and the reference projects' own spelling of them."""
 
 import dataclasses
+import re
 
 import pytest
 import yaml
 
+from fastssl.build import open_policy
 from fastssl.config import Config, flat, replace
 from fastssl.flags import parse
 from fastssl.launch import launch_command, split_launch_flags
@@ -167,6 +169,16 @@ def test_a_wrong_recipe_is_an_error_that_names_file_line_and_mend(tmp_path, text
         load_recipe(str(path))
     for word in ["r.yaml", *words]:
         assert word in str(error.value)
+
+
+def test_a_pair_of_numbers_that_a_recipes_list_has_split_is_refused_with_what_works(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("policy: v2\npolicy_set: [blur_sigma=0.1,1.0]")
+    with pytest.raises(ValueError) as error:
+        open_policy(load_recipe(str(path)))
+    advice = re.search(r"'blur_sigma=[\d.]+,[\d.]+'", str(error.value))
+    path.write_text(f"policy: v2\npolicy_set: [{advice[0]}]")
+    assert open_policy(load_recipe(str(path))).blur_sigma == (0.1, 1.0)
 
 
 def test_a_recipe_that_is_no_text_is_named(tmp_path):

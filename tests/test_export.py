@@ -103,10 +103,11 @@ def test_timm_names_load_in_timm(tmp_path, arch, name):
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenetv3_small", "efficientnet_b0", "vit_tiny"])
-def test_the_old_scripts_can_resume_our_runs(tmp_path, arch):
+def test_the_old_scripts_can_resume_our_runs(tmp_path, arch, capsys):
     trainee = save_run(tmp_path / "run", arch=arch)
     moco = trainee.moco
     assert run_command(convert.main, ["moco", str(tmp_path / "run"), str(tmp_path / "old.pth.tar")]) == 0
+    assert "left out" not in capsys.readouterr().out
     saved = torch.load(tmp_path / "old.pth.tar", weights_only=True)
     assert (saved["epoch"], saved["arch"]) == (2, arch)  # 7 steps of 3 an epoch
     old = nn.ModuleDict({"module": OldMoCo(arch)})
@@ -145,7 +146,8 @@ def test_an_optimizer_that_the_old_scripts_have_not_is_named(tmp_path, capsys, o
 def test_moco_files_round_trip(tmp_path, arch):
     saved, _, _ = make_moco(arch, head="wide")
     torch.save(saved, tmp_path / "in.pth.tar")
-    export.export(str(tmp_path / "in.pth.tar"), str(tmp_path / "out.pth.tar"), "moco")
+    report, _ = export.export(str(tmp_path / "in.pth.tar"), str(tmp_path / "out.pth.tar"), "moco")
+    assert not report.left_out
     again = torch.load(tmp_path / "out.pth.tar", weights_only=True)
     assert again["epoch"] == 200 and again["arch"] == arch
     assert {k: v.shape for k, v in again["state_dict"].items()} == {k: v.shape for k, v in saved["state_dict"].items()}

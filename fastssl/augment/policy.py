@@ -151,7 +151,8 @@ def parse_settings(settings: Sequence[str]) -> dict[str, object]:
             takes, numbers = "a number, such as 0.2", _numbers(text)
             value = numbers[0] if len(numbers) == 1 else None
         else:
-            takes, numbers = "two numbers separated by a comma, such as 0.1,1.0", _numbers(text)
+            quoted = f"in a recipe in quotes, since its lists are split at commas: '{key}=0.1,1.0'"
+            takes, numbers = f"two numbers separated by a comma, such as 0.1,1.0 ({quoted})", _numbers(text)
             value = numbers if len(numbers) == 2 else None
         if value is None:
             raise ValueError(f"policy setting {setting!r}: {key} takes {takes}")
