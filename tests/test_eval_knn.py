@@ -177,10 +177,11 @@ def test_unreadable_images_are_left_out_and_counted(run, make_image_folder, tmp_
     assert (result["bank"], result["bad_images"]) == (23, 1)
 
 
-def test_too_large_a_k_is_found_before_anything_is_computed(run, image_folder, monkeypatch):
+@pytest.mark.parametrize("k", [25, 26])
+def test_too_large_a_k_is_found_before_anything_is_computed(k, run, image_folder, monkeypatch):
     monkeypatch.setattr(Session, "open_backbone", None)
-    code, _, err = run(image_folder, "-a", "resnet18", "--image-size", 32, "-k", 25)
-    assert code == 1 and "choose -k from 1 to 24" in err
+    code, _, err = run(image_folder, "-a", "resnet18", "--image-size", 32, "-k", k)
+    assert code == 1 and f"fewer than -k {k} training images: choose -k from 1 to 24" in err
 
 
 def test_all_evaluations_take_the_ks_that_there_are(capsys):

@@ -177,7 +177,7 @@ def test_evaluations_stay_on_the_device() -> None:
             centre = nearest.bank_mean(bank, fake.device)
             index = nearest._nominate(bank, queries, centre, 37, 512)[1]
             assert nearest._measure(bank, queries, index)[0].device == fake.device
-            assert nearest._nominate_double(bank, queries.double(), centre, 37, 512).device == fake.device
+            assert nearest._nominate_by_differences(bank, queries.double(), 37, 512).device == fake.device
 
 
 def test_a_linear_sweep_copies_once_an_epoch() -> None:

@@ -76,6 +76,16 @@ def test_the_search_in_pytorch_finds_the_same():
         torch.testing.assert_close(ours[0], torchs[0], rtol=1e-12, atol=1e-12)
 
 
+def test_the_search_in_pytorch_is_exact_beside_rows_far_away():
+    """Around a centre far away, float64 products keep no digit of the distances between the others."""
+    bank, queries = make_clusters(0, 300)[0], make_clusters(1, 20)[0]
+    bank[::3] *= 1e18
+    ours = find_nearest_torch(bank, queries, 7, 64, bank_mean(bank, CPU))
+    truth = nearest_slowly(bank, queries, 7)
+    np.testing.assert_array_equal(ours[1], truth[1])
+    np.testing.assert_allclose(ours[0], truth[0], rtol=1e-12)
+
+
 def test_queries_a_sample_misjudges_are_measured_against_every_row(monkeypatch):
     """The sample sees only far rows or only near ones; both are noticed, and neither changes the neighbours."""
     monkeypatch.setattr(nearest_cpu, "_SAMPLE", 64)

@@ -229,6 +229,19 @@ def test_how_many_processes_g_means(monkeypatch):
             count_processes(8, device)
 
 
+@pytest.mark.parametrize("cores", [1, 2])
+def test_the_folder_may_stand_behind_two_dashes(cores, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("fastssl.eval.options.usable_cores", lambda: cores)
+    monkeypatch.setattr("fastssl.launch.show_gpus", lambda gpus: None)
+    started = []
+    monkeypatch.setattr("os.execv", lambda _, command: started.extend(command))
+    words = launch(["-g", "2", "-k", "3", "--", "-DIR"], "fastssl.eval.knn", counts_gpus=True)
+    assert bool(started) == (cores == 2)
+    options = knn.make_knn_parser().parse_args(started[started.index("-m", 3) + 2 :] if started else words)
+    assert (options.data, options.k, options.device) == ("-DIR", 3, "auto")
+
+
 def test_help_names_the_flag_that_readme_shows(capsys):
     with pytest.raises(SystemExit):
         knn.main(["--help"])

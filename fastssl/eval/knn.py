@@ -49,7 +49,7 @@ def evaluate(session: Session) -> dict:
     """Computes the features of both splits, then the accuracy for every k."""
     o = session.options
     train, val = open_splits(o, session.ranks)
-    check_ks(odd_ks(o.k), train.num_images, val.num_images)  # before anything is computed
+    check_ks([o.k], train.num_images, val.num_images)  # before anything is computed
     backbone, view = session.open_backbone(), eval_view(session)
     to_space = partial(to_rep_space, rep_space=o.rep_space)
     bank, queries = (

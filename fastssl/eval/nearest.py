@@ -31,7 +31,7 @@ _GROUP = 32  # columns whose minimum `_smallest` looks at first
 _MEASURED_AT_ONCE = {"cpu": 1 << 18}  # float64 differences at a time: on a CPU they stay in a core's cache
 _FLOAT32_NOISE = 1.2e-7  # relative rounding error of float32
 _FLOAT32_LEAST = 1.2e-38  # below it a product loses digits, or is 0
-_FLOAT64_NOISE = 2.3e-16  # and of float64
+_UNSURE_AT_ONCE = 128  # queries compared in float64, which takes several times the memory of float32
 
 
 @torch.no_grad()
@@ -70,10 +70,11 @@ def find_nearest_torch(bank: Rows, queries: Tensor, k: int, bank_chunk: int, cen
         # every row that was not nominated lies at least this far away
         noise = _FLOAT32_NOISE * (8 + math.sqrt(bank.shape[1])) * (q.square().sum(1) + largest)
         beyond = nominated[:, -1] - noise - bank.shape[1] * _FLOAT32_LEAST
-        unsure = ~(distance[:, k - 1] < beyond)  # NaN is
-        if bool(unsure.any()):  # where many distances are equal, or float32 cannot hold the squares
-            nearest = _nominate_double(bank, q[unsure], centre, index.shape[1], bank_chunk)
-            distance[unsure], index[unsure] = _measure(bank, queries[unsure], nearest)
+        unsure = (~(distance[:, k - 1] < beyond)).nonzero()[:, 0]  # NaN is
+        for part in unsure.split(_UNSURE_AT_ONCE) if len(unsure) else ():
+            # here many distances are equal, or float32 cannot hold the squares
+            nearest = _nominate_by_differences(bank, queries[part].double(), index.shape[1], bank_chunk)
+            distance[part], index[part] = _measure(bank, queries[part], nearest)
     return distance[:, :k], index[:, :k]
 
 
@@ -113,25 +114,19 @@ def _smallest(distance: Tensor, num: int) -> tuple[Tensor, Tensor]:
     return values, columns.gather(1, order)
 
 
-def _nominate_double(bank: Rows, q: Tensor, centre: Tensor, num: int, bank_chunk: int) -> Tensor:
-    """Indices (N, num) of the nearest in float64, in order of index where distances agree to float32 precision.
+def _nominate_by_differences(bank: Rows, queries: Tensor, num: int, bank_chunk: int) -> Tensor:
+    """Indices (N, num) of the nearest by float64 differences, equal ones in order of index.
 
-    Slower than `_nominate`, but sure however many distances are equal.
+    Slower than products, but sure: neither equal distances nor rows far away from all others change it.
     """
-    best = torch.empty(len(q), 0, dtype=torch.int64, device=q.device)
-    q_square = q.square().sum(1, keepdim=True)
-    largest = [(b - centre).square().sum(1).max() for _, b in _blocks(bank, bank_chunk, q.device)]
-    scale = 1 / torch.stack([*largest, q_square.max()]).sum().clamp_min(1e-300)  # so that float32 can hold distances
-    least = 4 * _FLOAT64_NOISE * (8 + math.sqrt(q.shape[1])) * q_square  # below it a product's distance is noise
-    for start, b in _blocks(bank, bank_chunk, q.device):
-        b = b - centre
-        distance = torch.addmm(b.square().sum(1), q, b.T, alpha=-2).add_(q_square)
-        # the bits of a non-negative float sort as an integer, so one key holds the distance and the index
-        bits = (torch.maximum(distance, least) * scale).float().view(torch.int32).long()
-        key = (bits << 32) | torch.arange(start, start + len(b), device=q.device)
-        best = torch.cat([best, key.topk(min(num, len(b)), largest=False).values], 1)
-        best = best.topk(min(num, best.shape[1]), largest=False).values
-    return best & 0xFFFFFFFF
+    best, best_index = queries.new_empty(len(queries), 0), torch.empty_like(queries[:, :0], dtype=torch.int64)
+    for start, b in _blocks(bank, bank_chunk, queries.device):
+        distance = torch.cdist(queries, b, compute_mode="donot_use_mm_for_euclid_dist")
+        index = torch.arange(start, start + len(b), device=queries.device).expand(len(queries), -1)
+        best, order = torch.cat([best, distance], 1).sort(dim=1, stable=True)
+        best_index = torch.cat([best_index, index], 1).gather(1, order)[:, :num]
+        best = best[:, :num]
+    return best_index
 
 
 def _measure(bank: Rows, queries: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

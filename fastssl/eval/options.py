@@ -101,14 +101,14 @@ def launch(argv: Sequence[str], module: str, *, counts_gpus: bool = False, node_
         first.add_argument("-g", "--gpus", type=positive, default=1)
         first.add_argument("--device", default="auto")
         found, argv = first.parse_known_args(argv)
-        argv += ["--device", found.device]
+        argv = ["--device", found.device, *argv]  # in front, since nothing behind a -- is a flag
         if found.gpus > 1 and "LOCAL_RANK" not in os.environ:
             count = count_processes(found.gpus, found.device)
             if count < found.gpus:
                 print(
                     f"fastssl: no GPU here: running one process per core ({count}), not {found.gpus}", file=sys.stderr
                 )
-            argv += ["--multiprocessing-distributed", "--gpus", *map(str, range(count))]
+            argv = ["--multiprocessing-distributed", "--gpus", *map(str, range(count)), *argv]
     return launch_if_asked(argv, module, node_batch)
 
 
