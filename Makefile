@@ -12,7 +12,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
-TEST_PROCESSES ?= auto
+# one more than cores: many tests wait for processes that they start
+TEST_PROCESSES ?= $(shell expr $$(nproc || echo 2) + 1)
 
 .PHONY: all demo test lint doctor clean help
 .ONESHELL:

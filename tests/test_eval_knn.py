@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -252,7 +253,7 @@ def test_gpus_become_processes(run, image_folder, monkeypatch, flags):
     run("nowhere", "-k", 3, *flags)  # goes on, since nothing was started, and finds no images
     command = " ".join(started[0])
     assert "torch.distributed.run --nproc_per_node 2 " in command and "--gpus" not in command
-    assert " -m fastssl.eval.knn nowhere " in command
+    assert re.search(r" -m fastssl.eval.knn --device \w+ nowhere ", command)
 
 
 def test_without_numba_it_says_what_is_missing_and_finds_the_same(run, image_folder, tmp_path, monkeypatch):
