@@ -83,7 +83,7 @@ def _refusal_of_torch(error: RuntimeError) -> str:
     if "gloo/transport" in text or kind in ("DistBackendError", "DistNetworkError"):
         return f"another rank has ended, or does not answer ({reason[0]}): its own error says why"
     if "DefaultCPUAllocator: can't allocate memory" in text or kind == "OutOfMemoryError":
-        return f"there is not enough memory ({'. '.join(reason[:2])}): a smaller batch size needs less"
+        return f"there is not enough memory ({'. '.join(reason[:2])}): smaller batches, images or queues need less"
     if "TorchDynamoException" in kinds:
         told = " ".join(text.partition("Set TORCH")[0].split())  # what follows is about torch's own log
         return (

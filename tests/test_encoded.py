@@ -182,6 +182,15 @@ def test_the_image_of_a_sample_need_not_come_first(folder, tmp_path):
     assert open_encoded(root).read(0) == open_encoded(folder).read(0)
 
 
+def test_names_in_an_index_may_have_spaces(folder, tmp_path):
+    root = write_shards(tmp_path / "shards", [open_encoded(folder).read(i) for i in range(2)], [0, 1])
+    index = (root / "000.idx").read_text()
+    (root / "000.idx").write_text(index.replace("00000", "a cat 7 of 1"))
+    images = open_encoded(root)
+    assert [images.name(i) for i in range(2)] == [f"{root}/000.tar/a cat 7 of 1{i}.jpg" for i in range(2)]
+    assert images.read(1) == open_encoded(folder).read(1) and images.label.tolist() == [0, 1]
+
+
 def test_an_image_folder_may_hold_the_tars_it_was_unpacked_from(folder, tmp_path):
     with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as archive:
         archive.add(folder / "class0" / "001.jpg", "001.jpg")

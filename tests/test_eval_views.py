@@ -275,7 +275,7 @@ def test_bad_input_is_one_sentence(run, view_set, tmp_path):
         (["instdisc", view_set, *FLAGS, "-s", 7], "class ant has fewer than 7 samples: use -s 6"),
         (["tsne", view_set, *FLAGS, "-s", 7, "--classes", 2], "class ant has fewer than 7 samples: use -s 6"),
         (["stats", holed, *FLAGS, "-s", 6], "cow/cow_3-2.jpeg is missing"),
-        (["instdisc", view_set, *FLAGS, "--dataset-mode", "g-mask"], "so --dataset-mode g-mask is incomplete"),
+        (["instdisc", view_set, *FLAGS, "--dataset-mode", "g-mask"], "so mode g-mask is incomplete"),
         (["instdisc", odd, *FLAGS], "other.jpeg is not named <stem>-<number>.jpeg"),
         (["instdisc", broken, *FLAGS], "make the view set again with fastssl prep views"),
         (["instdisc", view_set, *FLAGS, "--topk", 19], "fewer than --topk 19 samples: choose --topk from 1 to 18"),

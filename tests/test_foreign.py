@@ -107,8 +107,8 @@ def test_seed_students(tmp_path, arch):
         load_pretrained(tmp_path / "checkpoint_0199.pth.tar", key="k")
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_ddp_and_compile_prefixes(tmp_path, prefix):
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model."])
+def test_prefixes_of_wrappers(tmp_path, prefix):
     tensors, forward, _ = make_network("resnet18")
     wrapped = {prefix + k: v for k, v in tensors.items()}
     backbone, report = load_pretrained(write(tmp_path, wrapped, "weights.pth"))

@@ -106,7 +106,7 @@ def test_every_evaluation_of_the_set_it_wrote(image_folder, tmp_path, monkeypatc
     hole.unlink()
     assert main(["eval", "instdisc", "set", *encoder, "-s", "8", "--dataset-mode", "avg-mask"]) == 1
     err = capsys.readouterr().err
-    assert "3-7.jpeg is missing, so --dataset-mode avg-mask is incomplete" in err
+    assert "3-7.jpeg is missing, so mode avg-mask is incomplete" in err
 
 
 def test_an_image_that_kills_its_process_is_left_out(image_folder, tmp_path, monkeypatch):

@@ -66,8 +66,8 @@ def open_view_set(
     if missing:
         name, number = missing[0]
         raise ValueError(
-            f"{folder.root}/{name}-{number}.jpeg is missing, so --dataset-mode {mode} is incomplete: make the "
-            "view set again with fastssl prep views"
+            f"{folder.root}/{name}-{number}.jpeg is missing, so mode {mode} is incomplete: make the view set "
+            "again with fastssl prep views"
         )
     files = torch.tensor([[found[sample][number] for number in wanted] for sample in samples])
     return ViewSet(images, files, torch.tensor([label for label, _ in samples]), images.class_names)

@@ -12,7 +12,8 @@
   SimCLR (in the small-model project)          [module.]encoder_q.module.*
   torchvision, timm, a linear classifier       [module.]conv1 ... fc.*
 
-`module.` (DDP) and `_orig_mod.` (torch.compile) may stand before any of these names and inside them.
+`module.` (DDP), `_orig_mod.` (torch.compile) and `model.` (Lightning) may stand before all of these names, the first
+two also inside them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from fastssl.checkpoint import CheckpointError
 
-WRAPPERS = ("module.", "_orig_mod.")
+WRAPPERS = ("module.", "_orig_mod.", "model.")
 SOLO_LEARN = "solo-learn"
 _ENCODERS = {  # prefix -> (project, which encoder, what people call it)
     "encoder_q.": ("MoCo", "q", "the query encoder"),
@@ -128,7 +129,7 @@ def _find_groups(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def strip_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors without the `module.` and `_orig_mod.` that begin all names, and without inner `_orig_mod.`."""
+    """The same tensors without the `WRAPPERS` that begin all names, and without inner `_orig_mod.`."""
     while tensors:
         prefix = next((w for w in WRAPPERS if all(k.startswith(w) for k in tensors)), None)
         if prefix is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,8 @@ from fastssl.data_prep.tars import class_number, find_tars
 from fastssl.data_prep.walk import is_image_name
 from fastssl.loaders.beton_file import open_beton
 
-_INDEX_VERSIONS = ("v1.1", "v1.2")
+# What one file of a sample is in a line of DALI's index, by version: kind, start, size, and from 1.2 on the name
+_INDEXED = {"v1.1": r"(\S+) (\d+) (\d+)(?: |$)", "v1.2": r"(\S+) (\d+) (\d+) (.+?)(?: (?=\S+ \d+ \d+ )|$)"}
 
 
 class EncodedImages(NamedTuple):
@@ -103,13 +105,13 @@ def _read_index(tar: str) -> list[tuple[Place, int]]:
     with open(path, encoding="utf-8") as file:
         version, _, count = file.readline().partition(" ")
         lines = file.read().splitlines()
-    if version not in _INDEX_VERSIONS or not count.strip().isdigit() or int(count) != len(lines):
+    if version not in _INDEXED or not count.strip().isdigit() or int(count) != len(lines):
         raise ValueError(f"{path} is not a complete DALI index of version 1.1 or 1.2: make it again")
     samples = []
     with open(tar, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         for number, line in enumerate(lines):
             try:
-                parts = _parse(line, 4 if version == "v1.2" else 3)
+                parts = _parse(line, _INDEXED[version])
                 image = min((part for part in parts if part.kind != "cls"), key=_unlikely_image)
             except (ValueError, IndexError):
                 raise ValueError(f"line {number + 2} of {path} is damaged: make the index again") from None
@@ -131,12 +133,11 @@ class _Part(NamedTuple):
     name: str = ""  # only in version 1.2
 
 
-def _parse(line: str, fields: int) -> list[_Part]:
-    words = line.split(" ")
-    return [
-        _Part(words[k], int(words[k + 1]), int(words[k + 2]), *words[k + 3 : k + fields])
-        for k in range(0, len(words), fields)
-    ]
+def _parse(line: str, pattern: str) -> list[_Part]:
+    found = list(re.finditer(pattern, line))
+    if "".join(match[0] for match in found) != line:
+        raise ValueError(line)
+    return [_Part(kind, int(start), int(size), *name) for kind, start, size, *name in (m.groups() for m in found)]
 
 
 def _unlikely_image(part: _Part) -> tuple[bool, int]:
