@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from fastssl.arguments import positive_float
-from fastssl.command import run_command
+from fastssl.command import refuse_word, run_command
 
 STAGES = {  # stage: the module whose main(argv) measures it and writes JSON to --output
     "convert": "fastssl.bench.convert",
@@ -46,8 +46,10 @@ def main(argv: list[str]) -> int:
     refuse_ranks()
     if stage.startswith("--suite"):
         return import_module("fastssl.bench.suite").main(argv)
+    if not argv:
+        sys.exit(USAGE)
     if stage not in STAGES:
-        sys.exit(f"{USAGE}\nthere is no stage {stage!r}" if argv else USAGE)
+        return refuse_word("stage", stage, [*STAGES, "report"])
     if {"-h", "--help"} & set(rest):
         print(USAGE)
         import_module(STAGES[stage]).main(rest)
