@@ -53,7 +53,7 @@ def find_images(root: str | os.PathLike, class_names: Sequence[str] | None = Non
     if not paths:
         raise ValueError(explain_none(base))
     if around := around_classes(base, paths):
-        outside, split, _ = f"/{around}".partition("/train/")
+        outside, split, _ = f"/{around}".partition("/train/")  # the class folders may lie deeper than train/
         if split:
             train = os.path.join(base, outside[1:], "train")
             raise ValueError(f"{root} has its training images in {train}: give {os.path.dirname(train)}")

@@ -12,8 +12,8 @@
   SimCLR (in the small-model project)          [module.]encoder_q.module.*
   torchvision, timm, a linear classifier       [module.]conv1 ... fc.*
 
-`module.` (DDP), `_orig_mod.` (torch.compile) and `model.` (Lightning) may stand before all of these names, the first
-two also inside them.
+`module.` (DDP), `_orig_mod.` (torch.compile) and `model.` (Lightning) may stand before any of these names, and inside
+them.
 """
 
 from __future__ import annotations
