@@ -7,27 +7,18 @@ and repeats the lost work image by image, to find the one at fault.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import os
 import signal
 import threading
-import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing import forkserver, resource_tracker
-from multiprocessing.connection import wait
 from typing import Generic, Literal, NamedTuple, TypeVar
 
+from fastssl.data_prep.worker import Worker, WorkerDied
 from fastssl.machine.limits import usable_cores
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
-_BROKEN = (BrokenProcessPool, EOFError, ConnectionError)  # a worker died, or the server that starts workers
-_UNTIL_GONE_S = (0, 0.01, 0.1, 1)  # pauses, to let a dead server go: its files close before its parent is told
 _MOST_DEATHS = 8  # so many items in a row that kill their process mean that the machine is at fault
 
 
@@ -55,7 +46,7 @@ class Died(NamedTuple):
 
 
 class Ticket(NamedTuple):
-    """Items that were submitted, and their future results; None if no process could take them."""
+    """Items that were submitted, and their future results; None without items."""
 
     items: Sequence
     future: Future | None
@@ -65,50 +56,57 @@ class WorkPool(Generic[Item, Result]):
     """Applies a function to lists of items in processes. To be used from one thread only."""
 
     def __init__(self, function: Callable[[Item], Result], workers: int) -> None:
-        self._work, self._workers = partial(_work_on, function), workers
-        self._pool: ProcessPoolExecutor | None = None
-        self._lone: ProcessPoolExecutor | None = None  # a single process, to repeat work after a death
+        self._function = function
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="fastssl-work")  # each waits for a process
+        self._idle: deque[Worker] = deque()
         self._deaths = 0  # in a row
 
     def submit(self, items: Sequence[Item]) -> Ticket:
         """Starts the work on some items."""
-        if not items:
-            return Ticket(items, None)
-        for _ in range(2):
-            self._pool = self._pool or make_pool(self._workers)
-            try:
-                with _signals_later():
-                    return Ticket(items, self._pool.submit(self._work, items))
-            except _BROKEN:  # a process has died; `results` of the tickets it worked on will find out
-                self._pool = _end(self._pool)
-        return Ticket(items, None)
+        with _signals_later():
+            return Ticket(items, self._threads.submit(self._apply, items) if items else None)
 
     def results(self, ticket: Ticket) -> list[Result | Died]:
         """The results of a ticket in the order of its items, with Died for an item that kills its process.
 
         Raises what the function raises, and ValueError when every process dies.
         """
-        if ticket.future is not None:
-            with contextlib.suppress(*_BROKEN):
-                return ticket.future.result()
-        return [self._alone(item) for item in ticket.items]
+        if ticket.future is None:
+            return []
+        try:
+            return ticket.future.result()
+        except WorkerDied:
+            return [self._alone(item) for item in ticket.items]
 
     def close(self) -> None:
         """Ends the processes after their current work."""
-        self._pool, self._lone = _end(self._pool), _end(self._lone)
+        self._threads.shutdown(cancel_futures=True)
+        for worker in self._idle:
+            worker.end()
+        self._idle.clear()
+
+    def _apply(self, items: Sequence[Item]) -> list[Result]:
+        """Has an idle process do the work, or a new one: there are as many of them as threads."""
+        try:
+            worker = self._idle.pop()
+        except IndexError:
+            worker = Worker(self._function)
+        try:
+            return worker.apply(items)
+        finally:
+            if worker.alive:
+                self._idle.append(worker)
 
     def _alone(self, item: Item) -> Result | Died:
-        """The result of one item in a process of its own, so that no other item can kill it.
+        """The result of one item by itself, so that no other item can kill its process.
 
         It gets two tries, because the kernel may also kill a process for want of memory.
         """
         for _ in range(2):
-            try:
-                (result,) = self._start_alone(item).result()
+            with contextlib.suppress(WorkerDied):
+                (result,) = self.submit([item]).future.result()
                 self._deaths = 0
                 return result
-            except _BROKEN:
-                self._lone = _end(self._lone)
         self._deaths += 1
         if self._deaths >= _MOST_DEATHS:
             raise ValueError(
@@ -116,38 +114,6 @@ class WorkPool(Generic[Item, Result]):
                 "memory may be short, so try --workers 1"
             )
         return Died()
-
-    def _start_alone(self, item: Item) -> Future:
-        """Hands one item to the single process. Raises BrokenProcessPool if no process can be started.
-
-        No process has seen the item when this fails, so it counts for no try of the item's: the server that starts
-        processes has died, and for a moment the system calls it alive although nobody can reach it any more.
-        """
-        for pause in _UNTIL_GONE_S:
-            time.sleep(pause)
-            self._lone = self._lone or make_pool(1)
-            try:
-                with _signals_later():
-                    return self._lone.submit(self._work, [item])
-            except _BROKEN:
-                self._lone = _end(self._lone)
-        raise BrokenProcessPool("no process can be started")
-
-
-def make_pool(workers: int) -> ProcessPoolExecutor:
-    """Processes that end when this one does. A fork server starts them: forking a process that has threads is unsafe.
-
-    Only this process handles Ctrl-C: SIGINT is blocked in the others from their start.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastssl.data_prep.prepare", "torch"])
-    resource_tracker.ensure_running()  # before SIGINT is blocked, because it unblocks SIGINT at its end
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
 
 
 def ahead(begun: Iterator[Item], depth: int) -> Iterator[Item]:
@@ -161,14 +127,9 @@ def ahead(begun: Iterator[Item], depth: int) -> Iterator[Item]:
         yield waiting.popleft()
 
 
-def _end(pool: ProcessPoolExecutor | None) -> None:
-    if pool is not None:
-        pool.shutdown(cancel_futures=True)
-
-
 @contextlib.contextmanager
 def _signals_later() -> Iterator[None]:
-    """Delays Ctrl-C and SIGTERM to the end of the block: a process prints errors if its parent leaves at its start."""
+    """Delays Ctrl-C and SIGTERM to the end of the block: `close` would not wait for a thread that is half started."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
         yield
         return
@@ -181,17 +142,3 @@ def _signals_later() -> Iterator[None]:
             signal.signal(number, handler)
         for number in came:
             signal.raise_signal(number)
-
-
-def _work_on(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    return [function(item) for item in items]
-
-
-def _start_worker() -> None:
-    """Sets a worker up: one thread, no warnings, and a thread that ends it when its parent has died."""
-    import torch  # only workers need it
-
-    torch.set_num_threads(1)  # the processes share the cores
-    warnings.simplefilter("ignore")  # what is wrong with a file is in its BadImage
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()

@@ -162,7 +162,7 @@ GPU_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 Gi
         (MemoryError(), "there is not enough"),
         (MemoryError("17 GiB"), "17 GiB"),
         (None, "there is not enough memory (err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"),
-        (GPU_FULL, "there is not enough memory (CUDA out of memory. Tried to allocate 2.00 GiB): a smaller batch"),
+        (GPU_FULL, "there is not enough memory (CUDA out of memory. Tried to allocate 2.00 GiB): smaller batches, "),
     ],
 )
 def test_want_of_memory_is_one_sentence(error, said, capsys):

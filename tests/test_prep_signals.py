@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from fastssl import cli
 from fastssl.data_prep import files
 from fastssl.data_prep.prepare import Store
 from fastssl.data_prep.sources import Selection
-from fastssl.data_prep.work_pool import Work, WorkPool
+from fastssl.data_prep.work_pool import Work
 from fastssl.data_prep.write_beton import write_beton
 
 OUT = {"beton": "out.beton", "shards": "out", "views": "out"}
@@ -179,32 +178,3 @@ def test_a_kill_leaves_no_file_and_no_process(images, tmp_path):
         wait_for_members(process.pid)
     write_beton(images, tmp_path / OUT["beton"], Store(originals=True), Selection(count=3), Work(workers=1))
     assert sorted(os.listdir(tmp_path)) == ["out.beton", "out.beton.images.jsonl", "out.beton.json"]
-
-
-def test_the_death_of_the_server_that_starts_processes_costs_nothing():
-    pool = WorkPool(abs, 2)
-    try:
-        assert pool.results(pool.submit([-1, 2])) == [1, 2]
-        os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
-        for _ in range(20):
-            assert pool.results(pool.submit([-3, 4])) == [3, 4]
-    finally:
-        pool.close()
-
-
-def test_a_server_that_is_slow_to_be_gone_costs_nothing(monkeypatch):
-    """A killed process closes its files before its parent is told, and a busy machine can stop it in between."""
-    pool, wait_pid = WorkPool(abs, 1), os.waitpid
-    try:
-        assert pool.results(pool.submit([-1])) == [1]
-        server = forkserver._forkserver._forkserver_pid
-        os.kill(server, signal.SIGKILL)
-        os.waitid(os.P_PID, server, os.WEXITED | os.WNOWAIT)
-        told = time.monotonic() + 0.3
-        monkeypatch.setattr(
-            os, "waitpid", lambda pid, how: (0, 0) if pid == server and time.monotonic() < told else wait_pid(pid, how)
-        )
-        assert pool.results(pool.submit([-3, 4])) == [3, 4]
-        assert time.monotonic() > told
-    finally:
-        pool.close()

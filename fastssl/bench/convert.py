@@ -6,6 +6,7 @@ import argparse
 import os
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 from PIL import Image
@@ -17,26 +18,24 @@ from fastssl.bench.timing import read_in_turn, summarise_all, wall_clock
 from fastssl.data_prep.find import find_images
 from fastssl.data_prep.prepare import Store, encode_jpeg, shrink
 from fastssl.data_prep.sources import Selection
-from fastssl.data_prep.work_pool import Work, make_pool
+from fastssl.data_prep.work_pool import Work, WorkPool
 from fastssl.data_prep.write_beton import write_beton
 from fastssl.machine.limits import usable_cores
 
 ALONE = "decode + resize + encode alone"
 
 
-def convert_bare(paths: list[str]) -> int:
-    """The work that no conversion can avoid: decodes each file, reduces its short side to 256, encodes it.
+def convert_bare(path: str) -> None:
+    """The work that no conversion can avoid: decodes a file, reduces its short side to 256, encodes it.
 
     Raises ValueError for a file that cannot be decoded, which a conversion would leave out.
     """
-    for path in paths:
-        try:
-            with Image.open(path) as file:
-                file.draft(None, (512, 512))
-                encode_jpeg(shrink(file.convert("RGB"), 256), 90)
-        except OSError as error:
-            raise ValueError(f"{os.path.realpath(path)} cannot be decoded ({error}): remove it") from None
-    return len(paths)
+    try:
+        with Image.open(path) as file:
+            file.draft(None, (512, 512))
+            encode_jpeg(shrink(file.convert("RGB"), 256), 90)
+    except OSError as error:
+        raise ValueError(f"{os.path.realpath(path)} cannot be decoded ({error}): remove it") from None
 
 
 def link_copies(data: str, folder: Path, copies: int) -> int:
@@ -61,7 +60,10 @@ def main(argv: list[str]) -> None:
     add("--scratch", help="folder to write to (default: the system's for temporary files)")
     add("--output", type=Path, help="write the result to this JSON file")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch, make_pool(args.workers) as pool:
+    with (
+        tempfile.TemporaryDirectory(dir=args.scratch) as scratch,
+        closing(WorkPool(convert_bare, args.workers)) as pool,
+    ):
         folder, out = Path(scratch, "images"), Path(scratch, "x.beton")
         count = link_copies(args.data, folder, args.copies)
         paths = [find_images(folder).path(i) for i in range(count)]
@@ -71,7 +73,7 @@ def main(argv: list[str]) -> None:
             return write_beton(folder, out, store, Selection(), Work(args.workers), force=True)
 
         stages = {
-            ALONE: lambda: sum(pool.map(convert_bare, parts)),
+            ALONE: lambda: [pool.results(ticket) for ticket in [pool.submit(part) for part in parts]],
             "short side 256": lambda: beton(Store()),
             "originals": lambda: beton(Store(originals=True)),
         }

@@ -1,0 +1,84 @@
+"""Processes that die at any moment, even in the middle of an answer, cost the pool one image or nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from contextlib import closing
+from multiprocessing import connection, forkserver
+
+import pytest
+
+from fastssl.data_prep.work_pool import Died, WorkPool
+
+
+def half_an_answer(number: int) -> bytes:
+    """Negative numbers kill the process when half of its answer is on its way."""
+
+    def send(pipe: connection.Connection, answer: bytes) -> None:
+        os.write(pipe.fileno(), answer[: len(answer) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if number < 0:
+        connection.Connection._send = send
+    return bytes(abs(number))
+
+
+def root(number: int) -> float:
+    if number < 0:
+        raise ArithmeticError(f"{number} has none")
+    return number**0.5
+
+
+def wait_and_name(seconds: float) -> int:
+    time.sleep(seconds)
+    return os.getpid()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_death_in_the_middle_of_an_answer_costs_its_image_only(workers):
+    with closing(WorkPool(half_an_answer, workers)) as pool:
+        tickets = [pool.submit(items) for items in ([1, 2], [3, -4, 5], [6, 7], [], [-8])]
+        found = [pool.results(ticket) for ticket in tickets]
+    assert found == [[bytes(1), bytes(2)], [bytes(3), Died(), bytes(5)], [bytes(6), bytes(7)], [], [Died()]]
+
+
+def test_what_the_function_raises_is_raised_and_tells_where():
+    with closing(WorkPool(root, 1)) as pool:
+        ticket = pool.submit([4, -1])
+        with pytest.raises(ArithmeticError, match="-1 has none") as caught:
+            pool.results(ticket)
+        assert "in root" in str(caught.value.__cause__)
+        assert pool.results(pool.submit([4])) == [2]
+
+
+def test_tickets_are_worked_on_side_by_side_by_no_more_processes_than_asked():
+    with closing(WorkPool(wait_and_name, 2)) as pool:
+        names = [pool.results(ticket)[0] for ticket in [pool.submit([0.2]) for _ in range(6)]]
+    assert len(set(names)) == 2
+
+
+def test_the_death_of_the_server_that_starts_processes_costs_nothing():
+    with closing(WorkPool(abs, 2)) as pool:
+        assert pool.results(pool.submit([-1, 2])) == [1, 2]
+        os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+        for _ in range(20):
+            assert pool.results(pool.submit([-3, 4])) == [3, 4]
+
+
+def test_a_server_that_is_slow_to_be_gone_costs_nothing(monkeypatch):
+    """A killed process closes its files before its parent is told, and a busy machine can stop it in between."""
+    wait_pid = os.waitpid
+    with closing(WorkPool(abs, 1)) as pool:
+        assert pool.results(pool.submit([-1])) == [1]
+    server = forkserver._forkserver._forkserver_pid
+    os.kill(server, signal.SIGKILL)
+    os.waitid(os.P_PID, server, os.WEXITED | os.WNOWAIT)
+    with closing(WorkPool(abs, 1)) as pool:
+        told = time.monotonic() + 0.3
+        monkeypatch.setattr(
+            os, "waitpid", lambda pid, how: (0, 0) if pid == server and time.monotonic() < told else wait_pid(pid, how)
+        )
+        assert pool.results(pool.submit([-3, 4])) == [3, 4]
+        assert time.monotonic() > told
