@@ -13,7 +13,7 @@ COMMANDS = {  # in the order a newcomer needs them
     "doctor": ("fastssl.doctor", "show what works on this machine, and the commands that fix what does not"),
     "prep": ("fastssl.commands.prep", "convert images to .beton files or tar shards, and check or describe such files"),
     "preview": ("fastssl.commands.preview", "draw images beside their augmented views"),
-    "pretrain": ("fastssl.train", "pretrain an encoder on a folder of images"),
+    "pretrain": ("fastssl.commands.pretrain", "pretrain an encoder on a folder of images"),
     "recipes": ("fastssl.commands.recipes", "list the recipes, or print one"),
     "models": ("fastssl.commands.models", "list the architectures with their numbers of weights and features"),
     "eval": ("fastssl.eval.__main__", "evaluate an encoder: k-NN, linear, transfer, instance discrimination, ..."),

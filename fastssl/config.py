@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from fastssl.config_checks import check
-from fastssl.losses import LossConfig
+from fastssl.loss_config import LossConfig
 
 
 def flag(*names: str) -> object:

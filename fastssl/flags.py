@@ -6,14 +6,15 @@ Flags override the recipe of --config, which overrides the defaults of config.py
 from __future__ import annotations
 
 import argparse
+import typing
 from collections.abc import Sequence
 
 import tyro
 
 from fastssl.arguments import data_first
 from fastssl.config import Config
-from fastssl.models.heads import list_heads
-from fastssl.recipe import load_recipe, to_yaml
+from fastssl.launch import launch_if_asked
+from fastssl.recipe import load_recipe, option_types, to_yaml
 
 # The reference projects' flags that stand for several of ours. Flags that only differ in name are aliases in config.py.
 REFERENCE_SWITCHES = {
@@ -47,14 +48,14 @@ def translate_reference_flags(argv: Sequence[str]) -> list[str]:
     words: list[str] = []
     for word in argv:
         words += word.split("=", 1) if word.startswith("--") else [word]
-    switches = REFERENCE_SWITCHES
+    switches, heads = REFERENCE_SWITCHES, typing.get_args(option_types()["head"])
     if "--cj" in words and "--policy" not in words:  # the small-model README adds --aug-plus, which its code ignores
         switches = switches | {"--cj": ["--policy", "small", "--cj"], "--aug-plus": []}
     result: list[str] = []
     for i, word in enumerate(words):
         following = words[i + 1] if i + 1 < len(words) else ""
         if word == "--mlp":  # a switch in one project, takes a head's name in the other
-            result += ["--head"] if following in (*list_heads(), "none") else ["--head", "simple"]
+            result += ["--head"] if following in (*heads, "none") else ["--head", "simple"]
         elif word == "none" and words[i - 1 : i] == ["--mlp"]:  # there any unknown name leaves the linear head
             result += ["linear"]
         elif word in ("--compile", "--channels-last") and following in ("auto", "on", "off", "graphs"):
@@ -75,6 +76,11 @@ def join_starts(words: list[str]) -> list[str]:
     if paths and words[places[-1]] == "auto":
         words[places[-1]] = f"auto:{paths[-1]}"
     return words
+
+
+def parse_or_launch(argv: Sequence[str]) -> Config:
+    """The configuration of `fastssl pretrain`; becomes torchrun when the command line asks for it."""
+    return parse(launch_if_asked(argv, "fastssl.train", Config().train.batch_size))
 
 
 def parse(argv: Sequence[str], program: str = "fastssl pretrain", description: str | None = None) -> Config:

@@ -10,8 +10,6 @@ import sys
 from collections.abc import Callable, Sequence
 from urllib.parse import urlparse
 
-import torch
-
 from fastssl.arguments import ListParser
 from fastssl.plural import counted
 
@@ -48,7 +46,7 @@ def launch_command(argv: Sequence[str], module: str, node_batch: int | None = No
             )
         return None
     nodes, node = count_nodes(flags)
-    processes = len(gpus) or max(1, torch.cuda.device_count())
+    processes = len(gpus) or count_gpus()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     if node_batch is not None:
         rest = in_our_units(rest, nodes, processes, node_batch)
@@ -59,6 +57,13 @@ def launch_command(argv: Sequence[str], module: str, node_batch: int | None = No
     host, port = find_address(flags.dist_url)
     command += ["--nnodes", str(nodes), "--node_rank", str(node), "--master_addr", host, "--master_port", port]
     return [*command, "-m", module, *rest]
+
+
+def count_gpus() -> int:
+    """GPUs that this process sees, at least 1."""
+    import torch  # takes seconds, which a mistyped flag should not cost
+
+    return max(1, torch.cuda.device_count())
 
 
 def show_gpus(gpus: Sequence[int]) -> None:

@@ -33,11 +33,10 @@ from fastssl.config import Config
 from fastssl.describe_run import describe
 from fastssl.distributed import Ranks, gather_rows, mean_over_ranks
 from fastssl.eval.online import make_probe
-from fastssl.flags import parse
+from fastssl.flags import parse_or_launch
 from fastssl.health import Health, check_weights
 from fastssl.input_stream import IN_TURN, InputStream
 from fastssl.key_shuffle import in_rank_order, shuffle_rows, unshuffle_keys
-from fastssl.launch import launch_if_asked
 from fastssl.loaders.make import Loader
 from fastssl.losses import check_loss_inputs, moco_loss
 from fastssl.machine.precision import compute_dtype
@@ -193,7 +192,7 @@ def train(config: Config, loader: Loader, folder: Path, ranks: Ranks, again: str
 
 def main(argv: Sequence[str]) -> int:
     """`fastssl pretrain`."""
-    return pretrain(parse(launch_if_asked(argv, "fastssl.train", Config().train.batch_size)))
+    return pretrain(parse_or_launch(argv))
 
 
 if __name__ == "__main__":

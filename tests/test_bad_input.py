@@ -270,3 +270,11 @@ def test_a_closed_output_is_no_traceback():
 def test_a_file_error_is_told_without_pythons_number(tmp_path, capsys):
     assert run_command(lambda argv: (tmp_path / "none").read_text(), []) == FAILED
     assert capsys.readouterr().err == f"fastssl: error: {tmp_path / 'none'}: No such file or directory\n"
+
+
+@pytest.mark.parametrize("line", ["pretrain --help", "pretrain --lr fast DATA", "pretrain --config none", "recipes"])
+def test_what_needs_no_torch_does_not_wait_for_it(line):
+    script = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); from fastssl import cli; "
+    done = subprocess.run([sys.executable, "-c", script + "cli.main()", *line.split()], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert len(done.stdout + done.stderr) > 100
