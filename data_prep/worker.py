@@ -16,7 +16,8 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
-_LOST = (EOFError, OSError)  # what a pipe raises when the process at its other end has died, or cannot be started
+_NO_SERVER = (EOFError, ConnectionError)  # what starting a process raises when the server that starts them has died
+_LOST = (EOFError, OSError)  # what a pipe raises when the process at its other end has died, before or in an answer
 _UNTIL_GONE_S = (0, 0.01, 0.1, 1)  # pauses, to let a dead server go: its files close before its parent is told
 
 
@@ -25,15 +26,15 @@ class WorkerDied(Exception):
 
 
 class Worker:
-    """One process. Only this one handles Ctrl-C and SIGTERM: they are blocked in the other from its start.
+    """A process of this one, which alone handles Ctrl-C and SIGTERM: they are blocked in the other from its start.
 
-    Raises WorkerDied if no process can be started.
+    Raises WorkerDied if no process can be started, and OSError when the system has no room for one.
     """
 
     def __init__(self, function: Callable) -> None:
         for pause in _UNTIL_GONE_S:
             time.sleep(pause)
-            with contextlib.suppress(*_LOST):  # the server that starts processes has died, and nobody knows it yet
+            with contextlib.suppress(*_NO_SERVER):
                 self._process, self._pipe = _start(function)
                 return
         raise WorkerDied("no process can be started")
@@ -74,7 +75,7 @@ def _start(function: Callable) -> tuple[BaseProcess, Connection]:
             process = context.Process(target=_serve, args=(theirs, function))
             try:
                 process.start()
-            except _LOST:
+            except BaseException:
                 ours.close()
                 raise
     finally:
