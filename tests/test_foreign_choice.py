@@ -49,6 +49,15 @@ def test_the_name_in_hugging_faces_file_beside_it_decides(tmp_path, blurred):
         assert not load_pretrained(tmp_path / "pytorch_model.bin", "resnet18")[1].notes
 
 
+@pytest.mark.parametrize("arch", [None, "resnet18"])
+def test_a_name_that_the_tensors_contradict_is_said(tmp_path, arch):
+    encoder = timm.create_model("resnet18", num_classes=0)
+    torch.save({"arch": "resnet50", "state_dict": encoder.state_dict()}, tmp_path / "x.pth.tar")
+    report = load_pretrained(tmp_path / "x.pth.tar", arch)[1]
+    assert report.arch == "resnet18"
+    assert report.notes == ["the file says resnet50, but its tensors are those of resnet18"]
+
+
 def test_timms_own_efficientnets_are_told_by_their_name_too(tmp_path):
     model = timm.create_model("efficientnet_b0", num_classes=0).eval()
     torch.save({"arch": "efficientnet_b0", "state_dict": model.state_dict()}, tmp_path / "x.pth.tar")

@@ -51,10 +51,14 @@ def choose(contents: Contents, layout: Layout, arch: str | None, stem: str | Non
 
 
 def doubt(contents: Contents, layout: Layout, arch: str, stem: str) -> list[str]:
-    """A note where the file means another network than `arch`, whose tensors cannot tell the two apart."""
+    """A note where the file means another network than `arch`, and either cannot be it or computes differently."""
     names = _said(contents) or _of_project(layout)
-    meant = next((name for name in names if arch not in names and fits(layout, name, stem)), None)
-    differs = meant is not None and not _RIVALS.isdisjoint((meant, arch))
+    if arch in names or not names:
+        return []
+    meant = next((name for name in names if fits(layout, name, stem)), None)
+    if meant is None:
+        return [f"the file says {names[0]}, but its tensors are those of {arch}"]
+    differs = not _RIVALS.isdisjoint((meant, arch))
     return [f"the file means {meant}, which computes differently from {arch}"] if differs else []
 
 
