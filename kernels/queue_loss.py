@@ -43,8 +43,8 @@ def queue_loss(
     """The weighted loss of `fastssl.losses.moco_loss` and its gradient; contrast or uniform must have a weight.
 
     q_ND, k_ND: float32, queue_KD: float32, float16 or bfloat16; all contiguous unit rows. Returns the total (), the
-    parts (5,) contrast, align, uniform, top1, top5 (undefined if the term's weight is 0), and three tensors for the
-    backward. Only the total has a gradient, and only with respect to q.
+    parts (5,) contrast, align, uniform, top1, top5 (contrast, top1 and top5, or uniform, are 0 without their weight),
+    and three tensors for the backward. Only the total has a gradient, and only with respect to q.
     """
     num, pairs = q_ND.shape[0], float(q_ND.shape[0] * queue_KD.shape[0])
     contrast, uniform = contrast_weight > 0, uniform_weight > 0

@@ -125,19 +125,17 @@ def finish_scalars(
         if UNIFORM:
             uniform += tl.load(terms_ptr + 2 * N + n, mask=n < N, other=0.0)
 
+    contrast_mean = tl.sum(contrast, 0) / N
     align_mean = tl.sum(align, 0) / N
-    total = align_weight * align_mean
-    tl.store(parts_ptr + 1, align_mean)
-    if CONTRAST:
-        contrast_mean = tl.sum(contrast, 0) / N
-        total += contrast_weight * contrast_mean
-        tl.store(parts_ptr, contrast_mean)
-        tl.store(parts_ptr + 3, 100 * tl.sum(top1, 0) / N)
-        tl.store(parts_ptr + 4, 100 * tl.sum(top5, 0) / N)
+    uniform_value, uniform_factor = 0.0, 0.0
     if UNIFORM:
         uniform_sum = tl.sum(uniform, 0)
         uniform_value = tl.log(uniform_sum / pairs) + uniform_offset
-        total += uniform_weight * uniform_value
-        tl.store(parts_ptr + 2, uniform_value)
-        tl.store(uniform_factor_ptr, uniform_weight * uniform_scale / uniform_sum)
-    tl.store(total_ptr, total)
+        uniform_factor = uniform_weight * uniform_scale / uniform_sum
+    tl.store(parts_ptr, contrast_mean)  # a part that is not computed is 0, so that all results follow from the inputs
+    tl.store(parts_ptr + 1, align_mean)
+    tl.store(parts_ptr + 2, uniform_value)
+    tl.store(parts_ptr + 3, 100 * tl.sum(top1, 0) / N)
+    tl.store(parts_ptr + 4, 100 * tl.sum(top5, 0) / N)
+    tl.store(uniform_factor_ptr, uniform_factor)
+    tl.store(total_ptr, align_weight * align_mean + contrast_weight * contrast_mean + uniform_weight * uniform_value)

@@ -268,6 +268,7 @@ def test_graphs_are_refused_where_they_cannot_be():
 
 @pytest.mark.gpu
 def test_the_clock_of_a_gpu_chooses():
+    torch.compiler.reset()  # earlier tests count towards the limit beyond which torch stops compiling
     config = replace(TINY, device="cuda", arch="mobilenetv3_small", batch_size=16, image_size=64, precision="bf16")
     trainee = make_trainee(config, CUDA)
     before = copy.deepcopy(trainee.moco.state_dict())

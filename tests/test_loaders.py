@@ -310,6 +310,16 @@ def test_a_failure_in_a_worker_reaches_the_reader_at_once(good_folder, monkeypat
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastssl")]
 
 
+def test_a_loader_on_the_cpu_leaves_the_gpu_alone(good_folder, monkeypatch):
+    """CUDA takes memory on the GPU, and once it has started a forked process can no longer ask for a stream."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("CUDA starts"))
+    for name in ("folder", "resident"):
+        loader = make_loader(name, good_folder, batch_size=4, seed=0, device="cpu", workers=2, read_ahead=2)
+        assert take(loader.batches(), 1)[0].size == 4
+        loader.close()
+
+
 @pytest.mark.parametrize("read_ahead", AHEAD)
 def test_a_reader_of_a_closed_loader_gets_an_error_not_silence(good_folder, read_ahead):
     loader = make_loader("folder", good_folder, batch_size=4, seed=0, device="cpu", read_ahead=read_ahead)

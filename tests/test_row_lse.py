@@ -224,6 +224,16 @@ def test_opcheck(operator):
         library.opcheck(operator, arguments, test_utils=tests)
 
 
+@pytest.mark.parametrize(("contrast", "uniform", "left_out"), [(1.0, 0.0, [2]), (0.0, 1.0, [0, 3, 4])])
+def test_results_follow_from_the_inputs_alone(contrast, uniform, left_out, nan_poisoned_empty):
+    """Those of terms without a weight too: opcheck compares all that an operator returns."""
+    z, queue = make_rows(9, 50, 32, torch.float32)
+    x = F.normalize(z, dim=1)
+    results = queue_loss(x, x, queue, contrast, 0.2, 0.0, 2.0, uniform, 3.0, True)
+    assert all(result.isfinite().all() for result in results)
+    assert (results[1][left_out] == 0).all()
+
+
 def plain_loss(z, z_k, queue, config):
     """The weighted mix by the plain formulas, every tensor in the queue's dtype."""
     q, k = (F.normalize(x, dim=1).to(queue.dtype) for x in (z, z_k))

@@ -10,6 +10,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 
@@ -100,7 +101,8 @@ class Prefetcher:
         """The background thread: puts (batch, copy event) pairs, then None or the exception that ended it."""
         try:
             stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-            with torch.cuda.stream(stream):  # also for a source that works on the GPU; a no-op with None
+            # also for a source that works on the GPU; on a CPU torch.cuda.stream(None) would start CUDA if it could
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
                 for batch in source:
                     if not _put(ready, self._send(batch, stream), stop):
                         break
