@@ -59,6 +59,18 @@ def test_tickets_are_worked_on_side_by_side_by_no_more_processes_than_asked():
     assert len(set(names)) == 2
 
 
+@pytest.fixture
+def own_server(monkeypatch):
+    """A server to kill: the processes of other tests are forked from theirs, which has imported much more."""
+    server = forkserver.ForkServer()
+    monkeypatch.setattr(forkserver, "_forkserver", server)
+    for name in ("ensure_running", "connect_to_new_process", "set_forkserver_preload"):
+        monkeypatch.setattr(forkserver, name, getattr(server, name))
+    yield
+    server._stop()
+
+
+@pytest.mark.usefixtures("own_server")
 def test_the_death_of_the_server_that_starts_processes_costs_nothing():
     with closing(WorkPool(abs, 2)) as pool:
         assert pool.results(pool.submit([-1, 2])) == [1, 2]
@@ -67,6 +79,7 @@ def test_the_death_of_the_server_that_starts_processes_costs_nothing():
             assert pool.results(pool.submit([-3, 4])) == [3, 4]
 
 
+@pytest.mark.usefixtures("own_server")
 def test_a_server_that_is_slow_to_be_gone_costs_nothing(monkeypatch):
     """A killed process closes its files before its parent is told, and a busy machine can stop it in between."""
     wait_pid = os.waitpid
