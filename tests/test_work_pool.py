@@ -6,11 +6,16 @@ import os
 import signal
 import time
 from contextlib import closing
+from functools import partial
 from multiprocessing import connection, forkserver
 
 import pytest
 
+from fastssl.data_prep import static_views
+from fastssl.data_prep.convert import prepare_place
+from fastssl.data_prep.prepare import Store
 from fastssl.data_prep.work_pool import Died, WorkPool
+from fastssl.data_prep.worker import Worker
 
 
 def half_an_answer(number: int) -> bytes:
@@ -77,6 +82,14 @@ def test_the_death_of_the_server_that_starts_processes_costs_nothing():
         os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
         for _ in range(20):
             assert pool.results(pool.submit([-3, 4])) == [3, 4]
+
+
+def test_the_server_imports_what_the_function_needs_for_all_processes(monkeypatch):
+    preload = []
+    monkeypatch.setattr(forkserver, "set_forkserver_preload", preload.append)
+    for function in (static_views.draw, partial(prepare_place, store=Store())):
+        Worker(function).end()
+    assert preload == [["torch", "fastssl.data_prep.static_views"], ["torch", "fastssl.data_prep.convert"]]
 
 
 @pytest.mark.usefixtures("own_server")
