@@ -63,9 +63,10 @@ class Worker:
 
 
 def _start(function: Callable) -> tuple[BaseProcess, Connection]:
-    """Starts a process. A fork server does it: forking a process that has threads is unsafe."""
+    """Starts a process for a function, or a partial. A fork server does it: forking beside threads is unsafe."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastssl.data_prep.prepare", "torch"])
+    # what the function needs is imported once, and not by every process
+    context.set_forkserver_preload(["torch", getattr(function, "func", function).__module__])
     resource_tracker.ensure_running()  # before signals are blocked, because it unblocks them at its end
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:

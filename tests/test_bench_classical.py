@@ -3,9 +3,11 @@
 import argparse
 import itertools
 import time
+from functools import partial
 
 import pytest
 import torch
+from ranks import FORKS
 
 from fastssl import distributed
 from fastssl.bench import classical
@@ -49,6 +51,9 @@ def test_a_turn_of_the_classical_loop_pays_for_its_images_and_leaves_no_work_beh
 ):
     folder = make_image_folder(tmp_path / "images", {"train": 8})
     monkeypatch.setattr(classical, "Photos", CountedPhotos)
+    # its workers are forked after their imports, which take long; those of an image that cannot be decoded are not
+    forked = partial(torch.utils.data.DataLoader, multiprocessing_context=FORKS)
+    monkeypatch.setattr(classical, "DataLoader", lambda *args, multiprocessing_context, **more: forked(*args, **more))
     monkeypatch.setattr(classical, "make_classical_step", lambda *_: lambda view_q, view_k: view_q.mean())
 
     def time_steps(batches, step, steps, warm_up):
@@ -89,6 +94,7 @@ def test_a_loop_without_a_whole_batch_says_so_instead_of_waiting(tmp_path, loop,
 
 def test_amp_is_not_timed_on_a_cpu_that_imitates_it(tmp_path, monkeypatch, make_image_folder):
     folder, ranks = make_image_folder(tmp_path / "images", {"train": 4}), distributed.start("cpu")
+    monkeypatch.setattr(classical, "WARM_UP", 1)  # a step may take a second where AMP is imitated
     monkeypatch.setattr("fastssl.machine.precision.bf16_unit", lambda: "AMX")
     assert classical_loop(str(folder), tiny_config(), ranks, 0, amp=True)(1) > 0
     monkeypatch.setattr("fastssl.machine.precision.bf16_unit", lambda: "")

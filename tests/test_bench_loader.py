@@ -4,8 +4,9 @@ import json
 
 import pytest
 from PIL import Image
+from ranks import FORKS
 
-from fastssl.bench import loader
+from fastssl.bench import loader, loader_process
 from fastssl.bench.loader import main
 from fastssl.bench.loader_peers import CONTESTANTS, FFCV, OURS, RAW, Options
 from fastssl.bench.loader_process import LoaderProcess
@@ -17,6 +18,13 @@ from fastssl.data_prep.write_beton import write_beton
 from fastssl.loaders.make import LOADERS
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """Processes are forked after their imports, which take longer than what they do."""
+    monkeypatch.setattr(loader_process.multiprocessing, "get_context", lambda method: FORKS)
+
+
+@pytest.mark.usefixtures("forked")
 def test_figures_table_and_json(image_folder, tmp_path, capsys):
     output = tmp_path / "loader.json"
     names = ["ours, folder", "libjpeg-turbo alone", "FFCV, two decoders"]
@@ -34,6 +42,7 @@ def test_figures_table_and_json(image_folder, tmp_path, capsys):
         assert any(line.startswith(name) for line in text.splitlines())
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_run_that_is_cut_short_keeps_its_whole_rounds(image_folder, tmp_path, monkeypatch):
     made, one_round = [], LoaderProcess.round
 
@@ -57,6 +66,7 @@ def test_every_loader_of_files_takes_part():
     assert set(OURS) == {f"ours, {name}" for name in LOADERS if name != "synthetic"} <= set(CONTESTANTS)
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_peer_that_cannot_read_these_files_is_left_out(tmp_path, make_image_folder, capsys):
     flat = make_image_folder(tmp_path / "images", {"train": 4}) / "train" / "class0"
     output, peer = tmp_path / "loader.json", "torchvision, Pillow"
@@ -71,6 +81,7 @@ def test_a_peer_that_cannot_read_these_files_is_left_out(tmp_path, make_image_fo
     assert f"left out: {peer} (PIL.UnidentifiedImageError: cannot identify" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_peer_whose_import_fails_in_any_way_is_left_out(tmp_path, image_folder, monkeypatch, capsys):
     (tmp_path / "ffcv").mkdir()
     (tmp_path / "ffcv" / "__init__.py").write_text("raise AttributeError('numpy lacks what it wants')")
@@ -93,6 +104,7 @@ def test_a_loader_whose_process_has_died_says_so(image_folder):
     process.end()
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_loader_that_fails_stops_the_bench_with_its_reason(tmp_path):
     flags = ["--only", "ours, folder", "--threads", "1", "--batch-size", "2"]
     (tmp_path / "0.jpg").write_bytes(b"no image")

@@ -18,6 +18,7 @@ import pytest
 import torch
 from old_checkpoints import make_moco, make_seed
 from PIL import Image
+from ranks import run_ranks
 
 from fastssl import checkpoint
 from fastssl.cli import main as fastssl
@@ -105,8 +106,9 @@ def words_of(line: str, places: dict[str, object], more: str = "") -> list[str]:
 def run(capsys, monkeypatch, tmp_path):
     """`run(line, places, more)` -> (stdout, stderr); the exit code is 0. In an empty folder.
 
-    In this process, unless the line asks for several: then by the interpreter, as a person would, and where that is
-    permitted on a host whose name has no address, as in some containers: torchrun would look it up for five minutes.
+    In this process, unless the line asks for several: then, but for k-NN, by the interpreter, as a person would, and
+    where that is permitted on a host whose name has no address, as in some containers: torchrun would look it up for
+    five minutes.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -116,7 +118,9 @@ def run(capsys, monkeypatch, tmp_path):
 
     def run_line(line, places, more=""):
         words = words_of(line, places, more)
-        if "-g 2" in " ".join(words) or launch_command(words, "fastssl"):
+        if "-g 2" in " ".join(words):
+            code, (out, err) = on_ranks(words[1:], monkeypatch), capsys.readouterr()
+        elif launch_command(words, "fastssl"):
             command, environment = [*nameless(), sys.executable, *words], os.environ | {"PYTHONPATH": str(ROOT)}
             done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
             code, out, err = done.returncode, done.stdout, done.stderr
@@ -147,6 +151,22 @@ def in_this_process(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     with pytest.raises(SystemExit) as stop:
         runpy.run_module(words[0], run_name="__main__", alter_sys=True)
     return stop.value.code or 0
+
+
+def on_ranks(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The same where it becomes torchrun, whose processes are forked here: one line of torchrun itself is enough."""
+    launched = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "execv", lambda program, command: sys.exit(launched.append(command)))
+        code = in_this_process(words, patch)
+    for command in launched:  # not on a single core
+        run_ranks(as_rank, 2, command[command.index("-m", 2) + 1 :])
+    return code
+
+
+def as_rank(rank: int, world_size: int, words: list[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        assert in_this_process(words, patch) == 0
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +311,7 @@ def test_best_nn(run, imagenet, small, rep_space, gpus):
         "number-of-gpus": gpus, "path/to/pretrained/model": small, "rep-space-type": rep_space,
     }  # fmt: skip
     out, err = run(KNN, places, "--image-size 32 --device cpu")
-    assert re.search(r"^best-NN=\d+\.\d\d%, k=[13]\.$", out, re.M)
+    assert re.search(r"^best-NN=\d+\.\d\d%, k=[13]\.$", out + err, re.M)  # ranks say it in their log
     assert ("torchrun --nproc_per_node 2" in err) == (gpus == 2 and usable_cores() > 1)
 
 

@@ -83,9 +83,9 @@ def session_alive(leader: int) -> bool:
 
 def test_every_evaluation_of_the_set_it_wrote(image_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    save(make_moco("resnet18")[0], "moco.pth.tar")
+    save(make_moco("mobilenetv3_small")[0], "moco.pth.tar")
     assert main(["prep", "views", str(image_folder / "train"), "set", "--aug", "hard", "--workers", "1"]) == 0
-    encoder = ["-a", "resnet18", "--pretrained", "moco.pth.tar", "--image-size", "32", "-b", "16", "--device", "cpu"]
+    encoder = "-a mobilenetv3_small --pretrained moco.pth.tar --image-size 32 -b 16 --device cpu".split()
     found = {}
     modes = ["--mode", "sd-sd", "--dataset-mode", "all"]
     for name, flags in {

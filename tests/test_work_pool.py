@@ -6,11 +6,16 @@ import os
 import signal
 import time
 from contextlib import closing
+from functools import partial
 from multiprocessing import connection, forkserver
 
 import pytest
 
+from fastssl.data_prep import static_views
+from fastssl.data_prep.convert import prepare_place
+from fastssl.data_prep.prepare import Store
 from fastssl.data_prep.work_pool import Died, WorkPool
+from fastssl.data_prep.worker import Worker
 
 
 def half_an_answer(number: int) -> bytes:
@@ -59,6 +64,18 @@ def test_tickets_are_worked_on_side_by_side_by_no_more_processes_than_asked():
     assert len(set(names)) == 2
 
 
+@pytest.fixture
+def own_server(monkeypatch):
+    """A server to kill: the processes of other tests are forked from theirs, which has imported much more."""
+    server = forkserver.ForkServer()
+    monkeypatch.setattr(forkserver, "_forkserver", server)
+    for name in ("ensure_running", "connect_to_new_process", "set_forkserver_preload"):
+        monkeypatch.setattr(forkserver, name, getattr(server, name))
+    yield
+    server._stop()
+
+
+@pytest.mark.usefixtures("own_server")
 def test_the_death_of_the_server_that_starts_processes_costs_nothing():
     with closing(WorkPool(abs, 2)) as pool:
         assert pool.results(pool.submit([-1, 2])) == [1, 2]
@@ -67,6 +84,15 @@ def test_the_death_of_the_server_that_starts_processes_costs_nothing():
             assert pool.results(pool.submit([-3, 4])) == [3, 4]
 
 
+def test_the_server_imports_what_the_function_needs_for_all_processes(monkeypatch):
+    preload = []
+    monkeypatch.setattr(forkserver, "set_forkserver_preload", preload.append)
+    for function in (static_views.draw, partial(prepare_place, store=Store())):
+        Worker(function).end()
+    assert preload == [["torch", "fastssl.data_prep.static_views"], ["torch", "fastssl.data_prep.convert"]]
+
+
+@pytest.mark.usefixtures("own_server")
 def test_a_server_that_is_slow_to_be_gone_costs_nothing(monkeypatch):
     """A killed process closes its files before its parent is told, and a busy machine can stop it in between."""
     wait_pid = os.waitpid
