@@ -4,31 +4,19 @@ import os
 import re
 import subprocess
 import sys
-from functools import partial
 
 import pytest
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fastssl.cli import main
 from fastssl.commands.recipes import header
 from fastssl.config import replace
 from fastssl.flags import parse
-from fastssl.models import encoders
 from fastssl.recipe import RECIPES, load_recipe
 from fastssl.train import pretrain
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-@pytest.fixture
-def shallow_resnets(monkeypatch):
-    """ResNets of one block in each stage: whole ones train in other tests, and here take most of the time."""
-    for name, block in (("resnet18", BasicBlock), ("resnet50", Bottleneck)):
-        shallow = encoders.Architecture(partial(ResNet, block, [1, 1, 1, 1]), "torchvision")
-        monkeypatch.setitem(encoders._ARCHITECTURES, name, shallow)
-
-
-@pytest.mark.usefixtures("shallow_resnets")
 @pytest.mark.parametrize("name", NAMES)
 def test_three_steps_of_every_recipe(name, tmp_path):
     recipe = load_recipe(name)
