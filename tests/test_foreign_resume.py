@@ -71,7 +71,8 @@ def test_all_of_a_run_is_taken_over(tmp_path, arch):
 
 
 def test_a_run_that_is_converted_there_and_back_is_the_same(tmp_path, image_folder):
-    line = f"{image_folder} -a resnet18 --mlp --moco-k 64 -b 8 --image-size 32 --device cpu --knn-every 0 --epochs 1"
+    line = f"{image_folder} -a resnet18 --mlp --moco-k 64 -b 8 --image-size 32 --device cpu --knn-every 0 --epochs 1 "
+    line += "--channels-last on"
     assert train.main(f"{line} --output {tmp_path / 'run'}".split()) == 0
     assert convert.main(["moco", str(tmp_path / "run"), str(tmp_path / "old.pth.tar")]) == 0
     (saved,) = checkpoint.saved_steps(tmp_path / "run" / "checkpoints").values()
@@ -111,6 +112,7 @@ def test_what_is_no_whole_run_is_named_as_before(tmp_path, capsys, image_folder)
         resume(tmp_path / "other.pth.tar", "resnet18")
     del saved["optimizer"]
     torch.save(saved, tmp_path / "weights.pth.tar")
-    line = f"{image_folder} -a resnet18 --mlp -b 8 --output {tmp_path / 'run'} --resume {tmp_path / 'weights.pth.tar'}"
+    line = f"{image_folder} -a resnet18 --mlp --moco-k 64 -b 8 --image-size 32 --device cpu --channels-last on "
+    line += f"--output {tmp_path / 'run'} --resume {tmp_path / 'weights.pth.tar'}"
     assert run_command(lambda argv: train.pretrain(parse(argv)), line.split()) == FAILED
     assert "is not a fastssl checkpoint" in capsys.readouterr().err
