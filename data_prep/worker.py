@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver, resource_tracker
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 _NO_SERVER = (EOFError, ConnectionError)  # what starting a process raises when the server that starts them has died
@@ -85,11 +87,13 @@ def _start(function: Callable) -> tuple[BaseProcess, Connection]:
 
 
 def _serve(pipe: Connection, function: Callable) -> None:
-    """The process: one thread, no warnings (what is wrong with a file is in its BadImage)."""
+    """The process: one thread for the work, and one that ends it at once when its parent has died."""
     import torch  # only these processes need it
 
     torch.set_num_threads(1)  # the processes share the cores
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore")  # what is wrong with a file is in its BadImage
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
     with contextlib.suppress(*_LOST):  # its parent has ended, or has no more work
         while True:
             items = pipe.recv()
