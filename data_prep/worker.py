@@ -28,7 +28,7 @@ class WorkerDied(Exception):
 
 
 class Worker:
-    """A process of this one, which alone handles Ctrl-C and SIGTERM: they are blocked in the other from its start.
+    """A child process. Only its parent handles Ctrl-C and SIGTERM: they are blocked in the child from its start.
 
     Raises WorkerDied if no process can be started, and OSError when the system has no room for one.
     """

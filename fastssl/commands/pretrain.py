@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 
 from fastssl.flags import parse_or_launch
@@ -11,4 +10,6 @@ from fastssl.flags import parse_or_launch
 def main(argv: Sequence[str]) -> int:
     """Parses the flags, then pretrains, as `python -m fastssl.train` does."""
     config = parse_or_launch(argv)
-    return importlib.import_module("fastssl.train").pretrain(config)
+    from fastssl.train import pretrain  # imports torch, which takes seconds
+
+    return pretrain(config)
