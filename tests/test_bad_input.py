@@ -272,7 +272,9 @@ def test_a_file_error_is_told_without_pythons_number(tmp_path, capsys):
     assert capsys.readouterr().err == f"fastssl: error: {tmp_path / 'none'}: No such file or directory\n"
 
 
-@pytest.mark.parametrize("line", ["pretrain --help", "pretrain --lr fast DATA", "pretrain --config none", "recipes"])
+@pytest.mark.parametrize(
+    "line", ["pretrain --help", "pretrain --lr x DATA", "pretrain /nowhere", "pretrain --config none", "recipes"]
+)
 def test_what_needs_no_torch_does_not_wait_for_it(line):
     script = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); from fastssl import cli; "
     done = subprocess.run([sys.executable, "-c", script + "cli.main()", *line.split()], capture_output=True, text=True)

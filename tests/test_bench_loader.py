@@ -15,7 +15,7 @@ from fastssl.data_prep.prepare import Store
 from fastssl.data_prep.sources import Selection
 from fastssl.data_prep.work_pool import Work
 from fastssl.data_prep.write_beton import write_beton
-from fastssl.loaders.make import LOADERS
+from fastssl.loaders.choose import LOADERS
 
 
 @pytest.fixture

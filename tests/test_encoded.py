@@ -13,8 +13,9 @@ from fastssl.conformance import samples
 from fastssl.data_prep.beton_format import ALLOCATION, DESCRIPTOR, HEADER, IMAGE_FIELD, INT_FIELD, JPEG, RAW, VERSION
 from fastssl.data_prep.decode import BadImage
 from fastssl.data_prep.sources import Selection, open_source
+from fastssl.loaders.choose import choose_loader
 from fastssl.loaders.encoded import open_encoded
-from fastssl.loaders.make import choose_loader, make_loader
+from fastssl.loaders.make import make_loader
 
 ROW = np.dtype(
     [

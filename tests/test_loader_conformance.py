@@ -12,7 +12,8 @@ from fastssl.commands.check_loader import main
 from fastssl.conformance import faults, images, samples
 from fastssl.conformance.case import Case
 from fastssl.loaders import encoded, file_decode, order, stream_loader
-from fastssl.loaders.make import LOADERS, make_loader
+from fastssl.loaders.choose import LOADERS
+from fastssl.loaders.make import make_loader
 from fastssl.loaders.prefetch import Prefetcher
 
 

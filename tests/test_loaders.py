@@ -17,7 +17,8 @@ from PIL import Image
 from fastssl.data_prep.beton_format import RAW
 from fastssl.data_prep.decode import decode_image
 from fastssl.loaders import bad_images, encoded, prefetch
-from fastssl.loaders.make import choose_loader, make_loader
+from fastssl.loaders.choose import choose_loader
+from fastssl.loaders.make import make_loader
 from fastssl.loaders.synthetic_loader import render_images
 from fastssl.machine.threads import YIELDING, reader_threads
 from fastssl.random_key import permutation

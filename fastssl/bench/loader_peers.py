@@ -15,7 +15,8 @@ from functools import partial
 from typing import NamedTuple
 
 from fastssl.bench.results import RAW
-from fastssl.loaders.make import LOADERS, make_loader
+from fastssl.loaders.choose import LOADERS
+from fastssl.loaders.make import make_loader
 from fastssl.machine.system_packages import install_command
 
 SCALE = (0.2, 1.0)
@@ -57,8 +58,7 @@ def start_ours(name: str, options: Options) -> Callable[[], Epoch]:
 def start_raw_decoding(options: Options) -> Callable[[], Epoch]:
     """libjpeg-turbo's decompressor, called in a loop on files in memory: the most that any loader can get out of it.
 
-    Raises ValueError if it can decode less than all but a hundredth of the files, such as PNGs or CMYK: a file that it
-    turns down takes it no time.
+    Raises ValueError if it turns down over a hundredth of the files, such as PNGs or CMYK, which take it no time.
     """
     name = ctypes.util.find_library("turbojpeg")
     if name is None:

@@ -20,7 +20,7 @@ from fastssl.bench.step import step_loops
 from fastssl.bench.step_flags import add_inner_flags, add_step_flags, make_config, parse_flags
 from fastssl.build import open_loader
 from fastssl.distributed import Ranks
-from fastssl.loaders.make import LOADERS
+from fastssl.loaders.choose import LOADERS
 from fastssl.machine.limits import usable_cores
 
 

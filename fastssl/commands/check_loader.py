@@ -15,7 +15,7 @@ from pathlib import Path
 from fastssl.arguments import ListParser
 from fastssl.conformance import faults, images, samples
 from fastssl.conformance.case import Case
-from fastssl.loaders.make import LOADERS
+from fastssl.loaders.choose import LOADERS
 from fastssl.plural import counted
 
 RANK_CHECKS = {  # for each number of ranks

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fastssl.batch import ImageBatch, pack_images
 from fastssl.distributed import Ranks
+from fastssl.loaders.choose import choose_loader
 from fastssl.loaders.encoded import open_encoded
 from fastssl.loaders.file_decode import FileDecoder
-from fastssl.loaders.make import choose_loader, make_loader
+from fastssl.loaders.make import make_loader
 from fastssl.loaders.order import epoch_order
 from fastssl.loaders.prefetch import Prefetcher
 from fastssl.loaders.stream_loader import StreamLoader
