@@ -84,6 +84,8 @@ def _refusal_of_torch(error: RuntimeError) -> str:
         return f"another rank has ended, or does not answer ({reason[0]}): its own error says why"
     if "DefaultCPUAllocator: can't allocate memory" in text or kind == "OutOfMemoryError":
         return f"there is not enough memory ({'. '.join(reason[:2])}): smaller batches, images or queues need less"
+    if "does not have a deterministic implementation" in text:
+        return f"{text.split()[0]} differs from run to run on this device: use another --arch or no --deterministic"
     if "TorchDynamoException" in kinds:
         told = " ".join(text.partition("Set TORCH")[0].split())  # what follows is about torch's own log
         return (

@@ -187,6 +187,19 @@ def test_what_torch_cannot_compile_is_one_sentence(capsys):
     assert re.search(said, one_sentence(capsys.readouterr().err))
 
 
+def test_what_torch_cannot_repeat_bit_by_bit_is_one_sentence(capsys):
+    def unpool(argv):
+        torch.use_deterministic_algorithms(True)
+        torch.nn.functional.max_unpool2d(torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2, dtype=torch.int64), 2)
+
+    try:
+        assert run_command(unpool, []) == FAILED
+    finally:
+        torch.use_deterministic_algorithms(False)
+    said = one_sentence(capsys.readouterr().err)
+    assert re.search("max_unpool.* differs from run to run .* no --deterministic", said)
+
+
 @pytest.mark.parametrize("count", [1, 10**6])  # met at the end, or while it prints
 def test_a_reader_that_has_seen_enough_is_no_error(count):
     program = f"import sys; from fastssl.command import run_command; run = lambda argv: print('x' * {count}) or 0; "
