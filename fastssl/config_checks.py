@@ -37,6 +37,8 @@ def check_values(options: dict[str, object]) -> None:
     for name, value in options.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{flag_of(name)} must be a finite number, got {value}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{flag_of(name)} must fit into 64 bits, got {value}")
     for smallest, names in SMALLEST.items():
         for name in names:
             if options.get(name, smallest) < smallest:
@@ -46,8 +48,6 @@ def check_values(options: dict[str, object]) -> None:
             raise ValueError(f"{flag_of(name)} must lie in [0, 1], got {options[name]}")
     if options.get("clip_grad", 1) <= 0:
         raise ValueError(f"--clip-grad must be greater than 0, got {options['clip_grad']}")
-    if not -(2**63) <= options["seed"] < 2**63:
-        raise ValueError(f"--seed must fit into 64 bits, got {options['seed']}")
     if min(options["milestones"], default=1) < 1:
         raise ValueError(f"--milestones must be epochs from 1 on, got {min(options['milestones'])}")
     smallest, largest = options["crop_scale"]

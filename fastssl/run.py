@@ -70,16 +70,18 @@ class Run:
         with says_where(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = lock_file(folder / "lock")
-            if first == 0:  # of a run that ended here before its first checkpoint
+            kept = first
+            if not checkpoint.saved_steps(folder / "checkpoints"):  # what lies here is of a run that never saved
+                kept = 0
                 (folder / "views.png").unlink(missing_ok=True)
             if first < plan.stop or not (folder / "config.yaml").exists():  # not of a run to which nothing is added
                 write_text(folder / "config.yaml", to_yaml(config))
                 write_text(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
-            names, seconds = trim_metrics(folder / "metrics.jsonl", first)
+            names, seconds = trim_metrics(folder / "metrics.jsonl", kept)
             self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (open as long as the run)
         self.probed, self.logged = "knn" in names, (first, seconds)  # step and seconds of the last record
         self.clock.begin -= seconds  # a run that goes on counts on
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=kept + 1)
         self.bar = tqdm(total=plan.stop, initial=first, unit="step", dynamic_ncols=True, disable=None, smoothing=0.1)
 
     def say(self, *lines: str) -> None:

@@ -67,7 +67,7 @@ def lock_file(path: Path) -> TextIO:
 
 
 def trim_metrics(path: Path, first: int) -> tuple[set[str], float]:
-    """Drops the lines after step `first`, which a resumed run writes again, and an incomplete last line.
+    """Drops the lines after step `first`, which a resumed run writes again, and an incomplete last line; 0 drops all.
 
     Returns the names of what the remaining lines record of that step, and the seconds of training up to the last.
     """

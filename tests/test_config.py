@@ -97,6 +97,7 @@ def test_compile_switches():
         (["D", "--knn-every", "-1"], "--knn-every must be at least 0"),
         (["D", "--eval-resize", "100"], "--eval-resize 100 must be at least --image-size 224"),
         (["D", "--seed", "9223372036854775808"], "--seed must fit into 64 bits"),
+        (["D", "--queue-size", "9223372036854775808"], "--queue-size must fit into 64 bits"),
         (["D", "--restart"], "--restart needs --resume PATH"),
         (["D", "--restart", "--resume", "auto"], "--restart needs --resume PATH"),
         (["D", "--resume", "auto:"], "--resume auto: names no checkpoint"),

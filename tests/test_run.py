@@ -6,7 +6,9 @@ import time
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fastssl import checkpoint
 from fastssl import run as run_module
 from fastssl.augment.policy import make_policy
 from fastssl.config import Config, replace
@@ -16,7 +18,11 @@ from fastssl.plan import make_plan
 from fastssl.run import Run
 
 
-def open_run(folder, first=0):
+def open_run(folder, first=0, own=True):
+    """own: after its first step a run goes on from a checkpoint in its folder, not from one elsewhere."""
+    if first and own:
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        (folder / "checkpoints" / checkpoint.name(first)).touch()
     config = replace(Config(), image_size=32)
     return Run(folder, config, make_plan(config, 3), first, Ranks(0, 1, torch.device("cpu")))
 
@@ -65,6 +71,23 @@ def test_the_time_of_a_run_that_goes_on_counts_on(tmp_path, monkeypatch):
     assert train(0, 10) == [(3, 10, 38.4), (6, 20, 38.4)]
     assert train(3, 6) == [(3, 10, 38.4), (6, 16, 64), (9, 22, 64)]  # of step 6 there was no checkpoint
     assert train(0, 4) == [(3, 4, 96), (6, 8, 96)]
+
+
+def test_a_run_that_never_saved_leaves_nothing_to_one_that_begins_later(tmp_path):
+    """As when --resume PATH or --start-epoch was forgotten, and the run stopped and started again with it."""
+    record = open_run(tmp_path)
+    for step in (3, 6):
+        record.log(step, {"loss": 1.0})
+    record.close()
+    (tmp_path / "views.png").touch()
+    record = open_run(tmp_path, first=6, own=False)
+    record.log(9, {"loss": 2.0})
+    record.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [9]
+    assert not (tmp_path / "views.png").exists()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [9]
 
 
 def test_a_disk_that_fills_between_checkpoints_is_named(tmp_path):
