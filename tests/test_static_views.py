@@ -257,6 +257,10 @@ def test_refusals_are_one_sentence(image_folder, tmp_path, capsys):
         assert run_command(static_views.main, arguments) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("fastssl: error: ") and message in line
+    for text in ("[]", "{}", "{", '{"images": []}'):  # annotations, as they lie beside other folders
+        (tmp_path / "photos.json").write_text(text)
+        with pytest.raises(ValueError, match=r"photos.json holds no options of a view set: move it away"):
+            make_static_views(data, str(tmp_path / "photos"), workers=1)
     (tmp_path / "bad/a").mkdir(parents=True)
     (tmp_path / "bad/a/0.jpg").write_text("not an image")
     with pytest.raises(ValueError, match=r"no image can be used \(1 tried\), the first is .*bad/a/0.jpg"):
