@@ -167,6 +167,7 @@ def test_overlap_is_counted_as_the_project_counts_it():
     a, b = Box(0, 0, 10, 10), Box(5, 5, 10, 10)
     assert intersection_over_union(a, b) == 36 / (200 - 36)
     assert intersection_over_union(a, Box(20, 0, 5, 5)) == 0
+    assert intersection_over_union(Box(0, 0, 3, 2), Box(0, 0, 3, 2)) > 1  # no union is left
     assert contains(a, Box(0, 0, 10, 3)) and not contains(a, b)
     assert shared_region(a, Box(30, 30, 5, 5)) is None
     assert shared_region(a, b) == Box(112, 112, int(6 / 11 * 224), int(6 / 11 * 224))
