@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -21,15 +22,16 @@ def read_classes(classes: str, existing: Sequence[str], where: str) -> list[str]
     existing ones are.
     """
     origin = IMAGENET100 if classes == "imagenet100" else Path(classes)
-    if origin.is_file():
+    names = classes.split(",")
+    if os.path.isfile(origin):  # unlike Path's own, it takes a list of names, which may be too long for a path
         try:
             lines = list(enumerate(origin.read_text("utf-8-sig").splitlines(), 1))  # some editors write a BOM
         except UnicodeDecodeError:
             raise ValueError(f"{origin} is not a text file: give one with a class per line") from None
-    elif origin.suffix or "/" in classes:
+    elif (origin.suffix or "/" in classes) and set(existing).isdisjoint(name.strip() for name in names):
         raise ValueError(f"the class list {classes} does not exist: give a file, names or imagenet100")
     else:
-        origin, lines = "--classes", list(enumerate(classes.split(","), 1))
+        origin, lines = "--classes", list(enumerate(names, 1))
     named = [(number, text.strip()) for number, text in lines if text.strip() and not text.startswith("#")]
     if not named:
         raise ValueError(f"{origin} names no classes")

@@ -114,8 +114,8 @@ def read_annotations(base: str, paths: list[str]) -> list[str]:
     listed = os.path.join(base, ANNOTATIONS)
     if not os.path.isfile(listed):
         return []
-    with open(listed, encoding="utf-8") as file:
-        class_of = dict(line.split("\t")[:2] for line in file if "\t" in line)
+    with open(listed, encoding="utf-8", errors="surrogateescape") as file:  # as names of files are read
+        class_of = dict(line.rstrip("\n").split("\t")[:2] for line in file if "\t" in line)
     names = [os.path.basename(path) for path in paths]
     if missing := [name for name in names if name not in class_of]:
         raise ValueError(f"{listed} does not say the class of {missing[0]}: unpack Tiny ImageNet's archive again")

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -114,6 +115,11 @@ def manifest_path(data: Path) -> Path:
     return data / "manifest.json" if data.is_dir() else data.with_name(data.name + ".json")
 
 
+def described(data: Path) -> Path:
+    """The name that the manifest lies beside: that of the file which a link leads to, if none lies beside the link."""
+    return data if manifest_path(data).exists() else Path(os.path.realpath(data))
+
+
 def listing_path(beton: Path) -> Path:
     """The path of the listing of a .beton file."""
     return beton.with_name(beton.name + ".images.jsonl")
@@ -131,7 +137,7 @@ def read_manifest(data: Path) -> dict | None:
     Raises ValueError when it is damaged, has another format, or belongs to something else: without a valid manifest
     the names of the classes would be unknown.
     """
-    path, kind = manifest_path(data), "shards" if data.is_dir() else "beton"
+    path, kind = manifest_path(described(data)), "shards" if data.is_dir() else "beton"
     if not path.exists():
         return None
     try:

@@ -104,9 +104,14 @@ def _claim(out: Path, options: dict) -> None:
     manifest = Path(os.path.abspath(out) + ".json")  # absolute, because "." has no name
     out.mkdir(parents=True, exist_ok=True)
     if manifest.exists():
-        made = json.loads(manifest.read_text())
-        if wrong := [key for key in options if made.get(key) != options[key]]:
-            flags = " ".join(f"--{key.replace('_', '-')} {made.get(key)}" for key in wrong)
+        try:
+            made = json.loads(manifest.read_text())
+        except ValueError:
+            made = None
+        if not isinstance(made, dict) or not options.keys() <= made.keys():
+            raise ValueError(f"{manifest} holds no options of a view set: move it away, or name another folder")
+        if wrong := [key for key in options if made[key] != options[key]]:
+            flags = " ".join(f"--{key.replace('_', '-')} {made[key]}" for key in wrong)
             raise ValueError(f"{out} was made with {flags}: use the same, or choose another folder")
         return
     if any(out.iterdir()):

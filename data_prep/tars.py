@@ -82,8 +82,8 @@ def read_tars(path: Path, tars: list[Path]) -> tuple[ImageFolder, list[Member]]:
 def class_number(text: bytes, name: str) -> int:
     """The class number in a `.cls` file. Raises ValueError, with `name`, when it is not a number."""
     try:
-        return int(text)
-    except ValueError:
+        return int(np.int64(int(text)))
+    except (ValueError, OverflowError):
         raise ValueError(f"{name} holds {text[:20]!r}, not a class number: number the classes from 0") from None
 
 

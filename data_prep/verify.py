@@ -14,7 +14,7 @@ from tqdm import tqdm
 from fastssl.data_prep.beton_format import IMAGE_FIELD, JPEG, BetonTables, check_records, read_tables, record_sizes
 from fastssl.data_prep.decode import BadImage, open_image
 from fastssl.data_prep.files import file_sum
-from fastssl.data_prep.manifest import listing_path, manifest_path, read_manifest
+from fastssl.data_prep.manifest import described, listing_path, manifest_path, read_manifest
 from fastssl.data_prep.sources import Place, read_place
 from fastssl.data_prep.tars import find_tars
 from fastssl.data_prep.work_pool import Died, Work, WorkPool, ahead
@@ -47,7 +47,7 @@ def verify(path: str | os.PathLike, decode: bool = False, workers: int | None = 
     if manifest is not None:
         _check_size(path, manifest["file_bytes"])
         _check_blocks(path, manifest, workers)
-        _check_sum(listing_path(path), manifest["listing"]["sha256"])
+        _check_sum(listing_path(described(path)), manifest["listing"]["sha256"])
         done.append(f"{counted(len(manifest['block_sha256']), 'checksum')} correct")
     tables = read_tables(path)
     check_records(tables)

@@ -73,7 +73,8 @@ def intersection_over_union(a: Box, b: Box) -> float:
     height = min(a.bottom, b.bottom) - max(a.top, b.top) + 1
     width = min(a.right, b.right) - max(a.left, b.left) + 1
     overlap = max(0, height) * max(0, width)
-    return overlap / (a.height * a.width + b.height * b.width - overlap)
+    union = a.height * a.width + b.height * b.width - overlap
+    return overlap / max(1, union)  # of crops two pixels wide, so large an overlap may leave none
 
 
 def contains(a: Box, b: Box) -> bool:

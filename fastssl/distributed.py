@@ -33,9 +33,7 @@ def start(device: str = "auto", patience: timedelta | None = None) -> Ranks:
     patience: how long a rank waits for another that works on, by default TIMEOUT; one that ended is noticed at once.
     Raises ValueError when CUDA is requested but not available, and for variables that torchrun cannot have set.
     """
-    cuda = device != "cpu" and torch.cuda.is_available()
-    if device == "cuda" and not cuda:
-        raise ValueError("--device cuda: torch finds no GPU; run `fastssl doctor` to learn why, or use --device cpu")
+    cuda = means_cuda(device)
     rank, world_size, local_rank = read_ranks()
     say_if_alone()
     target = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -56,6 +54,14 @@ def start(device: str = "auto", patience: timedelta | None = None) -> Ranks:
             timeout=patience or TIMEOUT,
         )
     return Ranks(rank, world_size, target)
+
+
+def means_cuda(device: str) -> bool:
+    """Whether --device auto, cpu or cuda is a GPU here. Raises ValueError when CUDA is requested but not available."""
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise ValueError("--device cuda: torch finds no GPU; run `fastssl doctor` to learn why, or use --device cpu")
+    return cuda
 
 
 def say_if_alone() -> None:

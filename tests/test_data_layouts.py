@@ -117,6 +117,8 @@ def test_tiny_imagenet_s_held_out_images_have_the_classes_of_its_list(tmp_path):
     assert train.class_names == ["n01", "n02", "n03"] and not train.notices
     val = find_images(tmp_path / "val", train.class_names)
     assert val.labels.tolist() == [2, 0, 0] and val.path(2) == str(tmp_path / "val/images/val_2.JPEG")
+    listed.write_bytes(b"val_0.JPEG\tn02\nval_1.JPEG\tn03\r\nval_2.JPEG\tn01\nval_\xff.JPEG\tn01")  # nothing else
+    assert find_images(tmp_path / "val", train.class_names).labels.tolist() == [1, 2, 0]
     make_tree(tmp_path / "val", "images/val_3.JPEG")
     with pytest.raises(ValueError, match=r"val_annotations\.txt does not say the class of val_3\.JPEG"):
         find_images(tmp_path / "val")

@@ -175,6 +175,15 @@ def test_a_shard_that_is_cut_while_it_is_read_is_an_error_not_a_signal(everywher
         everywhere[1].read(3)
 
 
+def test_a_beton_that_is_cut_while_it_is_read_gives_what_is_left(everywhere, tmp_path):
+    """Of a mapped file, the rest would be zeros up to the end of a page, and behind it a signal."""
+    image = everywhere[2].read(10)
+    os.truncate(tmp_path / "x.beton", (tmp_path / "x.beton").read_bytes().index(image) + 5)
+    assert everywhere[2].read(10) == image[:5]
+    with pytest.raises(BadImage):
+        everywhere[2].decode(10)
+
+
 def test_the_image_of_a_sample_need_not_come_first(folder, tmp_path):
     """As wds2idx lists what was packed in the order of the names: cls, json, png."""
     root = write_shards(tmp_path / "shards", [open_encoded(folder).read(0)], [0])

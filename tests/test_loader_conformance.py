@@ -143,13 +143,18 @@ def test_the_command_prints_a_table_and_fails_when_a_check_does(image_folder, mo
     assert capsys.readouterr().out.count("FAILS") == 4  # the pixels, given and odd, of both loaders
 
 
-def test_the_command_refuses_what_it_cannot_check(image_folder, tmp_path, capsys):
+def test_the_command_refuses_what_it_cannot_check(image_folder, tmp_path, capsys, monkeypatch):
     with pytest.raises(ValueError, match="does not exist"):
         main([str(tmp_path / "none"), "--loader", "folder"])
     with pytest.raises(ValueError, match="no loader can read"):  # though one of them reads no files
         main([str(tmp_path / "none")])
     with pytest.raises(ValueError, match="at least 1"):
         main([str(image_folder), "--world-sizes", "0"])
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="--device cuda: torch finds no GPU"):
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        main([str(image_folder), "--device", "cuda"])
+    with pytest.raises(SystemExit):
+        main([str(image_folder), "--device", "gpu"])
     capsys.readouterr()
     with pytest.raises(ValueError, match=r"not a \.beton file"):
         main([str(image_folder), "--loader", "folder", "beton"])

@@ -290,6 +290,7 @@ def test_one_image_of_each_sample_with_several(tmp_path):
             r"a\.2\.cls: another sample has the same name",
         ),
         ([("1.jpg", b"x"), ("2.jpg", b"x"), ("2.cls", b"1")], r"x\.tar/1\.jpg has no \.cls file beside it"),
+        ([("1.jpg", b"x"), ("1.cls", b"9" * 19)], r"1\.cls holds b'9999999999999999999', not a class number"),
         ([("1.jpg", b"x"), ("1.cls", b"20000000")], "a label 20,000,000, too large for a class number"),
     ],
 )

@@ -42,6 +42,23 @@ def test_links_in_every_split(imagenet, tmp_path, capsys):
     assert make_subset(imagenet / "train", tmp_path / "flat", IDS[1]) == {"": 1}
 
 
+def test_many_names_on_the_command_line(tmp_path):
+    """Together they are longer than a file's name may be."""
+    names = [f"n{number:08d}" for number in range(40)]
+    for name in names:
+        (tmp_path / "data" / name).mkdir(parents=True)
+    assert make_subset(tmp_path / "data", tmp_path / "out", ",".join(names[1:])) == {"": 39}
+
+
+@pytest.mark.parametrize("classes", ["001.Albatross", "001.Albatross, 002.Auklet"])
+def test_class_names_with_dots(classes):
+    """As CUB-200's and Caltech-256's; what looks like a path and is no class is still taken for a list."""
+    existing = ["001.Albatross", "002.Auklet", "003.Bobolink"]
+    assert read_classes(classes, existing, "here") == [name.strip() for name in classes.split(",")]
+    with pytest.raises(ValueError, match=r"the class list birds\.txt does not exist"):
+        read_classes("birds.txt", existing, "here")
+
+
 def test_every_name_of_a_split_is_linked(tmp_path):
     for split in SPLITS:
         write_photos(tmp_path / "data" / split, {"apple": [(8, 8)], "pear": [(8, 8)]})

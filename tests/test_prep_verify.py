@@ -52,6 +52,18 @@ def test_a_whole_file_passes(whole, capsys):
     assert "checksums correct, tables valid, 12 images decoded" in capsys.readouterr().out
 
 
+def test_a_link_to_the_file_alone_has_its_manifest(whole, beton, tmp_path):
+    """Unless one lies beside the link, as where each file is a link into a store."""
+    (tmp_path / "link.beton").symlink_to(whole)
+    assert verify(tmp_path / "link.beton", workers=1).endswith("link.beton: 2 checksums correct, tables valid")
+    assert "classes   2: ant, bee" in describe(tmp_path / "link.beton")
+    beton.unlink()
+    beton.symlink_to(whole)
+    flip(tmp_path / "x.beton.json", 200)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/x\.beton\.json is damaged"):
+        verify(beton, workers=1)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_flipped_bit_anywhere_is_found(beton, seed, capsys):
     """In the header, a field's name, the metadata, the padding, an image, the allocation table, and anywhere."""

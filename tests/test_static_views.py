@@ -167,6 +167,7 @@ def test_overlap_is_counted_as_the_project_counts_it():
     a, b = Box(0, 0, 10, 10), Box(5, 5, 10, 10)
     assert intersection_over_union(a, b) == 36 / (200 - 36)
     assert intersection_over_union(a, Box(20, 0, 5, 5)) == 0
+    assert intersection_over_union(Box(0, 0, 3, 2), Box(0, 0, 3, 2)) > 1  # no union is left
     assert contains(a, Box(0, 0, 10, 3)) and not contains(a, b)
     assert shared_region(a, Box(30, 30, 5, 5)) is None
     assert shared_region(a, b) == Box(112, 112, int(6 / 11 * 224), int(6 / 11 * 224))
@@ -257,6 +258,10 @@ def test_refusals_are_one_sentence(image_folder, tmp_path, capsys):
         assert run_command(static_views.main, arguments) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("fastssl: error: ") and message in line
+    for text in ("[]", "{}", "{", '{"images": []}'):  # annotations, as they lie beside other folders
+        (tmp_path / "photos.json").write_text(text)
+        with pytest.raises(ValueError, match=r"photos.json holds no options of a view set: move it away"):
+            make_static_views(data, str(tmp_path / "photos"), workers=1)
     (tmp_path / "bad/a").mkdir(parents=True)
     (tmp_path / "bad/a/0.jpg").write_text("not an image")
     with pytest.raises(ValueError, match=r"no image can be used \(1 tried\), the first is .*bad/a/0.jpg"):

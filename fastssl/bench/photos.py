@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from fastssl.data_prep.find import has_train_split
-from fastssl.data_prep.manifest import listing_path, read_manifest
+from fastssl.data_prep.manifest import described, listing_path, read_manifest
 from fastssl.data_prep.prepare import Store
 from fastssl.data_prep.sources import Selection, open_source
 from fastssl.data_prep.work_pool import Work
@@ -88,7 +88,7 @@ def check_same_images(data: str, beton: str) -> None:
     names = [name for name in open_source(data, Selection()).folder.paths if name not in left_out]
     if (held := len(open_beton(beton))) != len(names):
         raise ValueError(f"{beton} holds {counted(held, 'image')}, and {data} {len(names):,}: {mend}")
-    if not (listing := listing_path(Path(beton))).exists():
+    if not (listing := listing_path(described(Path(beton)))).exists():
         return
     stored = [json.loads(line)["path"] for line in listing.read_text("ascii").splitlines()]
     for theirs, ours in zip(stored, names):

@@ -15,6 +15,7 @@ from pathlib import Path
 from fastssl.arguments import ListParser
 from fastssl.conformance import faults, images, samples
 from fastssl.conformance.case import Case
+from fastssl.distributed import means_cuda
 from fastssl.loaders.choose import LOADERS
 from fastssl.plural import counted
 
@@ -110,8 +111,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--world-sizes", nargs="+", type=int, default=[1, 2, 4],
                         help="numbers of ranks to check with (default: 1 2 4)")  # fmt: skip
     parser.add_argument("--steps", type=int, default=32, help="batches read per epoch, at most (default: 32)")
-    parser.add_argument("--device", default="cpu", help="where the batches go (default: cpu)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the batches go (default: cpu)")
     args = parser.parse_args(list(argv))
+    means_cuda(args.device)  # raises the error
     if min(args.world_sizes) < 1 or args.steps < 2:
         raise ValueError("--world-sizes must be at least 1 and --steps at least 2")
     return int(check_loaders(args) > 0)

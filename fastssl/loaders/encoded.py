@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -72,8 +73,10 @@ def _from_beton(data: str, class_names: Sequence[str] | None) -> EncodedImages:
         raise ValueError(
             f"{data} stores {raw:,} of its {len(beton):,} images as raw pixels, not as JPEGs: use --loader beton"
         )
+    file = os.open(data, os.O_RDONLY)  # a mapped file that is cut while it is read would kill the process (SIGBUS)
+    weakref.finalize(beton, os.close, file)
     return EncodedImages(
-        read=lambda i: bytes(beton.bytes(i)),
+        read=lambda i: os.pread(file, int(beton.size[i]), int(beton.pointer[i])),
         name=beton.name,
         label=beton.label,
         class_names=beton.class_names,
