@@ -73,7 +73,9 @@ def _from_beton(data: str, class_names: Sequence[str] | None) -> EncodedImages:
         raise ValueError(
             f"{data} stores {raw:,} of its {len(beton):,} images as raw pixels, not as JPEGs: use --loader beton"
         )
-    file = os.open(data, os.O_RDONLY)  # a mapped file that is cut while it is read would kill the process (SIGBUS)
+    # Not the mapped file: one that is cut while it is read would kill the process (SIGBUS). Nor opened anew for each
+    # image, as shards are: a new file of that name has its images elsewhere.
+    file = os.open(data, os.O_RDONLY)
     weakref.finalize(beton, os.close, file)
     return EncodedImages(
         read=lambda i: os.pread(file, int(beton.size[i]), int(beton.pointer[i])),
