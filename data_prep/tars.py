@@ -34,12 +34,19 @@ Members = dict[tuple[Path, str], Member]  # by tar file and name, in the order o
 def find_tars(folder: str | os.PathLike) -> list[Path]:
     """The tar files in a folder, sorted, without hidden ones, such as macOS's `._name.tar` beside each `name.tar`.
 
-    None if folders below it hold images, which were then unpacked from them. Raises ValueError for those of a training
-    split and of another one, such as ImageNet's, which must not become one data set.
+    None if folders below it hold images, which were then unpacked from them. Raises ValueError when images lie beside
+    them, and for those of a training split and of another one, such as ImageNet's, which must not become one data set.
     """
-    tars = sorted(Path(folder).glob("[!.]*.tar"))
-    if tars and any("/" in path for path in walk_images(os.fspath(folder), Counter())):
-        return []
+    tars, beside = sorted(Path(folder).glob("[!.]*.tar")), ""
+    for image in walk_images(os.fspath(folder), Counter()) if tars else ():
+        if "/" in image:
+            return []
+        beside = image
+    if beside:
+        raise ValueError(
+            f"{folder} holds images and tar files, such as {beside} and {tars[0].name}: move either to another folder, "
+            "or name a tar file"
+        )
     if splits := look_like_splits(tar.stem for tar in tars):
         raise ValueError(
             f"{folder} holds tar files of several splits, {splits[0]}.tar and {splits[1]}.tar: name one of them, or "

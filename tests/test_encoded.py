@@ -4,6 +4,7 @@ import io
 import os
 import resource
 import tarfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -209,3 +210,13 @@ def test_an_image_folder_may_hold_the_tars_it_was_unpacked_from(folder, tmp_path
     shards = write_shards(tmp_path / "shards", [open_encoded(folder).read(0)], [0])
     for data in (shards, shards / "000.tar"):
         assert choose_loader("auto", data)[0] == "dali" and len(open_encoded(data).label) == 1
+
+
+@pytest.mark.parametrize(
+    "read", [open_encoded, partial(choose_loader, "auto"), lambda data: open_source(data, Selection())]
+)
+def test_images_beside_a_tar_file_are_neither_passed_over_nor_read_in_its_place(read, folder, tmp_path):
+    shards = write_shards(tmp_path / "shards", [open_encoded(folder).read(0)], [0])
+    (shards / "logo.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"such as logo\.png and 000\.tar: move either"):
+        read(shards)
