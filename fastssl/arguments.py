@@ -76,6 +76,14 @@ def not_negative(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    """An int of 64 bits, as torch takes them."""
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must fit into 64 bits, got {text}")
+    return value
+
+
 def positive_float(text: str) -> float:
     """A finite float > 0."""
     value = float(text)
