@@ -137,6 +137,8 @@ def _members(archive: tarfile.TarFile, bar: tqdm) -> dict[str, Member]:
     for member in archive:
         bar.update()
         name = os.path.normpath(member.name)
+        if member.issparse():
+            raise ValueError(f"{name} is stored in pieces: pack without --sparse")
         if any(part.startswith(".") for part in name.split("/")):
             continue
         if member.isfile() and name.endswith(".tar"):

@@ -212,6 +212,17 @@ def test_imagenets_archives_are_read_as_they_are_published(tmp_path):
         open_source(tars, Selection())
 
 
+@pytest.mark.parametrize("kind", ["gnu", "posix"])
+def test_a_file_stored_in_pieces_is_refused(kind, tmp_path):
+    """GNU tar's --sparse leaves holes out, so that a file's bytes are not one after the other."""
+    (tmp_path / "black.bmp").write_bytes(b"BM")
+    os.truncate(tmp_path / "black.bmp", 1_000_000)
+    command = ["tar", "-C", tmp_path, "-cSf", tmp_path / "some.tar", f"--format={kind}"]
+    subprocess.run([*command, "black.bmp"], check=True)
+    with pytest.raises(ValueError, match=r"some\.tar .* \(black\.bmp is stored in pieces: pack without --sparse\)"):
+        open_source(tmp_path / "some.tar", Selection())
+
+
 @pytest.mark.parametrize("top", ["", "imagenette2/", "ILSVRC/Data/CLS-LOC/"])
 def test_of_a_packed_data_set_the_training_split_is_taken(tmp_path, top):
     names = [f"{top}{name}" for name in ("train/b/1.jpg", "val/a/9.jpg", "train/a/2.jpg", "test/3.jpg")]
