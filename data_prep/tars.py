@@ -137,10 +137,10 @@ def _members(archive: tarfile.TarFile, bar: tqdm) -> dict[str, Member]:
     for member in archive:
         bar.update()
         name = os.path.normpath(member.name)
-        if member.issparse():
-            raise ValueError(f"{name} is stored in pieces: pack without --sparse")
         if any(part.startswith(".") for part in name.split("/")):
             continue
+        if member.issparse() and _counts(os.path.basename(name)):
+            raise ValueError(f"{name} is stored in pieces: pack without --sparse")
         if member.isfile() and name.endswith(".tar"):
             for below, offset, size in _inner(archive, member, bar):
                 members[f"{name[:-4]}/{below}"] = Member(archive.name, member.offset_data + offset, size)

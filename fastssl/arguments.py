@@ -60,9 +60,17 @@ def item_test(action: argparse.Action) -> IsItem:
     return is_item
 
 
+def integer(text: str) -> int:
+    """An int that fits into 64 bits."""
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must fit into 64 bits, got {text}")
+    return value
+
+
 def positive(text: str) -> int:
     """An int >= 1."""
-    value = int(text)
+    value = integer(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return value
@@ -70,17 +78,9 @@ def positive(text: str) -> int:
 
 def not_negative(text: str) -> int:
     """An int >= 0."""
-    value = int(text)
+    value = integer(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
-    return value
-
-
-def seed(text: str) -> int:
-    """An int of 64 bits, as torch takes them."""
-    value = int(text)
-    if not -(2**63) <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"must fit into 64 bits, got {text}")
     return value
 
 

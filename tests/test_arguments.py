@@ -48,10 +48,13 @@ def test_lists_of_choices_end_and_what_is_misspelt_is_named(capsys):
         assert "invalid choice" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1])
-def test_a_seed_that_torch_cannot_take_is_refused_before_anything_is_read(seed, capsys):
+@pytest.mark.parametrize(
+    "flag, number", [("--seed", 2**63), ("--seed", -(2**63) - 1), ("-b", 2**63), ("--workers", 2**63)]
+)
+def test_a_number_beyond_64_bits_is_refused_before_anything_is_read(flag, number, capsys):
     parser = make_linear_parser()
     assert parser.parse_args(["DIR", "--seed", str(-(2**63))]).seed == -(2**63)
     with pytest.raises(SystemExit):
-        parser.parse_args(["DIR", "--seed", str(seed)])
-    assert f"--seed: must fit into 64 bits, got {seed}" in capsys.readouterr().err
+        parser.parse_args(["DIR", flag, str(number)])
+    error = capsys.readouterr().err
+    assert flag in error and f"must fit into 64 bits, got {number}" in error

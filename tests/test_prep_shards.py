@@ -215,9 +215,13 @@ def test_imagenets_archives_are_read_as_they_are_published(tmp_path):
 @pytest.mark.parametrize("kind", ["gnu", "posix"])
 def test_a_file_stored_in_pieces_is_refused(kind, tmp_path):
     """GNU tar's --sparse leaves holes out, so that a file's bytes are not one after the other."""
-    (tmp_path / "black.bmp").write_bytes(b"BM")
-    os.truncate(tmp_path / "black.bmp", 1_000_000)
-    command = ["tar", "-C", tmp_path, "-cSf", tmp_path / "some.tar", f"--format={kind}"]
+    write_kinds(tmp_path, {"whole.jpg": (jpeg(9, 9), "")})
+    for name in ("black.bmp", "weights.bin"):
+        (tmp_path / name).write_bytes(b"BM")
+        os.truncate(tmp_path / name, 1_000_000)
+    command = ["tar", "-C", tmp_path, f"--format={kind}", "-cSf", tmp_path / "some.tar", "whole.jpg", "weights.bin"]
+    subprocess.run(command, check=True)
+    assert open_source(tmp_path / "some.tar", Selection()).folder.paths == ["whole.jpg"]
     subprocess.run([*command, "black.bmp"], check=True)
     with pytest.raises(ValueError, match=r"some\.tar .* \(black\.bmp is stored in pieces: pack without --sparse\)"):
         open_source(tmp_path / "some.tar", Selection())

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastssl.arguments import ListParser, not_negative, numbers, positive, positive_float, rate, seed
+from fastssl.arguments import ListParser, integer, not_negative, numbers, positive, positive_float, rate
 from fastssl.launch import launch_if_asked
 from fastssl.machine.limits import usable_cores
 
@@ -35,7 +35,7 @@ def make_parser(command: str, description: str, *, batch_size: int, data: str) -
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
     add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="the encoder's arithmetic (default fp32)")
     add("--max-mem-gb", type=positive_float, metavar="GB", help="memory limit of each process; features may go to disk")
-    add("--seed", type=seed, default=0, metavar="N", help="seed of every random choice (default 0)")
+    add("--seed", type=integer, default=0, metavar="N", help="seed of every random choice (default 0)")
     add("--json", metavar="FILE", help="also write the results to this file")
     return p
 

@@ -84,7 +84,7 @@ def embed(session: Session, features: list[torch.Tensor], labels: torch.Tensor) 
     x = x - x.mean(0)
     _, _, v = torch.linalg.svd(x, full_matrices=False)
     session.say("=> t-SNE optimization starts.")
-    tsne = TSNE(perplexity=o.perplexity, init="pca", random_state=o.seed % 2**32)  # as scikit-learn wants it
+    tsne = TSNE(perplexity=o.perplexity, init="pca", random_state=o.seed % 2**32)  # scikit-learn takes 32 bits
     y = tsne.fit_transform((x @ v[:50].T).numpy())
     session.say(f"=> final error: {tsne.kl_divergence_:.4f}.")
     coordinates = dict(zip(PARTS, [*np.split(y, 3), labels.numpy()]))
