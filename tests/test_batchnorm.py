@@ -113,7 +113,9 @@ def test_conversion_is_in_place_repeatable_and_undone_by_one():
     assert torch.equal(model(x), expected)
 
 
-def test_channels_last_in_channels_last_out():
+@pytest.mark.parametrize("compiling", [False, True])
+def test_channels_last_in_channels_last_out(compiling, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     torch.manual_seed(0)
     bn = nn.BatchNorm2d(6)
     split_batchnorm(bn, 2)
@@ -125,6 +127,25 @@ def test_channels_last_in_channels_last_out():
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert x.grad.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}, {"bias": False}])
+@pytest.mark.parametrize("compiling", [False, True])
+def test_layers_without_weights_or_statistics(options, compiling, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    torch.manual_seed(0)
+    bn = nn.BatchNorm2d(6, **{k: v for k, v in options.items() if k != "bias"}).double()
+    bn.bias = bn.bias if options.get("bias", True) else None
+    x, grad_out = torch.randn(2, 6, 6, 5, 3).double()
+    outputs, grads, x_grad, buffers = run_replicas(bn, x, grad_out, 3)
+    split_batchnorm(bn, 3)
+    x.requires_grad_()
+    out = bn(x)
+    out.backward(grad_out)
+    torch.testing.assert_close(out, outputs)
+    torch.testing.assert_close(x.grad, x_grad)
+    torch.testing.assert_close([p.grad for p in bn.parameters()], grads)
+    torch.testing.assert_close({k: b.double() for k, b in bn.named_buffers()}, buffers)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

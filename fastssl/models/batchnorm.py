@@ -38,20 +38,58 @@ class _SplitForward:
         return torch.cat([self._normalise(part, i) for i, part in enumerate(parts)])
 
     def _normalise_together(self, x: Tensor) -> Tensor:
-        # For torch.compile: it fuses this into the two passes of one batch norm, but does badly with `splits` of them.
-        parts = x.unflatten(0, (self.splits, -1)).transpose(0, 1).flatten(1, 2)  # (B/s, s C, ...)
-        weight, bias = (t if t is None else t.repeat(self.splits) for t in (self.weight, self.bias))
-        mean, var = (t if t is None else t.repeat(self.splits) for t in (self.running_mean, self.running_var))
-        y = F.batch_norm(parts, mean, var, weight, bias, True, self.momentum, self.eps)
-        if mean is not None:
-            self.running_mean.copy_(mean.view(self.splits, -1).mean(0))
-            self.running_var.copy_(var.view(self.splits, -1).mean(0))
-        return y.unflatten(1, (self.splits, -1)).transpose(0, 1).flatten(0, 1)
+        # For torch.compile, which does badly with `splits` batch norms. The parts are a view of x in any memory format,
+        # so that each pass reads and writes them in the order in which they lie. They are cast after the split: before
+        # it, torch.compile writes some gradients in float32 first.
+        parts = x.unflatten(0, (self.splits, -1)).to(torch.promote_types(x.dtype, torch.float32))  # (s, B/s, C, ...)
+        with torch.no_grad():
+            mean, rstd = self._take_statistics(parts)
+        per_channel = mean.shape[2:]  # (C, 1, ...)
+        weight = mean.new_ones(per_channel) if self.weight is None else self.weight.view(per_channel)
+        bias = mean.new_zeros(per_channel) if self.bias is None else self.bias.view(per_channel)
+        return _NormaliseParts.apply(parts, mean, rstd, weight, bias).to(x.dtype).flatten(0, 1)
+
+    def _take_statistics(self, parts: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean and 1 / standard deviation of each part and channel, (s, 1, C, 1, ...); updates the running ones."""
+        var, mean = torch.var_mean(parts, _all_but_part_and_channel(parts), correction=0, keepdim=True)
+        if self.running_mean is not None:
+            values = parts.numel() // mean.numel()  # of a channel in a part
+            self.running_mean.lerp_(mean.mean(0).flatten(), self.momentum)
+            self.running_var.lerp_(var.mean(0).flatten() * (values / (values - 1)), self.momentum)
+        return mean, (var + self.eps).rsqrt()
 
     def _normalise(self, part: Tensor, i: int) -> Tensor:
         # These factors make the successive updates add up to (1-m) running + m mean(statistics): each part weighs m/s.
         factor = self.momentum / (self.splits - (self.splits - 1 - i) * self.momentum)
         return F.batch_norm(part, self.running_mean, self.running_var, self.weight, self.bias, True, factor, self.eps)
+
+
+class _NormaliseParts(torch.autograd.Function):
+    """Parts (s, B/s, C, ...) normalised by statistics (s, 1, C, 1, ...) that are their own, then scaled by channel.
+
+    The gradient is batch norm's, which depends on two sums. torch.compile would derive the same from the operations
+    that compute the statistics, in more passes over the images. All dtypes are the same: in torch 2.11, a conversion
+    in here that changes nothing loses the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, parts: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(parts, mean, rstd, weight)
+        return (parts - mean) * (rstd * weight) + bias
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        parts, mean, rstd, weight = ctx.saved_tensors
+        normalised, dims = (parts - mean) * rstd, _all_but_part_and_channel(parts)
+        grad_bias = grad.sum(dims, keepdim=True)
+        grad_weight = (grad * normalised).sum(dims, keepdim=True)
+        values = parts.numel() // mean.numel()
+        grad_parts = (grad - (grad_bias + normalised * grad_weight) / values) * (rstd * weight)
+        return grad_parts, None, None, grad_weight.sum((0, 1)), grad_bias.sum((0, 1))
+
+
+def _all_but_part_and_channel(parts: Tensor) -> tuple[int, ...]:
+    return (1, *range(3, parts.ndim))
 
 
 class SplitBatchNorm1d(_SplitForward, nn.BatchNorm1d):
