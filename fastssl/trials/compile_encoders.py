@@ -25,8 +25,8 @@ from fastssl.trials.encoder_timing import (
     measure_what_fits,
     time_iterations,
 )
+from fastssl.trials.inductor_options import inductor_options
 
-MODES = {"on": "default", "graphs": "reduce-overhead"}  # torch.compile's names
 HOW_NAMES = {"off": "not compiled", "on": "compiled", "graphs": "compiled, as CUDA graphs"}
 FEW = 8  # images: so few that the GPU is done before the host has launched the next kernel
 # Graphs are tried when launching takes this share of an eager iteration. Compiled iterations are shorter, and each of
@@ -107,7 +107,7 @@ def set_compiled(moco: MoCo, how: str) -> None:
     """Sets how the encoders are compiled when they are next called; `how` is a key of HOW_NAMES."""
     for encoder in (moco.encoder_q, moco.encoder_k):
         if how != "off":
-            encoder.compile(mode=MODES[how])
+            encoder.compile(options=inductor_options(encoder, how))
 
 
 def forget_compiled(moco: MoCo) -> None:
