@@ -5,7 +5,7 @@ import torch
 from torch import _inductor, nn
 
 from fastssl.moco import MoCo
-from fastssl.models.batchnorm import split_batchnorm
+from fastssl.models.batchnorm import convert_sync_batchnorm, split_batchnorm
 from fastssl.models.encoders import make_encoder
 from fastssl.trials.compile_encoders import set_compiled
 from fastssl.trials.inductor_options import FUSE_MORE, inductor_options, is_mobile
@@ -16,6 +16,7 @@ def test_mobile_networks(arch):
     encoder = make_encoder(arch)
     split_batchnorm(encoder, 2)
     assert is_mobile(encoder)
+    assert is_mobile(convert_sync_batchnorm(make_encoder(arch), torch.device("cuda")))
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnext50_32x4d", "regnet_y_400mf", "convnext_tiny", "deit_tiny"])

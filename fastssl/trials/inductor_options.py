@@ -16,7 +16,7 @@ def inductor_options(encoder: nn.Module, how: str) -> dict[str, object]:
     Mobile networks get FUSE_MORE. By the code that torch 2.11 writes for an H200, EfficientNet-B0's kernels move half
     the bytes with it, MobileNetV3's a fifth less; ResNets and ViTs, which do not get it, would move more.
     """
-    from torch import _inductor  # seconds to import, and only where something is compiled
+    from torch import _inductor  # a second to import, and only where something is compiled
 
     options = _inductor.list_mode_options(MODES[how])
     if is_mobile(encoder):
